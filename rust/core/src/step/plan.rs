@@ -1,0 +1,153 @@
+//! What one step is told to do, and what it answers: flat arrays, so that the runner builds tensors without a
+//! loop per token.
+
+use std::sync::Arc;
+
+use crate::{
+    hash::{BlockHash, HashSeed},
+    ids::{RequestId, TokenId},
+    sampling::SamplingParams,
+};
+
+/// A sequence to generate.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Unique among the requests that the scheduler holds.
+    pub id: RequestId,
+    /// The prompt; at least one token.
+    pub prompt_token_ids: Vec<TokenId>,
+    /// Tokens already generated elsewhere, when a request is replayed. They count against `max_tokens`.
+    pub output_token_ids: Vec<TokenId>,
+    /// How tokens are drawn.
+    pub sampling: SamplingParams,
+    /// Start of the request's hash chain.
+    pub hash_seed: HashSeed,
+}
+
+/// One step's work. `T` tokens of `S` sequences run; `N` of the sequences draw a token.
+///
+/// Sequences that decode (one token) come first, then those that prefill.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepPlan {
+    /// Counts up from 1.
+    pub step_id: u64,
+    /// `[T]` token ids, sequence after sequence.
+    pub token_ids: Vec<TokenId>,
+    /// `[T]` position of each token in its sequence.
+    pub positions: Vec<u32>,
+    /// `[T]` where each token's KV goes: `block_id * block_size + offset`.
+    pub slot_mapping: Vec<u32>,
+    /// `[S + 1]` first token of each sequence in the arrays above; the last entry is `T`.
+    pub query_start: Vec<u32>,
+    /// `[S]` tokens of KV that each sequence has after this step.
+    pub context_lens: Vec<u32>,
+    /// `[S, block_table_width]` block ids, rows padded with 0.
+    pub block_tables: Vec<u32>,
+    /// Columns of `block_tables`.
+    pub block_table_width: u32,
+    /// `[N]` who draws a token.
+    pub samples: Vec<Sample>,
+    /// Sequences that take a sampler slot with this step, before anything is drawn.
+    pub starts: Vec<SequenceStart>,
+}
+
+/// One sequence that draws a token in this step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// Whose token it is.
+    pub request_id: RequestId,
+    /// Row of the sequence in the plan, `0..S`.
+    pub sequence_index: u32,
+    /// The sampler slot that holds its parameters and token history, `0..max_num_seqs`.
+    pub slot: u32,
+    /// Position that the new token will have in its sequence.
+    pub position: u32,
+    /// Alternatives to return; `None` where no log-probabilities are wanted.
+    pub logprobs: Option<u32>,
+}
+
+/// A sequence's parameters enter a sampler slot: when it starts, and again after each preemption.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SequenceStart {
+    /// The slot, free until now.
+    pub slot: u32,
+    /// How tokens are drawn.
+    pub sampling: Arc<SamplingParams>,
+    /// The prompt, where penalties need it; else empty.
+    pub prompt_token_ids: Vec<TokenId>,
+    /// The output so far, where penalties need it; else empty.
+    pub output_token_ids: Vec<TokenId>,
+}
+
+/// What the model drew in one step.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepOutput {
+    /// The plan that this answers.
+    pub step_id: u64,
+    /// `[N]` drawn tokens, in the order of `StepPlan::samples`.
+    pub token_ids: Vec<TokenId>,
+    /// `[N]` log-probabilities, or empty where no sample of the plan wanted any.
+    pub logprobs: Vec<Option<TokenLogprobs>>,
+}
+
+/// Log-probabilities (natural, at temperature 1, before penalties and filters) of one drawn token.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenLogprobs {
+    /// The drawn token's.
+    pub chosen: f32,
+    /// The most likely tokens and theirs, most likely first.
+    pub top: Vec<(TokenId, f32)>,
+}
+
+/// Why a sequence ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FinishReason {
+    /// An end-of-sequence token or a stop token.
+    Stop,
+    /// `max_tokens` or the context length.
+    Length,
+    /// The client or an operator ended it.
+    Abort,
+    /// It failed.
+    Error,
+}
+
+impl FinishReason {
+    /// The reason as metrics and logs spell it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Abort => "abort",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// One new token of one request.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenUpdate {
+    /// Whose token it is.
+    pub request_id: RequestId,
+    /// The token.
+    pub token_id: TokenId,
+    /// Its index in the output, counted from the output's very first token.
+    pub output_index: u32,
+    /// Its log-probabilities, where asked for.
+    pub logprobs: Option<TokenLogprobs>,
+    /// Set on the request's last token.
+    pub finish_reason: Option<FinishReason>,
+    /// Prompt tokens that the prefix cache gave when the request first ran.
+    pub num_cached_tokens: u32,
+}
+
+/// A change of what the replica's prefix cache holds, for the routers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KvEvent {
+    /// Blocks became reusable; hashes of one chain, in order.
+    Stored(Vec<BlockHash>),
+    /// Blocks are gone.
+    Removed(Vec<BlockHash>),
+    /// The whole cache is gone.
+    Cleared,
+}
