@@ -1,0 +1,106 @@
+# Everything a contributor types. Needs Python 3.11 or newer, cargo and a C compiler; the rest goes into .venv.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+MODEL ?= examples/models/demo
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PROTOS := orchestra/v1/types.proto orchestra/v1/inference.proto
+LINT_GATES := check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-tidy
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test lint bench gpu proto clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/.installed ## Install the pinned dependencies into .venv and build the extension and the router
+	$(VENV)/bin/maturin develop --release --locked --quiet
+	cargo build --release --locked --quiet -p orchestra-router
+
+serve: setup ## Serve the demonstration model (MODEL=path for another, ARGS='--tp 2 …' for options)
+	$(VENV)/bin/orchestra serve $(MODEL) $(ARGS)
+
+test: setup ## Run every gate: lints, Rust tests, Python tests; shows all failures, then a summary
+	@.ci/gates $(LINT_GATES) check-rust-tests check-tests
+
+lint: setup ## Run the gates that execute no product code: format, clippy, ruff, mypy, stubs, drift, tidy
+	@.ci/gates $(LINT_GATES)
+
+bench: setup ## Measure serving on this machine; benches/README.md says how to read the table
+	$(PY) -m benches.serving $(ARGS)
+
+gpu: setup ## Run the tests that need an NVIDIA GPU
+	$(PY) -m pytest -m gpu
+
+proto: $(VENV)/.installed ## Regenerate python/orchestra/v1 from proto/
+	$(call generate,python)
+
+clean: ## Remove what the other targets made (.venv, target, caches)
+	rm -rf $(VENV) target dist .pytest_cache .mypy_cache .ruff_cache .hypothesis python/orchestra/_core*.so
+	find python tests benches examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# === gates: one each, run by .ci/gates ===
+
+.PHONY: check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-tidy check-rust-tests check-tests
+
+check-fmt:
+	cargo fmt --all --check
+
+check-clippy:
+	cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
+
+check-ruff:
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+
+check-mypy:
+	$(PY) -m mypy
+
+check-stubs:
+	$(PY) -m mypy.stubtest orchestra._core --mypy-config-file pyproject.toml
+
+check-proto:
+	rm -rf target/proto && mkdir -p target/proto
+	$(call generate,target/proto)
+	diff -r -x __init__.py -x __pycache__ target/proto/orchestra/v1 python/orchestra/v1
+
+check-tidy:
+	$(PY) -m pytest -q tests/test_tidy.py
+
+check-rust-tests:
+	cargo test --workspace --locked --quiet
+
+check-tests:
+	$(PY) -m pytest --ignore tests/test_tidy.py
+
+# === how .venv comes to be ===
+
+# pip installs nothing that is already there, so an edit of pyproject.toml costs seconds.
+$(VENV)/.installed: pyproject.toml
+	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
+	$(PY) -c "$$PRINT_REQUIREMENTS" > $(VENV)/requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
+	touch $@
+
+define PRINT_REQUIREMENTS
+import tomllib
+from pathlib import Path
+
+project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+extras = project["optional-dependencies"]
+print("\n".join(project["dependencies"] + extras["worker"] + extras["dev"]))
+endef
+export PRINT_REQUIREMENTS
+
+# protoc comes with grpcio-tools: none is asked of the machine.
+define generate
+	$(PY) -m grpc_tools.protoc -I proto \
+	  --plugin=protoc-gen-mypy=$(VENV)/bin/protoc-gen-mypy \
+	  --plugin=protoc-gen-mypy_grpc=$(VENV)/bin/protoc-gen-mypy_grpc \
+	  --python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS)
+	$(PY) -m grpc_tools.protoc -I proto \
+	  --plugin=protoc-gen-mypy_grpc=$(VENV)/bin/protoc-gen-mypy_grpc \
+	  --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) orchestra/v1/inference.proto
+endef
