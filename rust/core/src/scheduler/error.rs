@@ -1,0 +1,148 @@
+//! Why the scheduler refused. A refusal changes nothing.
+
+use crate::error::ErrorCode;
+
+/// Why the scheduler refused. Messages name limits and fields, never what a client wrote.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SchedulerError {
+    /// A field of the request or of a spec is out of range.
+    #[error("{field} must be {expected}")]
+    InvalidField {
+        /// The field.
+        field: &'static str,
+        /// Its range in words.
+        expected: &'static str,
+    },
+    /// A worker or GPU of this name is registered already.
+    #[error("a {kind} of this name is registered already")]
+    DuplicateName {
+        /// `worker` or `gpu`.
+        kind: &'static str,
+    },
+    /// The worker is not, or no longer, registered.
+    #[error("the worker is not registered")]
+    UnknownWorker,
+    /// No registered worker serves the model.
+    #[error("no worker serves this model")]
+    ModelNotFound,
+    /// Prompt and output exceed the context of every worker that could take the request.
+    #[error("{requested} tokens were asked for, the longest context holds {limit}")]
+    ContextTooLong {
+        /// Prompt plus output tokens.
+        requested: u64,
+        /// The largest `max_model_len` among the workers that could take the request.
+        limit: u64,
+    },
+    /// The request's KV exceeds all the KV memory of every worker that could take it.
+    #[error("{requested} KV blocks are needed, the largest worker has {limit} in all")]
+    KvTooLarge {
+        /// Blocks needed, in the block size of the worker that `limit` is about.
+        requested: u64,
+        /// Blocks of the worker that came closest.
+        limit: u64,
+    },
+    /// Workers serve the model, and every one is draining or excluded.
+    #[error("all {registered} workers of this model are draining or excluded")]
+    NoWorkers {
+        /// Workers that serve the model.
+        registered: u32,
+    },
+    /// A limit of [`SchedulerConfig`](super::SchedulerConfig) is reached.
+    #[error("there are {current} {kind}, the limit is {limit}")]
+    LimitReached {
+        /// What there would be too many of.
+        kind: &'static str,
+        /// How many there are.
+        current: u32,
+        /// How many there may be.
+        limit: u32,
+    },
+    /// The gang could not be placed on these GPUs even if all their memory were free.
+    #[error(
+        "{num_gpus} GPUs with {bytes_per_gpu} bytes each were asked for; \
+         the widest domain has {num_gpus_max} GPUs of that size"
+    )]
+    GangTooLarge {
+        /// GPUs asked for.
+        num_gpus: u32,
+        /// Bytes asked for on each.
+        bytes_per_gpu: u64,
+        /// GPUs with that much memory in the domain that has most of them.
+        num_gpus_max: u32,
+    },
+    /// The gang does not fit now.
+    #[error(
+        "{num_gpus} GPUs with {bytes_per_gpu} free bytes in one piece were asked for; \
+         the best domain has {num_gpus_max} now"
+    )]
+    NoGpuRoom {
+        /// GPUs asked for.
+        num_gpus: u32,
+        /// Bytes asked for on each.
+        bytes_per_gpu: u64,
+        /// GPUs with such a piece free in the domain that has most of them.
+        num_gpus_max: u32,
+    },
+    /// A worker reported more cached blocks than it has.
+    #[error("worker {worker} reported more cached blocks than the {limit} it has")]
+    TooManyBlocks {
+        /// The worker's name.
+        worker: String,
+        /// Its blocks.
+        limit: u32,
+    },
+}
+
+impl SchedulerError {
+    /// The code under which clients see this refusal.
+    pub const fn code(&self) -> ErrorCode {
+        match self {
+            Self::InvalidField { .. }
+            | Self::DuplicateName { .. }
+            | Self::UnknownWorker
+            | Self::GangTooLarge { .. } => ErrorCode::InvalidRequest,
+            Self::ModelNotFound => ErrorCode::ModelNotFound,
+            Self::ContextTooLong { .. } | Self::KvTooLarge { .. } => ErrorCode::ContextTooLong,
+            Self::NoWorkers { .. } | Self::NoGpuRoom { .. } => ErrorCode::NoWorkers,
+            Self::LimitReached { .. } => ErrorCode::QueueFull,
+            Self::TooManyBlocks { .. } => ErrorCode::WorkerFailed,
+        }
+    }
+
+    /// The limit that was hit, where the refusal has one.
+    pub fn limit(&self) -> Option<u64> {
+        match *self {
+            Self::ContextTooLong { limit, .. } | Self::KvTooLarge { limit, .. } => Some(limit),
+            Self::LimitReached { limit, .. } | Self::TooManyBlocks { limit, .. } => {
+                Some(limit.into())
+            }
+            Self::GangTooLarge { num_gpus_max, .. } | Self::NoGpuRoom { num_gpus_max, .. } => {
+                Some(num_gpus_max.into())
+            }
+            Self::InvalidField { .. }
+            | Self::DuplicateName { .. }
+            | Self::UnknownWorker
+            | Self::ModelNotFound
+            | Self::NoWorkers { .. } => None,
+        }
+    }
+
+    /// How much was there, or was asked for, where the refusal compares it with a limit.
+    pub fn current(&self) -> Option<u64> {
+        match *self {
+            Self::ContextTooLong { requested, .. } | Self::KvTooLarge { requested, .. } => {
+                Some(requested)
+            }
+            Self::LimitReached { current, .. } => Some(current.into()),
+            Self::GangTooLarge { num_gpus, .. } | Self::NoGpuRoom { num_gpus, .. } => {
+                Some(num_gpus.into())
+            }
+            Self::InvalidField { .. }
+            | Self::DuplicateName { .. }
+            | Self::UnknownWorker
+            | Self::ModelNotFound
+            | Self::NoWorkers { .. }
+            | Self::TooManyBlocks { .. } => None,
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! Reservations: room on workers that was promised and not yet given back.
+
+use super::{
+    Scheduler,
+    error::SchedulerError,
+    route::{Candidate, RouteRequest},
+    worker::{Demand, WorkerId},
+};
+use crate::time::Time;
+
+/// Names a reservation. Never used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ReservationId(pub(super) u64);
+
+/// Room on a worker, held until [`Scheduler::release`] or until the worker is removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reservation {
+    /// Its name.
+    pub id: ReservationId,
+    /// The chosen worker.
+    pub worker: WorkerId,
+    /// Prompt tokens whose KV the worker holds already.
+    pub num_cached_tokens: u32,
+    /// KV blocks of prompt and output together, cached ones included.
+    pub num_blocks: u32,
+}
+
+/// What the scheduler remembers of a reservation.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Held {
+    pub(super) worker: WorkerId,
+    pub(super) demand: Demand,
+    /// `Worker::num_reports` when it was made.
+    pub(super) num_reports: u64,
+    pub(super) reserved_at: Time,
+}
+
+impl Scheduler {
+    /// Commits a decision.
+    pub(super) fn reserve(
+        &mut self,
+        request: &RouteRequest<'_>,
+        chosen: Candidate,
+        now: Time,
+    ) -> Result<Reservation, SchedulerError> {
+        let limit = self.config.max_num_reservations;
+        if self.reservations.len() >= limit as usize {
+            return Err(SchedulerError::LimitReached {
+                kind: "reservations",
+                current: limit,
+                limit,
+            });
+        }
+        let worker = self
+            .workers
+            .get_mut(&chosen.worker)
+            .ok_or(SchedulerError::UnknownWorker)?;
+        let cached_blocks = chosen.num_cached_tokens / worker.spec.block_size;
+        let demand = Demand {
+            num_seqs: 1,
+            num_blocks: u64::from(chosen.num_blocks - cached_blocks),
+            prefill_tokens: request.token_ids.len() as u64 - u64::from(chosen.num_cached_tokens),
+        };
+        self.num_decisions += 1;
+        worker.last_chosen = self.num_decisions;
+        worker.reserved.add(demand);
+        worker.unreported.add(demand);
+        let id = ReservationId(self.num_decisions);
+        let num_reports = worker.num_reports;
+        let held = Held {
+            worker: chosen.worker,
+            demand,
+            num_reports,
+            reserved_at: now,
+        };
+        self.reservations.insert(id, held);
+        Ok(Reservation {
+            id,
+            worker: chosen.worker,
+            num_cached_tokens: chosen.num_cached_tokens,
+            num_blocks: chosen.num_blocks,
+        })
+    }
+
+    /// The prompt is computed: its tokens no longer queue on the worker. `false` where the reservation is gone or
+    /// its prompt was done before.
+    pub fn prefill_done(&mut self, id: ReservationId) -> bool {
+        let Some(held) = self.reservations.get_mut(&id) else {
+            return false;
+        };
+        let prefill = Demand {
+            prefill_tokens: held.demand.prefill_tokens,
+            ..Demand::default()
+        };
+        held.demand.subtract(prefill);
+        let held = *held;
+        self.give_back(&held, prefill);
+        prefill.prefill_tokens > 0
+    }
+
+    /// Gives a reservation back. `false` where it is gone already.
+    pub fn release(&mut self, id: ReservationId) -> bool {
+        let Some(held) = self.reservations.remove(&id) else {
+            return false;
+        };
+        self.give_back(&held, held.demand);
+        true
+    }
+
+    fn give_back(&mut self, held: &Held, demand: Demand) {
+        // A reservation goes with its worker, so a held one's worker is there.
+        let Some(worker) = self.workers.get_mut(&held.worker) else {
+            return;
+        };
+        worker.reserved.subtract(demand);
+        if worker.num_reports == held.num_reports {
+            worker.unreported.subtract(demand);
+        }
+    }
+}

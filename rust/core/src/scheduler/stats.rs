@@ -1,0 +1,151 @@
+//! What the scheduler tells about itself, and the check of its invariants.
+
+use rustc_hash::FxHashMap;
+
+use super::{
+    Scheduler,
+    worker::{Demand, WorkerId, WorkerSpec},
+};
+use crate::time::Time;
+
+/// Figures of a [`Scheduler`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SchedulerStats {
+    /// Registered workers.
+    pub num_workers: u32,
+    /// Of these, how many drain.
+    pub num_draining: u32,
+    /// Distinct KV blocks in the prefix index.
+    pub num_index_blocks: u64,
+    /// (block, holder) pairs in the prefix index.
+    pub num_index_entries: u64,
+    /// Live reservations.
+    pub num_reservations: u64,
+    /// Age of the oldest live reservation, µs: one that grows without end was never released.
+    pub reservation_age_us_max: u64,
+    /// Requests that wait for a worker.
+    pub num_waiting_requests: u64,
+    /// Gangs that wait for GPUs.
+    pub num_waiting_gangs: u64,
+    /// Reservations made since start.
+    pub num_decisions: u64,
+    /// Registered GPUs.
+    pub num_gpus: u32,
+    /// Live placements.
+    pub num_placements: u64,
+    /// GPU memory that may be given out, bytes.
+    pub gpu_bytes_total: u64,
+    /// Of it, how much is free, in pieces of any size.
+    pub gpu_bytes_free: u64,
+}
+
+/// A worker's figures as routing sees them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkerSnapshot {
+    /// What it is.
+    pub spec: WorkerSpec,
+    /// Whether it takes no new requests.
+    pub is_draining: bool,
+    /// Sequences that run or wait there.
+    pub batch: u32,
+    /// Prompt tokens that wait to be computed there.
+    pub queued_prefill_tokens: u64,
+    /// KV blocks that nothing holds and nothing was promised.
+    pub kv_blocks_free: u64,
+    /// Blocks of its prefix cache that the index knows.
+    pub num_cached_blocks: u32,
+    /// Live reservations.
+    pub num_reservations: u32,
+}
+
+impl Scheduler {
+    /// Every worker's figures, in order of registration.
+    pub fn workers(&self) -> impl Iterator<Item = (WorkerId, WorkerSnapshot)> + '_ {
+        self.workers.iter().map(|(&id, worker)| {
+            let snapshot = WorkerSnapshot {
+                spec: worker.spec.clone(),
+                is_draining: worker.is_draining,
+                batch: worker.batch(),
+                queued_prefill_tokens: worker.queued_prefill_tokens(),
+                kv_blocks_free: worker.kv_blocks_free(),
+                num_cached_blocks: worker.num_cached_blocks,
+                num_reservations: worker.reserved.num_seqs,
+            };
+            (id, snapshot)
+        })
+    }
+
+    /// Figures at time `now`.
+    pub fn stats(&self, now: Time) -> SchedulerStats {
+        let workers = self.workers.values();
+        let (num_waiting_requests, num_waiting_gangs) = self.waiting.lengths();
+        let oldest = self.reservations.first_key_value();
+        SchedulerStats {
+            num_workers: self.workers.len() as u32,
+            num_draining: workers.clone().filter(|worker| worker.is_draining).count() as u32,
+            num_index_blocks: self.index.len() as u64,
+            num_index_entries: workers
+                .map(|worker| u64::from(worker.num_cached_blocks))
+                .sum(),
+            num_reservations: self.reservations.len() as u64,
+            reservation_age_us_max: oldest
+                .map_or(0, |(_, held)| now.0.saturating_sub(held.reserved_at.0)),
+            num_waiting_requests: num_waiting_requests as u64,
+            num_waiting_gangs: num_waiting_gangs as u64,
+            num_decisions: self.num_decisions,
+            num_gpus: self.gpus.len() as u32,
+            num_placements: self.gpus.num_placements() as u64,
+            gpu_bytes_total: self.gpus.bytes_total(),
+            gpu_bytes_free: self.gpus.bytes_free(),
+        }
+    }
+
+    /// Asserts every invariant. For tests and the simulator: walks all state.
+    ///
+    /// # Panics
+    /// If one does not hold.
+    pub fn check_integrity(&self) {
+        let mut reserved: FxHashMap<WorkerId, Demand> = FxHashMap::default();
+        let mut unreported: FxHashMap<WorkerId, Demand> = FxHashMap::default();
+        for held in self.reservations.values() {
+            let worker = self.workers.get(&held.worker);
+            assert!(worker.is_some(), "a reservation outlived its worker");
+            reserved.entry(held.worker).or_default().add(held.demand);
+            if worker.is_some_and(|worker| worker.num_reports == held.num_reports) {
+                unreported.entry(held.worker).or_default().add(held.demand);
+            }
+        }
+        let mut cached: FxHashMap<WorkerId, u32> = FxHashMap::default();
+        for (_, worker) in self.index.entries() {
+            *cached.entry(worker).or_default() += 1;
+        }
+        assert!(
+            cached.keys().all(|id| self.workers.contains_key(id)),
+            "a holder is not registered"
+        );
+        for (id, worker) in &self.workers {
+            assert_eq!(
+                worker.reserved,
+                reserved.get(id).copied().unwrap_or_default(),
+                "{id}"
+            );
+            assert_eq!(
+                worker.unreported,
+                unreported.get(id).copied().unwrap_or_default(),
+                "{id}"
+            );
+            assert_eq!(
+                worker.num_cached_blocks,
+                cached.get(id).copied().unwrap_or_default()
+            );
+            assert!(
+                worker.num_cached_blocks <= worker.spec.num_blocks,
+                "{id} caches too much"
+            );
+            assert_eq!(self.worker_names.get(&worker.spec.name), Some(id));
+        }
+        assert_eq!(self.worker_names.len(), self.workers.len());
+        self.gpus.check_integrity();
+        self.waiting.check_integrity();
+    }
+}

@@ -1,0 +1,180 @@
+//! A worker as the scheduler sees it: what it is, what it last reported, and what was promised to it since.
+
+use std::fmt;
+
+use super::error::SchedulerError;
+use crate::hash::{HashSeed, SeedParts};
+
+/// Longest worker, GPU, model, domain or node name, in bytes.
+pub const NAME_BYTES_MAX: usize = 128;
+
+/// Names a registered worker. Never used again once the worker is removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WorkerId(pub(super) u32);
+
+impl fmt::Display for WorkerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "w{}", self.0)
+    }
+}
+
+/// What a worker is; fixed while it is registered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkerSpec {
+    /// Unique among the registered workers, 1 to 128 bytes.
+    pub name: String,
+    /// The model that it serves, 1 to 128 bytes.
+    pub model: String,
+    /// Version of the weights; part of every block's identity.
+    pub weights_epoch: u64,
+    /// Tokens per KV block, at least 1.
+    pub block_size: u32,
+    /// KV blocks in all, at least 1.
+    pub num_blocks: u32,
+    /// Most sequences in one step, at least 1.
+    pub max_num_seqs: u32,
+    /// Most prompt and output tokens of one sequence, at least 1.
+    pub max_model_len: u32,
+}
+
+impl WorkerSpec {
+    pub(super) fn validate(&self) -> Result<(), SchedulerError> {
+        validate_name("name", &self.name)?;
+        validate_name("model", &self.model)?;
+        let counts = [
+            ("block_size", self.block_size),
+            ("num_blocks", self.num_blocks),
+            ("max_num_seqs", self.max_num_seqs),
+            ("max_model_len", self.max_model_len),
+        ];
+        match counts.into_iter().find(|&(_, value)| value == 0) {
+            Some((field, _)) => Err(SchedulerError::InvalidField {
+                field,
+                expected: "at least 1",
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Start of the hash chain of a request with this salt on this worker.
+    pub fn hash_seed(&self, salt: &str) -> HashSeed {
+        let parts = SeedParts {
+            model: &self.model,
+            weights_epoch: self.weights_epoch,
+            salt,
+            ..SeedParts::default()
+        };
+        parts.seed()
+    }
+}
+
+pub(super) fn validate_name(field: &'static str, name: &str) -> Result<(), SchedulerError> {
+    if name.is_empty() || name.len() > NAME_BYTES_MAX {
+        return Err(SchedulerError::InvalidField {
+            field,
+            expected: "1 to 128 bytes long",
+        });
+    }
+    Ok(())
+}
+
+/// What a worker reports about itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WorkerLoad {
+    /// Sequences in the running batch.
+    pub num_running: u32,
+    /// Sequences accepted and not yet running.
+    pub num_waiting: u32,
+    /// KV blocks that sequences hold. Blocks that are only cached count as free.
+    pub kv_blocks_used: u32,
+    /// Prompt tokens accepted and not yet computed.
+    pub queued_prefill_tokens: u64,
+}
+
+/// What reservations ask of a worker, summed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Demand {
+    pub(super) num_seqs: u32,
+    /// Blocks to allocate: those of prompt and output less the cached prefix.
+    pub(super) num_blocks: u64,
+    /// Prompt tokens to compute.
+    pub(super) prefill_tokens: u64,
+}
+
+impl Demand {
+    pub(super) fn add(&mut self, other: Self) {
+        self.num_seqs += other.num_seqs;
+        self.num_blocks += other.num_blocks;
+        self.prefill_tokens += other.prefill_tokens;
+    }
+
+    pub(super) fn subtract(&mut self, other: Self) {
+        self.num_seqs -= other.num_seqs;
+        self.num_blocks -= other.num_blocks;
+        self.prefill_tokens -= other.prefill_tokens;
+    }
+}
+
+/// A registered worker.
+///
+/// A report and our own reservations overlap: the report covers (most of) what was placed before it, and the work of
+/// other routers, which we cannot see. So the estimate of each quantity is
+/// `max(all live reservations, last report + reservations made since)`: never below what we placed ourselves, so a
+/// burst does not herd between two reports, and never counting a reservation twice once it is reported.
+#[derive(Clone, Debug)]
+pub(super) struct Worker {
+    pub(super) spec: WorkerSpec,
+    pub(super) is_draining: bool,
+    pub(super) load: WorkerLoad,
+    /// Counts load reports, so that a reservation knows whether one came after it.
+    pub(super) num_reports: u64,
+    /// Of every live reservation.
+    pub(super) reserved: Demand,
+    /// Of the live reservations made since the last report.
+    pub(super) unreported: Demand,
+    /// Number of the decision that last chose this worker; 0: none.
+    pub(super) last_chosen: u64,
+    /// Distinct hashes in the prefix index.
+    pub(super) num_cached_blocks: u32,
+}
+
+impl Worker {
+    pub(super) fn new(spec: WorkerSpec) -> Self {
+        Self {
+            spec,
+            is_draining: false,
+            load: WorkerLoad::default(),
+            num_reports: 0,
+            reserved: Demand::default(),
+            unreported: Demand::default(),
+            last_chosen: 0,
+            num_cached_blocks: 0,
+        }
+    }
+
+    /// Sequences that run or wait there.
+    pub(super) fn batch(&self) -> u32 {
+        let reported = self.load.num_running.saturating_add(self.load.num_waiting);
+        self.reserved
+            .num_seqs
+            .max(reported.saturating_add(self.unreported.num_seqs))
+    }
+
+    /// Prompt tokens that wait to be computed there.
+    pub(super) fn queued_prefill_tokens(&self) -> u64 {
+        let reported = self.load.queued_prefill_tokens;
+        self.reserved
+            .prefill_tokens
+            .max(reported.saturating_add(self.unreported.prefill_tokens))
+    }
+
+    /// KV blocks that nothing holds and nothing was promised.
+    pub(super) fn kv_blocks_free(&self) -> u64 {
+        let reported = u64::from(self.load.kv_blocks_used);
+        let used = self
+            .reserved
+            .num_blocks
+            .max(reported + self.unreported.num_blocks);
+        u64::from(self.spec.num_blocks).saturating_sub(used)
+    }
+}
