@@ -1,0 +1,103 @@
+"""The `orchestra` command. Each subcommand imports what it needs, when it runs."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+EXIT_OK = 0
+EXIT_INTERRUPTED = 130
+# EX_USAGE of sysexits.h; the router and the workers, too, end with it when their configuration is wrong.
+EXIT_USAGE = 64
+
+# Set by `orchestra serve`: the process dies with the one that started it.
+PARENT_FLAG = "--parent-pid"
+
+USAGE = """\
+usage: orchestra COMMAND …
+
+  serve MODEL_DIR   router and workers on this machine, with nothing else to install
+  router            the front alone: OpenAI HTTP and gRPC in, requests placed on workers
+  worker MODEL_DIR  one rank of a worker, which attaches to a router
+  version           print the version
+
+`orchestra COMMAND --help` lists the options of each.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return EXIT_OK if given else EXIT_USAGE
+    name, *rest = given
+    command = COMMANDS.get(name.removeprefix("--"))
+    if command is None:
+        print(f"orchestra: there is no command {name!r} (see orchestra --help)", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        return command(rest)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad argument in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _serve(arguments: list[str]) -> int:
+    from orchestra import serve
+
+    parser = _Parser("orchestra serve", description="Serves a checkpoint from this machine.")
+    serve.add_arguments(parser)
+    return serve.main(parser.parse_args(arguments))
+
+
+def _router(arguments: list[str]) -> int:
+    from orchestra import _core
+
+    return _core.run_router(_bind_to_parent(arguments))
+
+
+def _worker(arguments: list[str]) -> int:
+    own = _bind_to_parent(arguments)
+    try:
+        from orchestra.worker.__main__ import main as worker_main
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("orchestra"):
+            raise
+        print(
+            f"orchestra worker: {error}; install it with: pip install 'orchestra[worker]'",
+            file=sys.stderr,
+        )
+        return EXIT_USAGE
+    return worker_main(own)
+
+
+def _version(_arguments: list[str]) -> int:
+    from importlib.metadata import version
+
+    print(f"orchestra {version('orchestra')}")
+    return EXIT_OK
+
+
+def _bind_to_parent(arguments: list[str]) -> list[str]:
+    """Takes `--parent-pid N` off the front, and asks the kernel to end this process with that one."""
+    if arguments[:1] != [PARENT_FLAG]:
+        return arguments
+    from orchestra import _core
+
+    _core.die_with_parent(int(arguments[1]))
+    return arguments[2:]
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "serve": _serve,
+    "router": _router,
+    "worker": _worker,
+    "version": _version,
+}

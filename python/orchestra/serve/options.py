@@ -1,0 +1,224 @@
+"""The options of `orchestra serve`, and every check that can be made before a process is started."""
+
+import argparse
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+MODEL_FILES = ("config.json", "tokenizer.json")
+
+# Options that go to every rank as they are. The worker has the only default of each and checks its value.
+WORKER_OPTIONS = {
+    "--served-model-name": "name that clients use (default: the directory's name)",
+    "--dtype": "auto, float32 or bfloat16",
+    "--device": "auto, cpu or cuda",
+    "--block-size": "tokens per KV block",
+    "--num-blocks": "KV blocks per worker",
+    "--kv-cache-memory": "memory for the KV cache of each rank, e.g. 4GiB (instead of --num-blocks)",
+    "--max-num-seqs": "sequences that run at once, per worker",
+    "--max-num-batched-tokens": "tokens per step",
+    "--max-model-len": "longest prompt plus output, tokens",
+    "--max-prefill-chunk": "most prompt tokens of one sequence per step; 0: only the token budget",
+}
+WORKER_SWITCHES = {"--no-prefix-cache": "compute every prompt from its start"}
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What `orchestra serve` was asked for."""
+
+    model_dir: Path
+    """A checkpoint directory in the Hugging Face layout."""
+    tp: int
+    """Ranks per worker, each with its shard of the model."""
+    replicas: int
+    """Workers, each with the whole model."""
+    host: str
+    """Address of the two client doors."""
+    port: int
+    """OpenAI HTTP; 0: any free port."""
+    grpc_port: int
+    """`orchestra.v1` over gRPC; 0: any free port."""
+    drain_timeout_s: float
+    """How long running requests may go on after a signal to stop."""
+    print_addresses: bool
+    """Write one JSON line with the addresses to standard output when ready."""
+    worker_arguments: tuple[str, ...]
+    """Further arguments of every rank."""
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients use."""
+        arguments = self.worker_arguments
+        if "--served-model-name" in arguments:
+            return arguments[arguments.index("--served-model-name") + 1]
+        return self.model_dir.resolve().name
+
+
+class UsageError(Exception):
+    """An option is wrong; the message says which and why."""
+
+
+class AddressInUseError(Exception):
+    """Another process listens on a port that was asked for."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `orchestra serve`."""
+    parser.add_argument(
+        "model_dir",
+        type=Path,
+        metavar="MODEL_DIR",
+        help="checkpoint directory (Hugging Face layout)",
+    )
+    parser.add_argument("--tp", type=_positive, default=1, help="ranks per worker (default: 1)")
+    parser.add_argument("--replicas", type=_positive, default=1, help="workers (default: 1)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
+    )
+    parser.add_argument(
+        "--port", type=_port, default=8000, help="OpenAI HTTP (default: 8000; 0: any)"
+    )
+    parser.add_argument(
+        "--grpc-port", type=_port, default=8001, help="gRPC (default: 8001; 0: any)"
+    )
+    parser.add_argument(
+        "--drain-timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long running requests may go on after Ctrl-C (default: 30)",
+    )
+    parser.add_argument(
+        "--print-addresses",
+        action="store_true",
+        help="write one JSON line with the addresses to standard output when ready",
+    )
+    group = parser.add_argument_group("worker options", "given to every worker")
+    for flag, text in WORKER_OPTIONS.items():
+        group.add_argument(flag, metavar=flag.rsplit("-", 1)[1].upper(), help=text)
+    for flag, text in WORKER_SWITCHES.items():
+        group.add_argument(flag, action="store_true", help=text)
+
+
+def from_arguments(arguments: argparse.Namespace) -> ServeOptions:
+    """Builds the options from what `add_arguments` declared."""
+    worker: list[str] = []
+    for flag in [*WORKER_OPTIONS, *WORKER_SWITCHES]:
+        value = getattr(arguments, flag.removeprefix("--").replace("-", "_"))
+        if value is True:
+            worker.append(flag)
+        elif isinstance(value, str):
+            worker += [flag, value]
+    return ServeOptions(
+        model_dir=arguments.model_dir,
+        tp=arguments.tp,
+        replicas=arguments.replicas,
+        host=arguments.host,
+        port=arguments.port,
+        grpc_port=arguments.grpc_port,
+        drain_timeout_s=arguments.drain_timeout,
+        print_addresses=arguments.print_addresses,
+        worker_arguments=tuple(worker),
+    )
+
+
+def check(options: ServeOptions) -> None:
+    """Finds what would fail later and less clearly.
+
+    Raises:
+        UsageError: an option or the model directory is wrong.
+        AddressInUseError: a port is taken.
+    """
+    _check_model(options)
+    group_devices(options)
+    if options.port == options.grpc_port != 0:
+        raise UsageError(f"--port and --grpc-port are both {options.port}")
+    for flag, port in (("--port", options.port), ("--grpc-port", options.grpc_port)):
+        _check_port(options.host, port, flag)
+
+
+def group_devices(options: ServeOptions) -> list[str | None]:
+    """`CUDA_VISIBLE_DEVICES` for each worker; None where the worker runs on the CPU.
+
+    Raises:
+        UsageError: there are GPUs, but fewer than the ranks need.
+    """
+    arguments = options.worker_arguments
+    on_cpu = "--device" in arguments and arguments[arguments.index("--device") + 1] == "cpu"
+    gpus = [] if on_cpu else _visible_gpus()
+    if not gpus:
+        return [None] * options.replicas
+    needed = options.tp * options.replicas
+    if needed > len(gpus):
+        raise UsageError(
+            f"--tp {options.tp} and --replicas {options.replicas} need {needed} GPUs, there are {len(gpus)}"
+            " (--device cpu runs without)"
+        )
+    return [",".join(gpus[i : i + options.tp]) for i in range(0, needed, options.tp)]
+
+
+def _visible_gpus() -> list[str]:
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [gpu for gpu in chosen.split(",") if gpu.strip()]
+    return [str(index) for index in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+
+
+def _check_model(options: ServeOptions) -> None:
+    path = options.model_dir
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a directory")
+    for name in MODEL_FILES:
+        if not (path / name).is_file():
+            raise UsageError(
+                f"{path} has no {name}: it is not a checkpoint in the Hugging Face layout"
+            )
+    if not any(path.glob("*.safetensors")):
+        raise UsageError(f"{path} has no .safetensors file")
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except ValueError as error:
+        raise UsageError(f"{path / 'config.json'} is not JSON: {error}") from error
+    heads = config.get("num_attention_heads") if isinstance(config, dict) else None
+    if isinstance(heads, int) and heads % options.tp:
+        raise UsageError(f"--tp {options.tp} does not divide the model's {heads} attention heads")
+
+
+def _check_port(host: str, port: int, flag: str) -> None:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise UsageError(f"--host {host}: {error.strerror}") from error
+    with socket.socket(family, kind, protocol) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            message = f"cannot listen on {host} port {port} ({error.strerror}); choose another with {flag}"
+            raise AddressInUseError(message) from error
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError("must be between 0 and 65535")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError("must be a number of seconds, at least 0")
+    return value

@@ -1,0 +1,146 @@
+"""Keeps one worker running: its ranks start, fail and stop together."""
+
+import asyncio
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from orchestra.serve.child import Child, describe_exit, stop_all
+from orchestra.serve.console import Console
+from orchestra.serve.options import ServeOptions
+from orchestra.serve.restarts import GaveUpError, Restarts
+
+STOP_GRACE_S = 10.0
+
+
+class WorkerGroup:
+    """The ranks of one worker.
+
+    Args:
+        index: which of the replicas.
+        options: what was asked for.
+        router: where rank 0 attaches, `host:port`.
+        run_directory: for the file through which the ranks find each other.
+        cuda_devices: `CUDA_VISIBLE_DEVICES` of the ranks; None: left as it is.
+        console: for lines.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        options: ServeOptions,
+        router: str,
+        run_directory: Path,
+        cuda_devices: str | None,
+        console: Console,
+    ) -> None:
+        self.name = f"worker {index}"
+        self.children: list[Child] = []
+        self._index = index
+        self._options = options
+        self._router = router
+        self._run_directory = run_directory
+        self._environment = _environment(options, cuda_devices)
+        self._console = console
+        self._restarts = Restarts()
+        self._attempts = 0
+        self._loaded: dict[int, float] = {}
+        self._ready_ranks: set[int] = set()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether rank 0 has attached to the router."""
+        return 0 in self._ready_ranks
+
+    @property
+    def loaded(self) -> float:
+        """Share of the weights that is loaded, over all ranks, 0 to 1."""
+        ranks = range(self._options.tp)
+        return sum(
+            1.0 if r in self._ready_ranks else self._loaded.get(r, 0.0) for r in ranks
+        ) / len(ranks)
+
+    async def run(self) -> None:
+        """Runs until cancelled.
+
+        Raises:
+            GaveUpError: the group never became ready, and would not.
+        """
+        while True:
+            started = time.monotonic()
+            rank, status = await self._run_once()
+            failed = self.children[rank]
+            delay_s = self._restarts.failed(status, time.monotonic() - started)
+            end = f"{failed.name} {describe_exit(status)}"
+            if delay_s is None:
+                raise GaveUpError(end, failed.tail, status)
+            self._console.line(f"{end}; starting {self.name} again in {delay_s:g} s")
+            await asyncio.sleep(delay_s)
+
+    async def _run_once(self) -> tuple[int, int]:
+        """Runs the group until one of its ranks ends; returns that rank and its exit status."""
+        self._attempts += 1
+        self._loaded.clear()
+        self._ready_ranks.clear()
+        self.children = []
+        waits: list[asyncio.Task[int]] = []
+        try:
+            for rank in range(self._options.tp):
+                self.children.append(await self._start(rank))
+            waits = [asyncio.create_task(child.wait()) for child in self.children]
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            # What is left of the group waits in a collective that never ends; it has nothing to finish.
+            for child in self.children:
+                child.kill()
+            return next((rank, wait.result()) for rank, wait in enumerate(waits) if wait in done)
+        finally:
+            self._ready_ranks.clear()
+            for wait in waits:
+                wait.cancel()
+            await stop_all(self.children, STOP_GRACE_S)
+            self._rendezvous().unlink(missing_ok=True)
+
+    async def _start(self, rank: int) -> Child:
+        options = self._options
+        command = [
+            *["worker", str(options.model_dir), "--router", f"http://{self._router}"],
+            *["--worker-id", f"worker-{self._index}"],
+            *options.worker_arguments,
+        ]
+        name = self.name
+        if options.tp > 1:
+            rendezvous = self._rendezvous().as_uri()
+            command += ["--tp", str(options.tp), "--rank", str(rank), "--rendezvous", rendezvous]
+            name = f"{self.name} rank {rank}"
+
+        def on_status(status: dict[str, Any]) -> None:
+            self._on_status(rank, status)
+
+        return await Child.start(name, command, self._console, on_status, self._environment)
+
+    def _rendezvous(self) -> Path:
+        # A file that an earlier attempt has used would bring its dead ranks' addresses.
+        return self._run_directory / f"group-{self._index}-{self._attempts}"
+
+    def _on_status(self, rank: int, status: dict[str, Any]) -> None:
+        match status:
+            case {"status": "loading", "done": int(done), "total": int(total)} if total > 0:
+                self._loaded[rank] = min(done / total, 1.0)
+            case {"status": "ready"}:
+                self._ready_ranks.add(rank)
+                if rank == 0:
+                    self._restarts.ready()
+                    if self._attempts > 1:
+                        self._console.line(f"{self.name} is ready again")
+            case _:
+                self._console.line(f"{self.name} wrote a status that is not understood")
+
+
+def _environment(options: ServeOptions, cuda_devices: str | None) -> dict[str, str]:
+    environment = {} if cuda_devices is None else {"CUDA_VISIBLE_DEVICES": cuda_devices}
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that each take every core would slow each other down.
+        cores = len(os.sched_getaffinity(0))
+        environment["OMP_NUM_THREADS"] = str(max(1, cores // (options.tp * options.replicas)))
+    return environment
