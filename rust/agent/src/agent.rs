@@ -1,0 +1,140 @@
+//! The handle that the engine drives: four verbs, callable from any thread.
+
+use std::{sync::Arc, thread::JoinHandle, time::Duration};
+
+use orchestra_core::step::{StepOutput, StepPlan};
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    attach::{self, Network},
+    config::AgentConfig,
+    error::AgentError,
+    load::{AgentStats, LoadBoard},
+    plan_codec::{OutputBuffers, encode_plan},
+    step_loop::StepLoop,
+};
+
+/// Commands from the router that may wait for the step loop. When it is full, the network side stops reading, and
+/// HTTP/2 flow control holds the router back.
+const COMMANDS_MAX: usize = 1024;
+
+/// A worker's side of the router: takes sequences in, plans steps, sends tokens out.
+///
+/// One thread drives it: `next_step`, execute, `commit`, repeat. The other calls may come from any thread, also while
+/// `next_step` waits.
+#[derive(Debug)]
+pub struct Agent {
+    /// Held by whoever drives the steps, so never contended but by `close`.
+    step_loop: Mutex<StepLoop>,
+    board: Arc<LoadBoard>,
+    closing: CancellationToken,
+    network: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Agent {
+    /// Checks the settings and starts to attach to the router, which need not be there yet.
+    ///
+    /// The worker announces itself with the first `next_step`, so that no sequence waits for a model that loads.
+    pub fn new(config: AgentConfig) -> Result<Self, AgentError> {
+        config.validate().map_err(AgentError::InvalidConfig)?;
+        let config = Arc::new(config);
+        let board = Arc::new(LoadBoard::default());
+        let closing = CancellationToken::new();
+        let (sender, receiver) = mpsc::channel(COMMANDS_MAX);
+
+        let step_loop = StepLoop::new(
+            Arc::clone(&config),
+            receiver,
+            Arc::clone(&board),
+            closing.clone(),
+        )?;
+        let network = Network::new(config, sender, Arc::clone(&board), closing.clone())?;
+        let thread = attach::start(network).map_err(AgentError::Start)?;
+        Ok(Self {
+            step_loop: Mutex::new(step_loop),
+            board,
+            closing,
+            network: Mutex::new(Some(thread)),
+        })
+    }
+
+    /// The next step to execute; `None` when there was nothing to do for `timeout`. Sleeps while it waits.
+    ///
+    /// # Errors
+    /// [`AgentError::StepOutstanding`] where the last step was not committed, [`AgentError::Closed`] and
+    /// [`AgentError::Failed`] when the agent has ended.
+    pub fn next_step(&self, timeout: Duration) -> Result<Option<StepPlan>, AgentError> {
+        self.step_loop.lock().next_step(timeout)
+    }
+
+    /// [`next_step`](Self::next_step) as the shards read it: one msgpack map, see [`plan_codec`](crate::plan_codec).
+    pub fn next_step_encoded(&self, timeout: Duration) -> Result<Option<Vec<u8>>, AgentError> {
+        let Some(plan) = self.next_step(timeout)? else {
+            return Ok(None);
+        };
+        Ok(Some(encode_plan(&plan)?))
+    }
+
+    /// Hands in what the model drew for the step handed out last, and sends the tokens to the router.
+    ///
+    /// # Errors
+    /// An answer that does not fit its plan is refused and changes nothing: the step can still be committed.
+    pub fn commit(&self, output: &StepOutput) -> Result<(), AgentError> {
+        self.step_loop.lock().commit(output)
+    }
+
+    /// [`commit`](Self::commit) of raw little-endian arrays, as the shards compute them.
+    pub fn commit_buffers(
+        &self,
+        step_id: u64,
+        buffers: &OutputBuffers<'_>,
+    ) -> Result<(), AgentError> {
+        self.step_loop.lock().commit_buffers(step_id, buffers)
+    }
+
+    /// Gives up: executing a step failed, so its KV cannot be trusted. Every sequence ends with `worker_failed` and
+    /// this message, the stream to the router ends, and `next_step` fails from now on.
+    pub fn fail(&self, message: &str) {
+        self.step_loop.lock().fail(message);
+    }
+
+    /// Refuses new sequences from now on with `shutting_down`; those that run or wait go on.
+    pub fn drain(&self) {
+        self.board.update(|stats| stats.is_draining = true);
+    }
+
+    /// Figures since start.
+    pub fn stats(&self) -> AgentStats {
+        self.board.read()
+    }
+
+    /// Whether no sequence runs or waits.
+    pub fn is_idle(&self) -> bool {
+        self.board.read().is_idle()
+    }
+
+    /// Whether a router's stream is open.
+    pub fn is_attached(&self) -> bool {
+        self.board.read().is_attached
+    }
+
+    /// Sends what is left to send, ends the stream and the network thread. `next_step` returns
+    /// [`AgentError::Closed`], also where it waits now. Takes at most [`AgentConfig::close_grace`]; again does nothing.
+    pub fn close(&self) {
+        self.closing.cancel();
+        self.step_loop.lock().close();
+        if let Some(thread) = self.network.lock().take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the agent's network thread panicked");
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

@@ -1,0 +1,382 @@
+//! One step: take inputs → schedule → hand out the plan → commit what was drawn → publish.
+//!
+//! The loop owns the scheduler. It runs on the thread that calls [`Agent::next_step`](crate::Agent::next_step), so
+//! there is no hop between deciding a step and executing it.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use orchestra_core::{
+    ErrorCode, RejectReason, RequestId, Time,
+    step::{StepOutput, StepPlan, StepScheduler},
+};
+use orchestra_proto::v1::{self, worker_message::Message};
+use tokio::sync::mpsc::{self, error::TryRecvError};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    admission::{self, Refusal},
+    attachment::{Attachment, AttachmentId, Command, Lost, Patience},
+    config::AgentConfig,
+    error::AgentError,
+    load::LoadBoard,
+    outputs, park,
+    plan_codec::{OutputBuffers, Wanted},
+};
+
+/// Longest single wait for work; callers that ask for more get it in turns of this.
+const WAIT_MAX: Duration = Duration::from_secs(3600);
+
+/// A step that was handed out and not yet committed.
+#[derive(Debug)]
+struct Outstanding {
+    step_id: u64,
+    wanted: Wanted,
+    handed_out: Instant,
+}
+
+/// Owner of the replica's scheduler.
+#[derive(Debug)]
+pub(crate) struct StepLoop {
+    config: Arc<AgentConfig>,
+    /// SHA-256 of the model files, computed once.
+    model_files_digest: String,
+    scheduler: StepScheduler,
+    commands: mpsc::Receiver<Command>,
+    attachment: Option<Attachment>,
+    last_request_id: u64,
+    outstanding: Option<Outstanding>,
+    /// Why the agent gave up, once it has.
+    failure: Option<String>,
+    patience: Patience,
+    board: Arc<LoadBoard>,
+    started: Instant,
+}
+
+impl StepLoop {
+    pub(crate) fn new(
+        config: Arc<AgentConfig>,
+        commands: mpsc::Receiver<Command>,
+        board: Arc<LoadBoard>,
+        closing: CancellationToken,
+    ) -> Result<Self, AgentError> {
+        let scheduler =
+            StepScheduler::new(config.scheduler.clone()).map_err(AgentError::InvalidConfig)?;
+        board.update(|stats| stats.set_scheduler(scheduler.stats()));
+        Ok(Self {
+            model_files_digest: config.model_files.digest(),
+            scheduler,
+            commands,
+            attachment: None,
+            last_request_id: 0,
+            outstanding: None,
+            failure: None,
+            patience: Patience {
+                limit: config.outbound_stall_limit,
+                closing,
+            },
+            board,
+            started: Instant::now(),
+            config,
+        })
+    }
+
+    // === the corridor ===
+
+    pub(crate) fn next_step(&mut self, timeout: Duration) -> Result<Option<StepPlan>, AgentError> {
+        self.check_usable()?;
+        if let Some(outstanding) = &self.outstanding {
+            return Err(AgentError::StepOutstanding(outstanding.step_id));
+        }
+        let deadline = Instant::now() + timeout.min(WAIT_MAX);
+        loop {
+            let began = Instant::now();
+            self.take_inputs();
+            let plan = self.scheduler.schedule(self.now());
+            self.note_scheduling(began);
+            if let Some(plan) = plan {
+                self.outstanding = Some(Outstanding {
+                    step_id: plan.step_id,
+                    wanted: Wanted::new(&plan, self.config.vocab_size),
+                    handed_out: Instant::now(),
+                });
+                return Ok(Some(plan));
+            }
+            // Nothing executes for a while: what changed in the cache goes out now.
+            self.send_kv_events();
+            match self.wait(deadline)? {
+                Some(command) => self.obey(command),
+                None => return Ok(None),
+            }
+        }
+    }
+
+    pub(crate) fn commit_buffers(
+        &mut self,
+        step_id: u64,
+        buffers: &OutputBuffers<'_>,
+    ) -> Result<(), AgentError> {
+        let output = self.outstanding(step_id)?.wanted.decode(step_id, buffers)?;
+        self.commit(&output)
+    }
+
+    pub(crate) fn commit(&mut self, output: &StepOutput) -> Result<(), AgentError> {
+        let executed = self.outstanding(output.step_id)?.handed_out.elapsed();
+        let began = Instant::now();
+        let updates = self
+            .scheduler
+            .update_from_output(output, self.now())
+            .map_err(AgentError::Step)?;
+        self.outstanding = None;
+        self.board
+            .update(|stats| stats.execute_us += micros(executed));
+
+        let sent = self.attachment.as_mut().map_or(Ok(()), |attachment| {
+            let outputs = outputs::sequence_outputs(updates, attachment);
+            if outputs.is_empty() {
+                return Ok(());
+            }
+            attachment.send(outputs::tokens_message(outputs), &self.patience)
+        });
+        self.keep_or_detach(sent);
+        self.send_kv_events();
+        self.note_scheduling(began);
+        Ok(())
+    }
+
+    fn outstanding(&self, step_id: u64) -> Result<&Outstanding, AgentError> {
+        self.check_usable()?;
+        self.outstanding
+            .as_ref()
+            .filter(|outstanding| outstanding.step_id == step_id)
+            .ok_or(AgentError::UnknownStep(step_id))
+    }
+
+    // === inputs ===
+
+    /// Obeys every command that waits; at most as many as the queue holds, so that a flood cannot hold up a step.
+    fn take_inputs(&mut self) {
+        for _ in 0..self.commands.max_capacity() {
+            match self.commands.try_recv() {
+                Ok(command) => self.obey(command),
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
+            }
+        }
+        let sent = self.attachment.as_mut().map_or(Ok(()), |attachment| {
+            attachment.send_refusals(&self.patience)
+        });
+        self.keep_or_detach(sent);
+    }
+
+    /// Sleeps until a command comes; `None` when `deadline` has passed.
+    fn wait(&mut self, deadline: Instant) -> Result<Option<Command>, AgentError> {
+        let Self {
+            commands, patience, ..
+        } = self;
+        let woken = async {
+            tokio::select! {
+                biased;
+                () = patience.closing.cancelled() => Err(AgentError::Closed),
+                command = commands.recv() => Ok(command),
+            }
+        };
+        match park::wait_until(woken, deadline) {
+            None => Ok(None),
+            Some(Ok(Some(command))) => Ok(Some(command)),
+            Some(Ok(None)) => {
+                let failure = "the network thread has ended".to_owned();
+                self.failure = Some(failure.clone());
+                Err(AgentError::Failed(failure))
+            }
+            Some(Err(closed)) => Err(closed),
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Attached(attachment) => self.attach(attachment),
+            Command::Start(id, start) if self.is_current(id) => self.start(start),
+            Command::Abort(id, sequence_id) if self.is_current(id) => self.abort(sequence_id),
+            Command::Detached(id) if self.is_current(id) => self.detach(Lost::Ended),
+            // Of an attachment that was lost before.
+            Command::Start(..) | Command::Abort(..) | Command::Detached(_) => {}
+        }
+    }
+
+    fn is_current(&self, id: AttachmentId) -> bool {
+        self.attachment
+            .as_ref()
+            .is_some_and(|attachment| attachment.id == id)
+    }
+
+    fn start(&mut self, start: v1::StartSequence) {
+        let Some(attachment) = &mut self.attachment else {
+            return;
+        };
+        let sequence_id = start.sequence_id;
+        // The router could not tell the outputs of the two apart, so both end.
+        let refused = if let Some(running) = attachment.remove(sequence_id) {
+            self.scheduler.abort(running);
+            Err(Refusal::new(
+                ErrorCode::Internal,
+                "sequence_id is in use on this stream",
+            ))
+        } else if self.board.read().is_draining {
+            Err(RejectReason::ShuttingDown.into())
+        } else {
+            self.last_request_id += 1;
+            let id = RequestId(self.last_request_id);
+            let now = Time(micros(self.started.elapsed()));
+            admission::admit(start, id, &self.config)
+                .and_then(|request| Ok(self.scheduler.add_request(request, now)?))
+                .map(|()| attachment.insert(sequence_id, id))
+        };
+        if let Err(Refusal { code, message }) = refused {
+            tracing::debug!(sequence_id, %code, "sequence refused");
+            self.board.update(|stats| stats.refusals += 1);
+            attachment.refuse(outputs::error_output(sequence_id, code, &message));
+        }
+    }
+
+    fn abort(&mut self, sequence_id: u64) {
+        // Unknown: it ended before the abort came.
+        if let Some(request_id) = self
+            .attachment
+            .as_mut()
+            .and_then(|attachment| attachment.remove(sequence_id))
+        {
+            self.scheduler.abort(request_id);
+        }
+    }
+
+    // === attachments ===
+
+    /// Announces the worker on a new stream. The snapshot and every event after it go through the same queue, and the
+    /// events before it are part of it: nothing is lost or told twice.
+    fn attach(&mut self, attachment: Attachment) {
+        self.detach(Lost::Ended);
+        drop(self.scheduler.take_kv_events());
+        let limits = &self.config.scheduler;
+        let hello = v1::WorkerHello {
+            worker_id: self.config.worker_id.clone(),
+            model: self.config.model.clone(),
+            weights_epoch: self.config.weights_epoch,
+            block_size: limits.block_size,
+            num_blocks: limits.num_blocks,
+            max_num_seqs: limits.max_num_seqs,
+            max_model_len: limits.max_model_len,
+            model_files_digest: self.model_files_digest.clone(),
+            eos_token_ids: limits.eos_token_ids.clone(),
+            block_hashes: outputs::wire(&self.scheduler.cached_block_hashes()),
+            vocab_size: self.config.vocab_size,
+        };
+        let hello = v1::WorkerMessage {
+            message: Some(Message::Hello(hello)),
+        };
+        let sent = attachment.send(hello, &self.patience);
+        self.attachment = Some(attachment);
+        self.keep_or_detach(sent);
+    }
+
+    /// Forgets the attachment and aborts its sequences: whoever wants them replays them elsewhere.
+    fn detach(&mut self, lost: Lost) {
+        let Some(attachment) = self.attachment.take() else {
+            return;
+        };
+        let aborted = self.scheduler.abort_all().len();
+        match lost {
+            // The sequences that end here are still told, as far as they are queued.
+            Lost::Ended | Lost::Closing => drop(attachment),
+            Lost::Stalled => {
+                attachment.cut();
+                self.board.update(|stats| stats.outbound_stalls += 1);
+                let limit = self.patience.limit;
+                tracing::warn!(
+                    ?limit,
+                    aborted,
+                    "router reads too slowly, attachment dropped"
+                );
+            }
+        }
+        self.board.update(|stats| {
+            stats.aborted_by_detach += aborted as u64;
+            stats.set_scheduler(self.scheduler.stats());
+        });
+    }
+
+    fn keep_or_detach(&mut self, sent: Result<(), Lost>) {
+        if let Err(lost) = sent {
+            self.detach(lost);
+        }
+    }
+
+    fn send_kv_events(&mut self) {
+        // Without an attachment they are dropped: the next hello tells the whole cache.
+        let events = self.scheduler.take_kv_events();
+        let sent = self.attachment.as_mut().map_or(Ok(()), |attachment| {
+            attachment.send_kv_events(events, &self.patience)
+        });
+        self.keep_or_detach(sent);
+    }
+
+    // === ends ===
+
+    pub(crate) fn fail(&mut self, message: &str) {
+        if self.failure.is_some() {
+            return;
+        }
+        tracing::error!(
+            worker_id = self.config.worker_id,
+            "step failed, the agent gives up"
+        );
+        self.failure = Some(message.to_owned());
+        self.outstanding = None;
+        if let Some(attachment) = &mut self.attachment {
+            let outputs = attachment
+                .sequence_ids()
+                .map(|id| outputs::error_output(id, ErrorCode::WorkerFailed, message))
+                .collect();
+            // Where that fails the stream has ended, and the router knows.
+            let _ = attachment.send(outputs::tokens_message(outputs), &self.patience);
+        }
+        self.detach(Lost::Ended);
+        self.patience.closing.cancel();
+    }
+
+    pub(crate) fn close(&mut self) {
+        self.outstanding = None;
+        self.detach(Lost::Closing);
+    }
+
+    fn check_usable(&self) -> Result<(), AgentError> {
+        if let Some(failure) = &self.failure {
+            return Err(AgentError::Failed(failure.clone()));
+        }
+        if self.patience.closing.is_cancelled() {
+            Err(AgentError::Closed)
+        } else {
+            Ok(())
+        }
+    }
+
+    // === figures ===
+
+    fn now(&self) -> Time {
+        Time(micros(self.started.elapsed()))
+    }
+
+    fn note_scheduling(&self, began: Instant) {
+        let spent = micros(began.elapsed());
+        let scheduler = self.scheduler.stats();
+        self.board.update(|stats| {
+            stats.schedule_us += spent;
+            stats.set_scheduler(scheduler);
+        });
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
