@@ -37,7 +37,7 @@ def serve(options: ServeOptions) -> int:
     """Serves until a signal comes; returns the exit code."""
 
     async def run() -> int:
-        return await Supervisor(options, Console(sys.stderr)).run()
+        return await Supervisor(options, Console(sys.stderr), Console(sys.stdout)).run()
 
     try:
         import uvloop

@@ -44,7 +44,7 @@ class ServeOptions:
     drain_timeout_s: float
     """How long running requests may go on after a signal to stop."""
     print_addresses: bool
-    """Write one JSON line with the addresses to standard output when ready."""
+    """When ready, write one JSON line with the addresses instead of lines for a person."""
     worker_arguments: tuple[str, ...]
     """Further arguments of every rank."""
 
@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--print-addresses",
         action="store_true",
-        help="write one JSON line with the addresses to standard output when ready",
+        help="when ready, write one JSON line instead of lines for a person",
     )
     group = parser.add_argument_group("worker options", "given to every worker")
     for flag, text in WORKER_OPTIONS.items():

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,14 @@ class Supervisor:
 
     Args:
         options: what was asked for; already checked.
-        console: for lines to a person.
+        console: for progress and log lines.
+        output: for the addresses, once there are any to use.
     """
 
-    def __init__(self, options: ServeOptions, console: Console) -> None:
+    def __init__(self, options: ServeOptions, console: Console, output: Console) -> None:
         self._options = options
         self._console = console
+        self._output = output
         self._router = RouterProcess(options, console)
         self._groups: list[WorkerGroup] = []
         self._stop = asyncio.Event()
@@ -90,12 +91,11 @@ class Supervisor:
             self._console.progress(self._loading_text())
             await asyncio.sleep(POLL_S)
         self._console.progress("")
-        for line in _ready_lines(self._options, addresses, time.monotonic() - self._started):
-            self._console.line(line)
         if self._options.print_addresses:
-            ready = {**vars(addresses), "model": self._options.model_name}
-            sys.stdout.write(json.dumps(ready) + "\n")
-            sys.stdout.flush()
+            self._output.line(json.dumps({**vars(addresses), "model": self._options.model_name}))
+            return
+        for line in _ready_lines(self._options, addresses, time.monotonic() - self._started):
+            self._output.line(line)
 
     def _loading_text(self) -> str:
         # Steps of ten: where progress is not redrawn, each change is a line.
