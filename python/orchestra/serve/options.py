@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--port", type=_port, default=8000, help="OpenAI HTTP (default: 8000; 0: any)"
     )
     parser.add_argument(
-        "--grpc-port", type=_port, default=8001, help="gRPC (default: 8001; 0: any)"
+        "--grpc-port", type=_port, help="gRPC (default: the port after --port; 0: any)"
     )
     parser.add_argument(
         "--drain-timeout",
@@ -118,7 +118,7 @@ def from_arguments(arguments: argparse.Namespace) -> ServeOptions:
         replicas=arguments.replicas,
         host=arguments.host,
         port=arguments.port,
-        grpc_port=arguments.grpc_port,
+        grpc_port=_grpc_port(arguments.port, arguments.grpc_port),
         drain_timeout_s=arguments.drain_timeout,
         print_addresses=arguments.print_addresses,
         worker_arguments=tuple(worker),
@@ -201,6 +201,12 @@ def _check_port(host: str, port: int, flag: str) -> None:
         except OSError as error:
             message = f"cannot listen on {host} port {port} ({error.strerror}); choose another with {flag}"
             raise AddressInUseError(message) from error
+
+
+def _grpc_port(port: int, chosen: int | None) -> int:
+    if chosen is not None:
+        return chosen
+    return port + 1 if 0 < port < 65535 else 0
 
 
 def _positive(text: str) -> int:
