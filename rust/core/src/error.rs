@@ -84,7 +84,10 @@ impl ErrorCode {
 
     /// Whether the same request may succeed when it is sent again.
     pub const fn retryable(self) -> bool {
-        matches!(self, Self::QueueFull | Self::NoWorkers | Self::PreemptedOut | Self::ShuttingDown)
+        matches!(
+            self,
+            Self::QueueFull | Self::NoWorkers | Self::PreemptedOut | Self::ShuttingDown
+        )
     }
 }
 
@@ -124,6 +127,12 @@ pub enum RejectReason {
         /// Blocks that exist.
         limit: usize,
     },
+    /// There is nothing to continue: a prompt has at least one token.
+    #[error("the prompt has no tokens")]
+    EmptyPrompt,
+    /// A request with this id is still waiting or running.
+    #[error("a request with this id is being generated")]
+    DuplicateId,
     /// No new work is taken.
     #[error("no new requests are taken: shutting down")]
     ShuttingDown,
@@ -137,6 +146,8 @@ impl RejectReason {
             Self::DeadlineExceeded => ErrorCode::DeadlineExceeded,
             Self::TooLong { .. } => ErrorCode::ContextTooLong,
             Self::NoCapacity { .. } => ErrorCode::NoWorkers,
+            Self::EmptyPrompt => ErrorCode::InvalidRequest,
+            Self::DuplicateId => ErrorCode::Internal,
             Self::ShuttingDown => ErrorCode::ShuttingDown,
         }
     }

@@ -59,7 +59,10 @@ pub fn next_block_hash(parent: u64, tokens: &[TokenId]) -> BlockHash {
         for (chunk, token) in bytes.chunks_exact_mut(4).zip(tokens) {
             chunk.copy_from_slice(&token.to_le_bytes());
         }
-        return BlockHash(xxh3_64_with_seed(bytes.split_at(tokens.len() * 4).0, parent));
+        return BlockHash(xxh3_64_with_seed(
+            bytes.split_at(tokens.len() * 4).0,
+            parent,
+        ));
     }
     let mut hasher = Xxh3::with_seed(parent);
     for token in tokens {
@@ -92,20 +95,39 @@ mod tests {
     #[test]
     fn prefixes_share_hashes_and_seeds_separate_them() {
         let tokens: Vec<TokenId> = (0..40).collect();
-        let seed = SeedParts { model: "m", ..SeedParts::default() }.seed();
+        let seed = SeedParts {
+            model: "m",
+            ..SeedParts::default()
+        }
+        .seed();
         let long = block_hashes(seed, &tokens, 16);
         let short = block_hashes(seed, &tokens[..20], 16);
         assert_eq!((long.len(), short.len()), (2, 1));
         assert_eq!(long[0], short[0]);
 
-        let next_epoch = SeedParts { model: "m", weights_epoch: 1, ..SeedParts::default() }.seed();
+        let next_epoch = SeedParts {
+            model: "m",
+            weights_epoch: 1,
+            ..SeedParts::default()
+        }
+        .seed();
         assert_ne!(block_hashes(next_epoch, &tokens, 16)[0], long[0]);
     }
 
     #[test]
     fn strings_in_the_seed_do_not_run_together() {
-        let a = SeedParts { model: "ab", lora_id: "c", ..SeedParts::default() }.seed();
-        let b = SeedParts { model: "a", lora_id: "bc", ..SeedParts::default() }.seed();
+        let a = SeedParts {
+            model: "ab",
+            lora_id: "c",
+            ..SeedParts::default()
+        }
+        .seed();
+        let b = SeedParts {
+            model: "a",
+            lora_id: "bc",
+            ..SeedParts::default()
+        }
+        .seed();
         assert_ne!(a, b);
     }
 

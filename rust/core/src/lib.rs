@@ -6,6 +6,7 @@
 //! Reading order: [`error`], [`sampling`] and [`hash`] are shared words; [`step`] plans one replica's steps;
 //! [`scheduler`] chooses among replicas and GPUs.
 
+pub mod config;
 pub mod error;
 pub mod hash;
 pub mod ids;

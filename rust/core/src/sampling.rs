@@ -78,13 +78,23 @@ pub struct SamplingError {
 impl SamplingParams {
     /// Checks every range; the first violation is returned. NaN is in no range.
     pub fn validate(&self) -> Result<(), SamplingError> {
-        let error = |field, expected, got: String| Err(SamplingError { field, expected, got });
+        let error = |field, expected, got: String| {
+            Err(SamplingError {
+                field,
+                expected,
+                got,
+            })
+        };
         let within = |value: f32, low: f32, high: f32| value >= low && value <= high;
         if self.max_tokens == 0 {
             return error("max_tokens", "at least 1", "0".to_owned());
         }
         if !within(self.temperature, 0.0, 2.0) {
-            return error("temperature", "between 0 and 2", self.temperature.to_string());
+            return error(
+                "temperature",
+                "between 0 and 2",
+                self.temperature.to_string(),
+            );
         }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             return error("top_p", "above 0 and at most 1", self.top_p.to_string());
@@ -108,7 +118,13 @@ impl SamplingParams {
     }
 
     fn validate_lists(&self) -> Result<(), SamplingError> {
-        let error = |field, expected, got: String| Err(SamplingError { field, expected, got });
+        let error = |field, expected, got: String| {
+            Err(SamplingError {
+                field,
+                expected,
+                got,
+            })
+        };
         if self.stop_token_ids.len() > STOP_TOKEN_IDS_MAX {
             let got = self.stop_token_ids.len().to_string();
             return error("stop_token_ids", "at most 64 tokens", got);
@@ -120,8 +136,10 @@ impl SamplingParams {
             let got = self.logit_bias.len().to_string();
             return error("logit_bias", "at most 1024 tokens", got);
         }
-        if let Some((_, bias)) =
-            self.logit_bias.iter().find(|(_, bias)| !(-100.0..=100.0).contains(bias))
+        if let Some((_, bias)) = self
+            .logit_bias
+            .iter()
+            .find(|(_, bias)| !(-100.0..=100.0).contains(bias))
         {
             return error("logit_bias", "between -100 and 100", bias.to_string());
         }
@@ -149,17 +167,83 @@ mod tests {
     fn every_range_is_held_and_names_its_field() {
         let base = SamplingParams::default;
         let cases = [
-            ("max_tokens", SamplingParams { max_tokens: 0, ..base() }),
-            ("temperature", SamplingParams { temperature: f32::NAN, ..base() }),
-            ("temperature", SamplingParams { temperature: 2.5, ..base() }),
-            ("top_p", SamplingParams { top_p: 0.0, ..base() }),
-            ("min_p", SamplingParams { min_p: -0.1, ..base() }),
-            ("repetition_penalty", SamplingParams { repetition_penalty: 0.0, ..base() }),
-            ("presence_penalty", SamplingParams { presence_penalty: 2.1, ..base() }),
-            ("frequency_penalty", SamplingParams { frequency_penalty: f32::INFINITY, ..base() }),
-            ("stop_token_ids", SamplingParams { stop_token_ids: vec![1; 65], ..base() }),
-            ("logprobs", SamplingParams { logprobs: Some(21), ..base() }),
-            ("logit_bias", SamplingParams { logit_bias: vec![(1, f32::NAN)], ..base() }),
+            (
+                "max_tokens",
+                SamplingParams {
+                    max_tokens: 0,
+                    ..base()
+                },
+            ),
+            (
+                "temperature",
+                SamplingParams {
+                    temperature: f32::NAN,
+                    ..base()
+                },
+            ),
+            (
+                "temperature",
+                SamplingParams {
+                    temperature: 2.5,
+                    ..base()
+                },
+            ),
+            (
+                "top_p",
+                SamplingParams {
+                    top_p: 0.0,
+                    ..base()
+                },
+            ),
+            (
+                "min_p",
+                SamplingParams {
+                    min_p: -0.1,
+                    ..base()
+                },
+            ),
+            (
+                "repetition_penalty",
+                SamplingParams {
+                    repetition_penalty: 0.0,
+                    ..base()
+                },
+            ),
+            (
+                "presence_penalty",
+                SamplingParams {
+                    presence_penalty: 2.1,
+                    ..base()
+                },
+            ),
+            (
+                "frequency_penalty",
+                SamplingParams {
+                    frequency_penalty: f32::INFINITY,
+                    ..base()
+                },
+            ),
+            (
+                "stop_token_ids",
+                SamplingParams {
+                    stop_token_ids: vec![1; 65],
+                    ..base()
+                },
+            ),
+            (
+                "logprobs",
+                SamplingParams {
+                    logprobs: Some(21),
+                    ..base()
+                },
+            ),
+            (
+                "logit_bias",
+                SamplingParams {
+                    logit_bias: vec![(1, f32::NAN)],
+                    ..base()
+                },
+            ),
         ];
         for (field, params) in cases {
             assert_eq!(params.validate().map_err(|error| error.field), Err(field));

@@ -1,0 +1,303 @@
+//! The replica's KV blocks: who holds them, and which of them can be reused.
+//!
+//! ```text
+//!           allocate                cache (after the step that computed it)
+//!   free ────────────▶ private ───────────────────────────────▶ cached, held
+//!    ▲                    │ release                     acquire ▲ │ release by the last holder
+//!    ├────────────────────┘                                     │ ▼
+//!    └──────────────────────────────────────────────────── cached, unused
+//!                     evict (least recently used)
+//! ```
+//!
+//! Only a private block is ever written, and it has exactly one holder. A cached block is complete and stays as
+//! it is until it is evicted.
+//!
+//! **Hashes find, tokens prove.** The index is keyed by the chained hash, but a block is reused only where its
+//! tokens and its parent *block* are the ones looked for. By induction from the seed the whole prefix is equal,
+//! so a collision of hashes costs a miss and never gives wrong KV.
+//!
+//! **The cache is closed under parents.** A block is cached only in the table where all blocks before it are
+//! cached ones; tables are released from their end. So whoever holds a block holds its parents, a parent was used
+//! after its children, and eviction takes children first: the parent of a cached block is always there.
+
+mod integrity;
+#[cfg(test)]
+mod tests;
+
+use rustc_hash::FxHashMap;
+
+use super::{kv_events::KvEventLog, lru::LruList, plan::KvEvent};
+use crate::{
+    hash::{BlockHash, HashSeed},
+    ids::{BlockId, TokenId},
+};
+
+/// What comes before a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Parent {
+    /// Nothing: the block is the first of its chain.
+    Seed(HashSeed),
+    /// A cached block.
+    Block(BlockId),
+}
+
+/// What a cached block holds, besides its tokens.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Identity {
+    pub(super) hash: BlockHash,
+    pub(super) parent: Parent,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Block {
+    ref_count: u32,
+    /// Set while the block is cached.
+    identity: Option<Identity>,
+}
+
+/// A chain of full blocks as a sequence knows it: what to look for, or to cache.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Chain<'a> {
+    pub(super) seed: HashSeed,
+    /// One for each full block.
+    pub(super) hashes: &'a [BlockHash],
+    /// All tokens of the full blocks, or more.
+    pub(super) token_ids: &'a [TokenId],
+}
+
+/// All KV blocks of a replica.
+#[derive(Debug)]
+pub(super) struct BlockPool {
+    block_size: usize,
+    blocks: Vec<Block>,
+    /// `[num_blocks, block_size]`; a row means something while its block is cached.
+    token_ids: Vec<TokenId>,
+    /// Blocks that hold nothing; the last is given out first.
+    free: Vec<BlockId>,
+    /// Cached blocks that nobody holds.
+    unused: LruList,
+    index: FxHashMap<BlockHash, BlockId>,
+    events: KvEventLog,
+}
+
+impl BlockPool {
+    /// A pool of free blocks.
+    pub(super) fn new(num_blocks: u32, block_size: u32) -> Self {
+        let (count, block_size) = (num_blocks as usize, block_size as usize);
+        Self {
+            block_size,
+            blocks: vec![Block::default(); count],
+            token_ids: vec![0; count * block_size],
+            free: (0..num_blocks).rev().map(BlockId).collect(),
+            unused: LruList::new(count),
+            index: FxHashMap::default(),
+            events: KvEventLog::new(count),
+        }
+    }
+
+    pub(super) fn num_blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Blocks that can be given out now: free ones and unused cached ones.
+    pub(super) fn num_available(&self) -> usize {
+        self.free.len() + self.unused.len()
+    }
+
+    pub(super) fn ref_count(&self, block: BlockId) -> u32 {
+        self.blocks[block.0 as usize].ref_count
+    }
+
+    /// The hash of a cached block.
+    pub(super) fn hash_of(&self, block: BlockId) -> Option<BlockHash> {
+        self.blocks[block.0 as usize]
+            .identity
+            .map(|identity| identity.hash)
+    }
+
+    /// A block to write, held once. Evicts where no free block is left; `None` where all are held.
+    pub(super) fn allocate(&mut self) -> Option<BlockId> {
+        let block = self.free.pop().or_else(|| self.evict())?;
+        self.blocks[block.0 as usize].ref_count = 1;
+        Some(block)
+    }
+
+    /// A table of `len` blocks that begins with the cached blocks `matched`, or nothing where fewer than
+    /// `reserve` blocks would remain available.
+    pub(super) fn allocate_table(
+        &mut self,
+        matched: &[BlockId],
+        len: usize,
+        reserve: usize,
+    ) -> Option<Vec<BlockId>> {
+        let num_held = matched
+            .iter()
+            .filter(|&&block| self.ref_count(block) > 0)
+            .count();
+        if len - num_held + reserve > self.num_available() {
+            return None;
+        }
+        // Matched blocks are taken first, so that filling up the table cannot evict them.
+        for &block in matched {
+            self.acquire(block);
+        }
+        let mut table = Vec::with_capacity(len + 1);
+        table.extend_from_slice(matched);
+        table.extend(std::iter::from_fn(|| self.allocate()).take(len - matched.len()));
+        Some(table)
+    }
+
+    /// Takes a share of a cached block.
+    fn acquire(&mut self, block: BlockId) {
+        let state = &mut self.blocks[block.0 as usize];
+        state.ref_count += 1;
+        if state.ref_count == 1 {
+            self.unused.remove(block);
+        }
+    }
+
+    /// Gives back a table, from its end: a chain's tail is evicted before its head.
+    pub(super) fn release_table(&mut self, table: &mut Vec<BlockId>) {
+        while let Some(block) = table.pop() {
+            self.release(block);
+        }
+    }
+
+    fn release(&mut self, block: BlockId) {
+        let state = &mut self.blocks[block.0 as usize];
+        debug_assert!(
+            state.ref_count > 0,
+            "{block} is released more often than it is held"
+        );
+        state.ref_count -= 1;
+        if state.ref_count == 0 {
+            match state.identity {
+                Some(_) => self.unused.push_newest(block),
+                None => self.free.push(block),
+            }
+        }
+    }
+
+    /// Forgets the unused block whose last use is longest ago.
+    fn evict(&mut self) -> Option<BlockId> {
+        let block = self.unused.pop_oldest()?;
+        if let Some(identity) = self.blocks[block.0 as usize].identity.take() {
+            self.index.remove(&identity.hash);
+            self.events.removed(identity.hash);
+        }
+        Some(block)
+    }
+
+    /// Finds the longest cached prefix of a chain and writes its blocks into `matched`. Takes no share of them.
+    pub(super) fn match_prefix(&self, chain: Chain<'_>, matched: &mut Vec<BlockId>) {
+        matched.clear();
+        let mut parent = Parent::Seed(chain.seed);
+        for (&hash, token_ids) in chain
+            .hashes
+            .iter()
+            .zip(chain.token_ids.chunks(self.block_size))
+        {
+            let Some(&block) = self.index.get(&hash) else {
+                return;
+            };
+            if !self.holds(block, parent, token_ids) {
+                return;
+            }
+            matched.push(block);
+            parent = Parent::Block(block);
+        }
+    }
+
+    /// Makes the blocks of `table` that a chain covers reusable, given that the first `num_cached` already are.
+    /// Returns how many are now.
+    ///
+    /// Where another sequence has computed the same block meanwhile, the table takes a share of that one and
+    /// gives its own back, so that equal content is kept once. A block whose hash belongs to other content stays
+    /// private, and so do the blocks after it.
+    pub(super) fn cache_blocks(
+        &mut self,
+        chain: Chain<'_>,
+        table: &mut [BlockId],
+        num_cached: usize,
+    ) -> usize {
+        let mut parent = match num_cached.checked_sub(1) {
+            Some(last) => Parent::Block(table[last]),
+            None => Parent::Seed(chain.seed),
+        };
+        let mut stored = Vec::new();
+        let mut num_now = num_cached;
+        let token_ids = chain.token_ids[num_cached * self.block_size..].chunks(self.block_size);
+        let contents = chain.hashes[num_cached..].iter().zip(token_ids);
+        for (block, (&hash, token_ids)) in table[num_cached..].iter_mut().zip(contents) {
+            match self.index.get(&hash) {
+                None => {
+                    self.insert(*block, Identity { hash, parent }, token_ids);
+                    stored.push(hash);
+                }
+                Some(&same) if self.holds(same, parent, token_ids) => {
+                    self.acquire(same);
+                    self.release(std::mem::replace(block, same));
+                }
+                Some(_) => break,
+            }
+            parent = Parent::Block(*block);
+            num_now += 1;
+        }
+        self.events.stored(stored);
+        num_now
+    }
+
+    fn insert(&mut self, block: BlockId, identity: Identity, token_ids: &[TokenId]) {
+        self.blocks[block.0 as usize].identity = Some(identity);
+        self.index.insert(identity.hash, block);
+        let start = block.0 as usize * self.block_size;
+        self.token_ids[start..start + self.block_size].copy_from_slice(token_ids);
+    }
+
+    /// Whether a cached block holds these tokens after this parent.
+    fn holds(&self, block: BlockId, parent: Parent, token_ids: &[TokenId]) -> bool {
+        self.blocks[block.0 as usize]
+            .identity
+            .is_some_and(|identity| identity.parent == parent)
+            && self.tokens_of(block) == token_ids
+    }
+
+    fn tokens_of(&self, block: BlockId) -> &[TokenId] {
+        let start = block.0 as usize * self.block_size;
+        &self.token_ids[start..start + self.block_size]
+    }
+
+    /// Changes of the cache since the last call.
+    pub(super) fn take_events(&mut self) -> Vec<KvEvent> {
+        let Self { events, blocks, .. } = self;
+        events.take(|| cached_hashes(blocks))
+    }
+
+    /// The hash of every cached block, parents before children.
+    pub(super) fn cached_hashes(&self) -> Vec<BlockHash> {
+        cached_hashes(&self.blocks)
+    }
+}
+
+fn cached_hashes(blocks: &[Block]) -> Vec<BlockHash> {
+    let mut hashes = Vec::new();
+    let mut is_listed = vec![false; blocks.len()];
+    let mut path = Vec::new();
+    for start in 0..blocks.len() {
+        // Up to the first ancestor that is listed already, then down again.
+        let mut next = Some(start);
+        while let Some(index) = next.filter(|&index| !is_listed[index]) {
+            let Some(identity) = blocks[index].identity else {
+                break;
+            };
+            is_listed[index] = true;
+            path.push(identity.hash);
+            next = match identity.parent {
+                Parent::Block(parent) => Some(parent.0 as usize),
+                Parent::Seed(_) => None,
+            };
+        }
+        hashes.extend(path.drain(..).rev());
+    }
+    hashes
+}

@@ -1,0 +1,123 @@
+//! The pool's invariants, asserted.
+
+use rustc_hash::FxHashSet;
+
+use super::{BlockPool, Parent};
+use crate::ids::BlockId;
+
+impl BlockPool {
+    /// Asserts every invariant, given all tables that hold blocks, each with its number of leading cached blocks.
+    pub(in crate::step) fn check_integrity(&self, tables: &[(&[BlockId], usize)]) {
+        self.check_counts(tables);
+        self.check_tables(tables);
+        self.check_cache();
+    }
+
+    /// Every block is free, unused or held, and held as often as the tables say.
+    fn check_counts(&self, tables: &[(&[BlockId], usize)]) {
+        let mut occurrences = vec![0_u32; self.num_blocks()];
+        for block in tables.iter().flat_map(|(table, _)| *table) {
+            occurrences[block.0 as usize] += 1;
+        }
+        for (index, state) in self.blocks.iter().enumerate() {
+            assert_eq!(state.ref_count, occurrences[index], "holders of b{index}");
+        }
+        let free: FxHashSet<BlockId> = self.free.iter().copied().collect();
+        assert_eq!(free.len(), self.free.len(), "a block is free once");
+        for block in &free {
+            let state = &self.blocks[block.0 as usize];
+            assert!(
+                state.ref_count == 0 && state.identity.is_none(),
+                "{block} is free"
+            );
+        }
+        let unused: Vec<BlockId> = self.unused.iter().collect();
+        assert_eq!(
+            unused.len(),
+            self.unused.len(),
+            "length of the list of unused blocks"
+        );
+        for block in &unused {
+            let state = &self.blocks[block.0 as usize];
+            assert!(
+                state.ref_count == 0 && state.identity.is_some(),
+                "{block} is unused"
+            );
+        }
+        let num_held = self
+            .blocks
+            .iter()
+            .filter(|block| block.ref_count > 0)
+            .count();
+        assert_eq!(
+            free.len() + unused.len() + num_held,
+            self.num_blocks(),
+            "blocks in all"
+        );
+    }
+
+    /// A table is a run of cached blocks, each the parent of the next, then private blocks.
+    fn check_tables(&self, tables: &[(&[BlockId], usize)]) {
+        for (table, num_cached) in tables {
+            for (position, block) in table.iter().enumerate() {
+                let state = &self.blocks[block.0 as usize];
+                assert_eq!(
+                    state.identity.is_some(),
+                    position < *num_cached,
+                    "cached: {block}"
+                );
+                assert!(
+                    state.identity.is_some() || state.ref_count == 1,
+                    "{block} has one writer"
+                );
+                if let Some(Parent::Block(parent)) = state.identity.map(|identity| identity.parent)
+                {
+                    assert_eq!(Some(&parent), table[..position].last(), "parent of {block}");
+                }
+            }
+        }
+    }
+
+    /// Index and blocks agree; parents are cached, as held as their children and used after them.
+    fn check_cache(&self) {
+        let num_cached = self
+            .blocks
+            .iter()
+            .filter(|block| block.identity.is_some())
+            .count();
+        assert_eq!(self.index.len(), num_cached, "entries of the index");
+        for (hash, block) in &self.index {
+            let state = &self.blocks[block.0 as usize];
+            assert_eq!(
+                state.identity.map(|it| it.hash),
+                Some(*hash),
+                "hash of {block}"
+            );
+            if let Some(Parent::Block(parent)) = state.identity.map(|it| it.parent) {
+                let parent_state = &self.blocks[parent.0 as usize];
+                assert!(
+                    parent_state.identity.is_some(),
+                    "parent {parent} of {block} is cached"
+                );
+                assert!(
+                    parent_state.ref_count >= state.ref_count,
+                    "holders of parent {parent}"
+                );
+            }
+        }
+        assert_eq!(self.cached_hashes().len(), num_cached, "listed hashes");
+        let mut is_older = vec![false; self.num_blocks()];
+        for block in self.unused.iter() {
+            is_older[block.0 as usize] = true;
+            if let Some(Parent::Block(parent)) = self.blocks[block.0 as usize]
+                .identity
+                .map(|identity| identity.parent)
+            {
+                assert!(
+                    !is_older[parent.0 as usize],
+                    "{parent} would be evicted before {block}"
+                );
+            }
+        }
+    }
+}

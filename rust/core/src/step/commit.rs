@@ -1,0 +1,142 @@
+//! Takes a step's result: KV that is now computed, tokens that were drawn, sequences that ended.
+
+use super::{
+    error::StepError,
+    plan::{StepOutput, TokenUpdate},
+    scheduler::StepScheduler,
+    sequence::Running,
+};
+use crate::time::Time;
+
+/// A step whose output is due. What it computes of each sequence stands in the running ones.
+#[derive(Debug)]
+pub(super) struct Executing {
+    step_id: u64,
+    planned_at: Time,
+    wants_logprobs: bool,
+    /// `[N]` the seniority of each sequence that draws a token: it may end meanwhile, and its id come again.
+    samples: Vec<u64>,
+}
+
+impl Executing {
+    /// `rows` are the sequences of the plan, in its order.
+    pub(super) fn new(step_id: u64, rows: &[&Running], planned_at: Time) -> Self {
+        let drawing = || rows.iter().filter(|row| row.draws_token());
+        Self {
+            step_id,
+            planned_at,
+            wants_logprobs: drawing().any(|row| row.sequence.sampling.logprobs.is_some()),
+            samples: drawing().map(|row| row.seniority).collect(),
+        }
+    }
+
+    fn check(&self, output: &StepOutput) -> Result<(), StepError> {
+        let expected = self.samples.len();
+        if output.step_id != self.step_id {
+            return Err(StepError::WrongStep {
+                expected: self.step_id,
+                got: output.step_id,
+            });
+        }
+        if output.token_ids.len() != expected {
+            return Err(StepError::WrongTokenCount {
+                expected,
+                got: output.token_ids.len(),
+            });
+        }
+        let may_be_empty = !self.wants_logprobs && output.logprobs.is_empty();
+        if output.logprobs.len() != expected && !may_be_empty {
+            return Err(StepError::WrongLogprobCount {
+                expected,
+                got: output.logprobs.len(),
+            });
+        }
+        Ok(())
+    }
+}
+
+impl StepScheduler {
+    /// Commits the step that executes: what it computed becomes reusable, drawn tokens are appended, and
+    /// sequences end that draw a stop token or reach `max_tokens`. Returns the new tokens in the order of the
+    /// plan's samples, less those of requests that were aborted meanwhile. On an error nothing changes, and the
+    /// step's output is still due.
+    pub fn update_from_output(
+        &mut self,
+        output: &StepOutput,
+        now: Time,
+    ) -> Result<Vec<TokenUpdate>, StepError> {
+        let executing = self.executing.as_ref().ok_or(StepError::NoStep {
+            got: output.step_id,
+        })?;
+        executing.check(output)?;
+        let Some(executing) = self.executing.take() else {
+            return Ok(Vec::new());
+        };
+        self.stats.step_time = now.since(executing.planned_at);
+        self.commit_computed_tokens();
+
+        let mut updates = Vec::with_capacity(executing.samples.len());
+        for (position, &seniority) in executing.samples.iter().enumerate() {
+            // Not found: aborted while the step executed.
+            let found = self
+                .running
+                .binary_search_by_key(&seniority, |running| running.seniority);
+            if let Ok(index) = found {
+                updates.push(self.append_token(index, output, position));
+            }
+        }
+        self.release_finished();
+        Ok(updates)
+    }
+
+    /// Counts the step's tokens as computed and makes blocks that are now full reusable.
+    fn commit_computed_tokens(&mut self) {
+        let block_size = self.block_size();
+        for running in &mut self.running {
+            running.num_computed_tokens += running.num_scheduled_tokens;
+            running.num_scheduled_tokens = 0;
+            let num_full_blocks = running.num_computed_tokens / block_size;
+            if num_full_blocks > running.num_cached_blocks {
+                running.num_cached_blocks = self.pool.cache_blocks(
+                    running.sequence.chain(num_full_blocks),
+                    &mut running.block_table,
+                    running.num_cached_blocks,
+                );
+            }
+        }
+    }
+
+    fn append_token(&mut self, index: usize, output: &StepOutput, position: usize) -> TokenUpdate {
+        let block_size = self.block_size();
+        let running = &mut self.running[index];
+        let sequence = &mut running.sequence;
+        let token_id = output.token_ids[position];
+        sequence.token_ids.push(token_id);
+        if self.config.enable_prefix_cache {
+            sequence.hash_full_blocks(block_size, self.hash_block);
+        }
+        let finish_reason = sequence.finish_reason(&self.config.eos_token_ids);
+        running.is_finished = finish_reason.is_some();
+        let wants_logprobs = sequence.sampling.logprobs.is_some();
+        let logprobs = output.logprobs.get(position).filter(|_| wants_logprobs);
+        TokenUpdate {
+            request_id: sequence.id,
+            token_id,
+            output_index: (sequence.num_tokens() - 1 - sequence.num_prompt_tokens) as u32,
+            logprobs: logprobs.cloned().flatten(),
+            finish_reason,
+            num_cached_tokens: sequence.num_cached_tokens,
+        }
+    }
+
+    /// Ends the sequences that have drawn their last token.
+    fn release_finished(&mut self) {
+        let finished: Vec<Running> = self
+            .running
+            .extract_if(.., |running| running.is_finished)
+            .collect();
+        for running in finished {
+            self.release(running);
+        }
+    }
+}

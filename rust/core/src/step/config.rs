@@ -1,0 +1,102 @@
+//! The limits of one replica's steps.
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::ConfigIssue;
+
+/// Settings of a [`StepScheduler`](super::StepScheduler).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StepSchedulerConfig {
+    /// Tokens per KV block.
+    pub block_size: u32,
+    /// KV blocks of the replica. Depends on its memory, so there is no default: it has to be given.
+    pub num_blocks: u32,
+    /// Most sequences that run at a time; also the number of sampler slots.
+    pub max_num_seqs: u32,
+    /// Most tokens of one step, prefill and decode together.
+    pub max_num_batched_tokens: u32,
+    /// Most tokens of one sequence, prompt and output together. Depends on the model: it has to be given.
+    pub max_model_len: u32,
+    /// Most requests that wait to start; one more is refused.
+    pub max_num_waiting: u32,
+    /// Most prefill tokens of one sequence in one step; 0 leaves only the token budget.
+    pub max_prefill_chunk: u32,
+    /// Reuse the KV of equal prefixes.
+    pub enable_prefix_cache: bool,
+    /// Most later requests that may start before an earlier one because less of them is left to compute;
+    /// 0 starts requests strictly in order of arrival.
+    pub max_overtakes: u32,
+    /// Most steps that a request is held back while another computes the prefix that both share; 0 never
+    /// holds one back.
+    pub max_prefix_wait_steps: u32,
+    /// Tokens that end a sequence unless it ignores them.
+    pub eos_token_ids: Vec<u32>,
+}
+
+impl Default for StepSchedulerConfig {
+    fn default() -> Self {
+        Self {
+            block_size: 16,
+            num_blocks: 0,
+            max_num_seqs: 256,
+            max_num_batched_tokens: 2048,
+            max_model_len: 0,
+            max_num_waiting: 8192,
+            max_prefill_chunk: 0,
+            enable_prefix_cache: true,
+            max_overtakes: 64,
+            max_prefix_wait_steps: 64,
+            eos_token_ids: Vec::new(),
+        }
+    }
+}
+
+impl StepSchedulerConfig {
+    /// Checks every setting and returns all that is wrong.
+    pub fn validate(&self) -> Result<(), Vec<ConfigIssue>> {
+        let mut issues = Vec::new();
+        let positive = [
+            ("block_size", self.block_size),
+            ("num_blocks", self.num_blocks),
+            ("max_num_seqs", self.max_num_seqs),
+            ("max_num_batched_tokens", self.max_num_batched_tokens),
+            ("max_num_waiting", self.max_num_waiting),
+        ];
+        for (key, value) in positive {
+            if value == 0 {
+                issues.push(ConfigIssue::new(key, "must be at least 1, got 0"));
+            }
+        }
+        if self.max_model_len < 2 {
+            let message = format!(
+                "must be at least 2 (one prompt token, one output token), got {}",
+                self.max_model_len
+            );
+            issues.push(ConfigIssue::new("max_model_len", message));
+        }
+        if self.max_num_batched_tokens < self.max_num_seqs {
+            let message = format!(
+                "must be at least max_num_seqs, so that every running sequence can decode in every step: \
+                 {} < {}",
+                self.max_num_batched_tokens, self.max_num_seqs
+            );
+            issues.push(ConfigIssue::new("max_num_batched_tokens", message));
+        }
+        let slots = u64::from(self.num_blocks) * u64::from(self.block_size);
+        if i32::try_from(slots).is_err() {
+            let message = format!(
+                "num_blocks * block_size = {} * {} = {slots} token slots, at most {} can be addressed",
+                self.num_blocks,
+                self.block_size,
+                i32::MAX
+            );
+            issues.push(ConfigIssue::new("num_blocks", message));
+        }
+        if issues.is_empty() {
+            Ok(())
+        } else {
+            Err(issues)
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! The scheduler's invariants, asserted.
+
+use rustc_hash::FxHashSet;
+
+use super::{
+    scheduler::StepScheduler,
+    sequence::{Running, Sequence},
+};
+use crate::ids::BlockId;
+
+impl StepScheduler {
+    /// Asserts every invariant: for tests and simulations, since it looks at everything.
+    ///
+    /// # Panics
+    /// If one does not hold.
+    pub fn check_integrity(&self) {
+        let tables: Vec<(&[BlockId], usize)> = self
+            .running
+            .iter()
+            .map(|running| (running.block_table.as_slice(), running.num_cached_blocks))
+            .collect();
+        self.pool.check_integrity(&tables);
+        for running in &self.running {
+            self.check_running(running);
+        }
+        self.check_requests();
+        self.check_slots();
+    }
+
+    fn check_running(&self, running: &Running) {
+        let (id, block_size) = (running.sequence.id, self.block_size());
+        let num_tokens = running.sequence.num_tokens();
+        assert!(
+            running.num_uncomputed_tokens() >= 1,
+            "{id}: the last token is uncomputed"
+        );
+        assert!(
+            running.num_scheduled_tokens <= running.num_uncomputed_tokens(),
+            "{id}"
+        );
+        assert!(
+            running.num_scheduled_tokens == 0 || self.executing.is_some(),
+            "{id}: tokens are scheduled only while a step executes"
+        );
+        let num_held = running.block_table.len() * block_size;
+        assert!(
+            num_held >= running.num_computed_tokens + running.num_scheduled_tokens,
+            "{id}"
+        );
+        assert!(
+            running.block_table.len() <= num_tokens.div_ceil(block_size),
+            "{id}: spare block"
+        );
+        assert!(
+            running.num_cached_blocks * block_size <= running.num_computed_tokens,
+            "{id}"
+        );
+        for (block, hash) in running.block_table[..running.num_cached_blocks]
+            .iter()
+            .zip(&running.sequence.block_hashes)
+        {
+            assert_eq!(self.pool.hash_of(*block), Some(*hash), "{id}: {block}");
+        }
+    }
+
+    /// Every request is in one place, no more than may have started, and the order of seniority holds.
+    fn check_requests(&self) {
+        let waiting: Vec<&Sequence> = self.waiting.check_integrity().collect();
+        assert!(
+            waiting.len() <= self.config.max_num_waiting as usize,
+            "waiting requests"
+        );
+        let running = self.running.iter().map(|running| &running.sequence);
+        let all: Vec<&Sequence> = running
+            .chain(self.preempted.values())
+            .chain(waiting.iter().copied())
+            .collect();
+        let ids: FxHashSet<_> = all.iter().map(|sequence| sequence.id).collect();
+        assert_eq!(ids.len(), all.len(), "a request is in one place");
+        for sequence in &all {
+            self.check_hashes(sequence);
+        }
+        let num_started = self.running.len() + self.preempted.len();
+        assert!(
+            num_started <= self.config.max_num_seqs as usize,
+            "started sequences"
+        );
+        assert!(
+            self.running.is_sorted_by_key(|running| running.seniority),
+            "running ones by seniority"
+        );
+    }
+
+    fn check_hashes(&self, sequence: &Sequence) {
+        let mut expected = Vec::new();
+        if self.config.enable_prefix_cache {
+            let mut parent = sequence.hash_seed.0;
+            for tokens in sequence.token_ids.chunks_exact(self.block_size()) {
+                expected.push((self.hash_block)(parent, tokens));
+                parent = expected.last().map_or(parent, |hash| hash.0);
+            }
+        }
+        assert_eq!(sequence.block_hashes, expected, "{}: hashes", sequence.id);
+    }
+
+    /// Each sampler slot is free or has one sequence.
+    fn check_slots(&self) {
+        let mut slots: Vec<u32> = self.free_slots.clone();
+        slots.extend(self.running.iter().map(|running| running.slot));
+        slots.sort_unstable();
+        assert!(
+            slots.iter().copied().eq(0..self.config.max_num_seqs),
+            "slots: {slots:?}"
+        );
+    }
+}

@@ -1,0 +1,89 @@
+//! Changes of the prefix cache that nobody has taken yet.
+
+use super::plan::KvEvent;
+use crate::hash::BlockHash;
+
+/// A bounded log. When more changes gather than there are blocks, they are dropped, and the next reader is told
+/// the whole content instead, which is shorter.
+#[derive(Debug)]
+pub(super) struct KvEventLog {
+    events: Vec<KvEvent>,
+    num_hashes: usize,
+    max_hashes: usize,
+    is_overflowed: bool,
+}
+
+impl KvEventLog {
+    pub(super) fn new(max_hashes: usize) -> Self {
+        Self {
+            events: Vec::new(),
+            num_hashes: 0,
+            max_hashes,
+            is_overflowed: false,
+        }
+    }
+
+    /// Blocks of one chain became reusable.
+    pub(super) fn stored(&mut self, hashes: Vec<BlockHash>) {
+        if !hashes.is_empty() && self.make_room(hashes.len()) {
+            self.events.push(KvEvent::Stored(hashes));
+        }
+    }
+
+    /// A block is gone. Neighbouring removals become one event.
+    pub(super) fn removed(&mut self, hash: BlockHash) {
+        if !self.make_room(1) {
+            return;
+        }
+        if let Some(KvEvent::Removed(hashes)) = self.events.last_mut() {
+            hashes.push(hash);
+        } else {
+            self.events.push(KvEvent::Removed(vec![hash]));
+        }
+    }
+
+    /// What happened since the last call; `content` lists what the cache holds now, parents before children.
+    pub(super) fn take(&mut self, content: impl FnOnce() -> Vec<BlockHash>) -> Vec<KvEvent> {
+        self.num_hashes = 0;
+        if !std::mem::take(&mut self.is_overflowed) {
+            return std::mem::take(&mut self.events);
+        }
+        vec![KvEvent::Cleared, KvEvent::Stored(content())]
+    }
+
+    fn make_room(&mut self, num_hashes: usize) -> bool {
+        self.num_hashes += num_hashes;
+        if self.num_hashes > self.max_hashes {
+            self.is_overflowed = true;
+            self.events.clear();
+        }
+        !self.is_overflowed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn removals_in_a_row_are_one_event_and_an_overflow_becomes_the_content() {
+        let mut log = KvEventLog::new(4);
+        log.stored(vec![BlockHash(1), BlockHash(2)]);
+        log.removed(BlockHash(2));
+        log.removed(BlockHash(1));
+        let events = [
+            KvEvent::Stored(vec![BlockHash(1), BlockHash(2)]),
+            KvEvent::Removed(vec![BlockHash(2), BlockHash(1)]),
+        ];
+        assert_eq!(log.take(Vec::new), events);
+
+        for hash in 0..5 {
+            log.stored(vec![BlockHash(hash)]);
+        }
+        log.removed(BlockHash(0));
+        let content = vec![BlockHash(3), BlockHash(4)];
+        let events = [KvEvent::Cleared, KvEvent::Stored(content.clone())];
+        assert_eq!(log.take(|| content), events);
+        assert_eq!(log.take(Vec::new), []);
+    }
+}

@@ -1,0 +1,282 @@
+//! Plans a step: decodes, then running prefills, then requests that start.
+
+use std::cmp::Reverse;
+
+use super::{
+    build_plan::{build_plan, plan_rows},
+    commit::Executing,
+    plan::{SequenceStart, StepPlan},
+    scheduler::StepScheduler,
+    sequence::{Running, Sequence},
+};
+use crate::{ids::BlockId, time::Time};
+
+/// A step while it is being planned.
+struct Draft {
+    now: Time,
+    /// Tokens that may still be added.
+    budget: usize,
+    starts: Vec<SequenceStart>,
+}
+
+/// What a sequence needs to run.
+struct Seat {
+    slot: u32,
+    block_table: Vec<BlockId>,
+}
+
+impl StepScheduler {
+    /// Plans the next step. `None` where nothing is left to run, or while a step executes.
+    ///
+    /// Every plan has at least one token: the most senior request makes progress in every step (see
+    /// `preempt_one`).
+    pub fn schedule(&mut self, now: Time) -> Option<StepPlan> {
+        if self.executing.is_some() {
+            return None;
+        }
+        self.in_flight_prefixes.clear();
+        let budget = self.config.max_num_batched_tokens as usize;
+        let mut draft = Draft {
+            now,
+            budget,
+            starts: Vec::new(),
+        };
+        let has_preempted = self.schedule_decodes(&mut draft);
+        self.schedule_prefills(&mut draft);
+        // What was just taken back is not handed out again before the others have used it.
+        if !has_preempted && self.resume_preempted(&mut draft) {
+            self.start_waiting(&mut draft);
+        }
+        self.finish_plan(draft)
+    }
+
+    /// Adds one token of each sequence that decodes, preempting where blocks run out. Returns whether any
+    /// sequence was preempted. The budget holds all: it is at least `max_num_seqs`.
+    fn schedule_decodes(&mut self, draft: &mut Draft) -> bool {
+        let mut has_preempted = false;
+        for index in 0..self.running.len() {
+            // A victim of an earlier index has lost its place.
+            if self.running[index].is_preempted() || !self.running[index].is_decode() {
+                continue;
+            }
+            while !self.has_block_for_next_token(index) {
+                has_preempted = true;
+                let victim = self.preempt_one();
+                if victim.is_none_or(|victim| victim == index) {
+                    break;
+                }
+            }
+            let running = &mut self.running[index];
+            running.num_scheduled_tokens = usize::from(!running.is_preempted());
+        }
+        if has_preempted {
+            self.take_out_preempted();
+        }
+        draft.budget -= self
+            .running
+            .iter()
+            .map(|it| it.num_scheduled_tokens)
+            .sum::<usize>();
+        has_preempted
+    }
+
+    /// Extends the block table where the next token begins a block; `false` where no block is available.
+    fn has_block_for_next_token(&mut self, index: usize) -> bool {
+        let block_size = self.block_size();
+        let running = &mut self.running[index];
+        if running.num_computed_tokens < running.block_table.len() * block_size {
+            return true;
+        }
+        let block = self.pool.allocate();
+        running.block_table.extend(block);
+        block.is_some()
+    }
+
+    /// Takes the blocks of the running sequence that loses least by it, and returns its index.
+    ///
+    /// The most senior sequence is never chosen, so it has the whole pool if it needs it, and `add_request` has
+    /// made sure that this is enough: it runs to its end. Seniority is the order of first starts and survives
+    /// preemption, and preempted sequences start before new ones; so every sequence becomes the most senior one
+    /// after finitely many steps. Hence no livelock.
+    ///
+    /// Least work lost is fewest tokens computed, and of equals the junior. A sequence whose last block is shared
+    /// would free nothing, so it is taken only where there is no other.
+    fn preempt_one(&mut self) -> Option<usize> {
+        let (index, _) = self
+            .running
+            .iter()
+            .enumerate()
+            .skip(1)
+            .filter_map(|(index, running)| {
+                let last_block = *running.block_table.last()?;
+                let frees_nothing = self.pool.ref_count(last_block) > 1;
+                Some((
+                    index,
+                    (frees_nothing, running.num_computed_tokens, Reverse(index)),
+                ))
+            })
+            .min_by_key(|&(_, cost)| cost)?;
+        let victim = &mut self.running[index];
+        victim.num_scheduled_tokens = 0;
+        self.pool.release_table(&mut victim.block_table);
+        self.stats.preemptions += 1;
+        Some(index)
+    }
+
+    fn take_out_preempted(&mut self) {
+        for running in self
+            .running
+            .extract_if(.., |running| running.is_preempted())
+        {
+            self.free_slots.push(running.slot);
+            self.preempted.insert(running.seniority, running.sequence);
+        }
+    }
+
+    /// Adds the next chunk of each sequence that prefills, the senior ones first.
+    fn schedule_prefills(&mut self, draft: &mut Draft) {
+        for index in 0..self.running.len() {
+            if self.running[index].num_scheduled_tokens == 0 {
+                self.schedule_chunk(index, draft);
+            }
+        }
+    }
+
+    fn schedule_chunk(&mut self, index: usize, draft: &mut Draft) {
+        let max_chunk = match self.config.max_prefill_chunk {
+            0 => usize::MAX,
+            max_chunk => max_chunk as usize,
+        };
+        let block_size = self.block_size();
+        let running = &mut self.running[index];
+        let num_tokens = running
+            .num_uncomputed_tokens()
+            .min(max_chunk)
+            .min(draft.budget);
+        if num_tokens == 0 {
+            return;
+        }
+        running.num_scheduled_tokens = num_tokens;
+        draft.budget -= num_tokens;
+
+        let first = running.num_computed_tokens / block_size;
+        let last = (running.num_computed_tokens + num_tokens - 1) / block_size;
+        let hashes = running.sequence.chain(last + 1).hashes;
+        self.in_flight_prefixes.extend(hashes.iter().skip(first));
+    }
+
+    /// Starts preempted sequences again, by seniority; `false` where one has to wait for blocks or budget.
+    fn resume_preempted(&mut self, draft: &mut Draft) -> bool {
+        while draft.budget > 0 {
+            let Some((&seniority, sequence)) = self.preempted.first_key_value() else {
+                return true;
+            };
+            self.pool
+                .match_prefix(sequence.matchable(self.block_size()), &mut self.matched);
+            let num_tokens = sequence.num_tokens();
+            let Some(seat) = self.take_seat(num_tokens) else {
+                return false;
+            };
+            if let Some(sequence) = self.preempted.remove(&seniority) {
+                self.start(sequence, seniority, seat, draft);
+            }
+        }
+        self.preempted.is_empty()
+    }
+
+    /// Starts waiting requests in the queue's order, up to the first for which there are no blocks. Nobody
+    /// behind that one may pass, or large requests would starve.
+    ///
+    /// A request whose next block another sequence computes in this very step is held back, so that it finds the
+    /// block in the cache later; those behind it may pass, but its seat is kept. Being held back ends when the
+    /// other makes no progress, and after `max_prefix_wait_steps` in any case.
+    fn start_waiting(&mut self, draft: &mut Draft) {
+        let block_size = self.block_size();
+        let mut last_held = None;
+        let mut num_held = 0;
+        while draft.budget > 0 && self.free_slots.len() > num_held {
+            let Some((place, sequence)) = self.waiting.next_after(last_held) else {
+                return;
+            };
+            let chain = sequence.matchable(block_size);
+            self.pool.match_prefix(chain, &mut self.matched);
+            let next_hash = chain.hashes.get(self.matched.len());
+            if next_hash.is_some_and(|hash| self.in_flight_prefixes.contains(hash))
+                && sequence.num_prefix_waits < self.config.max_prefix_wait_steps
+            {
+                sequence.num_prefix_waits += 1;
+                last_held = Some(place);
+                num_held += 1;
+                continue;
+            }
+            let num_tokens = sequence.num_tokens();
+            let Some(seat) = self.take_seat(num_tokens) else {
+                return;
+            };
+            if let Some(sequence) = self.waiting.take(place) {
+                self.start_first_time(sequence, seat, draft);
+            }
+        }
+    }
+
+    /// A sampler slot, and blocks for `num_tokens` that begin with the matched ones. One block for each running
+    /// sequence has to remain: else the newcomer would soon be preempted, or preempt.
+    fn take_seat(&mut self, num_tokens: usize) -> Option<Seat> {
+        let slot = self.free_slots.pop()?;
+        let len = num_tokens.div_ceil(self.block_size());
+        let table = self
+            .pool
+            .allocate_table(&self.matched, len, self.running.len());
+        if table.is_none() {
+            self.free_slots.push(slot);
+        }
+        Some(Seat {
+            slot,
+            block_table: table?,
+        })
+    }
+
+    fn start_first_time(&mut self, mut sequence: Sequence, seat: Seat, draft: &mut Draft) {
+        let num_matched = self.matched.len() * self.block_size();
+        sequence.num_cached_tokens = num_matched.min(sequence.num_prompt_tokens) as u32;
+        self.stats.prefix_hit_tokens += u64::from(sequence.num_cached_tokens);
+        self.stats.prefix_query_tokens += sequence.num_prompt_tokens as u64;
+        self.stats.queue_wait = draft.now.since(sequence.arrived_at);
+        let seniority = self.num_started;
+        self.num_started += 1;
+        self.start(sequence, seniority, seat, draft);
+    }
+
+    /// Makes a sequence a running one and schedules its first chunk.
+    fn start(&mut self, sequence: Sequence, seniority: u64, seat: Seat, draft: &mut Draft) {
+        let Seat { slot, block_table } = seat;
+        draft.starts.push(sequence.start_in(slot));
+        let running = Running {
+            sequence,
+            seniority,
+            slot,
+            block_table,
+            num_cached_blocks: self.matched.len(),
+            num_computed_tokens: self.matched.len() * self.block_size(),
+            num_scheduled_tokens: 0,
+            is_finished: false,
+        };
+        let index = self
+            .running
+            .partition_point(|other| other.seniority < seniority);
+        self.running.insert(index, running);
+        self.schedule_chunk(index, draft);
+    }
+
+    fn finish_plan(&mut self, draft: Draft) -> Option<StepPlan> {
+        if draft.budget == self.config.max_num_batched_tokens as usize {
+            return None;
+        }
+        self.stats.steps += 1;
+        let step_id = self.stats.steps;
+        let rows = plan_rows(&self.running);
+        let plan = build_plan(step_id, &rows, self.config.block_size, draft.starts);
+        self.executing = Some(Executing::new(step_id, &rows, draft.now));
+        Some(plan)
+    }
+}

@@ -1,0 +1,235 @@
+//! The replica's scheduler: its state, and how requests come and go. Planning a step is in `schedule`, taking its
+//! result in `commit`.
+
+use std::collections::BTreeMap;
+
+use rustc_hash::FxHashSet;
+
+use super::{
+    block_pool::BlockPool,
+    commit::Executing,
+    config::StepSchedulerConfig,
+    plan::{KvEvent, Request},
+    sequence::{HashBlock, Running, Sequence},
+    stats::StepStats,
+    waiting::WaitingQueue,
+};
+use crate::{
+    config::ConfigIssue,
+    error::RejectReason,
+    hash::{BlockHash, next_block_hash},
+    ids::{BlockId, RequestId},
+    time::Time,
+};
+
+/// Plans a replica's steps, one at a time: [`schedule`](Self::schedule), run the plan,
+/// [`update_from_output`](Self::update_from_output). Requests may come and go at any moment, also while a step
+/// executes.
+#[derive(Debug)]
+pub struct StepScheduler {
+    pub(super) config: StepSchedulerConfig,
+    pub(super) hash_block: HashBlock,
+    pub(super) pool: BlockPool,
+    /// By seniority; the first is never preempted.
+    pub(super) running: Vec<Running>,
+    /// By seniority. They start again before anything new starts.
+    pub(super) preempted: BTreeMap<u64, Sequence>,
+    pub(super) waiting: WaitingQueue,
+    /// Sequences that have ever started; the next one's seniority.
+    pub(super) num_started: u64,
+    /// Sampler slots that no running sequence has; the last is given out first.
+    pub(super) free_slots: Vec<u32>,
+    /// The step whose output is due.
+    pub(super) executing: Option<Executing>,
+    pub(super) stats: StepStats,
+    /// Blocks that prefills of the step being planned compute: a request that needs one of them next is held
+    /// back instead of computing it too.
+    pub(super) in_flight_prefixes: FxHashSet<BlockHash>,
+    /// The cached blocks of the request being looked at.
+    pub(super) matched: Vec<BlockId>,
+}
+
+impl StepScheduler {
+    /// A scheduler without requests, with an empty cache. Fails with everything that is wrong with `config`.
+    pub fn new(config: StepSchedulerConfig) -> Result<Self, Vec<ConfigIssue>> {
+        Self::with_hash(config, next_block_hash)
+    }
+
+    /// As [`new`](Self::new), with another block hash: tests pass a bad one to see that collisions do no harm.
+    #[doc(hidden)]
+    pub fn with_hash(
+        config: StepSchedulerConfig,
+        hash_block: fn(u64, &[u32]) -> BlockHash,
+    ) -> Result<Self, Vec<ConfigIssue>> {
+        config.validate()?;
+        Ok(Self {
+            hash_block,
+            pool: BlockPool::new(config.num_blocks, config.block_size),
+            running: Vec::new(),
+            preempted: BTreeMap::new(),
+            waiting: WaitingQueue::new(config.block_size, config.max_overtakes),
+            num_started: 0,
+            free_slots: (0..config.max_num_seqs).rev().collect(),
+            executing: None,
+            stats: StepStats::default(),
+            in_flight_prefixes: FxHashSet::default(),
+            matched: Vec::new(),
+            config,
+        })
+    }
+
+    /// Queues a request. A request that is accepted can always run to its end, if need be alone; one that is
+    /// refused changes nothing.
+    ///
+    /// `QueueFull` at `max_num_waiting`; `TooLong` where prompt and `max_tokens` exceed `max_model_len`, or a
+    /// replayed output leaves nothing to generate; `NoCapacity` where the whole pool could not hold the request;
+    /// `EmptyPrompt`; `DuplicateId` while a request with this id has not ended.
+    pub fn add_request(&mut self, request: Request, now: Time) -> Result<(), RejectReason> {
+        self.check_request(&request)?;
+        let mut sequence = Sequence::new(request, now);
+        if self.config.enable_prefix_cache {
+            sequence.hash_full_blocks(self.block_size(), self.hash_block);
+        }
+        self.pool
+            .match_prefix(sequence.matchable(self.block_size()), &mut self.matched);
+        let num_prefill_tokens = sequence.num_tokens() - self.matched.len() * self.block_size();
+        self.waiting.push(sequence, num_prefill_tokens);
+        Ok(())
+    }
+
+    fn check_request(&self, request: &Request) -> Result<(), RejectReason> {
+        let num_prompt_tokens = request.prompt_token_ids.len();
+        let num_output_tokens = request.output_token_ids.len();
+        let max_tokens = request.sampling.max_tokens as usize;
+        let max_model_len = self.config.max_model_len as usize;
+        if num_prompt_tokens == 0 {
+            return Err(RejectReason::EmptyPrompt);
+        }
+        // In this order no sum of numbers that a client chose can overflow.
+        let max_total = num_prompt_tokens.saturating_add(max_tokens);
+        if max_total > max_model_len {
+            return Err(RejectReason::TooLong {
+                requested: max_total,
+                limit: max_model_len,
+            });
+        }
+        if num_output_tokens >= max_tokens {
+            let requested = num_prompt_tokens + num_output_tokens + 1;
+            return Err(RejectReason::TooLong {
+                requested,
+                limit: max_total,
+            });
+        }
+        // The last token that is drawn is never computed.
+        let num_blocks = (max_total - 1).div_ceil(self.block_size());
+        if num_blocks > self.pool.num_blocks() {
+            let limit = self.pool.num_blocks();
+            return Err(RejectReason::NoCapacity {
+                requested: num_blocks,
+                limit,
+            });
+        }
+        if self.contains(request.id) {
+            return Err(RejectReason::DuplicateId);
+        }
+        let (current, limit) = (self.waiting.len(), self.config.max_num_waiting as usize);
+        if current >= limit {
+            return Err(RejectReason::QueueFull { current, limit });
+        }
+        Ok(())
+    }
+
+    fn contains(&self, id: RequestId) -> bool {
+        self.waiting.contains(id)
+            || self.running.iter().any(|running| running.sequence.id == id)
+            || self.preempted.values().any(|sequence| sequence.id == id)
+    }
+
+    /// Ends a request at once; `false` where there is none with this id.
+    ///
+    /// Also while a step executes that computes it: its token of that step is dropped. Its blocks may then be
+    /// given to others while the step still writes to them. That is safe because the next plan, the first that
+    /// can name them, runs after this step, and because what this step writes was never committed: only the
+    /// blocks of earlier steps stay in the prefix cache.
+    pub fn abort(&mut self, id: RequestId) -> bool {
+        if self.waiting.remove(id).is_some() {
+            return true;
+        }
+        if let Some(index) = self
+            .running
+            .iter()
+            .position(|running| running.sequence.id == id)
+        {
+            let running = self.running.remove(index);
+            self.release(running);
+            return true;
+        }
+        let seniority = self
+            .preempted
+            .iter()
+            .find(|(_, sequence)| sequence.id == id);
+        match seniority.map(|(&seniority, _)| seniority) {
+            Some(seniority) => self.preempted.remove(&seniority).is_some(),
+            None => false,
+        }
+    }
+
+    /// Ends every request and names them: the running ones first, then those that would have started next.
+    pub fn abort_all(&mut self) -> Vec<RequestId> {
+        let mut ids = Vec::new();
+        for running in std::mem::take(&mut self.running) {
+            ids.push(self.release(running).id);
+        }
+        ids.extend(
+            std::mem::take(&mut self.preempted)
+                .into_values()
+                .map(|sequence| sequence.id),
+        );
+        ids.extend(self.waiting.drain().map(|sequence| sequence.id));
+        ids
+    }
+
+    /// Gives back what a running sequence holds.
+    pub(super) fn release(&mut self, mut running: Running) -> Sequence {
+        self.pool.release_table(&mut running.block_table);
+        self.free_slots.push(running.slot);
+        running.sequence
+    }
+
+    /// Changes of the prefix cache since the last call, for the routers. Not taken, they take no more room than
+    /// one entry per block: then the next call says `Cleared` and lists what there is.
+    pub fn take_kv_events(&mut self) -> Vec<KvEvent> {
+        self.pool.take_events()
+    }
+
+    /// Every block that can be reused, parents before children: for a router that knows nothing yet.
+    pub fn cached_block_hashes(&self) -> Vec<BlockHash> {
+        self.pool.cached_hashes()
+    }
+
+    /// Whether any request has not ended. While one has not, and no step executes, [`schedule`](Self::schedule)
+    /// gives a plan.
+    pub fn has_work(&self) -> bool {
+        self.waiting.len() + self.running.len() + self.preempted.len() > 0
+    }
+
+    /// Load and counters.
+    pub fn stats(&self) -> StepStats {
+        let prefilling = self.running.iter().filter(|running| !running.is_decode());
+        let num_running_prefill: usize = prefilling.map(Running::num_uncomputed_tokens).sum();
+        let num_preempted_prefill: usize = self.preempted.values().map(Sequence::num_tokens).sum();
+        StepStats {
+            num_running: self.running.len() as u32,
+            num_waiting: (self.waiting.len() + self.preempted.len()) as u32,
+            kv_blocks_used: (self.pool.num_blocks() - self.pool.num_available()) as u32,
+            kv_blocks_total: self.config.num_blocks,
+            queued_prefill_tokens: self.waiting.num_prefill_tokens()
+                + (num_running_prefill + num_preempted_prefill) as u64,
+            ..self.stats
+        }
+    }
+
+    pub(super) fn block_size(&self) -> usize {
+        self.config.block_size as usize
+    }
+}

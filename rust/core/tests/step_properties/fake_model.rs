@@ -1,0 +1,223 @@
+//! A model whose next token depends on every KV entry that a plan lets it see.
+//!
+//! Each KV slot remembers which token was written there, at which position, and a digest of all tokens before it
+//! as they were seen through the block table. A mixed-up block, a block that is read before its step committed,
+//! or one that is written by two sequences changes a digest, and with it the tokens that follow.
+
+use std::hash::Hasher;
+
+use orchestra_core::{
+    RequestId, SamplingParams, TokenId,
+    step::{StepOutput, StepPlan, StepSchedulerConfig, TokenLogprobs},
+};
+use rustc_hash::FxHasher;
+
+/// The fake model's vocabulary. Small, so that stop tokens and equal continuations are common.
+pub(crate) const VOCAB_SIZE: u32 = 12;
+
+#[derive(Clone, Copy, Debug)]
+struct KvEntry {
+    token: TokenId,
+    position: u32,
+    digest: u64,
+    /// The step and the row that wrote it.
+    written_by: (u64, usize),
+}
+
+/// What a sampler slot holds.
+#[derive(Clone, Debug)]
+struct Slot {
+    sampling: SamplingParams,
+    history: Vec<TokenId>,
+}
+
+/// KV and sampler slots of one replica.
+#[derive(Debug)]
+pub(crate) struct FakeModel {
+    block_size: u32,
+    kv: Vec<Option<KvEntry>>,
+    slots: Vec<Option<Slot>>,
+}
+
+impl FakeModel {
+    pub(crate) fn new(config: &StepSchedulerConfig) -> Self {
+        Self {
+            block_size: config.block_size,
+            kv: vec![None; (config.num_blocks * config.block_size) as usize],
+            slots: vec![None; config.max_num_seqs as usize],
+        }
+    }
+
+    /// Runs a plan. Panics where it is not one that a real runner could execute.
+    pub(crate) fn execute(&mut self, plan: &StepPlan) -> StepOutput {
+        for start in &plan.starts {
+            let mut history = start.prompt_token_ids.clone();
+            history.extend(&start.output_token_ids);
+            let sampling = start.sampling.as_ref().clone();
+            self.slots[start.slot as usize] = Some(Slot { sampling, history });
+        }
+        for row in 0..plan.context_lens.len() {
+            self.write_row(plan, row);
+        }
+        let digests: Vec<u64> = (0..plan.context_lens.len())
+            .map(|row| self.read_row(plan, row))
+            .collect();
+
+        let mut output = StepOutput {
+            step_id: plan.step_id,
+            ..StepOutput::default()
+        };
+        for sample in &plan.samples {
+            let row = sample.sequence_index as usize;
+            assert_eq!(
+                sample.position, plan.context_lens[row],
+                "{}",
+                sample.request_id
+            );
+            let slot = self.slots[sample.slot as usize]
+                .as_mut()
+                .expect("a slot that was started");
+            assert_eq!(slot.sampling.seed, sample.request_id.0, "the slot's owner");
+            assert_eq!(
+                slot.sampling.logprobs, sample.logprobs,
+                "{}",
+                sample.request_id
+            );
+            let token = next_token(digests[row], &slot.sampling, &slot.history);
+            slot.history.push(token);
+            output.token_ids.push(token);
+            output.logprobs.push(
+                sample
+                    .logprobs
+                    .map(|_| logprobs_of(sample.request_id, token)),
+            );
+        }
+        if plan.samples.iter().all(|sample| sample.logprobs.is_none()) {
+            output.logprobs.clear();
+        }
+        output
+    }
+
+    /// Writes the KV of a row's tokens, each with the digest of what the block table shows before it.
+    fn write_row(&mut self, plan: &StepPlan, row: usize) {
+        let range = plan.query_start[row] as usize..plan.query_start[row + 1] as usize;
+        assert!(!range.is_empty(), "row {row} computes something");
+        for index in range {
+            let position = plan.positions[index];
+            let kv_slot = self.kv_slot(plan, row, position);
+            assert_eq!(
+                kv_slot, plan.slot_mapping[index],
+                "where position {position} goes"
+            );
+            let before = match position.checked_sub(1) {
+                Some(before) => self.entry(plan, row, before).digest,
+                None => 0,
+            };
+            if let Some(old) = self.kv[kv_slot as usize] {
+                assert_ne!(
+                    old.written_by.0, plan.step_id,
+                    "one writer of slot {kv_slot} a step"
+                );
+            }
+            let token = plan.token_ids[index];
+            self.kv[kv_slot as usize] = Some(KvEntry {
+                token,
+                position,
+                digest: extend_digest(before, token),
+                written_by: (plan.step_id, row),
+            });
+        }
+    }
+
+    /// Reads the whole context as attention does, and returns its digest.
+    fn read_row(&self, plan: &StepPlan, row: usize) -> u64 {
+        let mut digest = 0;
+        for position in 0..plan.context_lens[row] {
+            let entry = self.entry(plan, row, position);
+            digest = extend_digest(digest, entry.token);
+            assert_eq!(
+                entry.digest, digest,
+                "row {row}, position {position} holds other KV"
+            );
+        }
+        digest
+    }
+
+    fn entry(&self, plan: &StepPlan, row: usize, position: u32) -> KvEntry {
+        let kv_slot = self.kv_slot(plan, row, position);
+        let entry = self.kv[kv_slot as usize].expect("KV that was written");
+        assert_eq!(
+            entry.position, position,
+            "position of what slot {kv_slot} holds"
+        );
+        let (step, writer) = entry.written_by;
+        assert!(
+            step < plan.step_id || writer == row,
+            "slot {kv_slot} is read before its commit"
+        );
+        entry
+    }
+
+    fn kv_slot(&self, plan: &StepPlan, row: usize, position: u32) -> u32 {
+        let column = position / self.block_size;
+        assert!(
+            column < plan.block_table_width,
+            "position {position} is beyond the block table"
+        );
+        let block = plan.block_tables[row * plan.block_table_width as usize + column as usize];
+        block * self.block_size + position % self.block_size
+    }
+}
+
+/// The output of a request that runs alone, with no cache and no batch: what every request has to get.
+pub(crate) fn reference_output(
+    prompt: &[TokenId],
+    sampling: &SamplingParams,
+    eos_token_ids: &[TokenId],
+) -> Vec<TokenId> {
+    let mut token_ids = prompt.to_vec();
+    let mut digest = prompt
+        .iter()
+        .fold(0, |digest, &token| extend_digest(digest, token));
+    while token_ids.len() < prompt.len() + sampling.max_tokens as usize {
+        let history: &[TokenId] = if sampling.has_penalties() {
+            &token_ids
+        } else {
+            &[]
+        };
+        let token = next_token(digest, sampling, history);
+        token_ids.push(token);
+        digest = extend_digest(digest, token);
+        let is_eos = eos_token_ids.contains(&token) && !sampling.ignore_eos;
+        if is_eos || sampling.stop_token_ids.contains(&token) {
+            break;
+        }
+    }
+    token_ids.split_off(prompt.len())
+}
+
+/// Log-probabilities by which their owner can be told.
+pub(crate) fn logprobs_of(request_id: RequestId, token: TokenId) -> TokenLogprobs {
+    TokenLogprobs {
+        chosen: -(request_id.0 as f32),
+        top: vec![(token, 0.0)],
+    }
+}
+
+fn extend_digest(digest: u64, token: TokenId) -> u64 {
+    let mut hasher = FxHasher::default();
+    hasher.write_u64(digest);
+    hasher.write_u32(token);
+    hasher.finish()
+}
+
+/// Depends on the context, on the request's own parameters and, with penalties, on the slot's token history.
+fn next_token(digest: u64, sampling: &SamplingParams, history: &[TokenId]) -> TokenId {
+    let mut hasher = FxHasher::default();
+    hasher.write_u64(digest);
+    hasher.write_u64(sampling.seed);
+    if sampling.has_penalties() {
+        history.iter().for_each(|&token| hasher.write_u32(token));
+    }
+    (hasher.finish() >> 32) as u32 % VOCAB_SIZE
+}

@@ -1,0 +1,159 @@
+//! The step scheduler against a naive model: whatever happens in whatever order, every request gets the tokens
+//! that it would get alone.
+//!
+//! `PROPTEST_CASES` runs more cases than the default.
+
+mod fake_model;
+mod replica;
+
+use fake_model::VOCAB_SIZE;
+use orchestra_core::{
+    BlockHash, HashSeed, RejectReason, SamplingParams, TokenId,
+    hash::next_block_hash,
+    step::{StepScheduler, StepSchedulerConfig},
+};
+use proptest::prelude::*;
+use replica::{NewRequest, Replica};
+
+/// What may happen to a replica.
+#[derive(Clone, Debug)]
+enum Op {
+    Add(NewRequest),
+    /// Plans a step and leaves it executing.
+    Schedule,
+    Commit,
+    CommitWrongly,
+    /// The n-th unfinished request.
+    Abort(usize),
+    AbortAll,
+}
+
+fn any_config() -> impl Strategy<Value = StepSchedulerConfig> {
+    let sizes = (1..=5_u32, 4..=24_u32, 1..=6_u32, 0..=12_u32, 0..=7_u32);
+    let rules = (
+        proptest::bool::weighted(0.85),
+        0..=6_u32,
+        0..=3_u32,
+        1..=20_u32,
+    );
+    (sizes, rules).prop_map(|(sizes, rules)| {
+        let (block_size, num_blocks, max_num_seqs, spare_budget, max_prefill_chunk) = sizes;
+        let (enable_prefix_cache, max_overtakes, max_prefix_wait_steps, max_num_waiting) = rules;
+        StepSchedulerConfig {
+            block_size,
+            num_blocks,
+            max_num_seqs,
+            max_num_batched_tokens: max_num_seqs + spare_budget,
+            max_model_len: 48,
+            max_num_waiting,
+            max_prefill_chunk,
+            enable_prefix_cache,
+            max_overtakes,
+            max_prefix_wait_steps,
+            eos_token_ids: vec![0],
+        }
+    })
+}
+
+/// Prompts share prefixes: one of three texts, cut somewhere, then a few tokens of their own.
+fn any_prompt() -> impl Strategy<Value = Vec<TokenId>> {
+    (
+        0..3_u32,
+        0..24_usize,
+        proptest::collection::vec(0..VOCAB_SIZE, 0..6),
+    )
+        .prop_map(|(text, cut, own)| {
+            let text = (0..).map(|index| (index * index + text * 5) % VOCAB_SIZE);
+            text.take(cut).chain(own).collect()
+        })
+}
+
+fn any_request() -> impl Strategy<Value = NewRequest> {
+    let sampling = (
+        1..20_u32,
+        any::<bool>(),
+        any::<bool>(),
+        any::<bool>(),
+        0..VOCAB_SIZE * 3,
+    );
+    (
+        any_prompt(),
+        prop_oneof![3 => Just(0), 1 => 1..10_usize],
+        sampling,
+        0..2_u64,
+    )
+        .prop_map(|(prompt, num_replayed, sampling, seed)| {
+            let (max_tokens, ignore_eos, has_penalties, has_logprobs, stop_token) = sampling;
+            let sampling = SamplingParams {
+                max_tokens,
+                ignore_eos,
+                presence_penalty: if has_penalties { 0.5 } else { 0.0 },
+                logprobs: has_logprobs.then_some(1),
+                stop_token_ids: vec![stop_token],
+                ..SamplingParams::default()
+            };
+            NewRequest {
+                prompt,
+                num_replayed,
+                sampling,
+                hash_seed: HashSeed(seed),
+            }
+        })
+}
+
+fn any_ops() -> impl Strategy<Value = Vec<Op>> {
+    let op = prop_oneof![
+        30 => any_request().prop_map(Op::Add),
+        50 => Just(Op::Schedule),
+        50 => Just(Op::Commit),
+        2 => Just(Op::CommitWrongly),
+        8 => any::<usize>().prop_map(Op::Abort),
+        1 => Just(Op::AbortAll),
+    ];
+    proptest::collection::vec(op, 1..300)
+}
+
+fn run(mut replica: Replica, ops: Vec<Op>) {
+    for op in ops {
+        match op {
+            Op::Add(request) => {
+                let is_empty = request.prompt.is_empty();
+                let result = replica.add(request);
+                assert_eq!(is_empty, result == Err(RejectReason::EmptyPrompt));
+            }
+            Op::Schedule => {
+                replica.schedule();
+            }
+            Op::Commit => replica.commit(),
+            Op::CommitWrongly => replica.commit_wrongly(),
+            Op::Abort(index) => replica.abort(index),
+            Op::AbortAll => replica.abort_all(),
+        }
+        replica.scheduler.check_integrity();
+    }
+    replica.commit();
+    replica.run_to_end();
+}
+
+/// Sixteen hashes for all blocks: nearly every look-up is a collision.
+fn colliding_hash(parent: u64, token_ids: &[TokenId]) -> BlockHash {
+    BlockHash(next_block_hash(parent, token_ids).0 % 16)
+}
+
+proptest! {
+    // 128 cases of 150 operations on average: about ten thousand steps.
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    #[test]
+    fn every_request_gets_the_tokens_it_would_get_alone(config in any_config(), ops in any_ops()) {
+        let scheduler = StepScheduler::new(config.clone()).expect("a valid config");
+        run(Replica::new(scheduler, config), ops);
+    }
+
+    #[test]
+    fn colliding_hashes_cost_hits_and_never_tokens(config in any_config(), ops in any_ops()) {
+        let scheduler =
+            StepScheduler::with_hash(config.clone(), colliding_hash).expect("a valid config");
+        run(Replica::new(scheduler, config), ops);
+    }
+}

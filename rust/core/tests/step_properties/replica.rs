@@ -1,0 +1,375 @@
+//! A scheduler, a fake model, and everything that has to be true of the two after every step.
+
+use std::collections::BTreeMap;
+
+use orchestra_core::{
+    BlockHash, HashSeed, RejectReason, RequestId, SamplingParams, Time, TokenId,
+    step::{
+        FinishReason, KvEvent, Request, StepError, StepOutput, StepPlan, StepScheduler,
+        StepSchedulerConfig, TokenUpdate,
+    },
+};
+use rustc_hash::FxHashSet;
+
+use crate::fake_model::{FakeModel, logprobs_of, reference_output};
+
+/// What the test knows of one accepted request.
+#[derive(Debug)]
+struct Tracked {
+    prompt: Vec<TokenId>,
+    sampling: SamplingParams,
+    output: Vec<TokenId>,
+    num_cached_tokens: Option<u32>,
+    finish_reason: Option<FinishReason>,
+    has_started: bool,
+    /// Later requests that started before this one.
+    num_overtakes: u32,
+}
+
+/// A request as a test writes it; its id and seed are given when it is sent.
+#[derive(Clone, Debug)]
+pub(crate) struct NewRequest {
+    pub(crate) prompt: Vec<TokenId>,
+    /// Tokens of its output that another replica has already generated.
+    pub(crate) num_replayed: usize,
+    pub(crate) sampling: SamplingParams,
+    pub(crate) hash_seed: HashSeed,
+}
+
+pub(crate) struct Replica {
+    pub(crate) scheduler: StepScheduler,
+    config: StepSchedulerConfig,
+    model: FakeModel,
+    requests: BTreeMap<RequestId, Tracked>,
+    executing: Option<StepPlan>,
+    /// What a router that listens to the events believes to be cached.
+    router_view: FxHashSet<BlockHash>,
+    now: Time,
+    pub(crate) num_steps: u64,
+    /// Tokens computed, of all requests together.
+    pub(crate) num_computed_tokens: u64,
+}
+
+impl Replica {
+    pub(crate) fn new(scheduler: StepScheduler, config: StepSchedulerConfig) -> Self {
+        Self {
+            scheduler,
+            model: FakeModel::new(&config),
+            config,
+            requests: BTreeMap::new(),
+            executing: None,
+            router_view: FxHashSet::default(),
+            now: Time::ZERO,
+            num_steps: 0,
+            num_computed_tokens: 0,
+        }
+    }
+
+    /// Sends a request; on a refusal nothing may have changed.
+    pub(crate) fn add(&mut self, new: NewRequest) -> Result<RequestId, RejectReason> {
+        let id = RequestId(self.requests.len() as u64);
+        let sampling = SamplingParams {
+            seed: id.0,
+            ..new.sampling
+        };
+        let mut output = reference_output(&new.prompt, &sampling, &self.config.eos_token_ids);
+        // Its last token would have ended the request, so it is never replayed.
+        output.truncate(new.num_replayed.min(output.len() - 1));
+        let request = Request {
+            id,
+            prompt_token_ids: new.prompt.clone(),
+            output_token_ids: output.clone(),
+            sampling: sampling.clone(),
+            hash_seed: new.hash_seed,
+        };
+        let before = self.scheduler.stats();
+        let result = self.scheduler.add_request(request.clone(), self.now);
+        if let Err(reason) = result {
+            assert_eq!(self.scheduler.stats(), before, "a refusal changes nothing");
+            return Err(reason);
+        }
+        let again = self.scheduler.add_request(request, self.now);
+        assert_eq!(again, Err(RejectReason::DuplicateId));
+        let tracked = Tracked {
+            prompt: new.prompt,
+            sampling,
+            output,
+            num_cached_tokens: None,
+            finish_reason: None,
+            has_started: false,
+            num_overtakes: 0,
+        };
+        self.requests.insert(id, tracked);
+        Ok(id)
+    }
+
+    /// Ends the `index`-th request that is unfinished, if there is one.
+    pub(crate) fn abort(&mut self, index: usize) {
+        let unfinished: Vec<RequestId> = self.unfinished().collect();
+        if unfinished.is_empty() {
+            return;
+        }
+        let id = unfinished[index % unfinished.len()];
+        assert!(self.scheduler.abort(id));
+        assert!(!self.scheduler.abort(id), "a request ends once");
+        self.end_by_abort(id);
+    }
+
+    pub(crate) fn abort_all(&mut self) {
+        let mut ended = self.scheduler.abort_all();
+        ended.sort_unstable();
+        assert_eq!(ended, self.unfinished().collect::<Vec<_>>());
+        for id in ended {
+            self.end_by_abort(id);
+        }
+        assert!(!self.scheduler.has_work());
+        assert_eq!(self.scheduler.stats().kv_blocks_used, 0);
+    }
+
+    fn end_by_abort(&mut self, id: RequestId) {
+        let request = self.requests.get_mut(&id).expect("a request that was sent");
+        request.finish_reason = Some(FinishReason::Abort);
+    }
+
+    fn unfinished(&self) -> impl Iterator<Item = RequestId> {
+        let unfinished = self
+            .requests
+            .iter()
+            .filter(|(_, it)| it.finish_reason.is_none());
+        unfinished.map(|(&id, _)| id)
+    }
+
+    /// Plans a step, unless one executes. Returns whether one executes now.
+    pub(crate) fn schedule(&mut self) -> bool {
+        self.now = Time(self.now.0 + 1000);
+        let plan = self.scheduler.schedule(self.now);
+        if self.executing.is_some() {
+            assert_eq!(plan, None, "one step at a time");
+            return true;
+        }
+        assert_eq!(
+            plan.is_some(),
+            self.scheduler.has_work(),
+            "work means a plan"
+        );
+        let Some(plan) = plan else { return false };
+        self.num_steps += 1;
+        assert_eq!(plan.step_id, self.num_steps);
+        self.check_shape(&plan);
+        self.note_starts(&plan);
+        self.num_computed_tokens += plan.token_ids.len() as u64;
+        self.executing = Some(plan);
+        true
+    }
+
+    fn check_shape(&self, plan: &StepPlan) {
+        let (rows, num_tokens) = (plan.context_lens.len(), plan.token_ids.len());
+        assert!(
+            num_tokens <= self.config.max_num_batched_tokens as usize,
+            "token budget"
+        );
+        assert!((1..=self.config.max_num_seqs as usize).contains(&rows));
+        assert_eq!(plan.positions.len(), num_tokens);
+        assert_eq!(plan.slot_mapping.len(), num_tokens);
+        assert_eq!(plan.query_start.len(), rows + 1);
+        assert_eq!(plan.query_start.last(), Some(&(num_tokens as u32)));
+        assert_eq!(
+            plan.block_tables.len(),
+            rows * plan.block_table_width as usize
+        );
+        let lens: Vec<u32> = plan
+            .query_start
+            .windows(2)
+            .map(|pair| pair[1] - pair[0])
+            .collect();
+        if self.config.max_prefill_chunk > 0 {
+            assert!(
+                lens.iter()
+                    .all(|&len| len <= self.config.max_prefill_chunk.max(1))
+            );
+        }
+        for (row, len) in lens.iter().enumerate() {
+            let last = plan.query_start[row + 1] as usize - 1;
+            assert_eq!(
+                plan.positions[last] + 1,
+                plan.context_lens[row],
+                "row {row} of {len}"
+            );
+        }
+        let slots: FxHashSet<u32> = plan.samples.iter().map(|sample| sample.slot).collect();
+        assert_eq!(slots.len(), plan.samples.len(), "a slot draws once");
+    }
+
+    /// Counts overtakes and checks their bound; each request's seed is its id.
+    fn note_starts(&mut self, plan: &StepPlan) {
+        for start in &plan.starts {
+            let id = RequestId(start.sampling.seed);
+            let request = self.requests.get_mut(&id).expect("a request that was sent");
+            if std::mem::replace(&mut request.has_started, true) {
+                continue;
+            }
+            for (_, earlier) in self.requests.range_mut(..id) {
+                let is_waiting = !earlier.has_started && earlier.finish_reason.is_none();
+                earlier.num_overtakes += u32::from(is_waiting);
+            }
+        }
+        // By rank fewer than `max_overtakes`; each step of being held back lets others take the free seats.
+        let by_rank = self.config.max_overtakes.saturating_sub(1);
+        let by_waiting = self.config.max_prefix_wait_steps * self.config.max_num_seqs;
+        for (id, request) in &self.requests {
+            assert!(
+                request.num_overtakes <= by_rank + by_waiting,
+                "{id} starves"
+            );
+        }
+    }
+
+    /// Executes and commits the planned step, if there is one.
+    pub(crate) fn commit(&mut self) {
+        let Some(plan) = self.executing.take() else {
+            let output = StepOutput {
+                step_id: self.num_steps,
+                ..StepOutput::default()
+            };
+            let error = self.scheduler.update_from_output(&output, self.now);
+            assert_eq!(
+                error,
+                Err(StepError::NoStep {
+                    got: self.num_steps
+                })
+            );
+            return;
+        };
+        let output = self.model.execute(&plan);
+        let updates = self
+            .scheduler
+            .update_from_output(&output, self.now)
+            .expect("an output");
+        for update in updates {
+            self.take_update(update);
+        }
+        self.check();
+    }
+
+    /// Sends outputs that do not fit the step: each is refused, and the right one still counts.
+    pub(crate) fn commit_wrongly(&mut self) {
+        let Some(plan) = &self.executing else { return };
+        let expected = plan.samples.len();
+        let output = StepOutput {
+            step_id: plan.step_id,
+            token_ids: vec![0; expected + 1],
+            logprobs: Vec::new(),
+        };
+        let before = self.scheduler.stats();
+        let error = self.scheduler.update_from_output(&output, self.now);
+        assert_eq!(
+            error,
+            Err(StepError::WrongTokenCount {
+                expected,
+                got: expected + 1
+            })
+        );
+        let late = StepOutput {
+            step_id: plan.step_id - 1,
+            ..output
+        };
+        let error = self.scheduler.update_from_output(&late, self.now);
+        let (expected, got) = (plan.step_id, plan.step_id - 1);
+        assert_eq!(error, Err(StepError::WrongStep { expected, got }));
+        assert_eq!(self.scheduler.stats(), before);
+    }
+
+    fn take_update(&mut self, update: TokenUpdate) {
+        let id = update.request_id;
+        let request = self.requests.get_mut(&id).expect("a request that was sent");
+        assert_eq!(request.finish_reason, None, "{id} has ended");
+        assert_eq!(update.output_index as usize, request.output.len(), "{id}");
+        request.output.push(update.token_id);
+        let logprobs = request
+            .sampling
+            .logprobs
+            .map(|_| logprobs_of(id, update.token_id));
+        assert_eq!(update.logprobs, logprobs, "{id}");
+        let num_cached = *request
+            .num_cached_tokens
+            .get_or_insert(update.num_cached_tokens);
+        assert_eq!(
+            update.num_cached_tokens, num_cached,
+            "{id}: said once and for all"
+        );
+        assert!(num_cached as usize <= request.prompt.len(), "{id}");
+
+        let eos = &self.config.eos_token_ids;
+        let reference = reference_output(&request.prompt, &request.sampling, eos);
+        assert_eq!(
+            request.output[..],
+            reference[..request.output.len()],
+            "{id} alone"
+        );
+        let is_last = request.output.len() == reference.len();
+        assert_eq!(
+            update.finish_reason.is_some(),
+            is_last,
+            "{id} ends where it ends alone"
+        );
+        let is_stop = (eos.contains(&update.token_id) && !request.sampling.ignore_eos)
+            || request.sampling.stop_token_ids.contains(&update.token_id);
+        let reason = if is_stop {
+            FinishReason::Stop
+        } else {
+            FinishReason::Length
+        };
+        request.finish_reason = is_last.then_some(reason);
+    }
+
+    fn check(&mut self) {
+        self.scheduler.check_integrity();
+        for event in self.scheduler.take_kv_events() {
+            match event {
+                KvEvent::Stored(hashes) => self.router_view.extend(hashes),
+                KvEvent::Removed(hashes) => hashes.iter().for_each(|hash| {
+                    assert!(self.router_view.remove(hash), "removed what was not stored");
+                }),
+                KvEvent::Cleared => self.router_view.clear(),
+            }
+        }
+        let cached = self.scheduler.cached_block_hashes();
+        assert_eq!(
+            cached.len(),
+            self.router_view.len(),
+            "events tell the whole story"
+        );
+        assert!(cached.iter().all(|hash| self.router_view.contains(hash)));
+    }
+
+    /// Runs until nothing is left. The most senior request computes at least one token in every step, so the
+    /// number of steps is bounded by what each request could compute as the most senior one, once before it is
+    /// preempted for the last time and once after.
+    pub(crate) fn run_to_end(&mut self) {
+        let num_tokens = |request: &Tracked| {
+            request.prompt.len() as u64 + u64::from(request.sampling.max_tokens)
+        };
+        let is_open = |request: &&Tracked| request.finish_reason.is_none();
+        let most_steps = 1 + 2 * self
+            .requests
+            .values()
+            .filter(is_open)
+            .map(num_tokens)
+            .sum::<u64>();
+        let first_step = self.num_steps;
+        while self.schedule() {
+            self.commit();
+            assert!(self.num_steps - first_step <= most_steps, "livelock");
+        }
+        self.check();
+        assert_eq!(self.unfinished().count(), 0, "every request ends");
+        let stats = self.scheduler.stats();
+        assert_eq!((stats.num_running, stats.num_waiting), (0, 0));
+        assert_eq!((stats.kv_blocks_used, stats.queued_prefill_tokens), (0, 0));
+    }
+
+    /// Prompt tokens that came from the cache when the request first ran.
+    pub(crate) fn num_cached_tokens(&self, id: RequestId) -> Option<u32> {
+        self.requests[&id].num_cached_tokens
+    }
+}
