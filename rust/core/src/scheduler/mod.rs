@@ -1,7 +1,7 @@
 //! Chooses among replicas and GPUs: which worker takes a request, and which memory a model gets.
 //!
-//! [`mod@route`] holds the routing decision, [`mod@place`] the placement of gangs of GPUs, [`waiting`] the queues of those
-//! that found no room. What they know is fed from outside: specs, KV events, load reports. One owner holds the
+//! [`mod@route`] holds the routing decision, [`mod@place`] the placement of gangs of GPUs, [`waiting`] the queues of
+//! those that found no room. What they know is fed from outside: specs, KV events, load reports. One owner holds the
 //! [`Scheduler`]; callers with threads put it behind a mutex.
 
 mod config;

@@ -2,8 +2,8 @@
 //!
 //! Requests for one model wait in one queue, gangs in another. A queue is served strictly in order: a small request
 //! does not overtake a large one at the head, so nothing starves. Waiting helps against a lack of room (all batches
-//! full, all workers draining, no GPU memory free); what no registered worker or GPU could ever take is refused at once, or
-//! when its turn comes where it became impossible meanwhile.
+//! full, all workers draining, no GPU memory free); what no registered worker or GPU could ever take is refused at
+//! once, or when its turn comes where it became impossible meanwhile.
 
 use std::{collections::BTreeMap, mem};
 
@@ -176,8 +176,8 @@ impl Scheduler {
         true
     }
 
-    /// Serves the queues as far as there is room. To be called after anything that may have made room: a release, a load
-    /// report, a KV event, a new worker or GPU, the end of a drain, a cancelled wait.
+    /// Serves the queues as far as there is room. To be called after anything that may have made room: a release, a
+    /// load report, a KV event, a new worker or GPU, the end of a drain, a cancelled wait.
     pub fn take_grants(&mut self, now: Time) -> Vec<Grant> {
         if self.waiting.lengths() == (0, 0) {
             return Vec::new();

@@ -1,0 +1,474 @@
+//! Routing against a naive model: random operations, every decision compared with a full scan over plain lists.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+use std::collections::BTreeSet;
+
+use orchestra_core::{
+    BlockHash, ErrorCode, Time, block_hashes,
+    scheduler::{
+        ReservationId, RouteRequest, Scheduler, SchedulerConfig, WorkerId, WorkerLoad, WorkerSpec,
+    },
+    step::KvEvent,
+};
+use proptest::prelude::*;
+
+const MODELS: [&str; 2] = ["small", "large"];
+
+/// A worker with everything recomputed from lists when asked.
+struct ModelWorker {
+    id: WorkerId,
+    spec: WorkerSpec,
+    is_draining: bool,
+    cached: BTreeSet<BlockHash>,
+    load: WorkerLoad,
+    reservations: Vec<ModelReservation>,
+    /// Number of the decision that last chose it.
+    last_chosen: usize,
+}
+
+struct ModelReservation {
+    id: ReservationId,
+    is_reported: bool,
+    blocks: u64,
+    prefill: u64,
+}
+
+struct Choice {
+    worker: WorkerId,
+    cached_tokens: u32,
+    blocks: u32,
+}
+
+impl ModelWorker {
+    /// `max(all reservations, report + reservations since)` of one quantity.
+    fn estimate(&self, reported: u64, of: impl Fn(&ModelReservation) -> u64) -> u64 {
+        let all: u64 = self.reservations.iter().map(&of).sum();
+        let since: u64 = self
+            .reservations
+            .iter()
+            .filter(|held| !held.is_reported)
+            .map(&of)
+            .sum();
+        all.max(reported + since)
+    }
+
+    fn depth(&self, request: &RouteRequest<'_>) -> u32 {
+        let size = self.spec.block_size as usize;
+        let chain = block_hashes(self.spec.hash_seed(request.salt), request.token_ids, size);
+        // One token is always computed.
+        let usable = (request.token_ids.len() - 1) / size;
+        chain[..usable]
+            .iter()
+            .take_while(|hash| self.cached.contains(hash))
+            .count() as u32
+    }
+
+    /// Ascending rank: room, cost, age of the last choice.
+    fn rank(&self, request: &RouteRequest<'_>) -> (bool, u64, usize) {
+        let depth = self.depth(request);
+        let batch = self.estimate(
+            u64::from(self.load.num_running) + u64::from(self.load.num_waiting),
+            |_| 1,
+        );
+        let queued = self.estimate(self.load.queued_prefill_tokens, |held| held.prefill);
+        let used = self.estimate(self.load.kv_blocks_used.into(), |held| held.blocks);
+        let needed = u64::from(self.blocks(request) - depth);
+        let left = request.token_ids.len() as u64 - u64::from(depth * self.spec.block_size);
+        let has_room = batch < u64::from(self.spec.max_num_seqs)
+            && used + needed <= u64::from(self.spec.num_blocks);
+        (!has_room, (left + queued) * (batch + 1), self.last_chosen)
+    }
+
+    fn blocks(&self, request: &RouteRequest<'_>) -> u32 {
+        let tokens = request.token_ids.len() as u32 + request.max_tokens;
+        tokens.div_ceil(self.spec.block_size)
+    }
+}
+
+/// The router's view, kept in lists.
+#[derive(Default)]
+struct Model {
+    workers: Vec<ModelWorker>,
+    num_decisions: usize,
+}
+
+impl Model {
+    fn route(&self, request: &RouteRequest<'_>) -> Result<Choice, ErrorCode> {
+        let of_model = || {
+            self.workers
+                .iter()
+                .filter(|worker| worker.spec.model == request.model)
+        };
+        if of_model().next().is_none() {
+            return Err(ErrorCode::ModelNotFound);
+        }
+        let tokens = request.token_ids.len() as u32 + request.max_tokens;
+        let fits = |worker: &&ModelWorker| {
+            tokens <= worker.spec.max_model_len && worker.blocks(request) <= worker.spec.num_blocks
+        };
+        let is_open =
+            |worker: &&ModelWorker| !worker.is_draining && !request.exclude.contains(&worker.id);
+        match of_model()
+            .filter(is_open)
+            .filter(fits)
+            .min_by_key(|worker| worker.rank(request))
+        {
+            Some(best) => Ok(Choice {
+                worker: best.id,
+                cached_tokens: best.depth(request) * best.spec.block_size,
+                blocks: best.blocks(request),
+            }),
+            None if of_model().any(|worker| is_open(&worker)) => Err(ErrorCode::ContextTooLong),
+            None => Err(ErrorCode::NoWorkers),
+        }
+    }
+
+    fn commit(&mut self, id: ReservationId, choice: &Choice, prompt_len: usize) {
+        self.num_decisions += 1;
+        let worker = self
+            .workers
+            .iter_mut()
+            .find(|worker| worker.id == choice.worker)
+            .unwrap();
+        worker.last_chosen = self.num_decisions;
+        worker.reservations.push(ModelReservation {
+            id,
+            is_reported: false,
+            blocks: u64::from(choice.blocks - choice.cached_tokens / worker.spec.block_size),
+            prefill: prompt_len as u64 - u64::from(choice.cached_tokens),
+        });
+    }
+
+    fn held(&self) -> Vec<ReservationId> {
+        let held = self.workers.iter().flat_map(|worker| &worker.reservations);
+        held.map(|held| held.id).collect()
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    AddWorker {
+        model: usize,
+        epoch: u64,
+        block_size: u32,
+        num_blocks: u32,
+        max_num_seqs: u32,
+    },
+    RemoveWorker(usize),
+    SetDraining(usize, bool),
+    Stored {
+        worker: usize,
+        family: u32,
+        blocks: usize,
+    },
+    Removed {
+        worker: usize,
+        family: u32,
+        block: usize,
+    },
+    Cleared(usize),
+    Load(usize, WorkerLoad),
+    Route {
+        model: usize,
+        family: u32,
+        len: usize,
+        max_tokens: u32,
+        exclude: Option<usize>,
+    },
+    PrefillDone(usize),
+    Release(usize),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let pick = 0_usize..100;
+    let load = (0_u32..4, 0_u32..4, 0_u32..40, 0_u64..100).prop_map(
+        |(num_running, num_waiting, kv_blocks_used, queued_prefill_tokens)| WorkerLoad {
+            num_running,
+            num_waiting,
+            kv_blocks_used,
+            queued_prefill_tokens,
+        },
+    );
+    prop_oneof![
+        2 => (model(), prop_oneof![4 => Just(0_u64), 1 => Just(1)],
+            prop_oneof![4 => Just(4_u32), 1 => Just(8)], 4_u32..40, 1_u32..6)
+            .prop_map(|(model, epoch, block_size, num_blocks, max_num_seqs)| Op::AddWorker {
+                model, epoch, block_size, num_blocks, max_num_seqs,
+            }),
+        1 => pick.clone().prop_map(Op::RemoveWorker),
+        1 => (pick.clone(), any::<bool>()).prop_map(|(worker, on)| Op::SetDraining(worker, on)),
+        6 => (pick.clone(), 0_u32..3, 1_usize..8)
+            .prop_map(|(worker, family, blocks)| Op::Stored { worker, family, blocks }),
+        3 => (pick.clone(), 0_u32..3, 0_usize..8)
+            .prop_map(|(worker, family, block)| Op::Removed { worker, family, block }),
+        1 => pick.clone().prop_map(Op::Cleared),
+        2 => (pick.clone(), load).prop_map(|(worker, load)| Op::Load(worker, load)),
+        8 => (model(), 0_u32..3, 1_usize..60, 1_u32..40, prop::option::weighted(0.2, pick.clone()))
+            .prop_map(|(model, family, len, max_tokens, exclude)| Op::Route {
+                model, family, len, max_tokens, exclude,
+            }),
+        3 => pick.clone().prop_map(Op::PrefillDone),
+        4 => pick.prop_map(Op::Release),
+    ]
+}
+
+/// Mostly the same one, so that workers compete.
+fn model() -> impl Strategy<Value = usize> {
+    prop_oneof![4 => Just(0_usize), 1 => Just(1)]
+}
+
+/// Prompts of a family share their prefix.
+fn prompt(family: u32, len: usize) -> Vec<u32> {
+    (0..len as u32)
+        .map(|position| family * 1000 + position)
+        .collect()
+}
+
+struct Pair {
+    real: Scheduler,
+    model: Model,
+    names: usize,
+}
+
+impl Pair {
+    fn new() -> Self {
+        let real = Scheduler::new(SchedulerConfig::default()).unwrap();
+        Self {
+            real,
+            model: Model::default(),
+            names: 0,
+        }
+    }
+
+    /// The index of some worker, where there is one.
+    fn pick(&self, pick: usize) -> Option<usize> {
+        pick.checked_rem(self.model.workers.len())
+    }
+
+    fn chain(&self, worker: usize, family: u32) -> Vec<BlockHash> {
+        let spec = &self.model.workers[worker].spec;
+        block_hashes(
+            spec.hash_seed(""),
+            &prompt(family, 64),
+            spec.block_size as usize,
+        )
+    }
+
+    fn add_worker(&mut self, model: usize, epoch: u64, sizes: [u32; 3]) {
+        let [block_size, num_blocks, max_num_seqs] = sizes;
+        self.names += 1;
+        let spec = WorkerSpec {
+            name: format!("worker-{}", self.names),
+            model: MODELS[model].to_owned(),
+            weights_epoch: epoch,
+            block_size,
+            num_blocks,
+            max_num_seqs,
+            max_model_len: 90,
+        };
+        let id = self.real.add_worker(spec.clone()).unwrap();
+        self.model.workers.push(ModelWorker {
+            id,
+            spec,
+            is_draining: false,
+            cached: BTreeSet::new(),
+            load: WorkerLoad::default(),
+            reservations: Vec::new(),
+            last_chosen: 0,
+        });
+    }
+
+    fn stored(&mut self, worker: usize, family: u32, blocks: usize) {
+        let hashes = self.chain(worker, family)[..blocks].to_vec();
+        let model = &mut self.model.workers[worker];
+        let mut after = model.cached.clone();
+        after.extend(&hashes);
+        let fits = after.len() <= model.spec.num_blocks as usize;
+        let outcome = self.real.apply_kv_event(model.id, &KvEvent::Stored(hashes));
+        assert_eq!(outcome.is_ok(), fits);
+        if fits {
+            model.cached = after;
+        }
+    }
+
+    /// Every candidate's figures equal the model's, best first.
+    fn compare_candidates(&self, request: &RouteRequest<'_>) {
+        let Ok(explanation) = self.real.explain(request, usize::MAX) else {
+            return;
+        };
+        let figures = explanation.candidates.iter().map(|candidate| {
+            let id = candidate.worker;
+            let model = self
+                .model
+                .workers
+                .iter()
+                .find(|worker| worker.id == id)
+                .unwrap();
+            assert_eq!(
+                candidate.num_cached_tokens,
+                model.depth(request) * model.spec.block_size
+            );
+            let rank = model.rank(request);
+            assert_eq!((!candidate.has_room, candidate.cost), (rank.0, rank.1));
+            (rank, id)
+        });
+        assert!(figures.is_sorted());
+    }
+
+    fn route(&mut self, request: &RouteRequest<'_>) {
+        self.compare_candidates(request);
+        let expected = self.model.route(request);
+        match self.real.route(request, Time::ZERO) {
+            Ok(reservation) => {
+                let expected = expected.unwrap_or_else(|code| panic!("the model says {code}"));
+                assert_eq!(reservation.worker, expected.worker);
+                assert_eq!(reservation.num_cached_tokens, expected.cached_tokens);
+                assert_eq!(reservation.num_blocks, expected.blocks);
+                self.model
+                    .commit(reservation.id, &expected, request.token_ids.len());
+            }
+            Err(error) => assert_eq!(Some(error.code()), expected.err()),
+        }
+    }
+
+    fn release(&mut self, pick: usize) {
+        let held = self.model.held();
+        let Some(index) = pick.checked_rem(held.len()) else {
+            return;
+        };
+        assert!(self.real.release(held[index]));
+        assert!(!self.real.release(held[index]), "released twice");
+        for worker in &mut self.model.workers {
+            worker.reservations.retain(|kept| kept.id != held[index]);
+        }
+    }
+
+    fn prefill_done(&mut self, pick: usize) {
+        let held = self.model.held();
+        let Some(index) = pick.checked_rem(held.len()) else {
+            return;
+        };
+        let mut all = self
+            .model
+            .workers
+            .iter_mut()
+            .flat_map(|worker| &mut worker.reservations);
+        let model = all.find(|kept| kept.id == held[index]).unwrap();
+        assert_eq!(self.real.prefill_done(held[index]), model.prefill > 0);
+        model.prefill = 0;
+    }
+
+    fn apply_to_worker(&mut self, op: &Op) {
+        let (Op::RemoveWorker(pick)
+        | Op::SetDraining(pick, _)
+        | Op::Cleared(pick)
+        | Op::Load(pick, _)
+        | Op::Removed { worker: pick, .. }
+        | Op::Stored { worker: pick, .. }) = *op
+        else {
+            return;
+        };
+        let Some(index) = self.pick(pick) else { return };
+        let id = self.model.workers[index].id;
+        match *op {
+            Op::RemoveWorker(_) => {
+                assert!(self.real.remove_worker(id));
+                for held in self.model.workers.remove(index).reservations {
+                    assert!(
+                        !self.real.release(held.id),
+                        "a reservation outlived its worker"
+                    );
+                }
+            }
+            Op::SetDraining(_, on) => {
+                assert!(self.real.set_draining(id, on));
+                self.model.workers[index].is_draining = on;
+            }
+            Op::Stored { family, blocks, .. } => self.stored(index, family, blocks),
+            Op::Removed { family, block, .. } => {
+                let hash = self.chain(index, family)[block];
+                self.real
+                    .apply_kv_event(id, &KvEvent::Removed(vec![hash]))
+                    .unwrap();
+                self.model.workers[index].cached.remove(&hash);
+            }
+            Op::Cleared(_) => {
+                self.real.apply_kv_event(id, &KvEvent::Cleared).unwrap();
+                self.model.workers[index].cached.clear();
+            }
+            Op::Load(_, load) => {
+                assert!(self.real.update_load(id, load));
+                let worker = &mut self.model.workers[index];
+                worker.load = load;
+                worker
+                    .reservations
+                    .iter_mut()
+                    .for_each(|held| held.is_reported = true);
+            }
+            _ => {}
+        }
+    }
+
+    fn apply(&mut self, op: &Op) {
+        match *op {
+            Op::AddWorker {
+                model,
+                epoch,
+                block_size,
+                num_blocks,
+                max_num_seqs,
+            } => {
+                self.add_worker(model, epoch, [block_size, num_blocks, max_num_seqs]);
+            }
+            Op::Route {
+                model,
+                family,
+                len,
+                max_tokens,
+                exclude,
+            } => {
+                let token_ids = prompt(family, len);
+                let excluded = exclude.and_then(|pick| self.pick(pick));
+                let exclude: Vec<WorkerId> = excluded
+                    .map(|index| self.model.workers[index].id)
+                    .into_iter()
+                    .collect();
+                self.route(&RouteRequest {
+                    model: MODELS[model],
+                    token_ids: &token_ids,
+                    max_tokens,
+                    salt: "",
+                    exclude: &exclude,
+                });
+            }
+            Op::PrefillDone(pick) => self.prefill_done(pick),
+            Op::Release(pick) => self.release(pick),
+            _ => self.apply_to_worker(op),
+        }
+        self.real.check_integrity();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_decision_equals_the_full_scan(ops in prop::collection::vec(op(), 1..120)) {
+        let mut pair = Pair::new();
+        for op in &ops {
+            pair.apply(op);
+        }
+        // Whatever happened, everything can be given back.
+        while !pair.model.held().is_empty() {
+            pair.release(0);
+        }
+        let stats = pair.real.stats(Time::ZERO);
+        prop_assert_eq!(stats.num_reservations, 0);
+        pair.real.check_integrity();
+    }
+}
