@@ -56,6 +56,18 @@ class ServeOptions:
             return arguments[arguments.index("--served-model-name") + 1]
         return self.model_dir.resolve().name
 
+    def ip_address(self) -> str:
+        """The address that `host` stands for.
+
+        Raises:
+            UsageError: it stands for none.
+        """
+        try:
+            found = socket.getaddrinfo(self.host, None, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise UsageError(f"--host {self.host}: {error.strerror}") from error
+        return str(found[0][4][0])
+
 
 class UsageError(Exception):
     """An option is wrong; the message says which and why."""
@@ -137,7 +149,7 @@ def check(options: ServeOptions) -> None:
     if options.port == options.grpc_port != 0:
         raise UsageError(f"--port and --grpc-port are both {options.port}")
     for flag, port in (("--port", options.port), ("--grpc-port", options.grpc_port)):
-        _check_port(options.host, port, flag)
+        _check_port(options, port, flag)
 
 
 def group_devices(options: ServeOptions) -> list[str | None]:
@@ -187,20 +199,18 @@ def _check_model(options: ServeOptions) -> None:
         raise UsageError(f"--tp {options.tp} does not divide the model's {heads} attention heads")
 
 
-def _check_port(host: str, port: int, flag: str) -> None:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except socket.gaierror as error:
-        raise UsageError(f"--host {host}: {error.strerror}") from error
-    with socket.socket(family, kind, protocol) as listener:
+def _check_port(options: ServeOptions, port: int, flag: str) -> None:
+    address = options.ip_address()
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind(address)
+            listener.bind((address, port))
         except OSError as error:
-            message = f"cannot listen on {host} port {port} ({error.strerror}); choose another with {flag}"
-            raise AddressInUseError(message) from error
+            reason = f"{error.strerror}; choose another with {flag}"
+            raise AddressInUseError(
+                f"cannot listen on {options.host} port {port}: {reason}"
+            ) from error
 
 
 def _grpc_port(port: int, chosen: int | None) -> int:

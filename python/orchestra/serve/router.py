@@ -67,7 +67,8 @@ class RouterProcess:
             known = self._addresses.result()
             http, grpc, workers = known.http, known.grpc, known.workers
         else:
-            host = f"[{options.host}]" if ":" in options.host else options.host
+            address = options.ip_address()
+            host = f"[{address}]" if ":" in address else address
             http, grpc = f"{host}:{options.port}", f"{host}:{options.grpc_port}"
             workers = "127.0.0.1:0"
         return [

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -137,8 +138,18 @@ def _ready_lines(options: ServeOptions, addresses: Addresses, took_s: float) -> 
         f"  OpenAI  {url}",
         f"  gRPC    {_reachable(addresses.grpc)}",
         "try",
-        f"  curl -N {url}/{route} -H 'content-type: application/json' -d '{json.dumps(body)}'",
+        f"  curl -N {url}/{route} -H 'content-type: application/json'{_key_header()}"
+        f" -d '{json.dumps(body)}'",
     ]
+
+
+def _key_header() -> str:
+    # The router reads the same variable; the key itself is not shown.
+    return (
+        ' -H "authorization: Bearer $ORCHESTRA_API_KEY"'
+        if os.environ.get("ORCHESTRA_API_KEY")
+        else ""
+    )
 
 
 def has_chat_template(model_dir: Path) -> bool:
