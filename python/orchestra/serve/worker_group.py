@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ class WorkerGroup:
         index: which of the replicas.
         options: what was asked for.
         router: where rank 0 attaches, `host:port`.
-        run_directory: for the file through which the ranks find each other.
+        run_directory: for the files through which the ranks find each other.
         cuda_devices: `CUDA_VISIBLE_DEVICES` of the ranks; None: left as it is.
         console: for lines.
     """
@@ -86,6 +87,7 @@ class WorkerGroup:
         self.children = []
         waits: list[asyncio.Task[int]] = []
         try:
+            self._meeting_place().mkdir()
             for rank in range(self._options.tp):
                 self.children.append(await self._start(rank))
             waits = [asyncio.create_task(child.wait()) for child in self.children]
@@ -99,7 +101,7 @@ class WorkerGroup:
             for wait in waits:
                 wait.cancel()
             await stop_all(self.children, STOP_GRACE_S)
-            self._rendezvous().unlink(missing_ok=True)
+            shutil.rmtree(self._meeting_place(), ignore_errors=True)
 
     async def _start(self, rank: int) -> Child:
         options = self._options
@@ -110,7 +112,7 @@ class WorkerGroup:
         ]
         name = self.name
         if options.tp > 1:
-            rendezvous = self._rendezvous().as_uri()
+            rendezvous = (self._meeting_place() / "rendezvous").as_uri()
             command += ["--tp", str(options.tp), "--rank", str(rank), "--rendezvous", rendezvous]
             name = f"{self.name} rank {rank}"
 
@@ -119,8 +121,8 @@ class WorkerGroup:
 
         return await Child.start(name, command, self._console, on_status, self._environment)
 
-    def _rendezvous(self) -> Path:
-        # A file that an earlier attempt has used would bring its dead ranks' addresses.
+    def _meeting_place(self) -> Path:
+        # A new one per attempt: the old one's files hold the addresses of dead ranks.
         return self._run_directory / f"group-{self._index}-{self._attempts}"
 
     def _on_status(self, rank: int, status: dict[str, Any]) -> None:
