@@ -1,6 +1,7 @@
 //! What the scheduler tells about itself, and the check of its invariants.
 
 use rustc_hash::FxHashMap;
+use serde::Serialize;
 
 use super::{
     Scheduler,
@@ -9,7 +10,7 @@ use super::{
 use crate::time::Time;
 
 /// Figures of a [`Scheduler`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct SchedulerStats {
     /// Registered workers.
     pub num_workers: u32,

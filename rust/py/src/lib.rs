@@ -1,0 +1,31 @@
+//! `orchestra._core`: converts, calls, converts back. What it exposes is described in `python/orchestra/_core.pyi`,
+//! which is checked against this module.
+//!
+//! Every class is frozen: state sits behind a lock on the Rust side, and no Python code runs while that is held. So
+//! the module works under free-threaded Python as it is.
+
+mod agent;
+mod errors;
+mod process;
+mod router;
+mod scheduler;
+mod values;
+
+/// The compiled core of `orchestra`. Private: use `orchestra` itself.
+#[pyo3::pymodule]
+mod _core {
+    #[pymodule_export]
+    use super::{
+        agent::Agent,
+        errors::error_codes,
+        process::{die_with_parent, init_logging},
+        router::run_router,
+        scheduler::{
+            Placement, Reservation, RouteRequest, Scheduler, Ticket, default_scheduler_config,
+        },
+    };
+
+    #[pymodule_export]
+    #[expect(non_upper_case_globals, reason = "the name that Python packages use")]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}
