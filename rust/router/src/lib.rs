@@ -1,0 +1,35 @@
+//! The front of Orchestra: OpenAI HTTP and gRPC in, placed and streamed requests out.
+//!
+//! Reading order: [`request`] and [`error`] are the words that both halves share. The *doors* (`http`, `grpc`,
+//! rendered by [`respond`]) turn what a client wrote into a [`request::GenerateInput`], and what comes back into
+//! the client's own format. The [`corridor`] is the one way from there to a worker and back. [`run`] puts them
+//! together.
+
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod error;
+pub mod logging;
+pub mod metrics;
+pub mod request;
+mod run;
+
+mod auth;
+mod grpc;
+mod http;
+mod listen;
+mod request_id;
+pub mod respond;
+
+pub mod corridor;
+pub mod models;
+pub mod state;
+pub mod tasks;
+pub mod text;
+pub mod workers;
+
+pub use self::{
+    config::RouterConfig,
+    listen::Door,
+    run::{Addresses, Router, RunError, exit_status, main_from_args, run},
+};
