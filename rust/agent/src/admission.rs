@@ -50,17 +50,7 @@ pub(crate) fn admit(
         let message = format!("weights epoch {wanted} was asked for, this worker holds {held}");
         return Err(Refusal::new(ErrorCode::WorkerFailed, message));
     }
-    if start.prompt_token_ids.is_empty() {
-        return Err(Refusal::invalid(
-            "prompt_token_ids must hold at least one token",
-        ));
-    }
     let sampling = resolve(start.sampling.unwrap_or_default())?;
-    if start.output_token_ids.len() as u64 >= u64::from(sampling.max_tokens) {
-        return Err(Refusal::invalid(
-            "output_token_ids already holds max_tokens tokens",
-        ));
-    }
     let vocab_size = config.vocab_size;
     check_vocabulary(
         "prompt_token_ids",

@@ -7,7 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use orchestra_core::{RequestId, step::KvEvent};
+use orchestra_core::{
+    ErrorCode, RequestId,
+    step::{KvEvent, TokenUpdate},
+};
 use orchestra_proto::v1;
 use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio_util::sync::CancellationToken;
@@ -88,11 +91,6 @@ impl Attachment {
         self.sequences.get(&request_id).copied()
     }
 
-    /// The sequences that have not ended.
-    pub(crate) fn sequence_ids(&self) -> impl Iterator<Item = u64> + '_ {
-        self.requests.keys().copied()
-    }
-
     /// Notes that `request_id` runs for `sequence_id`.
     pub(crate) fn insert(&mut self, sequence_id: u64, request_id: RequestId) {
         self.requests.insert(sequence_id, request_id);
@@ -106,9 +104,36 @@ impl Attachment {
         Some(request_id)
     }
 
-    /// Keeps an answer until [`send_refusals`](Self::send_refusals).
-    pub(crate) fn refuse(&mut self, output: v1::SequenceOutput) {
-        self.refusals.push(output);
+    /// Messages that the network has not taken yet.
+    pub(crate) fn num_unsent(&self) -> usize {
+        self.outbound.max_capacity() - self.outbound.capacity()
+    }
+
+    /// Sends what a step drew.
+    pub(crate) fn send_updates(
+        &mut self,
+        updates: Vec<TokenUpdate>,
+        patience: &Patience,
+    ) -> Result<(), Lost> {
+        let outputs = outputs::sequence_outputs(updates, self);
+        if outputs.is_empty() {
+            return Ok(());
+        }
+        self.send(outputs::tokens_message(outputs), patience)
+    }
+
+    /// Keeps an error as the answer to a sequence, until [`send_refusals`](Self::send_refusals).
+    pub(crate) fn refuse(&mut self, sequence_id: u64, code: ErrorCode, message: &str) {
+        self.refusals
+            .push(outputs::error_output(sequence_id, code, message));
+    }
+
+    /// [`refuse`](Self::refuse) for every sequence that has not ended.
+    pub(crate) fn refuse_all(&mut self, code: ErrorCode, message: &str) {
+        self.sequences.clear();
+        for sequence_id in std::mem::take(&mut self.requests).into_keys() {
+            self.refuse(sequence_id, code, message);
+        }
     }
 
     /// Sends the answers kept since the last call.

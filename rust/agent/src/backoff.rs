@@ -45,7 +45,7 @@ impl Backoff {
         self.ceiling = self.initial;
     }
 
-    /// SplitMix64, its upper 53 bits as a number in [0, 1).
+    /// `SplitMix64`, its upper 53 bits as a number in [0, 1).
     fn next_fraction(&mut self) -> f64 {
         self.state = self.state.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut mixed = self.state;

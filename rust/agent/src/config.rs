@@ -1,16 +1,15 @@
 //! What an agent is told at start: one struct, one default, one validator.
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt::{self, Write as _},
+    time::Duration,
+};
 
-use orchestra_core::{config::ConfigIssue, step::StepSchedulerConfig};
+use orchestra_core::{config::ConfigIssue, scheduler::NAME_BYTES_MAX, step::StepSchedulerConfig};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tonic::transport::Endpoint;
 
-/// Longest worker id, bytes.
-const WORKER_ID_BYTES_MAX: usize = 128;
-/// Longest model name, bytes.
-const MODEL_NAME_BYTES_MAX: usize = 256;
 /// Most that the model files may weigh together: they travel as one message.
 const MODEL_FILES_BYTES_MAX: usize = 64 << 20;
 /// Plans carry token ids as `int32`.
@@ -24,7 +23,7 @@ pub struct AgentConfig {
     pub router: String,
     /// Stable name of this worker, unique in the cluster; 1 to 128 bytes.
     pub worker_id: String,
-    /// The name under which clients ask for the model; 1 to 256 bytes.
+    /// The name under which clients ask for the model; 1 to 128 bytes.
     pub model: String,
     /// Version of the weights, counted by commits.
     pub weights_epoch: u64,
@@ -106,17 +105,12 @@ impl AgentConfig {
                 "must be a URL like http://127.0.0.1:8002",
             ));
         }
-        let names = [
-            ("worker_id", &self.worker_id, WORKER_ID_BYTES_MAX),
-            ("model", &self.model, MODEL_NAME_BYTES_MAX),
-        ];
-        for (key, name, limit) in names {
-            if name.is_empty() || name.len() > limit {
-                let got = name.len();
-                issues.push(ConfigIssue::new(
-                    key,
-                    format!("must have 1 to {limit} bytes, has {got}"),
-                ));
+        for (key, name) in [("worker_id", &self.worker_id), ("model", &self.model)] {
+            let is_long = name.len() > NAME_BYTES_MAX;
+            if name.is_empty() || is_long || name.chars().any(char::is_control) {
+                let message =
+                    format!("must have 1 to {NAME_BYTES_MAX} bytes, without control characters");
+                issues.push(ConfigIssue::new(key, message));
             }
         }
     }
@@ -229,11 +223,12 @@ impl ModelFiles {
             hasher.update((part.len() as u64).to_le_bytes());
             hasher.update(part);
         }
-        hasher
-            .finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect()
+        let mut hex = String::with_capacity(64);
+        for byte in hasher.finalize() {
+            // Writing to a string cannot fail.
+            let _ = write!(hex, "{byte:02x}");
+        }
+        hex
     }
 
     fn parts(&self) -> [&[u8]; 4] {

@@ -32,6 +32,10 @@ pub struct AgentStats {
     pub schedule_us: u64,
     /// Microseconds between handing out a step and its commit.
     pub execute_us: u64,
+    /// Commands of the router that the step loop has not taken in yet.
+    pub commands_waiting: u32,
+    /// Messages that the router has not taken in yet, as of the last step.
+    pub outbound_waiting: u32,
     /// Sequences refused.
     pub refusals: u64,
     /// Times that a router welcomed this worker.

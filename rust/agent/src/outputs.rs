@@ -29,21 +29,19 @@ pub(crate) fn sequence_outputs(
         if update.finish_reason.is_some() {
             attachment.remove(sequence_id);
         }
-        match outputs
-            .last_mut()
-            .filter(|last| last.sequence_id == sequence_id)
+        if outputs
+            .last()
+            .is_none_or(|last| last.sequence_id != sequence_id)
         {
-            Some(last) => append(last, update),
-            None => {
-                let mut output = v1::SequenceOutput {
-                    sequence_id,
-                    first_index: update.output_index,
-                    cached_tokens: update.num_cached_tokens,
-                    ..v1::SequenceOutput::default()
-                };
-                append(&mut output, update);
-                outputs.push(output);
-            }
+            outputs.push(v1::SequenceOutput {
+                sequence_id,
+                first_index: update.output_index,
+                cached_tokens: update.num_cached_tokens,
+                ..v1::SequenceOutput::default()
+            });
+        }
+        if let Some(output) = outputs.last_mut() {
+            append(output, update);
         }
     }
     outputs

@@ -3,6 +3,8 @@
 //! The loop owns the scheduler. It runs on the thread that calls [`Agent::next_step`](crate::Agent::next_step), so
 //! there is no hop between deciding a step and executing it.
 
+mod streams;
+
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -12,8 +14,8 @@ use orchestra_core::{
     ErrorCode, RejectReason, RequestId, Time,
     step::{StepOutput, StepPlan, StepScheduler},
 };
-use orchestra_proto::v1::{self, worker_message::Message};
-use tokio::sync::mpsc::{self, error::TryRecvError};
+use orchestra_proto::v1;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -22,7 +24,7 @@ use crate::{
     config::AgentConfig,
     error::AgentError,
     load::LoadBoard,
-    outputs, park,
+    park,
     plan_codec::{OutputBuffers, Wanted},
 };
 
@@ -91,26 +93,32 @@ impl StepLoop {
             return Err(AgentError::StepOutstanding(outstanding.step_id));
         }
         let deadline = Instant::now() + timeout.min(WAIT_MAX);
+        let mut command = None;
         loop {
-            let began = Instant::now();
-            self.take_inputs();
-            let plan = self.scheduler.schedule(self.now());
-            self.note_scheduling(began);
-            if let Some(plan) = plan {
-                self.outstanding = Some(Outstanding {
-                    step_id: plan.step_id,
-                    wanted: Wanted::new(&plan, self.config.vocab_size),
-                    handed_out: Instant::now(),
-                });
+            self.take_inputs(command);
+            if let Some(plan) = self.schedule() {
                 return Ok(Some(plan));
             }
             // Nothing executes for a while: what changed in the cache goes out now.
             self.send_kv_events();
-            match self.wait(deadline)? {
-                Some(command) => self.obey(command),
-                None => return Ok(None),
+            command = self.wait(deadline)?;
+            if command.is_none() {
+                return Ok(None);
             }
         }
+    }
+
+    fn schedule(&mut self) -> Option<StepPlan> {
+        let began = Instant::now();
+        let plan = self.scheduler.schedule(self.now());
+        self.note_scheduling(began);
+        let plan = plan?;
+        self.outstanding = Some(Outstanding {
+            step_id: plan.step_id,
+            wanted: Wanted::new(&plan, self.config.vocab_size),
+            handed_out: Instant::now(),
+        });
+        Some(plan)
     }
 
     pub(crate) fn commit_buffers(
@@ -132,17 +140,13 @@ impl StepLoop {
         self.outstanding = None;
         self.board
             .update(|stats| stats.execute_us += micros(executed));
+        self.note_scheduling(began);
 
         let sent = self.attachment.as_mut().map_or(Ok(()), |attachment| {
-            let outputs = outputs::sequence_outputs(updates, attachment);
-            if outputs.is_empty() {
-                return Ok(());
-            }
-            attachment.send(outputs::tokens_message(outputs), &self.patience)
+            attachment.send_updates(updates, &self.patience)
         });
         self.keep_or_detach(sent);
         self.send_kv_events();
-        self.note_scheduling(began);
         Ok(())
     }
 
@@ -156,14 +160,18 @@ impl StepLoop {
 
     // === inputs ===
 
-    /// Obeys every command that waits; at most as many as the queue holds, so that a flood cannot hold up a step.
-    fn take_inputs(&mut self) {
+    /// Obeys `command` and every one that waits; at most as many as the queue holds, so that a flood cannot hold up a
+    /// step.
+    fn take_inputs(&mut self, mut command: Option<Command>) {
+        let began = Instant::now();
         for _ in 0..self.commands.max_capacity() {
-            match self.commands.try_recv() {
-                Ok(command) => self.obey(command),
-                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
+            command = command.or_else(|| self.commands.try_recv().ok());
+            match command.take() {
+                Some(command) => self.obey(command),
+                None => break,
             }
         }
+        self.note_scheduling(began);
         let sent = self.attachment.as_mut().map_or(Ok(()), |attachment| {
             attachment.send_refusals(&self.patience)
         });
@@ -236,7 +244,7 @@ impl StepLoop {
         if let Err(Refusal { code, message }) = refused {
             tracing::debug!(sequence_id, %code, "sequence refused");
             self.board.update(|stats| stats.refusals += 1);
-            attachment.refuse(outputs::error_output(sequence_id, code, &message));
+            attachment.refuse(sequence_id, code, &message);
         }
     }
 
@@ -249,105 +257,6 @@ impl StepLoop {
         {
             self.scheduler.abort(request_id);
         }
-    }
-
-    // === attachments ===
-
-    /// Announces the worker on a new stream. The snapshot and every event after it go through the same queue, and the
-    /// events before it are part of it: nothing is lost or told twice.
-    fn attach(&mut self, attachment: Attachment) {
-        self.detach(Lost::Ended);
-        drop(self.scheduler.take_kv_events());
-        let limits = &self.config.scheduler;
-        let hello = v1::WorkerHello {
-            worker_id: self.config.worker_id.clone(),
-            model: self.config.model.clone(),
-            weights_epoch: self.config.weights_epoch,
-            block_size: limits.block_size,
-            num_blocks: limits.num_blocks,
-            max_num_seqs: limits.max_num_seqs,
-            max_model_len: limits.max_model_len,
-            model_files_digest: self.model_files_digest.clone(),
-            eos_token_ids: limits.eos_token_ids.clone(),
-            block_hashes: outputs::wire(&self.scheduler.cached_block_hashes()),
-            vocab_size: self.config.vocab_size,
-        };
-        let hello = v1::WorkerMessage {
-            message: Some(Message::Hello(hello)),
-        };
-        let sent = attachment.send(hello, &self.patience);
-        self.attachment = Some(attachment);
-        self.keep_or_detach(sent);
-    }
-
-    /// Forgets the attachment and aborts its sequences: whoever wants them replays them elsewhere.
-    fn detach(&mut self, lost: Lost) {
-        let Some(attachment) = self.attachment.take() else {
-            return;
-        };
-        let aborted = self.scheduler.abort_all().len();
-        match lost {
-            // The sequences that end here are still told, as far as they are queued.
-            Lost::Ended | Lost::Closing => drop(attachment),
-            Lost::Stalled => {
-                attachment.cut();
-                self.board.update(|stats| stats.outbound_stalls += 1);
-                let limit = self.patience.limit;
-                tracing::warn!(
-                    ?limit,
-                    aborted,
-                    "router reads too slowly, attachment dropped"
-                );
-            }
-        }
-        self.board.update(|stats| {
-            stats.aborted_by_detach += aborted as u64;
-            stats.set_scheduler(self.scheduler.stats());
-        });
-    }
-
-    fn keep_or_detach(&mut self, sent: Result<(), Lost>) {
-        if let Err(lost) = sent {
-            self.detach(lost);
-        }
-    }
-
-    fn send_kv_events(&mut self) {
-        // Without an attachment they are dropped: the next hello tells the whole cache.
-        let events = self.scheduler.take_kv_events();
-        let sent = self.attachment.as_mut().map_or(Ok(()), |attachment| {
-            attachment.send_kv_events(events, &self.patience)
-        });
-        self.keep_or_detach(sent);
-    }
-
-    // === ends ===
-
-    pub(crate) fn fail(&mut self, message: &str) {
-        if self.failure.is_some() {
-            return;
-        }
-        tracing::error!(
-            worker_id = self.config.worker_id,
-            "step failed, the agent gives up"
-        );
-        self.failure = Some(message.to_owned());
-        self.outstanding = None;
-        if let Some(attachment) = &mut self.attachment {
-            let outputs = attachment
-                .sequence_ids()
-                .map(|id| outputs::error_output(id, ErrorCode::WorkerFailed, message))
-                .collect();
-            // Where that fails the stream has ended, and the router knows.
-            let _ = attachment.send(outputs::tokens_message(outputs), &self.patience);
-        }
-        self.detach(Lost::Ended);
-        self.patience.closing.cancel();
-    }
-
-    pub(crate) fn close(&mut self) {
-        self.outstanding = None;
-        self.detach(Lost::Closing);
     }
 
     fn check_usable(&self) -> Result<(), AgentError> {
@@ -370,8 +279,11 @@ impl StepLoop {
     fn note_scheduling(&self, began: Instant) {
         let spent = micros(began.elapsed());
         let scheduler = self.scheduler.stats();
+        let unsent = self.attachment.as_ref().map_or(0, Attachment::num_unsent);
         self.board.update(|stats| {
             stats.schedule_us += spent;
+            stats.commands_waiting = self.commands.len() as u32;
+            stats.outbound_waiting = unsent as u32;
             stats.set_scheduler(scheduler);
         });
     }

@@ -1,0 +1,140 @@
+//! Streams that break or stand still.
+
+use std::{thread, time::Duration};
+
+use orchestra_proto::v1::router_message::Message as Down;
+
+use crate::support::{Engine, FakeRouter, collect, config, eventually, start};
+
+#[test]
+fn a_router_that_dies_and_returns_finds_a_clean_worker() {
+    let mut router = FakeRouter::start();
+    let engine = Engine::start(config(router.address));
+    let (mut session, _) = router.welcome();
+    session.send(Down::Start(start(1, 20, 2)));
+    collect(&mut session, &[1]);
+    engine.hold();
+    session.send(Down::Start(start(2, 20, 100)));
+    engine.wait_until_held();
+    session.send(Down::Start(start(3, 20, 100)));
+    session.send(Down::Start(start(4, 20, 100)));
+    engine.wait_for_commands(2);
+    engine.step();
+
+    // The stream breaks in the middle of a step: what that step draws must not reach the next router.
+    let address = router.die();
+    eventually("the loss is noticed", || !engine.agent.is_attached());
+    let mut router = FakeRouter::start_at(address, None);
+    engine.release();
+
+    let (mut session, hello) = router.welcome();
+    assert!(
+        hello.block_hashes.len() >= 5,
+        "the cache is kept, and told again"
+    );
+    // The same id as an aborted one: only the new sequence may answer.
+    session.send(Down::Start(start(2, 20, 5)));
+    let collected = collect(&mut session, &[2]);
+    assert_eq!(
+        collected.len(),
+        1,
+        "outputs of an old stream: {collected:?}"
+    );
+    assert_eq!(collected[&2].token_ids.len(), 5);
+    assert_eq!(
+        collected[&2].cached_tokens, 16,
+        "the replay finds its blocks"
+    );
+
+    let stats = engine.agent.stats();
+    assert_eq!((stats.attachments, stats.aborted_by_detach), (2, 3));
+    assert_eq!(stats.outbound_stalls, 0);
+    eventually("idle", || engine.agent.is_idle());
+    engine.close();
+}
+
+#[test]
+fn a_router_that_lets_go_of_the_stream_loses_the_sequences() {
+    let mut router = FakeRouter::start();
+    let engine = Engine::start(config(router.address));
+    let (mut session, _) = router.welcome();
+    engine.hold();
+    session.send(Down::Start(start(1, 6, 120)));
+    engine.wait_until_held();
+    drop(session);
+    eventually("the loss is noticed", || !engine.agent.is_attached());
+    engine.release();
+    let (_session, _) = router.welcome();
+    eventually("aborted", || engine.agent.is_idle());
+    assert_eq!(engine.agent.stats().aborted_by_detach, 1);
+    engine.close();
+}
+
+#[test]
+fn a_router_that_reads_too_slowly_is_dropped() {
+    let address = "127.0.0.1:0".parse().unwrap();
+    let mut router = FakeRouter::start_at(address, Some(1024));
+    let mut config = config(router.address);
+    config.outbound_stall_limit = Duration::from_millis(100);
+    config.scheduler.max_model_len = 4096;
+    config.scheduler.num_blocks = 4096;
+    let engine = Engine::start(config);
+    let (mut session, _) = router.welcome();
+    for id in 1..=3 {
+        session.send(Down::Start(start(id, 6, 4000)));
+    }
+    // The session is held and not read.
+    eventually("the stall is noticed", || {
+        engine.agent.stats().outbound_stalls == 1
+    });
+    assert_eq!(engine.agent.stats().aborted_by_detach, 3);
+
+    let (mut next, _) = router.welcome();
+    next.send(Down::Start(start(1, 6, 3)));
+    assert_eq!(collect(&mut next, &[1])[&1].token_ids.len(), 3);
+    engine.close();
+}
+
+#[test]
+fn a_router_that_is_slow_for_a_while_loses_nothing() {
+    let address = "127.0.0.1:0".parse().unwrap();
+    let mut router = FakeRouter::start_at(address, Some(1024));
+    let mut config = config(router.address);
+    config.scheduler.max_model_len = 2048;
+    config.scheduler.num_blocks = 1024;
+    config.outbound_stall_limit = crate::support::PATIENCE;
+    let engine = Engine::start(config);
+    let (mut session, _) = router.welcome();
+    session.send(Down::Start(start(1, 6, 2000)));
+    eventually("the queue of 256 fills up", || {
+        engine.agent.stats().outbound_waiting > 250
+    });
+    let steps = engine.agent.stats().steps;
+    assert!(steps < 2000, "the router's slowness was not felt");
+
+    assert_eq!(collect(&mut session, &[1])[&1].token_ids.len(), 2000);
+    assert_eq!(engine.agent.stats().outbound_stalls, 0);
+    engine.close();
+}
+
+#[test]
+fn a_worker_whose_engine_is_busy_loses_no_command() {
+    // More commands than the queue between network and step loop holds.
+    let mut router = FakeRouter::start();
+    let mut config = config(router.address);
+    config.scheduler.max_num_waiting = 8192;
+    let engine = Engine::start(config);
+    let (mut session, _) = router.welcome();
+    engine.hold();
+    session.send(Down::Start(start(1, 6, 1)));
+    engine.wait_until_held();
+    let ids: Vec<u64> = (1..=3000).collect();
+    thread::scope(|scope| {
+        let down = session.sender();
+        scope.spawn(move || (2..=3000).for_each(|id| down.send(Down::Start(start(id, 6, 1)))));
+        engine.wait_for_commands(1024);
+        engine.release();
+        assert_eq!(collect(&mut session, &ids).len(), 3000);
+    });
+    engine.close();
+}
