@@ -147,6 +147,10 @@ impl SamplingParams {
     }
 
     /// Whether sampling needs to know which tokens came before.
+    #[expect(
+        clippy::float_cmp,
+        reason = "exactly these values switch a penalty off"
+    )]
     pub fn has_penalties(&self) -> bool {
         self.repetition_penalty != 1.0
             || self.presence_penalty != 0.0
@@ -165,87 +169,31 @@ mod tests {
 
     #[test]
     fn every_range_is_held_and_names_its_field() {
-        let base = SamplingParams::default;
-        let cases = [
-            (
-                "max_tokens",
-                SamplingParams {
-                    max_tokens: 0,
-                    ..base()
-                },
-            ),
-            (
-                "temperature",
-                SamplingParams {
-                    temperature: f32::NAN,
-                    ..base()
-                },
-            ),
-            (
-                "temperature",
-                SamplingParams {
-                    temperature: 2.5,
-                    ..base()
-                },
-            ),
-            (
-                "top_p",
-                SamplingParams {
-                    top_p: 0.0,
-                    ..base()
-                },
-            ),
-            (
-                "min_p",
-                SamplingParams {
-                    min_p: -0.1,
-                    ..base()
-                },
-            ),
-            (
-                "repetition_penalty",
-                SamplingParams {
-                    repetition_penalty: 0.0,
-                    ..base()
-                },
-            ),
-            (
-                "presence_penalty",
-                SamplingParams {
-                    presence_penalty: 2.1,
-                    ..base()
-                },
-            ),
-            (
-                "frequency_penalty",
-                SamplingParams {
-                    frequency_penalty: f32::INFINITY,
-                    ..base()
-                },
-            ),
-            (
-                "stop_token_ids",
-                SamplingParams {
-                    stop_token_ids: vec![1; 65],
-                    ..base()
-                },
-            ),
-            (
-                "logprobs",
-                SamplingParams {
-                    logprobs: Some(21),
-                    ..base()
-                },
-            ),
-            (
-                "logit_bias",
-                SamplingParams {
-                    logit_bias: vec![(1, f32::NAN)],
-                    ..base()
-                },
-            ),
+        type Change = fn(&mut SamplingParams);
+        let cases: [(&str, Change); 11] = [
+            ("max_tokens", |params| params.max_tokens = 0),
+            ("temperature", |params| params.temperature = f32::NAN),
+            ("temperature", |params| params.temperature = 2.5),
+            ("top_p", |params| params.top_p = 0.0),
+            ("min_p", |params| params.min_p = -0.1),
+            ("repetition_penalty", |params| {
+                params.repetition_penalty = 0.0;
+            }),
+            ("presence_penalty", |params| params.presence_penalty = 2.1),
+            ("frequency_penalty", |params| {
+                params.frequency_penalty = f32::INFINITY;
+            }),
+            ("stop_token_ids", |params| {
+                params.stop_token_ids = vec![1; 65];
+            }),
+            ("logprobs", |params| params.logprobs = Some(21)),
+            ("logit_bias", |params| {
+                params.logit_bias = vec![(1, f32::NAN)];
+            }),
         ];
-        for (field, params) in cases {
+        for (field, change) in cases {
+            let mut params = SamplingParams::default();
+            change(&mut params);
             assert_eq!(params.validate().map_err(|error| error.field), Err(field));
         }
     }

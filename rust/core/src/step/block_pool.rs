@@ -91,7 +91,8 @@ impl BlockPool {
             free: (0..num_blocks).rev().map(BlockId).collect(),
             unused: LruList::new(count),
             index: FxHashMap::default(),
-            events: KvEventLog::new(count),
+            // One step evicts and stores every block at most once.
+            events: KvEventLog::new(2 * count),
         }
     }
 

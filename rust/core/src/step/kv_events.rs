@@ -3,8 +3,8 @@
 use super::plan::KvEvent;
 use crate::hash::BlockHash;
 
-/// A bounded log. When more changes gather than there are blocks, they are dropped, and the next reader is told
-/// the whole content instead, which is shorter.
+/// A bounded log. When more changes gather than it may hold, they are dropped, and the next reader is told the
+/// whole content instead.
 #[derive(Debug)]
 pub(super) struct KvEventLog {
     events: Vec<KvEvent>,

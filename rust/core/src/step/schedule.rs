@@ -41,26 +41,23 @@ impl StepScheduler {
             budget,
             starts: Vec::new(),
         };
-        let has_preempted = self.schedule_decodes(&mut draft);
+        self.schedule_decodes(&mut draft);
         self.schedule_prefills(&mut draft);
-        // What was just taken back is not handed out again before the others have used it.
-        if !has_preempted && self.resume_preempted(&mut draft) {
+        if self.resume_preempted(&mut draft) {
             self.start_waiting(&mut draft);
         }
         self.finish_plan(draft)
     }
 
-    /// Adds one token of each sequence that decodes, preempting where blocks run out. Returns whether any
-    /// sequence was preempted. The budget holds all: it is at least `max_num_seqs`.
-    fn schedule_decodes(&mut self, draft: &mut Draft) -> bool {
-        let mut has_preempted = false;
+    /// Adds one token of each sequence that decodes, preempting where blocks run out. The budget holds
+    /// them all: it is at least `max_num_seqs`.
+    fn schedule_decodes(&mut self, draft: &mut Draft) {
         for index in 0..self.running.len() {
             // A victim of an earlier index has lost its place.
             if self.running[index].is_preempted() || !self.running[index].is_decode() {
                 continue;
             }
             while !self.has_block_for_next_token(index) {
-                has_preempted = true;
                 let victim = self.preempt_one();
                 if victim.is_none_or(|victim| victim == index) {
                     break;
@@ -69,15 +66,12 @@ impl StepScheduler {
             let running = &mut self.running[index];
             running.num_scheduled_tokens = usize::from(!running.is_preempted());
         }
-        if has_preempted {
-            self.take_out_preempted();
-        }
+        self.take_out_preempted();
         draft.budget -= self
             .running
             .iter()
             .map(|it| it.num_scheduled_tokens)
             .sum::<usize>();
-        has_preempted
     }
 
     /// Extends the block table where the next token begins a block; `false` where no block is available.
@@ -92,7 +86,8 @@ impl StepScheduler {
         block.is_some()
     }
 
-    /// Takes the blocks of the running sequence that loses least by it, and returns its index.
+    /// Takes the blocks of the running sequence that loses least by it, and returns its index. It does not
+    /// bounce back: of the blocks that it gave up, one is taken already.
     ///
     /// The most senior sequence is never chosen, so it has the whole pool if it needs it, and `add_request` has
     /// made sure that this is enough: it runs to its end. Seniority is the order of first starts and survives
@@ -117,7 +112,6 @@ impl StepScheduler {
             })
             .min_by_key(|&(_, cost)| cost)?;
         let victim = &mut self.running[index];
-        victim.num_scheduled_tokens = 0;
         self.pool.release_table(&mut victim.block_table);
         self.stats.preemptions += 1;
         Some(index)

@@ -196,8 +196,9 @@ impl StepScheduler {
         running.sequence
     }
 
-    /// Changes of the prefix cache since the last call, for the routers. Not taken, they take no more room than
-    /// one entry per block: then the next call says `Cleared` and lists what there is.
+    /// Changes of the prefix cache since the last call, for the routers. Taken after every step,
+    /// they are complete; where they gather to more than two per block, the next call says `Cleared` instead and
+    /// lists what there is.
     pub fn take_kv_events(&mut self) -> Vec<KvEvent> {
         self.pool.take_events()
     }

@@ -13,7 +13,7 @@ use orchestra_core::{
 use rustc_hash::FxHasher;
 
 /// The fake model's vocabulary. Small, so that stop tokens and equal continuations are common.
-pub(crate) const VOCAB_SIZE: u32 = 12;
+pub(crate) const VOCAB_SIZE: u32 = 24;
 
 #[derive(Clone, Copy, Debug)]
 struct KvEntry {
@@ -217,7 +217,9 @@ fn next_token(digest: u64, sampling: &SamplingParams, history: &[TokenId]) -> To
     hasher.write_u64(digest);
     hasher.write_u64(sampling.seed);
     if sampling.has_penalties() {
-        history.iter().for_each(|&token| hasher.write_u32(token));
+        for &token in history {
+            hasher.write_u32(token);
+        }
     }
     (hasher.finish() >> 32) as u32 % VOCAB_SIZE
 }

@@ -3,6 +3,9 @@
 //!
 //! `PROPTEST_CASES` runs more cases than the default.
 
+#![expect(clippy::expect_used, reason = "a test fails by panicking")]
+
+mod bounds;
 mod fake_model;
 mod replica;
 
@@ -10,15 +13,17 @@ use fake_model::VOCAB_SIZE;
 use orchestra_core::{
     BlockHash, HashSeed, RejectReason, SamplingParams, TokenId,
     hash::next_block_hash,
-    step::{StepScheduler, StepSchedulerConfig},
+    step::{StepScheduler, StepSchedulerConfig, StepStats},
 };
-use proptest::prelude::*;
+use proptest::{prelude::*, strategy::ValueTree, test_runner::TestRunner};
 use replica::{NewRequest, Replica};
 
 /// What may happen to a replica.
 #[derive(Clone, Debug)]
 enum Op {
     Add(NewRequest),
+    /// Plans, executes and commits a step.
+    Step,
     /// Plans a step and leaves it executing.
     Schedule,
     Commit,
@@ -29,7 +34,7 @@ enum Op {
 }
 
 fn any_config() -> impl Strategy<Value = StepSchedulerConfig> {
-    let sizes = (1..=5_u32, 4..=24_u32, 1..=6_u32, 0..=12_u32, 0..=7_u32);
+    let sizes = (1..=5_u32, 24..=72_u32, 1..=8_u32, 0..=12_u32, 0..=7_u32);
     let rules = (
         proptest::bool::weighted(0.85),
         0..=6_u32,
@@ -37,11 +42,11 @@ fn any_config() -> impl Strategy<Value = StepSchedulerConfig> {
         1..=20_u32,
     );
     (sizes, rules).prop_map(|(sizes, rules)| {
-        let (block_size, num_blocks, max_num_seqs, spare_budget, max_prefill_chunk) = sizes;
+        let (block_size, num_kv_slots, max_num_seqs, spare_budget, max_prefill_chunk) = sizes;
         let (enable_prefix_cache, max_overtakes, max_prefix_wait_steps, max_num_waiting) = rules;
         StepSchedulerConfig {
             block_size,
-            num_blocks,
+            num_blocks: num_kv_slots / block_size,
             max_num_seqs,
             max_num_batched_tokens: max_num_seqs + spare_budget,
             max_model_len: 48,
@@ -70,7 +75,7 @@ fn any_prompt() -> impl Strategy<Value = Vec<TokenId>> {
 
 fn any_request() -> impl Strategy<Value = NewRequest> {
     let sampling = (
-        1..20_u32,
+        1..24_u32,
         any::<bool>(),
         any::<bool>(),
         any::<bool>(),
@@ -104,22 +109,28 @@ fn any_request() -> impl Strategy<Value = NewRequest> {
 fn any_ops() -> impl Strategy<Value = Vec<Op>> {
     let op = prop_oneof![
         30 => any_request().prop_map(Op::Add),
-        50 => Just(Op::Schedule),
-        50 => Just(Op::Commit),
+        60 => Just(Op::Step),
+        20 => Just(Op::Schedule),
+        20 => Just(Op::Commit),
         2 => Just(Op::CommitWrongly),
-        8 => any::<usize>().prop_map(Op::Abort),
+        6 => any::<usize>().prop_map(Op::Abort),
         1 => Just(Op::AbortAll),
     ];
     proptest::collection::vec(op, 1..300)
 }
 
-fn run(mut replica: Replica, ops: Vec<Op>) {
+/// Does all operations, lets the rest finish, and gives the counters.
+fn run(mut replica: Replica, ops: Vec<Op>) -> StepStats {
     for op in ops {
         match op {
             Op::Add(request) => {
                 let is_empty = request.prompt.is_empty();
                 let result = replica.add(request);
                 assert_eq!(is_empty, result == Err(RejectReason::EmptyPrompt));
+            }
+            Op::Step => {
+                replica.schedule();
+                replica.commit();
             }
             Op::Schedule => {
                 replica.schedule();
@@ -133,6 +144,7 @@ fn run(mut replica: Replica, ops: Vec<Op>) {
     }
     replica.commit();
     replica.run_to_end();
+    replica.scheduler.stats()
 }
 
 /// Sixteen hashes for all blocks: nearly every look-up is a collision.
@@ -141,7 +153,7 @@ fn colliding_hash(parent: u64, token_ids: &[TokenId]) -> BlockHash {
 }
 
 proptest! {
-    // 128 cases of 150 operations on average: about ten thousand steps.
+    // 128 cases of 100 steps on average.
     #![proptest_config(ProptestConfig::with_cases(128))]
 
     #[test]
@@ -156,4 +168,29 @@ proptest! {
             StepScheduler::with_hash(config.clone(), colliding_hash).expect("a valid config");
         run(Replica::new(scheduler, config), ops);
     }
+}
+
+/// The properties above say little if the random runs stay on the easy paths.
+#[test]
+fn the_random_runs_reach_the_rare_paths() {
+    let mut runner = TestRunner::deterministic();
+    let (mut steps, mut preemptions, mut hits) = (0, 0, 0);
+    for _ in 0..64 {
+        let config = any_config()
+            .new_tree(&mut runner)
+            .expect("a config")
+            .current();
+        let ops = any_ops()
+            .new_tree(&mut runner)
+            .expect("operations")
+            .current();
+        let scheduler = StepScheduler::new(config.clone()).expect("a valid config");
+        let stats = run(Replica::new(scheduler, config), ops);
+        steps += stats.steps;
+        preemptions += stats.preemptions;
+        hits += u64::from(stats.prefix_hit_tokens > 0);
+    }
+    assert!(steps > 5000, "{steps} steps");
+    assert!(preemptions > 80, "{preemptions} preemptions");
+    assert!(hits > 30, "prefix hits in {hits} runs");
 }

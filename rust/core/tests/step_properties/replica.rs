@@ -21,7 +21,8 @@ struct Tracked {
     output: Vec<TokenId>,
     num_cached_tokens: Option<u32>,
     finish_reason: Option<FinishReason>,
-    has_started: bool,
+    /// Its number among the first starts.
+    seniority: Option<usize>,
     /// Later requests that started before this one.
     num_overtakes: u32,
 }
@@ -42,6 +43,9 @@ pub(crate) struct Replica {
     model: FakeModel,
     requests: BTreeMap<RequestId, Tracked>,
     executing: Option<StepPlan>,
+    num_started: usize,
+    /// The most senior request, once it has been seen running as such.
+    safe: Option<RequestId>,
     /// What a router that listens to the events believes to be cached.
     router_view: FxHashSet<BlockHash>,
     now: Time,
@@ -58,6 +62,8 @@ impl Replica {
             config,
             requests: BTreeMap::new(),
             executing: None,
+            num_started: 0,
+            safe: None,
             router_view: FxHashSet::default(),
             now: Time::ZERO,
             num_steps: 0,
@@ -96,7 +102,7 @@ impl Replica {
             output,
             num_cached_tokens: None,
             finish_reason: None,
-            has_started: false,
+            seniority: None,
             num_overtakes: 0,
         };
         self.requests.insert(id, tracked);
@@ -157,6 +163,7 @@ impl Replica {
         assert_eq!(plan.step_id, self.num_steps);
         self.check_shape(&plan);
         self.note_starts(&plan);
+        self.check_senior(&plan);
         self.num_computed_tokens += plan.token_ids.len() as u64;
         self.executing = Some(plan);
         true
@@ -205,22 +212,51 @@ impl Replica {
         for start in &plan.starts {
             let id = RequestId(start.sampling.seed);
             let request = self.requests.get_mut(&id).expect("a request that was sent");
-            if std::mem::replace(&mut request.has_started, true) {
+            if request.seniority.is_some() {
                 continue;
             }
+            request.seniority = Some(self.num_started);
+            self.num_started += 1;
             for (_, earlier) in self.requests.range_mut(..id) {
-                let is_waiting = !earlier.has_started && earlier.finish_reason.is_none();
+                let is_waiting = earlier.seniority.is_none() && earlier.finish_reason.is_none();
                 earlier.num_overtakes += u32::from(is_waiting);
             }
         }
-        // By rank fewer than `max_overtakes`; each step of being held back lets others take the free seats.
-        let by_rank = self.config.max_overtakes.saturating_sub(1);
+        // Each step of being held back lets others take the free seats.
+        let by_rank = self.config.max_overtakes;
         let by_waiting = self.config.max_prefix_wait_steps * self.config.max_num_seqs;
         for (id, request) in &self.requests {
             assert!(
                 request.num_overtakes <= by_rank + by_waiting,
                 "{id} starves"
             );
+        }
+    }
+
+    /// Once the most senior request runs, it is never preempted: it does not start again.
+    fn check_senior(&mut self, plan: &StepPlan) {
+        let started = self
+            .requests
+            .iter()
+            .filter(|(_, it)| it.finish_reason.is_none());
+        let started = started.filter_map(|(&id, it)| Some((it.seniority?, id)));
+        let Some((_, senior)) = started.min() else {
+            return;
+        };
+        let starts = plan
+            .starts
+            .iter()
+            .any(|start| start.sampling.seed == senior.0);
+        assert!(
+            !(starts && self.safe == Some(senior)),
+            "{senior} was preempted"
+        );
+        let draws = plan
+            .samples
+            .iter()
+            .any(|sample| sample.request_id == senior);
+        if starts || draws {
+            self.safe = Some(senior);
         }
     }
 
@@ -245,7 +281,7 @@ impl Replica {
             .scheduler
             .update_from_output(&output, self.now)
             .expect("an output");
-        for update in updates {
+        for update in &updates {
             self.take_update(update);
         }
         self.check();
@@ -279,7 +315,7 @@ impl Replica {
         assert_eq!(self.scheduler.stats(), before);
     }
 
-    fn take_update(&mut self, update: TokenUpdate) {
+    fn take_update(&mut self, update: &TokenUpdate) {
         let id = update.request_id;
         let request = self.requests.get_mut(&id).expect("a request that was sent");
         assert_eq!(request.finish_reason, None, "{id} has ended");
