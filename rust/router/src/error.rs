@@ -30,18 +30,29 @@ pub struct ApiError {
 impl ApiError {
     /// An error without a field.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), param: None, retry_after_ms: None }
+        Self {
+            code,
+            message: message.into(),
+            param: None,
+            retry_after_ms: None,
+        }
     }
 
     /// A bad value in `field`.
     pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { param: Some(field.into()), ..Self::new(ErrorCode::InvalidRequest, message) }
+        Self {
+            param: Some(field.into()),
+            ..Self::new(ErrorCode::InvalidRequest, message)
+        }
     }
 
     /// Adds when to try again.
     #[must_use]
     pub fn retry_after_ms(self, milliseconds: u64) -> Self {
-        Self { retry_after_ms: Some(milliseconds), ..self }
+        Self {
+            retry_after_ms: Some(milliseconds),
+            ..self
+        }
     }
 
     /// Who has to act.
@@ -73,6 +84,10 @@ impl From<SamplingError> for ApiError {
 impl From<RejectReason> for ApiError {
     fn from(reason: RejectReason) -> Self {
         let error = Self::new(reason.code(), reason.to_string());
-        if error.code.retryable() { error.retry_after_ms(1000) } else { error }
+        if error.code.retryable() {
+            error.retry_after_ms(1000)
+        } else {
+            error
+        }
     }
 }

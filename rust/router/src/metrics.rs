@@ -137,109 +137,39 @@ impl Metrics {
         metrics
     }
 
+    #[rustfmt::skip] // A table: one row per metric.
     fn register_requests(&self, r: &mut Registry) {
-        let version = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
-        r.register("build", "What is running", version);
-        r.register(
-            "requests_running",
-            "Requests being generated",
-            self.requests_running.clone(),
-        );
-        r.register(
-            "requests_waiting",
-            "Requests waiting",
-            self.requests_waiting.clone(),
-        );
-        r.register(
-            "requests_finished",
-            "Choices that ended",
-            self.requests_finished.clone(),
-        );
-        r.register(
-            "requests_rejected",
-            "Requests refused",
-            self.requests_rejected.clone(),
-        );
-        r.register(
-            "prompt_tokens",
-            "Prompt tokens dispatched",
-            self.prompt_tokens.clone(),
-        );
-        r.register(
-            "generation_tokens",
-            "Tokens generated",
-            self.generation_tokens.clone(),
-        );
-        let hits = self.prefix_cache_hit_tokens.clone();
-        r.register(
-            "prefix_cache_hit_tokens",
-            "Prompt tokens not computed again",
-            hits,
-        );
-        r.register(
-            "http_responses",
-            "Answers by route and status",
-            self.http_responses.clone(),
-        );
+        r.register("build", "What is running", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
+        r.register("requests_running", "Requests being generated", self.requests_running.clone());
+        r.register("requests_waiting", "Requests waiting", self.requests_waiting.clone());
+        r.register("requests_finished", "Choices that ended", self.requests_finished.clone());
+        r.register("requests_rejected", "Requests refused", self.requests_rejected.clone());
+        r.register("prompt_tokens", "Prompt tokens dispatched", self.prompt_tokens.clone());
+        r.register("generation_tokens", "Tokens generated", self.generation_tokens.clone());
+        r.register("prefix_cache_hit_tokens", "Prompt tokens not computed again", self.prefix_cache_hit_tokens.clone());
+        r.register("http_responses", "Answers by route and status", self.http_responses.clone());
         r.register("connections", "Open connections", self.connections.clone());
     }
 
+    #[rustfmt::skip] // A table: one row per metric.
     fn register_latencies(&self, registry: &mut Registry) {
         let mut seconds = |name: &str, help: &str, histogram: &Histogram| {
             registry.register_with_unit(name, help, Unit::Seconds, histogram.clone());
         };
-        seconds(
-            "time_to_first_token",
-            "Arrival to first token",
-            &self.time_to_first_token,
-        );
-        seconds(
-            "time_per_output_token",
-            "Mean per later token",
-            &self.time_per_output_token,
-        );
-        seconds(
-            "e2e_request_latency",
-            "Arrival to end",
-            &self.e2e_request_latency,
-        );
-        seconds(
-            "request_queue_time",
-            "Admission to dispatch",
-            &self.request_queue_time,
-        );
+        seconds("time_to_first_token", "Arrival to first token", &self.time_to_first_token);
+        seconds("time_per_output_token", "Mean per later token", &self.time_per_output_token);
+        seconds("e2e_request_latency", "Arrival to end", &self.e2e_request_latency);
+        seconds("request_queue_time", "Admission to dispatch", &self.request_queue_time);
     }
 
+    #[rustfmt::skip] // A table: one row per metric.
     fn register_workers(&self, r: &mut Registry) {
         r.register("workers", "Workers attached", self.workers.clone());
-        r.register(
-            "preemptions",
-            "Sequences preempted by workers",
-            self.preemptions.clone(),
-        );
-        let running = self.worker_requests_running.clone();
-        r.register(
-            "worker_requests_running",
-            "Sequences in a worker's batch",
-            running,
-        );
-        let waiting = self.worker_requests_waiting.clone();
-        r.register(
-            "worker_requests_waiting",
-            "Sequences queued at a worker",
-            waiting,
-        );
-        let usage = self.kv_cache_usage.clone();
-        r.register(
-            "kv_cache_usage_ratio",
-            "Share of a worker's KV blocks in use",
-            usage,
-        );
-        r.register(
-            "cache_config_info",
-            "A worker's KV figures",
-            self.cache_config.clone(),
-        );
+        r.register("preemptions", "Sequences preempted by workers", self.preemptions.clone());
+        r.register("worker_requests_running", "Sequences in a worker's batch", self.worker_requests_running.clone());
+        r.register("worker_requests_waiting", "Sequences queued at a worker", self.worker_requests_waiting.clone());
+        r.register("kv_cache_usage_ratio", "Share of a worker's KV blocks in use", self.kv_cache_usage.clone());
+        r.register("cache_config_info", "A worker's KV figures", self.cache_config.clone());
     }
 
     /// Creates each series of a closed label set, so that a rate over the first event is seen.
@@ -432,7 +362,7 @@ mod tests {
             .next()
             .unwrap();
         let registered =
-            source.matches("r.register").count() + source.matches("seconds(\"").count();
+            source.matches("r.register(").count() + source.matches("seconds(\"").count();
         assert_eq!(published_names().len(), registered);
     }
 
