@@ -30,11 +30,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def scratch(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """An environment whose temporary directory must be empty again at the end."""
-    folder = Path(tempfile.mkdtemp(dir=tmp_path))
-    yield {"TMPDIR": str(folder)}
-    assert list(folder.iterdir()) == []
+def scratch() -> Iterator[Path]:
+    """A temporary directory for the processes of a test; they must have left it empty at the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        assert list(Path(folder).iterdir()) == []
 
 
 def run_serve(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -44,13 +44,13 @@ def run_serve(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def complete(serve: Serve) -> dict[str, object]:
-    """Asks for four tokens with the real curl; the answer of whichever status."""
+    """Asks for four tokens with the real curl; the answer of whichever status, empty where nobody listens."""
     body = {"model": serve.model, "prompt": "hello", "max_tokens": 4, "ignore_eos": True}
     command = ["curl", "-sS", f"{serve.url}/v1/completions", "-H", "content-type: application/json"]
     done = subprocess.run(
-        [*command, "-d", json.dumps(body)], capture_output=True, text=True, timeout=60, check=True
+        [*command, "-d", json.dumps(body)], capture_output=True, text=True, timeout=60, check=False
     )
-    answer = json.loads(done.stdout)
+    answer = json.loads(done.stdout or "{}")
     assert isinstance(answer, dict)
     return answer
 
@@ -73,9 +73,11 @@ def shared_memory() -> set[str]:
     return {path.name for path in Path("/dev/shm").iterdir()}
 
 
-def test_interrupt_stops_everything(checkpoint: Path, scratch: dict[str, str]) -> None:
+def test_interrupt_stops_everything(checkpoint: Path, scratch: Path) -> None:
     before = shared_memory()
-    with start_serve(checkpoint, *SMALL, "--tp", "2", environment=scratch) as serve:
+    with start_serve(
+        checkpoint, *SMALL, "--tp", "2", environment={"TMPDIR": str(scratch)}
+    ) as serve:
         children = serve.children()
         assert [len(serve.children(role)) for role in ("router", "worker")] == [1, 2]
         assert completes(serve)
@@ -130,13 +132,13 @@ def test_killed_router_comes_back_at_its_addresses(checkpoint: Path) -> None:
     with start_serve(checkpoint, *SMALL) as serve:
         workers = serve.children("worker")
         serve.children("router")[0].kill()
-        eventually(lambda: listens(serve.http) and completes(serve), 60)
+        eventually(lambda: completes(serve), 60)
         # The worker lost its router, not its weights.
         assert serve.children("worker") == workers
 
 
-def test_killed_supervisor_leaves_no_orphans(checkpoint: Path, tmp_path: Path) -> None:
-    environment = {"TMPDIR": str(tmp_path)}
+def test_killed_supervisor_leaves_no_orphans(checkpoint: Path, scratch: Path) -> None:
+    environment = {"TMPDIR": str(scratch)}
     with start_serve(checkpoint, *SMALL, "--tp", "2", environment=environment) as serve:
         children = serve.children()
         assert len(children) == 3
@@ -146,10 +148,9 @@ def test_killed_supervisor_leaves_no_orphans(checkpoint: Path, tmp_path: Path) -
         assert alive == []
         assert not listens(serve.http)
     # What the dead one could not remove, the next one does.
-    assert len(list(tmp_path.glob("orchestra-serve-*"))) == 1
+    (left,) = scratch.glob("orchestra-serve-*")
     with start_serve(checkpoint, *SMALL, environment=environment):
-        assert len(list(tmp_path.glob("orchestra-serve-*"))) == 1
-    assert list(tmp_path.glob("orchestra-serve-*")) == []
+        assert not left.exists()
 
 
 def test_worker_started_before_its_router_waits(checkpoint: Path) -> None:
