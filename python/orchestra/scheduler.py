@@ -368,10 +368,13 @@ async def _wait(
     try:
         return await future
     except BaseException:
-        # Cancelled, timed out or refused. An outcome may be under way or even have arrived: nobody will take it.
+        # Cancelled, timed out or refused. Nobody will take an outcome that is under way or has just arrived.
         answer.cancel()
-        if not future.cancel() and not future.cancelled() and future.exception() is None:
-            future.result().release()
+        if future.done():
+            if not future.cancelled() and future.exception() is None:
+                future.result().release()
+        elif not loop.is_closed():
+            future.cancel()
         raise
     finally:
         if timer is not None:
