@@ -1,0 +1,192 @@
+"""Brings one rank up: meets the other ranks, loads its shard, sizes and allocates the cache."""
+
+import os
+import struct
+from dataclasses import dataclass
+
+import torch
+
+from orchestra.errors import ConfigError
+from orchestra.worker import device as devices
+from orchestra.worker.attention import TorchPagedAttention
+from orchestra.worker.config import WorkerConfig
+from orchestra.worker.kv_cache import (
+    KvCache,
+    KvCacheBudget,
+    KvCacheSpec,
+    decide_max_model_len,
+    decide_num_blocks,
+)
+from orchestra.worker.layers import LoadContext
+from orchestra.worker.loader import Progress, WeightReader
+from orchestra.worker.model_config import ModelConfig
+from orchestra.worker.models import LOADERS, Model
+from orchestra.worker.parallel import Communicator, ProcessGroup, SingleRank, rendezvous
+from orchestra.worker.plan_channel import Follower, Leader
+from orchestra.worker.runner import ModelRunner, warm_up_plan
+from orchestra.worker.sampler import Sampler
+
+# Share of the free memory that the KV cache takes where nothing was asked for. A CPU's memory serves others too.
+CUDA_SHARE = 0.9
+CPU_SHARE = 0.25
+
+_COUNT = struct.Struct("<Q")
+
+
+@dataclass(frozen=True)
+class Group:
+    """How this rank speaks to the others."""
+
+    communicator: Communicator
+    leader: Leader | None = None
+    """Rank 0's end of the plan channel; None with a single rank."""
+    follower: Follower | None = None
+    """The end of any other rank."""
+
+    def agree_on_least(self, count: int) -> int:
+        """The least of the ranks' numbers."""
+        if self.leader is not None:
+            others = [_COUNT.unpack(answer)[0] for answer in self.leader.collect()]
+            least = min([count, *others])
+            self.leader.broadcast(_COUNT.pack(least))
+            return int(least)
+        if self.follower is not None:
+            self.follower.send(_COUNT.pack(count))
+            answer = self.follower.receive()
+            return count if answer is None else int(_COUNT.unpack(answer)[0])
+        return count
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank computes, and in which numbers."""
+
+    device: torch.device
+    dtype: torch.dtype
+    local_size: int
+    """Ranks on this machine, which share its cores and its memory."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank, ready to execute plans."""
+
+    model_config: ModelConfig
+    runner: ModelRunner
+    group: Group
+    num_blocks: int
+    """KV blocks, the same on every rank."""
+    max_model_len: int
+    """Longest sequence that fits, tokens."""
+
+
+def assemble(config: WorkerConfig, progress: Progress) -> Rank:
+    """Loads everything that this rank needs.
+
+    Args:
+        config: what was asked for.
+        progress: told as parts of the weights are loaded.
+
+    Raises:
+        ConfigError: a setting, or a file of the checkpoint, is wrong.
+        UnsupportedError: the model needs something that the worker does not have.
+        RankLostError: another rank of the group is gone.
+    """
+    # First what needs no other rank: an error here ends every rank of the group by itself.
+    model_config = ModelConfig.from_directory(config.model_dir)
+    longest = _longest_sequence(config, model_config)
+    heads = config.shard.heads(model_config.num_heads, model_config.num_kv_heads)
+    place = _choose_place(config, model_config)
+    group = _join(config, place)
+    model = _load(config, model_config, group, place, longest, progress)
+    spec = KvCacheSpec(
+        num_layers=model_config.num_layers,
+        num_kv_heads=len(heads.kv_heads),
+        head_dim=model_config.head_dim,
+        block_size=config.block_size,
+        dtype=place.dtype,
+    )
+    budget = _budget(config, model_config, place, longest)
+    num_blocks = group.agree_on_least(decide_num_blocks(spec, budget))
+    max_model_len = decide_max_model_len(spec, num_blocks, config.max_model_len, longest)
+    cache = KvCache(spec, num_blocks, place.device)
+    attention = TorchPagedAttention(cache, len(heads.heads), place.device)
+    sampler = None
+    if config.shard.rank == 0:
+        sampler = Sampler(model_config.vocab_size, config.max_num_seqs, place.device)
+    runner = ModelRunner(model, attention, sampler, place.device)
+    for num_tokens in (config.block_size, 1):
+        runner.execute(warm_up_plan(num_tokens))
+    return Rank(model_config, runner, group, num_blocks, max_model_len)
+
+
+def _longest_sequence(config: WorkerConfig, model_config: ModelConfig) -> int:
+    """Tokens of the longest sequence that may ever run."""
+    longest = model_config.max_position_embeddings
+    asked = config.max_model_len
+    if asked is not None and asked > longest:
+        message = f"--max-model-len: {asked} is more than the model's {longest} positions"
+        raise ConfigError(message, key="max_model_len")
+    return longest if asked is None else asked
+
+
+def _choose_place(config: WorkerConfig, model_config: ModelConfig) -> Place:
+    # torchrun sets both; without it, the ranks of a group share this machine.
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", config.shard.size))
+    local_rank = int(os.environ.get("LOCAL_RANK", config.shard.rank))
+    device = devices.select_device(config.device, local_rank)
+    devices.set_threads(local_size)
+    dtype = devices.select_dtype(config.dtype, model_config.dtype, device)
+    return Place(device, dtype, local_size)
+
+
+def _join(config: WorkerConfig, place: Place) -> Group:
+    shard = config.shard
+    if shard.size == 1:
+        return Group(SingleRank())
+    store = rendezvous(config.rendezvous, shard)
+    leader = follower = None
+    if shard.rank == 0:
+        leader = Leader(store, shard.size, config.rendezvous)
+    else:
+        follower = Follower(store, shard.rank)
+    return Group(ProcessGroup(shard, store, place.device), leader, follower)
+
+
+def _load(
+    config: WorkerConfig,
+    model_config: ModelConfig,
+    group: Group,
+    place: Place,
+    longest: int,
+    progress: Progress,
+) -> Model:
+    with WeightReader(config.model_dir) as reader:
+        context = LoadContext(reader, group.communicator, place.dtype, place.device)
+        load = LOADERS[model_config.architecture]
+        return load(context, model_config, longest, progress)
+
+
+def _budget(
+    config: WorkerConfig, model_config: ModelConfig, place: Place, longest: int
+) -> KvCacheBudget:
+    is_cuda = place.device.type == "cuda"
+    free = devices.free_bytes(place.device, place.local_size)
+    return KvCacheBudget(
+        num_blocks=config.num_blocks,
+        memory_bytes=config.kv_cache_memory,
+        free_bytes=max(0, free - _activation_bytes(config, model_config)),
+        useful_tokens=None if is_cuda else config.max_num_seqs * longest,
+        share=CUDA_SHARE if is_cuda else CPU_SHARE,
+    )
+
+
+def _activation_bytes(config: WorkerConfig, model_config: ModelConfig) -> int:
+    """Upper estimate of what a step needs beside weights and cache."""
+    # Live at once per token: the residual stream and its copies, both halves of the MLP, the attention heads. Per
+    # sample: the logits and, while it is drawn, their copies in double precision. All counted as fp32.
+    heads = 3 * model_config.num_heads * model_config.head_dim
+    per_token = 4 * model_config.hidden_size + 3 * model_config.intermediate_size + heads
+    per_sample = 8 * model_config.vocab_size
+    numbers = config.max_num_batched_tokens * per_token + config.max_num_seqs * per_sample
+    return numbers * torch.float32.itemsize

@@ -1,0 +1,132 @@
+"""The paged KV cache: one slab, and how large it may be."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orchestra.errors import ConfigError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class KvCacheSpec:
+    """Shape of one rank's cache, apart from the number of blocks."""
+
+    num_layers: int
+    num_kv_heads: int
+    """KV heads of this rank."""
+    head_dim: int
+    block_size: int
+    """Tokens per block."""
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Keys and values of one block in all layers."""
+        numbers = self.num_layers * self.block_size * 2 * self.num_kv_heads * self.head_dim
+        return numbers * self.dtype.itemsize
+
+
+class KvCache:
+    """Keys and values of every block, in one preallocated slab.
+
+    The slab is `[num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]`, keys before values: what a block
+    holds of a layer is one run of bytes, which is what a transfer wants; and what it holds of a head is one too, which
+    is what a kernel wants.
+
+    Args:
+        spec: the shape.
+        num_blocks: how many blocks.
+        device: where the slab lives.
+    """
+
+    def __init__(self, spec: KvCacheSpec, num_blocks: int, device: torch.device) -> None:
+        self.spec = spec
+        self.num_blocks = num_blocks
+        shape = (
+            spec.num_layers,
+            num_blocks,
+            2,
+            spec.num_kv_heads,
+            spec.block_size,
+            spec.head_dim,
+        )
+        # Zeros, not garbage: attention multiplies what lies behind a sequence's end by 0, which NaN would survive.
+        if device.type == "cpu":
+            # numpy takes pages that the kernel zeroes when they are first touched: no wait, no memory before use.
+            memory = np.zeros(num_blocks * spec.bytes_per_block, np.uint8)
+            self.slab = torch.from_numpy(memory).view(spec.dtype).view(shape)
+        else:
+            self.slab = torch.zeros(shape, dtype=spec.dtype, device=device)
+
+    def layer(self, index: int) -> Tensor:
+        """One layer, `[num_blocks, 2, num_kv_heads, block_size, head_dim]`."""
+        return self.slab[index]
+
+
+@dataclass(frozen=True)
+class KvCacheBudget:
+    """What decides the number of blocks."""
+
+    num_blocks: int | None
+    """Asked for by number."""
+    memory_bytes: int | None
+    """Asked for by memory, of this rank."""
+    free_bytes: int
+    """Memory that this rank may count as free, after the weights were loaded."""
+    useful_tokens: int | None
+    """More tokens than this can never be in the cache; None: as many as there is room for are useful."""
+    share: float
+    """Of the free memory, where nothing was asked for."""
+
+
+def decide_num_blocks(spec: KvCacheSpec, budget: KvCacheBudget) -> int:
+    """How many blocks to allocate: the number asked for, or what fits the memory.
+
+    Raises:
+        ConfigError: not one block fits, or what was asked for exceeds the free memory.
+    """
+    size = spec.bytes_per_block
+    if budget.num_blocks is not None:
+        num_blocks, source = budget.num_blocks, "num_blocks"
+    elif budget.memory_bytes is not None:
+        num_blocks, source = budget.memory_bytes // size, "kv_cache_memory"
+    else:
+        num_blocks, source = int(budget.free_bytes * budget.share) // size, "free memory"
+        if budget.useful_tokens is not None:
+            num_blocks = min(num_blocks, -(-budget.useful_tokens // spec.block_size))
+    if num_blocks < 1:
+        raise ConfigError(f"{source}: not enough for one KV block of {size} bytes")
+    if num_blocks * size > budget.free_bytes:
+        raise ConfigError(
+            f"{source}: {num_blocks} blocks of {size} bytes take {num_blocks * size / GIB:.2f} GiB, "
+            f"but {budget.free_bytes / GIB:.2f} GiB are free"
+        )
+    return num_blocks
+
+
+def decide_max_model_len(
+    spec: KvCacheSpec, num_blocks: int, asked: int | None, longest: int
+) -> int:
+    """The longest sequence to accept.
+
+    Args:
+        spec: the cache's shape.
+        num_blocks: its blocks.
+        asked: for by the configuration, if at all.
+        longest: sequence that the model is built for.
+
+    Raises:
+        ConfigError: the cache cannot hold what was asked for.
+    """
+    capacity = num_blocks * spec.block_size
+    if asked is not None and asked > capacity:
+        raise ConfigError(
+            f"max_model_len: {asked} tokens need {-(-asked // spec.block_size)} KV blocks of "
+            f"{spec.block_size} tokens, there are {num_blocks}",
+            key="max_model_len",
+        )
+    return min(longest, capacity)

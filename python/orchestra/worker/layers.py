@@ -1,0 +1,186 @@
+"""The layers that model files are built from, each holding only its rank's part of the weights.
+
+A layer's `load` reads its slices from the checkpoint; calling the layer computes. Layers are plain objects: a call of
+`nn.Module` costs as much as a small kernel, and a decode step makes a hundred of them.
+
+Shapes: `T` tokens of a step, `H` hidden size; weights are `[out, in]` as in the checkpoint.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (torch's own customary name)
+
+from orchestra.worker.linear import make_linear
+from orchestra.worker.loader import WeightReader, empty_weight
+from orchestra.worker.parallel import Communicator
+from orchestra.worker.sharding import Span
+
+Op = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LoadContext:
+    """What every layer needs in order to load its part."""
+
+    reader: WeightReader
+    communicator: Communicator
+    dtype: torch.dtype
+    device: torch.device
+
+    def rows(self, name: str, shape: Sequence[int], runs: Sequence[Span] | None = None) -> Tensor:
+        """Loads runs of rows of a weight (all of them by default); see `WeightReader.copy_rows`."""
+        runs = [Span(0, shape[0])] if runs is None else runs
+        target = empty_weight([sum(map(len, runs)), *shape[1:]], self.dtype, self.device)
+        self.reader.copy_rows(name, shape, runs, target)
+        return target
+
+    def stacked_rows(self, parts: Sequence[tuple[str, Sequence[int], Sequence[Span]]]) -> Tensor:
+        """Loads rows of several weights into one, below each other; each part is `(name, shape, runs)`."""
+        lengths = [sum(map(len, runs)) for _, _, runs in parts]
+        target = empty_weight([sum(lengths), *parts[0][1][1:]], self.dtype, self.device)
+        for (name, shape, runs), piece in zip(parts, torch.split(target, lengths), strict=True):
+            self.reader.copy_rows(name, shape, runs, piece)
+        return target
+
+
+class RMSNorm:
+    """Divides by the root mean square over the last dimension, then multiplies by a weight."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        # y = x / sqrt(sum(x²) / n + eps) * w  =  x / hypot(norm(x), sqrt(n * eps)) * (w * sqrt(n)):
+        # four small kernels. torch.rms_norm takes nine on the CPU, and twice the time.
+        size = weight.shape[-1]
+        self._floor = torch.tensor(math.sqrt(size * eps), device=weight.device)
+        self._weight = weight.float() * math.sqrt(size)
+
+    @classmethod
+    def load(cls, context: LoadContext, name: str, size: int, eps: float) -> "RMSNorm":
+        """Loads `name` + `.weight`, whole on every rank."""
+        return cls(context.rows(f"{name}.weight", [size]), eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalises `[..., size]`; the statistics are fp32 whatever the dtype of `x`."""
+        norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
+        y = torch.div(x, torch.hypot(norm, self._floor)).mul_(self._weight)
+        return y if x.dtype is torch.float32 else y.to(x.dtype)
+
+
+class RowParallel:
+    """A linear layer whose input is spread over the ranks: each holds some columns, the sum is the result."""
+
+    def __init__(self, linear: Op, communicator: Communicator) -> None:
+        self._linear = linear
+        self._communicator = communicator
+        self._is_shared = communicator.shard.size > 1
+
+    @classmethod
+    def load(
+        cls, context: LoadContext, name: str, shape: Sequence[int], columns: Span, *, bias: bool
+    ) -> "RowParallel":
+        """Loads `columns` of `name`; the bias is rank 0's, so that it is added once."""
+        weight = empty_weight([shape[0], len(columns)], context.dtype, context.device)
+        context.reader.copy_columns(f"{name}.weight", shape, columns, weight)
+        vector = context.rows(f"{name}.bias", shape[:1]) if bias else None
+        if context.communicator.shard.rank != 0:
+            vector = None
+        return cls(make_linear(weight, vector), context.communicator)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Maps this rank's `[T, columns]` to the group's `[T, out]`."""
+        y = self._linear(x)
+        if self._is_shared:
+            self._communicator.all_reduce(y)
+        return y
+
+
+class GatedMLP:
+    """`down(silu(gate(x)) * up(x))`, the intermediate dimension spread over the ranks."""
+
+    def __init__(self, gate_up: Op, down: Op, width: int) -> None:
+        self._gate_up = gate_up
+        self._down = down
+        self._width = width
+
+    @classmethod
+    def load(
+        cls, context: LoadContext, name: str, hidden: int, intermediate: int, *, bias: bool
+    ) -> "GatedMLP":
+        """Loads `name` + `.gate_proj`, `.up_proj` and `.down_proj`."""
+        span = context.communicator.shard.span(intermediate)
+
+        def stacked(kind: str, shape: list[int]) -> Tensor:
+            names = (f"{name}.gate_proj.{kind}", f"{name}.up_proj.{kind}")
+            return context.stacked_rows([(part, shape, [span]) for part in names])
+
+        weight = stacked("weight", [intermediate, hidden])
+        vector = stacked("bias", [intermediate]) if bias else None
+        down = RowParallel.load(
+            context, f"{name}.down_proj", [hidden, intermediate], span, bias=bias
+        )
+        return cls(make_linear(weight, vector), down, len(span))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Maps `[T, H]` to `[T, H]`."""
+        gate_up = self._gate_up(x)
+        gate = F.silu(gate_up[:, : self._width])
+        return self._down(gate.mul_(gate_up[:, self._width :]))
+
+
+class VocabEmbedding:
+    """Token embeddings, the vocabulary spread over the ranks.
+
+    Args:
+        weight: `[rows, H]`, this rank's rows and padding below them.
+        span: the token ids of the real rows.
+        communicator: joins the ranks.
+    """
+
+    def __init__(self, weight: Tensor, span: Span, communicator: Communicator) -> None:
+        self.weight = weight
+        self._span = span
+        self._communicator = communicator
+
+    @classmethod
+    def load(cls, context: LoadContext, name: str, vocab: int, hidden: int) -> "VocabEmbedding":
+        """Loads this rank's rows of `name`."""
+        span = context.communicator.shard.padded_span(vocab)
+        weight = load_vocab_rows(context, name, vocab, hidden)
+        return cls(weight, span, context.communicator)
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """Maps `[T]` ids to `[T, H]`."""
+        if self._communicator.shard.size == 1:
+            return F.embedding(token_ids, self.weight)
+        is_elsewhere = (token_ids < self._span.start) | (token_ids >= self._span.stop)
+        rows = (token_ids - self._span.start).masked_fill_(is_elsewhere, 0)
+        embedded = F.embedding(rows, self.weight).masked_fill_(is_elsewhere.unsqueeze(-1), 0.0)
+        self._communicator.all_reduce(embedded)
+        return embedded
+
+
+class VocabHead:
+    """Logits, the vocabulary spread over the ranks and gathered on rank 0."""
+
+    def __init__(self, weight: Tensor, vocab: int, communicator: Communicator) -> None:
+        self._linear = make_linear(weight, None)
+        self._vocab = vocab
+        self._communicator = communicator
+
+    def __call__(self, hidden: Tensor) -> Tensor | None:
+        """Maps `[N, H]` to `[N, vocab]` on rank 0, to None elsewhere."""
+        logits = self._communicator.gather_columns(self._linear(hidden))
+        return None if logits is None else logits[:, : self._vocab]
+
+
+def load_vocab_rows(context: LoadContext, name: str, vocab: int, hidden: int) -> Tensor:
+    """Loads this rank's rows of a `[vocab, hidden]` weight, padded to equal length with zeros."""
+    shard = context.communicator.shard
+    span = shard.padded_span(vocab)
+    weight = empty_weight([shard.padded_rows(vocab), hidden], context.dtype, context.device)
+    context.reader.copy_rows(name, [vocab, hidden], [span], weight[: len(span)])
+    weight[len(span) :].zero_()
+    return weight

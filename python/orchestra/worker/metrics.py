@@ -1,0 +1,98 @@
+"""The worker's own metrics page. Built in `run`, so that an import registers nothing."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+# From a small model's decode step to a full prefill budget of a large one.
+STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+class WorkerMetrics:
+    """What the loop measures, and what the agent counts.
+
+    Args:
+        read_stats: `Agent.stats`; called when the page is read, from the page's thread.
+        block_size: tokens per KV block.
+    """
+
+    def __init__(self, read_stats: Callable[[], Mapping[str, Any]], block_size: int) -> None:
+        self.registry = CollectorRegistry()
+        self._step_seconds = Histogram(
+            "orchestra_worker_step_seconds",
+            "Time of one step on rank 0, by phase: wait (for work, and planning it), execute, commit.",
+            ["phase"],
+            buckets=STEP_BUCKETS,
+            registry=self.registry,
+        )
+        self.wait = self._step_seconds.labels("wait")
+        self.execute = self._step_seconds.labels("execute")
+        self.commit = self._step_seconds.labels("commit")
+        self.computed_tokens = Counter(
+            "orchestra_worker_computed_tokens_total",
+            "Tokens that went through the model, prompts included.",
+            registry=self.registry,
+        )
+        self.sampled_tokens = Counter(
+            "orchestra_worker_sampled_tokens_total",
+            "Tokens drawn.",
+            registry=self.registry,
+        )
+        self.registry.register(_AgentCollector(read_stats, block_size))
+
+    def serve(self, host: str, port: int) -> Callable[[], None]:
+        """Serves the page on a thread of its own; returns what stops it.
+
+        Raises:
+            OSError: the address is taken.
+        """
+        server, thread = start_http_server(port, host, self.registry)
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return stop
+
+
+class _AgentCollector(Collector):
+    """The agent's figures at the moment of reading."""
+
+    def __init__(self, read_stats: Callable[[], Mapping[str, Any]], block_size: int) -> None:
+        self._read_stats = read_stats
+        self._block_size = block_size
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields the figures as metric families."""
+        stats = self._read_stats()
+        blocks = stats["kv_blocks_total"]
+        gauges = {
+            "requests_running": ("Sequences that run.", stats["num_running"]),
+            "requests_waiting": ("Sequences that wait.", stats["num_waiting"]),
+            "kv_cache_usage_ratio": (
+                "Share of the KV blocks that running sequences hold.",
+                stats["kv_blocks_used"] / max(1, blocks),
+            ),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(f"orchestra_{name}", text, value)
+        counters = {
+            "preemptions": ("Times a sequence lost its KV blocks.", stats["preemptions"]),
+            "prefix_cache_hit_tokens": (
+                "Prompt tokens that the prefix cache gave.",
+                stats["prefix_hit_tokens"],
+            ),
+        }
+        for name, (text, value) in counters.items():
+            yield CounterMetricFamily(f"orchestra_{name}", text, value)
+        info = GaugeMetricFamily(
+            "orchestra_cache_config_info",
+            "Shape of the cache.",
+            labels=["block_size", "num_blocks"],
+        )
+        info.add_metric([str(self._block_size), str(blocks)], 1)
+        yield info

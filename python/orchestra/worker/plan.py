@@ -1,0 +1,155 @@
+"""One step as the agent encodes it: a msgpack map of flat arrays.
+
+`T` tokens of `S` sequences run; `N` of the sequences draw a token. Sequences that decode (one token each) come first.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestra.errors import InternalError
+
+Int32Array = NDArray[np.int32]
+Float32Array = NDArray[np.float32]
+
+# No plan holds more entries in an array than this; the limit bounds what a damaged message can make us allocate.
+ARRAY_BYTES_MAX = 64 << 20
+
+
+@dataclass(frozen=True)
+class SequenceStart:
+    """A sequence's sampling parameters enter a sampler slot: when it starts, and again after each preemption."""
+
+    slot: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int
+    logit_bias_ids: Int32Array
+    logit_bias_values: Float32Array
+    prompt_token_ids: Int32Array
+    """Empty where no penalty needs it."""
+    output_token_ids: Int32Array
+    """Empty where no penalty needs it."""
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether drawing needs to know which tokens came before."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step's work. Arrays are read-only views of the message."""
+
+    step_id: int
+    token_ids: Int32Array
+    """`[T]`, sequence after sequence."""
+    positions: Int32Array
+    """`[T]` position of each token in its sequence."""
+    slot_mapping: Int32Array
+    """`[T]` where each token's KV goes: `block_id * block_size + offset`."""
+    query_start: Int32Array
+    """`[S + 1]` first token of each sequence; the last entry is `T`."""
+    context_lens: Int32Array
+    """`[S]` tokens of KV that each sequence has after this step."""
+    block_tables: Int32Array
+    """`[S, W]` block ids, rows padded with 0."""
+    sample_sequences: Int32Array
+    """`[N]` who draws a token: rows of the plan."""
+    sample_slots: Int32Array
+    """`[N]` the sampler slot of each."""
+    sample_positions: Int32Array
+    """`[N]` position that each drawn token will have in its sequence."""
+    num_top_logprobs: int
+    """-1: no sample wants log-probabilities; else the most alternatives that one wants."""
+    starts: tuple[SequenceStart, ...]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What was drawn for the `N` samples of a plan, `K` alternatives each."""
+
+    token_ids: Int32Array
+    """`[N]`"""
+    chosen_logprobs: Float32Array
+    """`[N]`, or empty where no sample wanted log-probabilities."""
+    top_ids: Int32Array
+    """`[N, K]`, most likely first."""
+    top_logprobs: Float32Array
+    """`[N, K]`"""
+
+
+def decode_plan(message: bytes) -> StepPlan:
+    """Reads the agent's message.
+
+    Raises:
+        InternalError: the message is damaged or not a plan: its arrays do not fit each other.
+    """
+    try:
+        fields = msgpack.unpackb(message, max_bin_len=ARRAY_BYTES_MAX)
+        tables = _int32(fields["block_tables"])
+        width = fields["block_table_width"]
+        plan = StepPlan(
+            step_id=fields["step_id"],
+            token_ids=_int32(fields["token_ids"]),
+            positions=_int32(fields["positions"]),
+            slot_mapping=_int32(fields["slot_mapping"]),
+            query_start=_int32(fields["query_start"]),
+            context_lens=_int32(fields["context_lens"]),
+            block_tables=tables.reshape(-1, width) if width else tables.reshape(0, 0),
+            sample_sequences=_int32(fields["sample_sequences"]),
+            sample_slots=_int32(fields["sample_slots"]),
+            sample_positions=_int32(fields["sample_positions"]),
+            num_top_logprobs=fields["num_top_logprobs"],
+            starts=tuple(map(_start, fields["starts"])),
+        )
+    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+        raise InternalError(f"the step plan cannot be read: {error!r}") from error
+    _check(plan)
+    return plan
+
+
+def _check(plan: StepPlan) -> None:
+    """Compares the lengths; the values are the scheduler's business."""
+    tokens, sequences, samples = (
+        len(plan.token_ids),
+        len(plan.context_lens),
+        len(plan.sample_sequences),
+    )
+    fits = (
+        len(plan.positions) == tokens
+        and len(plan.slot_mapping) == tokens
+        and len(plan.query_start) == sequences + 1
+        and plan.query_start[-1] == tokens
+        and len(plan.block_tables) == sequences
+        and len(plan.sample_slots) == samples
+        and len(plan.sample_positions) == samples
+    )
+    if not fits:
+        raise InternalError(f"the arrays of step {plan.step_id} do not fit each other")
+
+
+def _start(fields: dict[str, Any]) -> SequenceStart:
+    arrays = {
+        "logit_bias_ids": _int32(fields["logit_bias_ids"]),
+        "logit_bias_values": np.frombuffer(fields["logit_bias_values"], "<f4"),
+        "prompt_token_ids": _int32(fields["prompt_token_ids"]),
+        "output_token_ids": _int32(fields["output_token_ids"]),
+    }
+    return SequenceStart(**{**fields, **arrays})
+
+
+def _int32(buffer: bytes) -> Int32Array:
+    return np.frombuffer(buffer, "<i4")

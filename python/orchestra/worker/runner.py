@@ -1,0 +1,92 @@
+"""Executes one plan: the forward pass of this rank's shard and, on rank 0, the draw."""
+
+import numpy as np
+import torch
+
+from orchestra.worker.attention import AttentionBackend
+from orchestra.worker.models import Model
+from orchestra.worker.plan import StepOutput, StepPlan
+from orchestra.worker.sampler import Sampler
+
+_EMPTY = StepOutput(
+    token_ids=np.empty(0, np.int32),
+    chosen_logprobs=np.empty(0, np.float32),
+    top_ids=np.empty(0, np.int32),
+    top_logprobs=np.empty(0, np.float32),
+)
+
+
+class ModelRunner:
+    """One rank's model, cache and sampler.
+
+    Args:
+        model: this rank's part.
+        attention: over this rank's cache.
+        sampler: rank 0's; None on the others.
+        device: where the model computes.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        attention: AttentionBackend,
+        sampler: Sampler | None,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._attention = attention
+        self._sampler = sampler
+        self._device = device
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepOutput:
+        """Runs a step. Every rank of the group must run the same.
+
+        Returns:
+            What was drawn, in the order of the plan's samples; empty on other ranks than rank 0.
+        """
+        if self._sampler is not None:
+            self._sampler.start(plan.starts)
+        # The tokens to sample from: the last of each sequence that draws.
+        rows = plan.query_start[plan.sample_sequences + 1] - 1
+        tokens = len(plan.token_ids)
+        is_all = len(rows) == tokens and np.array_equal(rows, np.arange(tokens))
+        self._attention.prepare(plan)
+        inputs = np.concatenate([plan.token_ids, plan.positions, rows], dtype=np.int64)
+        token_ids, positions, row_index = torch.split(
+            torch.from_numpy(inputs).to(self._device), [tokens, tokens, len(rows)]
+        )
+        logits = self._model.forward(
+            token_ids, positions, self._attention, None if is_all else row_index
+        )
+        if logits is None or self._sampler is None:
+            return _EMPTY
+        return self._sampler.sample(
+            logits, plan.sample_slots, plan.sample_positions, plan.num_top_logprobs
+        )
+
+
+def warm_up_plan(num_tokens: int) -> StepPlan:
+    """A step that computes zeros into block 0, where nothing lies yet.
+
+    Running it lets the libraries choose and build their kernels before the first request waits for them.
+
+    Args:
+        num_tokens: of its one sequence, at most the block size; 1 warms decoding up, more warm prefill up.
+    """
+    positions = np.arange(num_tokens, dtype=np.int32)
+    zero = np.zeros(1, np.int32)
+    return StepPlan(
+        step_id=0,
+        token_ids=np.zeros(num_tokens, np.int32),
+        positions=positions,
+        slot_mapping=positions,
+        query_start=np.array([0, num_tokens], np.int32),
+        context_lens=np.array([num_tokens], np.int32),
+        block_tables=zero.reshape(1, 1),
+        sample_sequences=zero,
+        sample_slots=zero,
+        sample_positions=zero,
+        num_top_logprobs=-1,
+        starts=(),
+    )

@@ -1,0 +1,239 @@
+"""The loop of a rank: take a plan, execute it, commit what was drawn."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from orchestra.errors import ConfigError, UnsupportedError
+from orchestra.worker.assembly import Rank, assemble
+from orchestra.worker.config import EXIT_INVALID_CONFIG, WorkerConfig
+from orchestra.worker.metrics import WorkerMetrics
+from orchestra.worker.plan import decode_plan
+from orchestra.worker.plan_channel import Follower
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+# Short enough that a signal or a lost rank is noticed at once, long enough to sleep between requests.
+IDLE_WAIT_MS = 200
+
+logger = logging.getLogger("orchestra.worker")
+
+
+class Agent(Protocol):
+    """What the loop needs of `orchestra._core.Agent`."""
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether a router's stream is open."""
+        ...
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no sequence runs or waits."""
+        ...
+
+    def next_step(self, timeout_ms: int) -> bytes | None:
+        """The next plan; None when there was nothing to do for so long."""
+        ...
+
+    def commit(
+        self,
+        step_id: int,
+        token_ids: bytes,
+        chosen_logprobs: bytes,
+        top_ids: bytes,
+        top_logprobs: bytes,
+    ) -> None:
+        """Hands in what was drawn."""
+        ...
+
+    def drain(self) -> None:
+        """Refuses new sequences."""
+        ...
+
+
+class StopSignals:
+    """SIGTERM and SIGINT: the first asks to stop, the second (or the first before `is_serving`) ends the process."""
+
+    def __init__(self) -> None:
+        self.is_requested = False
+        self.is_serving = False
+
+    def install(self) -> None:
+        """Takes both signals over."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.is_requested or not self.is_serving:
+            os._exit(128 + number)
+        self.is_requested = True
+
+
+def run(config: WorkerConfig) -> int:
+    """Runs one rank until it is told to stop; returns the exit code of its process."""
+    logging.basicConfig(
+        stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s", level="INFO"
+    )
+    if config.parent_pid is not None:
+        from orchestra import _core
+
+        _core.die_with_parent(config.parent_pid)
+    stop = StopSignals()
+    stop.install()
+    try:
+        rank = assemble(config, _report_loading)
+        if rank.group.follower is not None:
+            follow(rank, rank.group.follower, stop)
+        else:
+            _lead_with_agent(config, rank, stop)
+    except (ConfigError, UnsupportedError) as error:
+        logger.error("%s", error)  # noqa: TRY400 (the message says it all; nobody wants a traceback of a typo)
+        return EXIT_INVALID_CONFIG
+    except Exception:
+        logger.exception("the worker failed")
+        if config.shard.size > 1:
+            # Leaving a group whose other ranks are gone can block for ever; nothing is left to clean up.
+            logging.shutdown()
+            os._exit(EXIT_FAILED)
+        return EXIT_FAILED
+    rank.group.communicator.close()
+    return EXIT_OK
+
+
+def follow(rank: Rank, channel: Follower, stop: StopSignals) -> None:
+    """The loop of every rank but rank 0: executes what rank 0 sends, until its goodbye.
+
+    Signals are left to rank 0: the group still has to finish what runs.
+    """
+    stop.is_serving = True
+    _write_status("ready")
+    while (message := channel.receive()) is not None:
+        rank.runner.execute(decode_plan(message))
+    channel.close()
+
+
+def lead(
+    agent: Agent,
+    rank: Rank,
+    stop: StopSignals,
+    metrics: WorkerMetrics,
+    drain_timeout_s: float,
+) -> None:
+    """The loop of rank 0: until a signal, and then until what runs has finished or the time is up."""
+    leader = rank.group.leader
+    announce: Callable[[], None] | None = _announce_ready
+    stop.is_serving = True
+    deadline: float | None = None
+    while True:
+        if stop.is_requested:
+            if deadline is None:
+                agent.drain()
+                deadline = time.monotonic() + drain_timeout_s
+            if agent.is_idle or time.monotonic() > deadline:
+                return
+        with metrics.wait.time():
+            message = agent.next_step(IDLE_WAIT_MS)
+        if announce is not None and agent.is_attached:
+            announce()
+            announce = None
+        if message is None:
+            if leader is not None:
+                leader.check()
+            continue
+        with metrics.execute.time():
+            if leader is not None:
+                leader.broadcast(message)
+            plan = decode_plan(message)
+            output = rank.runner.execute(plan)
+        with metrics.commit.time():
+            agent.commit(
+                plan.step_id,
+                output.token_ids.tobytes(),
+                output.chosen_logprobs.tobytes(),
+                output.top_ids.tobytes(),
+                output.top_logprobs.tobytes(),
+            )
+        metrics.computed_tokens.inc(len(plan.token_ids))
+        metrics.sampled_tokens.inc(len(output.token_ids))
+
+
+def agent_config(config: WorkerConfig, rank: Rank) -> dict[str, Any]:
+    """The settings of `orchestra._core.Agent`; what is not named here has its default there.
+
+    Raises:
+        ConfigError: a file of the tokeniser is missing.
+    """
+    return {
+        "router": config.router,
+        "worker_id": config.worker_id,
+        "model": config.model_name,
+        "weights_epoch": config.weights_epoch,
+        "vocab_size": rank.model_config.vocab_size,
+        "model_files": {
+            "tokenizer_json": _read(config.model_dir / "tokenizer.json", is_required=True),
+            "tokenizer_config_json": _read(config.model_dir / "tokenizer_config.json"),
+            "generation_config_json": _read(config.model_dir / "generation_config.json"),
+            "chat_template": _read(config.model_dir / "chat_template.jinja").decode(),
+        },
+        "scheduler": {
+            "block_size": config.block_size,
+            "num_blocks": rank.num_blocks,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "max_model_len": rank.max_model_len,
+            "max_prefill_chunk": config.max_prefill_chunk,
+            "enable_prefix_cache": config.enable_prefix_cache,
+            "eos_token_ids": list(rank.model_config.eos_token_ids),
+        },
+    }
+
+
+def _lead_with_agent(config: WorkerConfig, rank: Rank, stop: StopSignals) -> None:
+    from orchestra import _core
+
+    agent = _core.Agent(agent_config(config, rank))
+    metrics = WorkerMetrics(agent.stats, config.block_size)
+    stop_metrics = None
+    try:
+        if config.metrics_port is not None:
+            stop_metrics = metrics.serve(config.metrics_host, config.metrics_port)
+        lead(agent, rank, stop, metrics, config.drain_timeout_s)
+    finally:
+        agent.close()
+        if stop_metrics is not None:
+            stop_metrics()
+    if rank.group.leader is not None:
+        rank.group.leader.close()
+
+
+def _read(path: Path, *, is_required: bool = False) -> bytes:
+    if not is_required and not path.exists():
+        return b""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path.name} cannot be read: {error.strerror}") from error
+
+
+# === what the supervisor reads: one JSON object per line of standard output ===
+
+
+def _report_loading(done: int, total: int) -> None:
+    _write_status("loading", done=done, total=total)
+
+
+def _announce_ready() -> None:
+    logger.info("attached to the router, ready")
+    _write_status("ready")
+
+
+def _write_status(status: str, **figures: int) -> None:
+    print(json.dumps({"status": status, **figures}), flush=True)

@@ -1,0 +1,142 @@
+"""Draws the tokens of a step in one batch, with each sequence's parameters kept in its sampler slot."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from orchestra.worker import sampling
+from orchestra.worker.plan import Float32Array, Int32Array, SequenceStart, StepOutput
+from orchestra.worker.token_history import TokenHistory
+
+_NO_INTS = np.empty(0, np.int32)
+_NO_FLOATS = np.empty(0, np.float32)
+
+
+class Sampler:
+    """The sampling rank's state: parameters by slot, and token histories of the slots that need them.
+
+    Args:
+        vocab_size: columns of the logits.
+        max_num_seqs: number of slots.
+        device: of the logits.
+    """
+
+    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        # Parameters stay on the host: they decide which kernels run at all.
+        self._temperature = np.ones(max_num_seqs, np.float32)
+        self._top_p = np.ones(max_num_seqs, np.float32)
+        self._min_p = np.zeros(max_num_seqs, np.float32)
+        self._top_k = np.full(max_num_seqs, vocab_size, np.int64)
+        self._seed = np.zeros(max_num_seqs, np.uint64)
+        self._has_bias = np.zeros(max_num_seqs, np.bool_)
+        self._bias: dict[int, tuple[NDArray[np.int64], Float32Array]] = {}
+        self._history = TokenHistory(vocab_size, max_num_seqs, device)
+
+    def start(self, starts: Sequence[SequenceStart]) -> None:
+        """Sequences take their slots; whatever the slots held is forgotten."""
+        for start in starts:
+            slot = start.slot
+            self._temperature[slot] = start.temperature
+            self._top_p[slot] = start.top_p
+            self._min_p[slot] = start.min_p
+            self._top_k[slot] = min(start.top_k or self._vocab_size, self._vocab_size)
+            self._seed[slot] = start.seed
+            self._history.start(start)
+            self._has_bias[slot] = len(start.logit_bias_ids) > 0
+            self._bias.pop(slot, None)
+            if self._has_bias[slot]:
+                ids = start.logit_bias_ids.astype(np.int64)
+                self._bias[slot] = (ids, start.logit_bias_values)
+
+    def sample(
+        self,
+        logits: Tensor,
+        slots: Int32Array,
+        positions: Int32Array,
+        num_top_logprobs: int,
+    ) -> StepOutput:
+        """Draws one token per row.
+
+        Args:
+            logits: `[N, V]`, of any float dtype.
+            slots: `[N]`, all different.
+            positions: `[N]`, that the tokens will have.
+            num_top_logprobs: alternatives to report; -1: no log-probabilities at all.
+        """
+        logits = logits.float()
+        edited = self._add_bias(logits, slots)
+        edited = self._history.penalise(edited, slots)
+        tokens = self._draw(edited, slots, positions)
+        self._history.append(slots, tokens)
+        token_ids = tokens.cpu().numpy().astype(np.int32)
+        if num_top_logprobs < 0:
+            return StepOutput(token_ids, _NO_FLOATS, _NO_INTS, _NO_FLOATS)
+        return _with_logprobs(logits, tokens, token_ids, num_top_logprobs)
+
+    def _draw(self, logits: Tensor, slots: Int32Array, positions: Int32Array) -> Tensor:
+        is_greedy = self._temperature[slots] < sampling.GREEDY_BELOW
+        if is_greedy.all():
+            return sampling.argmax(logits)
+        if not is_greedy.any():
+            return self._draw_random(logits, slots, positions)
+        random = np.flatnonzero(~is_greedy)
+        rows = self._tensor(random)
+        tokens = sampling.argmax(logits)
+        tokens[rows] = self._draw_random(logits[rows], slots[random], positions[random])
+        return tokens
+
+    def _draw_random(self, logits: Tensor, slots: Int32Array, positions: Int32Array) -> Tensor:
+        temperature = self._tensor(self._temperature[slots]).unsqueeze(1)
+        probabilities = torch.softmax(logits / temperature, 1)
+        self._drop_unlikely(probabilities, slots)
+        numbers = sampling.uniforms(self._seed[slots], positions.astype(np.int64))
+        return sampling.draw(probabilities, self._tensor(numbers))
+
+    def _drop_unlikely(self, probabilities: Tensor, slots: Int32Array) -> None:
+        """Sets to 0 what top-k, top-p and min-p drop, in the rows that ask for one of them."""
+        top_k, top_p, min_p = self._top_k[slots], self._top_p[slots], self._min_p[slots]
+        is_ranked = (top_k < self._vocab_size) | (top_p < 1)
+        if not (is_ranked | (min_p > 0)).any():
+            return
+        threshold = probabilities.amax(1, keepdim=True) * self._tensor(min_p).unsqueeze(1)
+        if is_ranked.any():
+            rows = self._tensor(np.flatnonzero(is_ranked))
+            ranked = sampling.rank_threshold(
+                probabilities[rows], self._tensor(top_k[is_ranked]), self._tensor(top_p[is_ranked])
+            )
+            threshold[rows] = torch.maximum(threshold[rows], ranked)
+        probabilities.mul_(probabilities >= threshold)
+
+    def _add_bias(self, logits: Tensor, slots: Int32Array) -> Tensor:
+        """The logits with the biases of the slots that have some."""
+        rows = np.flatnonzero(self._has_bias[slots])
+        if not rows.size:
+            return logits
+        biases = [self._bias[int(slots[row])] for row in rows]
+        row_index = self._tensor(np.repeat(rows, [len(ids) for ids, _ in biases]))
+        token_index = self._tensor(np.concatenate([ids for ids, _ in biases]))
+        values = self._tensor(np.concatenate([values for _, values in biases]))
+        return logits.index_put((row_index, token_index), values, accumulate=True)
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+def _with_logprobs(
+    logits: Tensor, tokens: Tensor, token_ids: Int32Array, num_alternatives: int
+) -> StepOutput:
+    """Adds the log-probabilities, which are of the model alone: before bias, penalties and temperature."""
+    logprobs = torch.log_softmax(logits, 1)
+    chosen = logprobs.gather(1, tokens.unsqueeze(1)).flatten()
+    top = logprobs.topk(num_alternatives, 1)
+    return StepOutput(
+        token_ids,
+        chosen.cpu().numpy(),
+        top.indices.cpu().numpy().astype(np.int32),
+        top.values.cpu().numpy(),
+    )

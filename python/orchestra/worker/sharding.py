@@ -1,0 +1,77 @@
+"""Which part of the model a tensor-parallel rank holds. Arithmetic only, the same on every rank."""
+
+import math
+from dataclasses import dataclass
+
+from orchestra.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Span:
+    """Half-open range `[start, stop)` of rows or columns."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """The attention heads of one rank.
+
+    Query head `i` of the rank reads KV head `i // (num_heads // len(kv_heads))` of the rank.
+    """
+
+    heads: Span
+    """Query heads, by their number in the model."""
+    kv_heads: tuple[int, ...]
+    """KV heads by their number in the model; one number may stand more than once."""
+
+    def query_rows(self, head_dim: int) -> Span:
+        """The rows of the query heads in their projection, which are their columns in the output projection."""
+        return Span(self.heads.start * head_dim, self.heads.stop * head_dim)
+
+    def kv_rows(self, head_dim: int) -> list[Span]:
+        """The rows of each KV head in the key or value projection."""
+        return [Span(head * head_dim, (head + 1) * head_dim) for head in self.kv_heads]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's place in a tensor-parallel group."""
+
+    rank: int = 0
+    size: int = 1
+
+    def span(self, total: int) -> Span:
+        """This rank's share of `total` rows; the shares differ by at most one row."""
+        return Span(self.rank * total // self.size, (self.rank + 1) * total // self.size)
+
+    def padded_rows(self, total: int) -> int:
+        """Rows of every rank where all must have equally many; the last ranks then hold padding."""
+        return -(-total // self.size)
+
+    def padded_span(self, total: int) -> Span:
+        """This rank's real rows among its `padded_rows(total)`; may be empty."""
+        rows = self.padded_rows(total)
+        return Span(min(self.rank * rows, total), min((self.rank + 1) * rows, total))
+
+    def heads(self, num_heads: int, num_kv_heads: int) -> HeadShard:
+        """Divides the heads; a KV head goes to every rank with a query head that reads it.
+
+        Raises:
+            ConfigError: the number of ranks does not divide the number of heads.
+        """
+        if num_heads % self.size:
+            raise ConfigError(f"tp: {self.size} ranks do not divide {num_heads} attention heads")
+        heads = self.span(num_heads)
+        readers = num_heads // num_kv_heads
+        # The longest run of heads that never straddles two KV heads, wherever the rank's share begins:
+        #   12 heads, 4 KV heads, 3 ranks:  rank 1 holds 4..8 = | 4 5 | 6 7 | -> runs of one head: KV 1 1 2 2
+        #   32 heads, 8 KV heads, 2 ranks:  runs of four, each KV head once
+        #    8 heads, 2 KV heads, 4 ranks:  one run of two, its KV head also on the neighbour
+        run = math.gcd(readers, len(heads))
+        starts = range(heads.start, heads.stop, run)
+        return HeadShard(heads, tuple(start // readers for start in starts))

@@ -1,0 +1,146 @@
+"""Small random-weight checkpoints in the Hugging Face layout, and the tokeniser that goes with them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+END_OF_TEXT = "<|end|>"
+SPECIAL_TOKENS = ["<|begin|>", END_OF_TEXT, "<|user|>", "<|assistant|>", "<|system|>"]
+VOCAB_SIZE = 512
+MAX_POSITIONS = 2048
+# Wide enough that the two best logits of a random model are rarely close.
+INITIALIZER_RANGE = 0.08
+
+CHAT_TEMPLATE = (
+    "{{ '<|begin|>' }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{{ message['content'] }}{{ '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+# What the tokeniser learns its pairs from.
+_TEXT = """\
+The quick brown fox jumps over the lazy dog. A model reads tokens and writes tokens, one after the other.
+Every request gets exactly one ending; every queue has a bound and a named answer when it is full.
+In the beginning there was a prompt, and the prompt was without form; and the worker said, let there be tokens.
+She sells sea shells by the sea shore. Peter Piper picked a peck of pickled peppers. Größe, naïve, café, 東京, 🙂.
+def schedule(self, now): return [request for request in self.waiting if request.fits(now)]
+{"name": "orchestra", "numbers": [0, 1, 2, 3, 5, 8, 13, 21], "nested": {"true": true, "null": null}}
+"""
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": MAX_POSITIONS,
+    "initializer_range": INITIALIZER_RANGE,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+_LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+
+# Each kind: the configuration class and what differs from the shape above.
+_KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "llama-tied": (LlamaConfig, {"tie_word_embeddings": True}),
+    "llama-biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "llama3-rope": (LlamaConfig, {"rope_parameters": _LLAMA3_ROPE}),
+    "linear-rope": (LlamaConfig, {"rope_parameters": _LINEAR_ROPE}),
+    # Nothing divides evenly but the heads: a vocabulary of a prime size, an odd intermediate size, 4 KV heads.
+    "llama-odd": (
+        LlamaConfig,
+        {
+            "vocab_size": 509,
+            "hidden_size": 96,
+            "intermediate_size": 171,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, {}),
+}
+KINDS = tuple(_KINDS)
+
+
+def make_checkpoint(kind: str, directory: Path, seed: int, **overrides: Any) -> Path:
+    """Writes a checkpoint of random weights.
+
+    Args:
+        kind: one of `KINDS`.
+        directory: to create.
+        seed: the same seed gives the same weights.
+        overrides: further values for the configuration.
+
+    Returns:
+        `directory`.
+    """
+    config_class, differences = _KINDS[kind]
+    config = config_class(**{**_SHAPE, **differences, **overrides})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        _randomise_vectors(model)
+    model.generation_config.eos_token_id = 1
+    model.generation_config.pad_token_id = None
+    model.save_pretrained(directory)
+    write_tokenizer(directory)
+    return directory
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Writes a byte-level BPE of at most `VOCAB_SIZE` tokens, trained on a fixed text, with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - 3,  # fits the odd vocabulary too
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXT.splitlines(), trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL_TOKENS[0],
+        "eos_token": END_OF_TEXT,
+        "chat_template": CHAT_TEMPLATE,
+        "model_max_length": MAX_POSITIONS,
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+def _randomise_vectors(model: PreTrainedModel) -> None:
+    """Norm weights and biases too: at 1 and 0 a mistake with them would not show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
