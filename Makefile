@@ -7,10 +7,10 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 PROTOS := orchestra/v1/types.proto orchestra/v1/inference.proto
-LINT_GATES := check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-tidy
+LINT_GATES := check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-docs check-tidy
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench gpu proto clean
+.PHONY: help setup serve test lint bench gpu proto docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -37,13 +37,16 @@ gpu: setup ## Run the tests that need an NVIDIA GPU
 proto: $(VENV)/.installed ## Regenerate python/orchestra/v1 from proto/
 	$(call generate,python)
 
+docs: setup ## Rewrite docs/configuration.md from the commands' own help
+	$(PY) docs/generate_configuration.py
+
 clean: ## Remove what the other targets made (.venv, target, caches)
 	rm -rf $(VENV) target dist .pytest_cache .mypy_cache .ruff_cache .hypothesis python/orchestra/_core*.so
 	find python tests benches examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # === gates: one each, run by .ci/gates ===
 
-.PHONY: check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-tidy check-rust-tests check-tests
+.PHONY: check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-docs check-tidy check-rust-tests check-tests
 
 check-fmt:
 	cargo fmt --all --check
@@ -65,6 +68,9 @@ check-proto:
 	rm -rf target/proto && mkdir -p target/proto
 	$(call generate,target/proto)
 	diff -r -x __init__.py -x __pycache__ target/proto/orchestra/v1 python/orchestra/v1
+
+check-docs:
+	$(PY) docs/generate_configuration.py --check
 
 check-tidy:
 	$(PY) -m pytest -q tests/test_tidy.py

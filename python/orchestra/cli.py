@@ -79,9 +79,9 @@ def _worker(arguments: list[str]) -> int:
 
 
 def _version(_arguments: list[str]) -> int:
-    from importlib.metadata import version
+    from orchestra import __version__
 
-    print(f"orchestra {version('orchestra')}")
+    print(f"orchestra {__version__}")
     return EXIT_OK
 
 

@@ -7,22 +7,9 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-MODEL_FILES = ("config.json", "tokenizer.json")
+from orchestra.worker.config import add_engine_arguments
 
-# Options that go to every rank as they are. The worker has the only default of each and checks its value.
-WORKER_OPTIONS = {
-    "--served-model-name": "name that clients use (default: the directory's name)",
-    "--dtype": "auto, float32 or bfloat16",
-    "--device": "auto, cpu or cuda",
-    "--block-size": "tokens per KV block",
-    "--num-blocks": "KV blocks per worker",
-    "--kv-cache-memory": "memory for the KV cache of each rank, e.g. 4GiB (instead of --num-blocks)",
-    "--max-num-seqs": "sequences that run at once, per worker",
-    "--max-num-batched-tokens": "tokens per step",
-    "--max-model-len": "longest prompt plus output, tokens",
-    "--max-prefill-chunk": "most prompt tokens of one sequence per step; 0: only the token budget",
-}
-WORKER_SWITCHES = {"--no-prefix-cache": "compute every prompt from its start"}
+MODEL_FILES = ("config.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -108,22 +95,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="when ready, write one JSON line instead of lines for a person",
     )
-    group = parser.add_argument_group("worker options", "given to every worker")
-    for flag, text in WORKER_OPTIONS.items():
-        group.add_argument(flag, metavar=flag.rsplit("-", 1)[1].upper(), help=text)
-    for flag, text in WORKER_SWITCHES.items():
-        group.add_argument(flag, action="store_true", help=text)
+    add_engine_arguments(parser)
 
 
 def from_arguments(arguments: argparse.Namespace) -> ServeOptions:
     """Builds the options from what `add_arguments` declared."""
     worker: list[str] = []
-    for flag in [*WORKER_OPTIONS, *WORKER_SWITCHES]:
-        value = getattr(arguments, flag.removeprefix("--").replace("-", "_"))
-        if value is True:
-            worker.append(flag)
-        elif isinstance(value, str):
-            worker += [flag, value]
+    for action in add_engine_arguments(argparse.ArgumentParser()):
+        value = getattr(arguments, action.dest)
+        if value != action.default:
+            worker += (
+                [action.option_strings[0]]
+                if value is True
+                else [action.option_strings[0], str(value)]
+            )
     return ServeOptions(
         model_dir=arguments.model_dir,
         tp=arguments.tp,
