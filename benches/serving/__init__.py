@@ -1,0 +1,1 @@
+"""`orchestra serve` against transformers' continuous batching, interleaved in one run."""

@@ -1,0 +1,127 @@
+"""Greedy tokens equal transformers' `generate` in fp32, through the whole HTTP path.
+
+Every case sends 32 concurrent requests of 1 to 1,000 prompt tokens twice: the second time the prompts hit the prefix
+cache. `roomy` leaves prefill whole; `tight` forces chunks of 16 tokens and a block pool so small that sequences are
+preempted and come back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.checkpoints import make_checkpoint
+from tests.e2e.oracle import OUTPUT_TOKENS, Reference, references
+from tests.e2e.stack import Serve, start_serve
+
+DEMO = Path(__file__).parents[2] / "examples" / "models" / "demo"
+SEED = 20
+
+POOLS = {
+    "roomy": ["--num-blocks", "1024"],
+    # The longest request alone needs 64 blocks; all together need about 500.
+    "tight": ["--num-blocks", "72", "--max-prefill-chunk", "16"],
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the random checkpoints of this module live."""
+    return tmp_path_factory.mktemp("oracle")
+
+
+@cache
+def _reference(checkpoint: Path) -> list[Reference]:
+    return references(checkpoint, SEED)
+
+
+def _checkpoint(kind: str, folder: Path) -> Path:
+    if kind == "demo":
+        return DEMO
+    target = folder / kind
+    return target if target.exists() else make_checkpoint(kind, target, seed=SEED)
+
+
+async def _complete(client: httpx.AsyncClient, model: str, prompt: list[int]) -> dict[str, Any]:
+    answer = await client.post(
+        "/v1/completions",
+        json={
+            "model": model,
+            "prompt": prompt,
+            "max_tokens": OUTPUT_TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": 1,
+            "return_token_ids": True,
+            "repetition_penalty": 1.0,
+        },
+    )
+    answer.raise_for_status()
+    return answer.json()
+
+
+def _all_at_once(serve: Serve, expected: list[Reference]) -> list[dict[str, Any]]:
+    async def run() -> list[dict[str, Any]]:
+        limits = httpx.Limits(max_connections=len(expected))
+        async with httpx.AsyncClient(base_url=serve.url, limits=limits, timeout=300) as client:
+            requests = [_complete(client, serve.model, reference.prompt) for reference in expected]
+            return await asyncio.gather(*requests)
+
+    return asyncio.run(run())
+
+
+def _largest_difference(answers: list[dict[str, Any]], expected: list[Reference]) -> float:
+    """Asserts equal tokens; returns the largest difference of a chosen token's log-probability."""
+    largest = 0.0
+    for answer, reference in zip(answers, expected, strict=True):
+        choice = answer["choices"][0]
+        assert choice["token_ids"] == reference.output, f"prompt of {len(reference.prompt)} tokens"
+        got = choice["logprobs"]["token_logprobs"]
+        differences = [abs(a - b) for a, b in zip(got, reference.logprobs, strict=True)]
+        largest = max(largest, *differences)
+    return largest
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Lines that are shown whether the test passes or not."""
+    lines: list[str] = []
+    yield lines
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.ensure_newline()
+        for line in lines:
+            reporter.write_line(line)
+
+
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "demo"])
+def test_greedy_tokens_equal_transformers(
+    kind: str, tp: int, pool: str, checkpoint_folder: Path, report: list[str]
+) -> None:
+    checkpoint = _checkpoint(kind, checkpoint_folder)
+    expected = _reference(checkpoint)
+    flags = ["--tp", str(tp), "--dtype", "float32", "--max-num-seqs", "32", *POOLS[pool]]
+    with start_serve(checkpoint, *flags) as serve:
+        first = _largest_difference(_all_at_once(serve, expected), expected)
+        again = _all_at_once(serve, expected)
+        second = _largest_difference(again, expected)
+        preemptions = serve.metrics()["orchestra_preemptions_total"]
+
+    cached = sum(answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in again)
+    report.append(
+        f"{kind} tp={tp} {pool}: largest logprob difference {max(first, second):.2e}, "
+        f"{cached} cached tokens in the second pass, {preemptions:.0f} preemptions"
+    )
+    # fp32 sums in another order; a wrong block or position would be off by orders of magnitude more.
+    assert max(first, second) < 2e-3
+    assert cached > 0
+    assert (preemptions > 0) == (pool == "tight")
