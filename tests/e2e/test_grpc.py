@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+import uvloop
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
@@ -116,6 +117,17 @@ async def test_text_token_ids_and_messages(serve: Serve) -> None:
             [{"role": "user", "content": "Hello"}], model=serve.model, max_tokens=4, ignore_eos=True
         )
         assert chat.choices[0].finish.usage.completion_tokens == 4
+
+
+def test_client_under_uvloop(serve: Serve) -> None:
+    async def run() -> str:
+        async with Client(serve.grpc) as client:
+            one = client.complete("Once", model=serve.model, max_tokens=4, temperature=0)
+            other = client.complete("Once", model=serve.model, max_tokens=4, temperature=0)
+            texts = {answer.text for answer in await asyncio.gather(one, other)}
+            return texts.pop() if len(texts) == 1 else ""
+
+    assert uvloop.run(run())
 
 
 async def test_choices_and_logprobs(serve: Serve) -> None:

@@ -117,6 +117,33 @@ def test_running_request_finishes_when_stopped(checkpoint: Path) -> None:
         assert serve.process.wait(60) == 0
 
 
+def test_second_interrupt_does_not_wait(checkpoint: Path) -> None:
+    with start_serve(checkpoint, *SMALL, "--drain-timeout", "100") as serve:
+        body = {
+            "model": serve.model,
+            "prompt": "a",
+            "max_tokens": 1000,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        command = [
+            "curl",
+            "-sSN",
+            f"{serve.url}/v1/completions",
+            "-H",
+            "content-type: application/json",
+        ]
+        with subprocess.Popen(
+            [*command, "-d", json.dumps(body)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as curl:
+            assert curl.stdout is not None
+            curl.stdout.readline()
+            serve.process.send_signal(signal.SIGINT)
+            eventually(lambda: "stopping" in serve.log.read_text())
+            serve.process.send_signal(signal.SIGINT)
+            assert serve.process.wait(5) == 0
+
+
 def test_killed_worker_comes_back(checkpoint: Path) -> None:
     with start_serve(checkpoint, *SMALL, "--tp", "2") as serve:
         old = serve.children("worker")
@@ -199,6 +226,16 @@ def test_unreadable_checkpoint_ends_with_its_reason(checkpoint: Path, tmp_path: 
     assert done.returncode == 64
     assert "giving up" in done.stderr
     assert weights.name in done.stderr
+
+
+def test_wrong_router_setting_ends_with_its_reason(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRA_MAX_CONCURRENT_REQUESTS", "0")
+    done = run_serve(str(checkpoint), "--port", "0")
+    assert done.returncode == 64
+    assert "giving up: router exited with 64" in done.stderr
+    assert "max_concurrent_requests" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ class WorkerGroup:
         ]
         name = self.name
         if options.tp > 1:
-            rendezvous = (self._meeting_place() / "rendezvous").as_uri()
+            rendezvous = f"file://{self._meeting_place() / 'rendezvous'}"
             command += ["--tp", str(options.tp), "--rank", str(rank), "--rendezvous", rendezvous]
             name = f"{self.name} rank {rank}"
 
