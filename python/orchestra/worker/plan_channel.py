@@ -11,7 +11,6 @@ import secrets
 import select
 import socket
 import struct
-import tempfile
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlparse
@@ -170,7 +169,8 @@ def _listen(rendezvous_url: str, stack: contextlib.ExitStack) -> socket.socket:
     folder = Path(url.path).parent
     name = f"plan-{secrets.token_hex(4)}.sock"
     if len(bytes(folder / name)) > UNIX_PATH_BYTES_MAX:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orchestra-")))
+        # The temporary directory lies deep; the loopback costs a few microseconds more.
+        return socket.create_server(("127.0.0.1", 0))
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(folder / name))
     stack.callback((folder / name).unlink, missing_ok=True)
