@@ -1,6 +1,6 @@
 //! Sets up `tracing` for the process. Only `main` calls it: using the router as a library prints nothing.
 
-use std::io;
+use std::io::{self, IsTerminal as _};
 
 use tracing_subscriber::{EnvFilter, filter::ParseError, fmt};
 
@@ -20,7 +20,11 @@ pub fn init(config: &LogConfig) {
     let Ok(filter) = parse_filter(&config.filter) else {
         return;
     };
-    let lines = fmt().with_env_filter(filter).with_writer(io::stderr);
+    let is_terminal = io::stderr().is_terminal();
+    let lines = fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(is_terminal);
     // An error means that a subscriber is installed, which then stays.
     let _ = match config.format {
         LogFormat::Text => lines.try_init(),
