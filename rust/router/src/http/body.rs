@@ -60,10 +60,21 @@ impl HttpDoor {
         parse: fn(&[u8]) -> Result<T, ApiError>,
     ) -> Result<T, Refusal> {
         let parsed = match self.read_bytes(request).await {
-            Ok(body) => parse_body(body, parse).await.map_err(Refusal::from),
+            Ok(body) => self.parse(body, parse).await.map_err(Refusal::from),
             Err(refusal) => Err(refusal),
         };
         parsed.inspect_err(|refusal| self.state.metrics.rejected(refusal.error.code))
+    }
+
+    async fn parse<T: Send + 'static>(
+        &self,
+        body: Bytes,
+        parse: fn(&[u8]) -> Result<T, ApiError>,
+    ) -> Result<T, ApiError> {
+        if body.len() <= PARSE_INLINE_BYTES {
+            return parse(&body);
+        }
+        self.state.tasks.run_blocking(move || parse(&body)).await?
     }
 
     async fn read_bytes(&self, request: Request) -> Result<Bytes, Refusal> {
@@ -108,18 +119,6 @@ impl HttpDoor {
         let error = ApiError::new(ErrorCode::InvalidRequest, message);
         Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, error)
     }
-}
-
-async fn parse_body<T: Send + 'static>(
-    body: Bytes,
-    parse: fn(&[u8]) -> Result<T, ApiError>,
-) -> Result<T, ApiError> {
-    if body.len() <= PARSE_INLINE_BYTES {
-        return parse(&body);
-    }
-    tokio::task::spawn_blocking(move || parse(&body))
-        .await
-        .unwrap_or_else(|_| Err(ApiError::new(ErrorCode::Internal, "the parser stopped")))
 }
 
 /// JSON only. A browser can send any other type to a router on localhost from a foreign page, without asking first.

@@ -2,6 +2,9 @@
 
 mod answer;
 
+use std::num::NonZeroU32;
+
+use orchestra_core::sampling::LOGPROBS_MAX;
 use serde_json::{Map, Value, value::RawValue};
 
 pub(super) use self::answer::ChatFormat;
@@ -41,7 +44,9 @@ impl ChatRequest {
         let mut input = generate_input(&fields, prompt, logprobs(&fields)?)?;
         // OpenAI's newer name of the same limit; it wins where both are given.
         let max_tokens = fields.read("max_completion_tokens", "a positive integer")?;
-        input.sampling.max_tokens = max_tokens.or(input.sampling.max_tokens);
+        input.sampling.max_tokens = max_tokens
+            .map(NonZeroU32::get)
+            .or(input.sampling.max_tokens);
         Ok(Self {
             input,
             options: OutputOptions::parse(&fields)?,
@@ -54,6 +59,10 @@ fn logprobs(fields: &Fields<'_>) -> Result<Option<u32>, ApiError> {
     let top = fields.read("top_logprobs", "an integer between 0 and 20")?;
     if top.is_some() && !is_wanted {
         let message = "top_logprobs is only allowed where logprobs is true";
+        return Err(ApiError::invalid("top_logprobs", message));
+    }
+    if top.is_some_and(|top| top > LOGPROBS_MAX) {
+        let message = format!("top_logprobs must be between 0 and {LOGPROBS_MAX}");
         return Err(ApiError::invalid("top_logprobs", message));
     }
     Ok(is_wanted.then(|| top.unwrap_or(0)))
@@ -152,7 +161,7 @@ fn tools(fields: &Fields<'_>) -> Result<Vec<Value>, ApiError> {
 
 #[cfg(test)]
 mod tests {
-    use orchestra_core::ErrorCode::{InvalidRequest, Unsupported};
+    use orchestra_core::ErrorCode::{self, InvalidRequest, Unsupported};
 
     use super::*;
 
@@ -219,14 +228,27 @@ mod tests {
         assert_eq!(logprobs(r#""logprobs": false"#), None);
     }
 
+    /// Each body after `model` is refused with this code, names this field, and repeats nothing.
+    fn check(cases: &[(String, &str, ErrorCode)]) {
+        for (body, field, code) in cases {
+            let error = parse(&format!(r#"{{"model": "m", {body}}}"#)).unwrap_err();
+            let got = (error.param.as_deref(), error.code);
+            assert_eq!(got, (Some(*field), *code), "{body}");
+            assert!(
+                !error.message.contains("secret"),
+                "{body}: {}",
+                error.message
+            );
+        }
+    }
+
     #[test]
-    fn bad_input_names_its_field_and_never_its_value() {
+    fn a_bad_message_names_its_place_and_never_its_value() {
         let message = |message: &str| format!(r#""messages": [{message}]"#);
         let content =
             |content: &str| message(&format!(r#"{{"role": "user", "content": {content}}}"#));
-        let with = |field: &str| format!(r#"{}, {field}"#, content(r#""x""#));
-        let cases = [
-            (String::from(r#""x": 1"#), "messages", InvalidRequest),
+        check(&[
+            (r#""x": 1"#.to_owned(), "messages", InvalidRequest),
             (
                 r#""messages": "secret""#.to_owned(),
                 "messages",
@@ -277,18 +299,28 @@ mod tests {
                 Unsupported,
             ),
             (content(r#""\ud800""#), "messages", InvalidRequest),
+        ]);
+    }
+
+    #[test]
+    fn a_bad_field_is_named_and_its_value_never() {
+        let with =
+            |field: &str| format!(r#""messages": [{{"role": "user", "content": "x"}}], {field}"#);
+        let tools = |choice: &str| with(&format!(r#""tools": [{{}}], "tool_choice": {choice}"#));
+        let top = |count: &str| with(&format!(r#""logprobs": true, "top_logprobs": {count}"#));
+        let limit = |count: &str| with(&format!(r#""max_completion_tokens": {count}"#));
+        let json_only = r#""response_format": {"type": "json_object"}"#;
+        check(&[
             (with(r#""logprobs": 3"#), "logprobs", InvalidRequest),
             (with(r#""top_logprobs": 3"#), "top_logprobs", InvalidRequest),
+            (top(r#""secret""#), "top_logprobs", InvalidRequest),
+            (top("21"), "top_logprobs", InvalidRequest),
             (
-                with(r#""logprobs": true, "top_logprobs": "secret""#),
-                "top_logprobs",
-                InvalidRequest,
-            ),
-            (
-                with(r#""max_completion_tokens": "secret""#),
+                limit(r#""secret""#),
                 "max_completion_tokens",
                 InvalidRequest,
             ),
+            (limit("0"), "max_completion_tokens", InvalidRequest),
             (
                 with(r#""chat_template_kwargs": []"#),
                 "chat_template_kwargs",
@@ -297,39 +329,14 @@ mod tests {
             (with(r#""tools": "secret""#), "tools", InvalidRequest),
             (with(r#""tools": ["secret"]"#), "tools[0]", InvalidRequest),
             (with(r#""tools": [{}]"#), "tools", Unsupported),
-            (
-                with(r#""tools": [{}], "tool_choice": "auto""#),
-                "tools",
-                Unsupported,
-            ),
-            (
-                with(r#""tools": [{}], "tool_choice": "required""#),
-                "tool_choice",
-                Unsupported,
-            ),
+            (tools(r#""auto""#), "tools", Unsupported),
+            (tools(r#""required""#), "tool_choice", Unsupported),
             (
                 with(r#""tool_choice": {"secret": 1}"#),
                 "tool_choice",
                 Unsupported,
             ),
-            (
-                with(r#""response_format": {"type": "json_object"}"#),
-                "response_format",
-                Unsupported,
-            ),
-        ];
-        for (body, field, code) in cases {
-            let error = parse(&format!(r#"{{"model": "m", {body}}}"#)).unwrap_err();
-            assert_eq!(
-                (error.param.as_deref(), error.code),
-                (Some(field), code),
-                "{body}"
-            );
-            assert!(
-                !error.message.contains("secret"),
-                "{body}: {}",
-                error.message
-            );
-        }
+            (with(json_only), "response_format", Unsupported),
+        ]);
     }
 }

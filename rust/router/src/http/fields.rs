@@ -170,8 +170,8 @@ mod tests {
         assert!(message(b"[]").starts_with(shape), "{}", message(b"[]"));
         assert!(message(b"\"secret\"").starts_with(shape));
         assert!(message(b"{\"a\":1,\"a\":2}").starts_with(shape));
-        let many: String = (0..129).map(|i| format!(",\"k{i}\":0")).collect();
-        assert!(message(format!("{{{}}}", &many[1..]).as_bytes()).starts_with(shape));
+        let many: Vec<_> = (0..129).map(|i| format!("\"k{i}\":0")).collect();
+        assert!(message(format!("{{{}}}", many.join(",")).as_bytes()).starts_with(shape));
     }
 
     #[test]

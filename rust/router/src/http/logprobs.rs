@@ -1,4 +1,5 @@
-//! Log-probabilities in OpenAI's two shapes: a list of objects for chat, parallel lists for completions.
+//! Log-probabilities in OpenAI's two shapes: a list of objects for chat, parallel lists for completions. They are finite
+//! here: the corridor shows those of tokens that cannot come as -9999, as OpenAI does.
 
 use std::collections::HashSet;
 
@@ -23,14 +24,6 @@ impl Vocabulary for ModelEntry {
     fn bytes(&self, token_id: TokenId) -> &[u8] {
         self.token_bytes(token_id)
     }
-}
-
-/// JSON has no infinity; this is the value that OpenAI shows for a token that cannot come.
-const LOGPROB_MIN: f32 = -9999.0;
-
-/// NaN becomes the minimum too: `max` returns the other operand.
-fn finite(logprob: f32) -> f32 {
-    logprob.max(LOGPROB_MIN)
 }
 
 /// `choices[].logprobs` of chat.
@@ -60,7 +53,7 @@ impl<'a> Token<'a> {
         let (text, bytes) = (vocabulary.text(token_id), vocabulary.bytes(token_id));
         Self {
             text,
-            logprob: finite(logprob),
+            logprob,
             bytes,
         }
     }
@@ -110,10 +103,7 @@ impl CompletionLogprobs {
     ) -> Self {
         let mut this = Self {
             tokens: Vec::with_capacity(token_ids.len()),
-            token_logprobs: logprobs
-                .iter()
-                .map(|logprobs| finite(logprobs.chosen))
-                .collect(),
+            token_logprobs: logprobs.iter().map(|logprobs| logprobs.chosen).collect(),
             top_logprobs: Vec::with_capacity(token_ids.len()),
             text_offset: Vec::with_capacity(token_ids.len()),
         };
@@ -146,7 +136,7 @@ impl TopTokens {
         let mut seen = HashSet::new();
         let entries = all.filter_map(|(token_id, logprob)| {
             let text = vocabulary.text(token_id);
-            seen.insert(text.clone()).then(|| (text, finite(logprob)))
+            seen.insert(text.clone()).then_some((text, logprob))
         });
         Self(entries.collect())
     }
@@ -174,8 +164,8 @@ mod tests {
                 top: vec![(0, -0.5), (1, -1.25)],
             },
             TokenLogprobs {
-                chosen: f32::NEG_INFINITY,
-                top: vec![(3, -0.25), (4, f32::NAN)],
+                chosen: -9999.0,
+                top: vec![(3, -0.25), (4, -2.5)],
             },
         ]
     }
@@ -183,7 +173,7 @@ mod tests {
     #[test]
     fn chat_shape() {
         let value = ChatLogprobs::new(&Letters, &[0, 2], &logprobs());
-        insta::assert_snapshot!(serde_json::to_string(&value).unwrap(), @r#"{"content":[{"token":"a","logprob":-0.5,"bytes":[97],"top_logprobs":[{"token":"a","logprob":-0.5,"bytes":[97]},{"token":"b","logprob":-1.25,"bytes":[98]}]},{"token":"c","logprob":-9999.0,"bytes":[99],"top_logprobs":[{"token":"d","logprob":-0.25,"bytes":[100]},{"token":"e","logprob":-9999.0,"bytes":[101]}]}],"refusal":null}"#);
+        insta::assert_snapshot!(serde_json::to_string(&value).unwrap(), @r#"{"content":[{"token":"a","logprob":-0.5,"bytes":[97],"top_logprobs":[{"token":"a","logprob":-0.5,"bytes":[97]},{"token":"b","logprob":-1.25,"bytes":[98]}]},{"token":"c","logprob":-9999.0,"bytes":[99],"top_logprobs":[{"token":"d","logprob":-0.25,"bytes":[100]},{"token":"e","logprob":-2.5,"bytes":[101]}]}],"refusal":null}"#);
     }
 
     #[test]
@@ -191,6 +181,6 @@ mod tests {
         let mut offset = 7;
         let value = CompletionLogprobs::new(&Letters, &[0, 2], &logprobs(), &mut offset);
         assert_eq!(offset, 9);
-        insta::assert_snapshot!(serde_json::to_string(&value).unwrap(), @r#"{"tokens":["a","c"],"token_logprobs":[-0.5,-9999.0],"top_logprobs":[{"a":-0.5,"b":-1.25},{"d":-0.25,"e":-9999.0,"c":-9999.0}],"text_offset":[7,8]}"#);
+        insta::assert_snapshot!(serde_json::to_string(&value).unwrap(), @r#"{"tokens":["a","c"],"token_logprobs":[-0.5,-9999.0],"top_logprobs":[{"a":-0.5,"b":-1.25},{"d":-0.25,"e":-2.5,"c":-9999.0}],"text_offset":[7,8]}"#);
     }
 }

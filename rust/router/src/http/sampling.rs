@@ -166,65 +166,15 @@ mod tests {
                 "return_token_ids": true, "user": "ignored", "a newer field": {}}"#,
         )
         .unwrap();
-        insta::assert_debug_snapshot!(input, @r#"
-        GenerateInput {
-            model: "m",
-            prompt: Text(
-                "x",
-            ),
-            sampling: SamplingPatch {
-                max_tokens: Some(
-                    3,
-                ),
-                temperature: Some(
-                    0.5,
-                ),
-                top_p: Some(
-                    0.9,
-                ),
-                top_k: Some(
-                    4,
-                ),
-                min_p: Some(
-                    0.1,
-                ),
-                repetition_penalty: Some(
-                    1.1,
-                ),
-                presence_penalty: Some(
-                    0.2,
-                ),
-                frequency_penalty: Some(
-                    -0.3,
-                ),
-                seed: Some(
-                    18446744073709551615,
-                ),
-                stop_token_ids: [
-                    7,
-                ],
-                ignore_eos: true,
-                logprobs: None,
-                logit_bias: [
-                    (
-                        5,
-                        -100.0,
-                    ),
-                    (
-                        6,
-                        0.5,
-                    ),
-                ],
-            },
-            stop: [
-                "a",
-                "b",
-            ],
-            n: 2,
-            timeout: None,
-            cache_salt: "s",
-        }
-        "#);
+        let sampling = "SamplingPatch { max_tokens: Some(3), temperature: Some(0.5), \
+            top_p: Some(0.9), top_k: Some(4), min_p: Some(0.1), repetition_penalty: Some(1.1), \
+            presence_penalty: Some(0.2), frequency_penalty: Some(-0.3), \
+            seed: Some(18446744073709551615), stop_token_ids: [7], ignore_eos: true, \
+            logprobs: None, logit_bias: [(5, -100.0), (6, 0.5)] }";
+        assert_eq!(format!("{:?}", input.sampling), sampling);
+        assert_eq!((input.model.as_str(), input.n), ("m", 2));
+        assert_eq!(input.stop, ["a", "b"]);
+        assert_eq!(input.cache_salt, "s");
         let expected = OutputOptions {
             stream: true,
             include_usage: true,

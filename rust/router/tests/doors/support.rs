@@ -1,0 +1,341 @@
+//! A whole router, a worker by hand, and HTTP without a library: what goes over the wire is what the test says.
+
+use std::{net::SocketAddr, time::Duration};
+
+use orchestra_proto::v1::{
+    self, router_message::Message as Down, worker_gateway_client::WorkerGatewayClient,
+    worker_message::Message as Up,
+};
+use orchestra_router::{Addresses, Router, RouterConfig};
+use serde_json::Value;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    sync::mpsc,
+    time::{self, Instant},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+
+use crate::fixtures;
+
+/// No step of a test takes this long unless it hangs.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// The model that the worker serves.
+pub(crate) const MODEL: &str = "org/tiny";
+
+/// Waits for `future`, and fails the test where that takes too long.
+pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
+    match time::timeout(PATIENCE, future).await {
+        Ok(value) => value,
+        Err(_) => panic!("no {what} within {PATIENCE:?}"),
+    }
+}
+
+/// Free ports, and workers by hand that need send no heartbeats.
+pub(crate) fn config() -> RouterConfig {
+    let mut config = RouterConfig::default();
+    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    (
+        config.listen.http,
+        config.listen.grpc,
+        config.listen.workers,
+    ) = (any, any, any);
+    config.corridor.heartbeat_timeout.0 = Duration::from_secs(60);
+    config.corridor.hang_timeout.0 = Duration::from_secs(60);
+    config.corridor.replay_wait.0 = Duration::ZERO;
+    config
+}
+
+/// A started router and where it listens.
+pub(crate) fn start(config: &RouterConfig) -> (Router, Addresses) {
+    let router = Router::start(config).unwrap();
+    let addresses = router.addresses();
+    (router, addresses)
+}
+
+/// A router with a worker that takes requests.
+pub(crate) async fn start_with_worker(config: &RouterConfig) -> (Router, Addresses, Worker) {
+    let (router, addresses) = start(config);
+    let worker = Worker::attach(addresses).await;
+    (router, addresses, worker)
+}
+
+/// An HTTP answer.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    head: String,
+    pub(crate) body: String,
+}
+
+impl Answer {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        let mut lines = self.head.lines();
+        lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|_| panic!("not JSON: {self:?}"))
+    }
+
+    /// `error.code` and `error.param`.
+    pub(crate) fn error(&self) -> (String, Option<String>) {
+        let error = &self.json()["error"];
+        let text = |key: &str| error[key].as_str().map(str::to_owned);
+        assert!(
+            text("message").is_some_and(|message| !message.is_empty()),
+            "{self:?}"
+        );
+        (text("code").unwrap(), text("param"))
+    }
+}
+
+/// The head of a request that ends its connection.
+pub(crate) fn head(method: &str, path: &str, headers: &str) -> String {
+    format!("{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n{headers}\r\n")
+}
+
+/// A JSON request that ends its connection.
+pub(crate) fn post(path: &str, body: &str) -> String {
+    let headers = format!(
+        "content-type: application/json\r\ncontent-length: {}\r\n",
+        body.len()
+    );
+    head("POST", path, &headers) + body
+}
+
+/// A socket to the router's HTTP door.
+pub(crate) struct Client {
+    pub(crate) socket: TcpStream,
+    /// Read and not yet looked at.
+    received: Vec<u8>,
+}
+
+impl Client {
+    /// Connects and sends these bytes.
+    pub(crate) async fn send(address: SocketAddr, request: impl AsRef<[u8]>) -> Self {
+        let mut socket = TcpStream::connect(address).await.unwrap();
+        // The router may answer and close before it has everything.
+        let _ = socket.write_all(request.as_ref()).await;
+        Self {
+            socket,
+            received: Vec::new(),
+        }
+    }
+
+    /// Reads to the end of the connection.
+    pub(crate) async fn rest(mut self) -> String {
+        let reading = async { while self.read().await > 0 {} };
+        within("end of the connection", reading).await;
+        String::from_utf8(self.received).unwrap()
+    }
+
+    /// The one answer of the connection.
+    pub(crate) async fn answer(self) -> Answer {
+        let text = self.rest().await;
+        let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
+        let status = head
+            .split(' ')
+            .nth(1)
+            .unwrap_or_default()
+            .parse()
+            .unwrap_or_default();
+        let is_chunked = head.contains("transfer-encoding: chunked");
+        let body = if is_chunked {
+            unchunk(body)
+        } else {
+            body.to_owned()
+        };
+        Answer {
+            status,
+            head: head.to_owned(),
+            body,
+        }
+    }
+
+    /// Reads until `text` has come, which is returned with what came before.
+    pub(crate) async fn until(&mut self, text: &str) -> String {
+        let reading = async {
+            loop {
+                let so_far = String::from_utf8_lossy(&self.received).into_owned();
+                if let Some(at) = so_far.find(text) {
+                    let end = at + text.len();
+                    self.received.drain(..end);
+                    return so_far[..end].to_owned();
+                }
+                assert!(self.read().await > 0, "closed before {text:?}: {so_far:?}");
+            }
+        };
+        within(text, reading).await
+    }
+
+    /// Reads once; 0 at the end. A reset is an end too.
+    async fn read(&mut self) -> usize {
+        self.socket.read_buf(&mut self.received).await.unwrap_or(0)
+    }
+}
+
+/// The body within HTTP's own chunks.
+fn unchunk(mut chunked: &str) -> String {
+    let mut body = String::new();
+    while let Some((size, rest)) = chunked.split_once("\r\n") {
+        let size = usize::from_str_radix(size, 16).unwrap_or(0);
+        let Some(piece) = rest.get(..size) else { break };
+        body.push_str(piece);
+        chunked = rest.get(size + 2..).unwrap_or("");
+    }
+    body
+}
+
+/// Sends a request and reads its answer.
+pub(crate) async fn ask(address: SocketAddr, request: impl AsRef<[u8]>) -> Answer {
+    Client::send(address, request).await.answer().await
+}
+
+/// A GET.
+pub(crate) async fn get(address: SocketAddr, path: &str) -> Answer {
+    ask(address, head("GET", path, "")).await
+}
+
+/// Asks until the status is this one.
+pub(crate) async fn eventually(address: SocketAddr, path: &str, status: u16) {
+    let began = Instant::now();
+    while get(address, path).await.status != status {
+        assert!(began.elapsed() < PATIENCE, "{path} did not become {status}");
+        time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// A worker by hand. Dropping it breaks its stream.
+pub(crate) struct Worker {
+    outgoing: mpsc::Sender<v1::WorkerMessage>,
+    incoming: Streaming<v1::RouterMessage>,
+}
+
+impl Worker {
+    async fn attach(addresses: Addresses) -> Self {
+        let endpoint = format!("http://{}", addresses.workers);
+        let mut client = WorkerGatewayClient::connect(endpoint).await.unwrap();
+        let (outgoing, messages) = mpsc::channel(64);
+        let mut worker = {
+            let hello = v1::WorkerHello {
+                worker_id: "w0".to_owned(),
+                model: MODEL.to_owned(),
+                weights_epoch: 1,
+                block_size: 16,
+                num_blocks: 1000,
+                max_num_seqs: 64,
+                max_model_len: 4096,
+                model_files_digest: "digest".to_owned(),
+                eos_token_ids: vec![fixtures::END],
+                block_hashes: Vec::new(),
+                vocab_size: fixtures::VOCAB_SIZE,
+            };
+            let message = Some(Up::Hello(hello));
+            outgoing.send(v1::WorkerMessage { message }).await.unwrap();
+            let incoming = client.attach(ReceiverStream::new(messages)).await.unwrap();
+            Self {
+                outgoing,
+                incoming: incoming.into_inner(),
+            }
+        };
+        let Down::Welcome(_) = worker.next().await else {
+            panic!("no welcome")
+        };
+        let template = "{% for m in messages %}{{ m.content }}{% endfor %}";
+        worker
+            .send(Up::ModelFiles(v1::ModelFiles {
+                tokenizer_json: fixtures::byte_level(fixtures::LLAMA3_WORDS),
+                chat_template: template.to_owned(),
+                ..v1::ModelFiles::default()
+            }))
+            .await;
+        worker
+            .send(Up::Load(v1::LoadReport {
+                kv_blocks_total: 1000,
+                ..Default::default()
+            }))
+            .await;
+        eventually(addresses.http, "/ready", 200).await;
+        worker
+    }
+
+    async fn send(&self, message: Up) {
+        self.outgoing
+            .send(v1::WorkerMessage {
+                message: Some(message),
+            })
+            .await
+            .unwrap();
+    }
+
+    async fn next(&mut self) -> Down {
+        let message = within("message to the worker", self.incoming.message())
+            .await
+            .unwrap();
+        message
+            .expect("the stream ended")
+            .message
+            .expect("an empty message")
+    }
+
+    /// The next sequence that the worker is to start.
+    pub(crate) async fn start(&mut self) -> v1::StartSequence {
+        match self.next().await {
+            Down::Start(start) => start,
+            other => panic!("a start was due, got {other:?}"),
+        }
+    }
+
+    /// The next sequence that the worker is to end.
+    pub(crate) async fn abort(&mut self) -> u64 {
+        match self.next().await {
+            Down::Abort(abort) => abort.sequence_id,
+            other => panic!("an abort was due, got {other:?}"),
+        }
+    }
+
+    /// Produces ASCII text, a token per byte, from `first_index` on.
+    pub(crate) async fn write(&self, sequence_id: u64, first_index: u32, text: &str) {
+        self.produce(
+            sequence_id,
+            first_index,
+            text,
+            v1::FinishReason::Unspecified,
+        )
+        .await;
+    }
+
+    /// Produces the last text.
+    pub(crate) async fn finish(&self, sequence_id: u64, first_index: u32, text: &str) {
+        self.produce(sequence_id, first_index, text, v1::FinishReason::Length)
+            .await;
+    }
+
+    async fn produce(&self, sequence_id: u64, index: u32, text: &str, reason: v1::FinishReason) {
+        let token_ids: Vec<u32> = text.bytes().map(u32::from).collect();
+        let logprob = |&token_id: &u32| {
+            let entry = v1::TokenLogprob {
+                token_id,
+                logprob: -0.5,
+            };
+            v1::TokenLogprobs {
+                chosen: Some(entry),
+                top: vec![entry],
+            }
+        };
+        let output = v1::SequenceOutput {
+            sequence_id,
+            first_index: index,
+            logprobs: token_ids.iter().map(logprob).collect(),
+            token_ids,
+            finish_reason: reason.into(),
+            ..v1::SequenceOutput::default()
+        };
+        self.send(Up::Tokens(v1::TokenBatch {
+            outputs: vec![output],
+        }))
+        .await;
+    }
+}
