@@ -189,6 +189,14 @@ impl BlockPool {
         Some(block)
     }
 
+    /// How many leading blocks of a chain are probably cached: by bisection, since parents are cached where their
+    /// children are, and by hash alone. Good for an estimate, not for reuse.
+    pub(super) fn estimate_prefix(&self, chain: Chain<'_>) -> usize {
+        chain
+            .hashes
+            .partition_point(|hash| self.index.contains_key(hash))
+    }
+
     /// Finds the longest cached prefix of a chain and writes its blocks into `matched`. Takes no share of them.
     pub(super) fn match_prefix(&self, chain: Chain<'_>, matched: &mut Vec<BlockId>) {
         matched.clear();

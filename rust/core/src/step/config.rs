@@ -100,3 +100,63 @@ impl StepSchedulerConfig {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keys(config: &StepSchedulerConfig) -> Vec<String> {
+        let issues = config.validate().err().unwrap_or_default();
+        issues.into_iter().map(|issue| issue.key).collect()
+    }
+
+    #[test]
+    fn defaults_lack_only_what_depends_on_model_and_memory() {
+        let config = StepSchedulerConfig::default();
+        assert_eq!(keys(&config), ["num_blocks", "max_model_len"]);
+        let config = StepSchedulerConfig {
+            num_blocks: 1,
+            max_model_len: 2,
+            ..config
+        };
+        assert_eq!(config.validate(), Ok(()));
+    }
+
+    #[test]
+    fn everything_wrong_is_said_at_once_with_its_arithmetic() {
+        let config = StepSchedulerConfig {
+            block_size: 1 << 16,
+            num_blocks: 1 << 15,
+            max_num_seqs: 300,
+            max_num_batched_tokens: 256,
+            max_num_waiting: 0,
+            ..StepSchedulerConfig::default()
+        };
+        let issues = config.validate().err().unwrap_or_default();
+        let texts: Vec<String> = issues.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            texts,
+            [
+                "max_num_waiting: must be at least 1, got 0",
+                "max_model_len: must be at least 2 (one prompt token, one output token), got 0",
+                "max_num_batched_tokens: must be at least max_num_seqs, so that every running \
+                 sequence can decode in every step: 256 < 300",
+                "num_blocks: num_blocks * block_size = 32768 * 65536 = 2147483648 token slots, at \
+                 most 2147483647 can be addressed",
+            ]
+        );
+    }
+
+    #[test]
+    fn files_may_leave_settings_out_and_may_not_invent_any() {
+        let config: StepSchedulerConfig = serde_json::from_str(r#"{"num_blocks": 9}"#).unwrap();
+        assert_eq!(
+            config,
+            StepSchedulerConfig {
+                num_blocks: 9,
+                ..StepSchedulerConfig::default()
+            }
+        );
+        assert!(serde_json::from_str::<StepSchedulerConfig>(r#"{"num_block": 9}"#).is_err());
+    }
+}

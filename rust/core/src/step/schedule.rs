@@ -57,14 +57,8 @@ impl StepScheduler {
             if self.running[index].is_preempted() || !self.running[index].is_decode() {
                 continue;
             }
-            while !self.has_block_for_next_token(index) {
-                let victim = self.preempt_one();
-                if victim.is_none_or(|victim| victim == index) {
-                    break;
-                }
-            }
-            let running = &mut self.running[index];
-            running.num_scheduled_tokens = usize::from(!running.is_preempted());
+            let has_block = self.make_room_for_next_token(index);
+            self.running[index].num_scheduled_tokens = usize::from(has_block);
         }
         self.take_out_preempted();
         draft.budget -= self
@@ -72,6 +66,17 @@ impl StepScheduler {
             .iter()
             .map(|it| it.num_scheduled_tokens)
             .sum::<usize>();
+    }
+
+    /// Preempts until the sequence has a block for its next token; `false` where it is itself the victim.
+    fn make_room_for_next_token(&mut self, index: usize) -> bool {
+        while !self.has_block_for_next_token(index) {
+            let victim = self.preempt_one();
+            if victim.is_none_or(|victim| victim == index) {
+                return false;
+            }
+        }
+        true
     }
 
     /// Extends the block table where the next token begins a block; `false` where no block is available.
@@ -118,10 +123,10 @@ impl StepScheduler {
     }
 
     fn take_out_preempted(&mut self) {
-        for running in self
+        let victims = self
             .running
-            .extract_if(.., |running| running.is_preempted())
-        {
+            .extract_if(.., |running| running.is_preempted());
+        for running in victims {
             self.free_slots.push(running.slot);
             self.preempted.insert(running.seniority, running.sequence);
         }
@@ -193,8 +198,7 @@ impl StepScheduler {
                 return;
             };
             let chain = sequence.matchable(block_size);
-            self.pool.match_prefix(chain, &mut self.matched);
-            let next_hash = chain.hashes.get(self.matched.len());
+            let next_hash = chain.hashes.get(self.pool.estimate_prefix(chain));
             if next_hash.is_some_and(|hash| self.in_flight_prefixes.contains(hash))
                 && sequence.num_prefix_waits < self.config.max_prefix_wait_steps
             {
@@ -203,6 +207,7 @@ impl StepScheduler {
                 num_held += 1;
                 continue;
             }
+            self.pool.match_prefix(chain, &mut self.matched);
             let num_tokens = sequence.num_tokens();
             let Some(seat) = self.take_seat(num_tokens) else {
                 return;

@@ -90,9 +90,10 @@ impl StepScheduler {
         if self.config.enable_prefix_cache {
             sequence.hash_full_blocks(self.block_size(), self.hash_block);
         }
-        self.pool
-            .match_prefix(sequence.matchable(self.block_size()), &mut self.matched);
-        let num_prefill_tokens = sequence.num_tokens() - self.matched.len() * self.block_size();
+        let num_cached = self
+            .pool
+            .estimate_prefix(sequence.matchable(self.block_size()));
+        let num_prefill_tokens = sequence.num_tokens() - num_cached * self.block_size();
         self.waiting.push(sequence, num_prefill_tokens);
         Ok(())
     }

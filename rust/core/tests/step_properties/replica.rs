@@ -305,6 +305,17 @@ impl Replica {
                 got: expected + 1
             })
         );
+        if plan.samples.iter().any(|sample| sample.logprobs.is_some()) {
+            let output = StepOutput {
+                token_ids: vec![0; expected],
+                ..output.clone()
+            };
+            let error = self.scheduler.update_from_output(&output, self.now);
+            assert_eq!(
+                error,
+                Err(StepError::WrongLogprobCount { expected, got: 0 })
+            );
+        }
         let late = StepOutput {
             step_id: plan.step_id - 1,
             ..output
