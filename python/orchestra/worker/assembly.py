@@ -20,7 +20,7 @@ from orchestra.worker.kv_cache import (
 from orchestra.worker.layers import LoadContext
 from orchestra.worker.loader import Progress, WeightReader
 from orchestra.worker.model_config import ModelConfig
-from orchestra.worker.models import LOADERS, Model
+from orchestra.worker.models import LOADERS
 from orchestra.worker.parallel import Communicator, ProcessGroup, SingleRank, rendezvous
 from orchestra.worker.plan_channel import Follower, Leader
 from orchestra.worker.runner import ModelRunner, warm_up_plan
@@ -81,7 +81,7 @@ class Rank:
 
 
 def assemble(config: WorkerConfig, progress: Progress) -> Rank:
-    """Loads everything that this rank needs.
+    """Brings this rank up, with the others of its group.
 
     Args:
         config: what was asked for.
@@ -94,11 +94,22 @@ def assemble(config: WorkerConfig, progress: Progress) -> Rank:
     """
     # First what needs no other rank: an error here ends every rank of the group by itself.
     model_config = ModelConfig.from_directory(config.model_dir)
-    longest = _longest_sequence(config, model_config)
-    heads = config.shard.heads(model_config.num_heads, model_config.num_kv_heads)
+    _longest_sequence(config, model_config)
+    config.shard.heads(model_config.num_heads, model_config.num_kv_heads)
     place = _choose_place(config, model_config)
-    group = _join(config, place)
-    model = _load(config, model_config, group, place, longest, progress)
+    return build_rank(config, model_config, place, _join(config, place), progress)
+
+
+def build_rank(
+    config: WorkerConfig, model_config: ModelConfig, place: Place, group: Group, progress: Progress
+) -> Rank:
+    """Loads and allocates what one rank of a joined group needs; raises as `assemble` does."""
+    longest = _longest_sequence(config, model_config)
+    with WeightReader(config.model_dir) as reader:
+        context = LoadContext(reader, group.communicator, place.dtype, place.device)
+        load = LOADERS[model_config.architecture]
+        model = load(context, model_config, longest, progress)
+    heads = config.shard.heads(model_config.num_heads, model_config.num_kv_heads)
     spec = KvCacheSpec(
         num_layers=model_config.num_layers,
         num_kv_heads=len(heads.kv_heads),
@@ -151,20 +162,6 @@ def _join(config: WorkerConfig, place: Place) -> Group:
     else:
         follower = Follower(store, shard.rank)
     return Group(ProcessGroup(shard, store, place.device), leader, follower)
-
-
-def _load(
-    config: WorkerConfig,
-    model_config: ModelConfig,
-    group: Group,
-    place: Place,
-    longest: int,
-    progress: Progress,
-) -> Model:
-    with WeightReader(config.model_dir) as reader:
-        context = LoadContext(reader, group.communicator, place.dtype, place.device)
-        load = LOADERS[model_config.architecture]
-        return load(context, model_config, longest, progress)
 
 
 def _budget(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from orchestra.worker.attention import AttentionBackend
 from orchestra.worker.models import Model
@@ -47,6 +48,20 @@ class ModelRunner:
         """
         if self._sampler is not None:
             self._sampler.start(plan.starts)
+        logits = self.forward(plan)
+        if logits is None or self._sampler is None:
+            return _EMPTY
+        return self._sampler.sample(
+            logits, plan.sample_slots, plan.sample_positions, plan.num_top_logprobs
+        )
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan) -> Tensor | None:
+        """Computes a step's KV and logits.
+
+        Returns:
+            `[N, vocab_size]` in the order of the plan's samples; None on other ranks than rank 0, and where `N` is 0.
+        """
         # The tokens to sample from: the last of each sequence that draws.
         rows = plan.query_start[plan.sample_sequences + 1] - 1
         tokens = len(plan.token_ids)
@@ -56,14 +71,8 @@ class ModelRunner:
         token_ids, positions, row_index = torch.split(
             torch.from_numpy(inputs).to(self._device), [tokens, tokens, len(rows)]
         )
-        logits = self._model.forward(
-            token_ids, positions, self._attention, None if is_all else row_index
-        )
-        if logits is None or self._sampler is None:
-            return _EMPTY
-        return self._sampler.sample(
-            logits, plan.sample_slots, plan.sample_positions, plan.num_top_logprobs
-        )
+        chosen = None if is_all else row_index
+        return self._model.forward(token_ids, positions, self._attention, chosen)
 
 
 def warm_up_plan(num_tokens: int) -> StepPlan:

@@ -1,0 +1,144 @@
+"""Builds step plans as the agent would, from what a test says should run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from orchestra.worker.plan import SequenceStart, StepPlan
+
+BLOCK_SIZE = 16
+
+
+def sampling_start(slot: int, **overrides: Any) -> SequenceStart:
+    """Sampling parameters that change nothing: greedy, no filters, no penalties."""
+    values: dict[str, Any] = {
+        "slot": slot,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "seed": 0,
+        "logit_bias_ids": [],
+        "logit_bias_values": [],
+        "prompt_token_ids": [],
+        "output_token_ids": [],
+    }
+    values.update(overrides)
+    for name in ("logit_bias_ids", "prompt_token_ids", "output_token_ids"):
+        values[name] = np.array(values[name], np.int32)
+    values["logit_bias_values"] = np.array(values["logit_bias_values"], np.float32)
+    return SequenceStart(**values)
+
+
+def encode_plan(plan: StepPlan) -> bytes:
+    """The message that `decode_plan` reads."""
+    fields = {name: _packed(value) for name, value in asdict(plan).items()}
+    fields["block_table_width"] = plan.block_tables.shape[1]
+    fields["starts"] = [
+        {name: _packed(value) for name, value in asdict(start).items()} for start in plan.starts
+    ]
+    return bytes(msgpack.packb(fields))
+
+
+def _packed(value: Any) -> Any:
+    return value.tobytes() if isinstance(value, np.ndarray) else value
+
+
+@dataclass
+class Running:
+    """A sequence that a test runs."""
+
+    tokens: list[int]
+    blocks: list[int]
+    num_computed: int
+    slot: int
+
+
+class PlanBuilder:
+    """Continuous batching without a policy: the test says how many tokens of whom run in each step.
+
+    Args:
+        num_blocks: of the pool; they are handed out in a random order, so that a wrong block shows.
+        seed: of that order.
+    """
+
+    def __init__(self, num_blocks: int, seed: int = 0) -> None:
+        self._free = [int(block) for block in np.random.default_rng(seed).permutation(num_blocks)]
+        self._step_id = 0
+        self.sequences: dict[str, Running] = {}
+
+    def add(
+        self, name: str, tokens: Sequence[int], shares: str = "", shared_blocks: int = 0
+    ) -> None:
+        """Adds a sequence; its first `shared_blocks` blocks are those of the sequence `shares`, already computed."""
+        blocks = self.sequences[shares].blocks[:shared_blocks] if shares else []
+        computed = shared_blocks * BLOCK_SIZE
+        slot = len(self.sequences)
+        self.sequences[name] = Running(list(tokens), list(blocks), computed, slot)
+
+    def append(self, name: str, token: int) -> None:
+        """A drawn token joins its sequence."""
+        self.sequences[name].tokens.append(token)
+
+    def forget(self, name: str) -> None:
+        """Preempts a sequence: its blocks go back to the pool, everything is to be computed again."""
+        sequence = self.sequences[name]
+        self._free.extend(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed = 0
+
+    def plan(
+        self,
+        scheduled: Mapping[str, int],
+        starts: Sequence[SequenceStart] = (),
+        num_top_logprobs: int = -1,
+    ) -> StepPlan:
+        """One step of the scheduled sequences, with decodes first; who reaches its last token draws."""
+        self._step_id += 1
+        names = sorted(scheduled, key=lambda name: scheduled[name] > 1)
+        rows = [self._advance(name, scheduled[name]) for name in names]
+        members = [self.sequences[name] for name in names]
+        draws = [i for i, m in enumerate(members) if m.num_computed == len(m.tokens)]
+        width = max(len(member.blocks) for member in members)
+        tables = [m.blocks + [0] * (width - len(m.blocks)) for m in members]
+        positions = np.concatenate([np.arange(start, stop) for start, stop in rows])
+        slots = [
+            m.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+            for m, (start, stop) in zip(members, rows, strict=True)
+            for position in range(start, stop)
+        ]
+        tokens = [m.tokens[start:stop] for m, (start, stop) in zip(members, rows, strict=True)]
+        return StepPlan(
+            step_id=self._step_id,
+            token_ids=_int32(np.concatenate(tokens)),
+            positions=_int32(positions),
+            slot_mapping=_int32(slots),
+            query_start=_int32(np.cumsum([0, *(stop - start for start, stop in rows)])),
+            context_lens=_int32([stop for _, stop in rows]),
+            block_tables=_int32(tables),
+            sample_sequences=_int32(draws),
+            sample_slots=_int32([members[i].slot for i in draws]),
+            sample_positions=_int32([len(members[i].tokens) for i in draws]),
+            num_top_logprobs=num_top_logprobs,
+            starts=tuple(starts),
+        )
+
+    def _advance(self, name: str, count: int) -> tuple[int, int]:
+        """Takes the blocks that the next `count` tokens need; returns their positions."""
+        sequence = self.sequences[name]
+        start, stop = sequence.num_computed, sequence.num_computed + count
+        assert stop <= len(sequence.tokens)
+        while len(sequence.blocks) * BLOCK_SIZE < stop:
+            sequence.blocks.append(self._free.pop())
+        sequence.num_computed = stop
+        return start, stop
+
+
+def _int32(values: Any) -> Any:
+    return np.array(values, dtype=np.int32)

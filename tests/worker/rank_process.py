@@ -1,0 +1,111 @@
+"""One rank of a tensor-parallel group as a process of its own, its agent played by a script.
+
+`python -m tests.worker.rank_process MODEL_DIR RANK SIZE RENDEZVOUS PLANS ANSWERS`: executes the messages in PLANS (a
+msgpack list) and, on rank 0, writes what it would commit to ANSWERS.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from orchestra.worker.assembly import assemble
+from orchestra.worker.config import WorkerConfig
+from orchestra.worker.metrics import WorkerMetrics
+from orchestra.worker.runtime import StopSignals, follow, lead
+from orchestra.worker.sharding import Shard
+
+
+class ScriptedAgent:
+    """Hands out prepared plans, keeps what is committed, and asks to stop when the plans are used up."""
+
+    is_attached = True
+
+    def __init__(self, messages: list[bytes], stop: StopSignals) -> None:
+        self.answers: list[dict[str, Any]] = []
+        self.is_draining = False
+        self._messages = messages
+        self._stop = stop
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every plan was committed."""
+        return not self._messages
+
+    def next_step(self, timeout_ms: int) -> bytes | None:
+        """The next plan."""
+        assert timeout_ms > 0
+        if self._messages:
+            return self._messages.pop(0)
+        self._stop.is_requested = True
+        return None
+
+    def commit(
+        self,
+        step_id: int,
+        token_ids: bytes,
+        chosen_logprobs: bytes,
+        top_ids: bytes,
+        top_logprobs: bytes,
+    ) -> None:
+        """Keeps the answer."""
+        self.answers.append(
+            {
+                "step_id": step_id,
+                "token_ids": token_ids,
+                "chosen_logprobs": chosen_logprobs,
+                "top_ids": top_ids,
+                "top_logprobs": top_logprobs,
+            }
+        )
+
+    def drain(self) -> None:
+        """Notes that it was asked to drain."""
+        self.is_draining = True
+
+
+def empty_stats() -> dict[str, int]:
+    """`Agent.stats` of an agent that has done nothing."""
+    names = (
+        "num_running",
+        "num_waiting",
+        "kv_blocks_used",
+        "kv_blocks_total",
+        "preemptions",
+        "prefix_hit_tokens",
+    )
+    return dict.fromkeys(names, 0)
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the rank."""
+    model_dir, rank, size, rendezvous, plans, answers = arguments
+    config = WorkerConfig(
+        model_dir=Path(model_dir),
+        router="",
+        worker_id="",
+        model_name="",
+        shard=Shard(int(rank), int(size)),
+        rendezvous=rendezvous,
+        device="cpu",
+        dtype="float32",
+        num_blocks=64,
+        max_num_seqs=8,
+    )
+    ready = assemble(config, lambda _done, _total: None)
+    stop = StopSignals()
+    if ready.group.follower is not None:
+        follow(ready, ready.group.follower, stop)
+    else:
+        agent = ScriptedAgent(msgpack.unpackb(Path(plans).read_bytes()), stop)
+        lead(agent, ready, stop, WorkerMetrics(empty_stats, 16), drain_timeout_s=5.0)
+        assert agent.is_draining
+        Path(answers).write_bytes(msgpack.packb(agent.answers))
+        assert ready.group.leader is not None
+        ready.group.leader.close()
+    ready.group.communicator.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,210 @@
+"""Several ranks, each with its shard, compute what transformers computes with the whole model."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from orchestra.worker import assembly
+from orchestra.worker.assembly import Group, Place, Rank, build_rank
+from orchestra.worker.config import WorkerConfig
+from orchestra.worker.loader import WeightReader
+from orchestra.worker.model_config import ModelConfig
+from orchestra.worker.plan import decode_plan
+from orchestra.worker.sharding import Shard
+from tests.worker.conftest import Checkpoints, Reference
+from tests.worker.plans import PlanBuilder, encode_plan, sampling_start
+from tests.worker.test_logits import assert_close, prompt
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = 1e-4
+ALTERNATIVES = 5
+
+
+@contextmanager
+def rank_processes(
+    model_dir: Path, size: int, folder: Path
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Starts the ranks of a group; kills those that are left at the end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    files = [(folder / name) for name in ("plans", "answers")]
+    processes = []
+    try:
+        for rank in range(size):
+            rendezvous = (folder / "rendezvous").as_uri()
+            command = [str(model_dir), str(rank), str(size), rendezvous, *map(str, files)]
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.worker.rank_process", *command],
+                    cwd=ROOT,
+                    env=environment,
+                )
+            )
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+class ThreadGroup:
+    """The collectives of ranks that are threads of this process."""
+
+    def __init__(self, size: int) -> None:
+        self._slots: list[Tensor] = [torch.empty(0)] * size
+        self._barrier = threading.Barrier(size)
+
+    def exchange(self, rank: int, tensor: Tensor) -> list[Tensor]:
+        """Gives every rank all ranks' tensors."""
+        self._slots[rank] = tensor.clone()
+        self._barrier.wait(timeout=30)
+        everyone = list(self._slots)
+        self._barrier.wait(timeout=30)
+        return everyone
+
+
+class ThreadCommunicator:
+    """One rank's end of a `ThreadGroup`."""
+
+    def __init__(self, shard: Shard, group: ThreadGroup) -> None:
+        self.shard = shard
+        self._group = group
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        tensor.copy_(torch.stack(self._group.exchange(self.shard.rank, tensor)).sum(0))
+
+    def gather_columns(self, tensor: Tensor) -> Tensor | None:
+        parts = self._group.exchange(self.shard.rank, tensor)
+        return torch.cat(parts, dim=-1) if self.shard.rank == 0 else None
+
+    def close(self) -> None:
+        pass
+
+
+def thread_ranks(model_dir: Path, size: int) -> list[Rank]:
+    """Brings up all ranks of a group in this process."""
+    group = ThreadGroup(size)
+    model_config = ModelConfig.from_directory(model_dir)
+    place = Place(torch.device("cpu"), torch.float32, local_size=size)
+
+    def build(index: int) -> Rank:
+        shard = Shard(index, size)
+        config = WorkerConfig(model_dir, "", "", "", shard, num_blocks=64, max_num_seqs=8)
+        joined = Group(ThreadCommunicator(shard, group))
+        return build_rank(config, model_config, place, joined, lambda _done, _total: None)
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(build, range(size)))
+
+
+def script(kind: str, reference: Reference) -> tuple[list[bytes], list[list[int]]]:
+    """Plans with chunks, decodes and both together; and the sequences that each step samples from."""
+    builder = PlanBuilder(64)
+    sequences = {"a": prompt(37), "b": prompt(9, seed=1)}
+    for name, tokens in sequences.items():
+        builder.add(name, tokens)
+    starts = [sampling_start(member.slot) for member in builder.sequences.values()]
+    messages, sampled = [], []
+    for step in ({"a": 16}, {"a": 21, "b": 9}, {"a": 1, "b": 1}, {"b": 1}, {"a": 1, "b": 1}):
+        plan = builder.plan(step, starts, num_top_logprobs=ALTERNATIVES)
+        starts = []
+        messages.append(encode_plan(plan))
+        members = [
+            member
+            for slot in plan.sample_slots
+            for member in builder.sequences.values()
+            if member.slot == slot
+        ]
+        for member in members:
+            sampled.append(list(member.tokens))
+            member.tokens.append(int(reference(kind, member.tokens)[-1].argmax()))
+    return messages, sampled
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        pytest.param("qwen3", 2, id="each rank has its KV head"),
+        pytest.param("llama-biases", 4, id="two ranks share a KV head"),
+        pytest.param("llama-tied", 8, id="one head per rank"),
+        pytest.param("llama-odd", 3, id="no size but the heads divides"),
+        pytest.param("llama-odd", 6, id="not even the intermediate size"),
+    ],
+)
+def test_shards_add_up(kind: str, size: int, checkpoint: Checkpoints, reference: Reference) -> None:
+    messages, sampled = script(kind, reference)
+    ranks = thread_ranks(checkpoint(kind), size)
+    plans = [decode_plan(message) for message in messages]
+    row = 0
+    with ThreadPoolExecutor(size) as pool:
+        for plan in plans:
+            logits, *others = pool.map(lambda rank, plan=plan: rank.runner.forward(plan), ranks)
+            assert others == [None] * (size - 1)
+            for actual in [] if logits is None else logits:
+                assert_close(actual, reference(kind, sampled[row])[-1])
+                row += 1
+    assert row == len(sampled)
+
+
+def test_every_rank_reads_its_slices_only(checkpoint: Checkpoints) -> None:
+    model_dir = checkpoint("llama")
+    read = []
+
+    class CountingReader(WeightReader):
+        def finish(self, ignored: Callable[[str], bool]) -> None:
+            super().finish(ignored)
+            read.append(self.bytes_read)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "WeightReader", CountingReader)
+        thread_ranks(model_dir, 2)
+    weights = load_file(model_dir / "model.safetensors")
+    whole = sum(weight.nbytes for weight in weights.values())
+    norms = sum(weight.nbytes for weight in weights.values() if weight.dim() == 1)
+    # Both ranks need every norm; each other byte is read once.
+    assert sum(read) == whole + norms
+    assert max(read) == min(read)
+
+
+@pytest.mark.timeout(120)
+def test_processes_over_gloo(checkpoint: Checkpoints, reference: Reference, tmp_path: Path) -> None:
+    kind, size = "llama", 2
+    messages, sampled = script(kind, reference)
+    (tmp_path / "plans").write_bytes(msgpack.packb(messages))
+    with rank_processes(checkpoint(kind), size, tmp_path) as processes:
+        assert [process.wait(timeout=100) for process in processes] == [0] * size
+
+    answers = msgpack.unpackb((tmp_path / "answers").read_bytes())
+    assert [answer["step_id"] for answer in answers] == list(range(1, len(messages) + 1))
+    tokens = np.concatenate([np.frombuffer(answer["token_ids"], "<i4") for answer in answers])
+    chosen = np.concatenate([np.frombuffer(answer["chosen_logprobs"], "<f4") for answer in answers])
+    top = np.concatenate([np.frombuffer(answer["top_logprobs"], "<f4") for answer in answers])
+    assert len(tokens) == len(sampled)
+    for row, (context, token) in enumerate(zip(sampled, tokens, strict=True)):
+        expected = torch.log_softmax(reference(kind, context)[-1], 0)
+        assert token == expected.argmax()
+        assert chosen[row] == pytest.approx(float(expected.max()), abs=TOLERANCE)
+        alternatives = top.reshape(-1, ALTERNATIVES)[row]
+        assert alternatives == pytest.approx(expected.topk(ALTERNATIVES).values, abs=TOLERANCE)
+
+
+@pytest.mark.timeout(120)
+def test_lost_rank_ends_the_group(
+    checkpoint: Checkpoints, reference: Reference, tmp_path: Path
+) -> None:
+    messages, _ = script("llama", reference)
+    # A plan that no rank can read: rank 0 fails on it, and must take the other rank with it.
+    (tmp_path / "plans").write_bytes(msgpack.packb([messages[0], b"\xc1"]))
+    with rank_processes(checkpoint("llama"), 2, tmp_path) as processes:
+        assert all(process.wait(timeout=100) != 0 for process in processes)
