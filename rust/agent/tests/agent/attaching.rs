@@ -65,7 +65,7 @@ fn a_worker_that_starts_before_its_router_waits_for_it() {
     }
     drop(closed_door);
 
-    let mut router = FakeRouter::start_at(address, None);
+    let mut router = FakeRouter::start_at(address);
     let (mut session, _) = router.welcome();
     session.send(Down::Start(start(1, 5, 3)));
     assert_eq!(collect(&mut session, &[1])[&1].token_ids.len(), 3);

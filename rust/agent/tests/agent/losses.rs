@@ -1,7 +1,8 @@
 //! Streams that break or stand still.
 
-use std::{thread, time::Duration};
+use std::{net::SocketAddr, thread, time::Duration};
 
+use orchestra_agent::AgentConfig;
 use orchestra_proto::v1::router_message::Message as Down;
 
 use crate::support::{Engine, FakeRouter, collect, config, eventually, start};
@@ -24,7 +25,7 @@ fn a_router_that_dies_and_returns_finds_a_clean_worker() {
     // The stream breaks in the middle of a step: what that step draws must not reach the next router.
     let address = router.die();
     eventually("the loss is noticed", || !engine.agent.is_attached());
-    let mut router = FakeRouter::start_at(address, None);
+    let mut router = FakeRouter::start_at(address);
     engine.release();
 
     let (mut session, hello) = router.welcome();
@@ -70,24 +71,29 @@ fn a_router_that_lets_go_of_the_stream_loses_the_sequences() {
     engine.close();
 }
 
+/// Settings under which sequences produce more than may wait at the router (64 KiB) and here (256 messages).
+fn for_long_sequences(address: SocketAddr) -> AgentConfig {
+    let mut config = config(address);
+    config.scheduler.max_model_len = 2048;
+    config.scheduler.num_blocks = 4096;
+    config
+}
+
 #[test]
 fn a_router_that_reads_too_slowly_is_dropped() {
-    let address = "127.0.0.1:0".parse().unwrap();
-    let mut router = FakeRouter::start_at(address, Some(1024));
-    let mut config = config(router.address);
+    let mut router = FakeRouter::start();
+    let mut config = for_long_sequences(router.address);
     config.outbound_stall_limit = Duration::from_millis(100);
-    config.scheduler.max_model_len = 4096;
-    config.scheduler.num_blocks = 4096;
     let engine = Engine::start(config);
     let (mut session, _) = router.welcome();
-    for id in 1..=3 {
-        session.send(Down::Start(start(id, 6, 4000)));
+    for id in 1..=8 {
+        session.send(Down::Start(start(id, 6, 2000)));
     }
     // The session is held and not read.
     eventually("the stall is noticed", || {
         engine.agent.stats().outbound_stalls == 1
     });
-    assert_eq!(engine.agent.stats().aborted_by_detach, 3);
+    assert_eq!(engine.agent.stats().aborted_by_detach, 8);
 
     let (mut next, _) = router.welcome();
     next.send(Down::Start(start(1, 6, 3)));
@@ -97,22 +103,24 @@ fn a_router_that_reads_too_slowly_is_dropped() {
 
 #[test]
 fn a_router_that_is_slow_for_a_while_loses_nothing() {
-    let address = "127.0.0.1:0".parse().unwrap();
-    let mut router = FakeRouter::start_at(address, Some(1024));
-    let mut config = config(router.address);
-    config.scheduler.max_model_len = 2048;
-    config.scheduler.num_blocks = 1024;
+    let mut router = FakeRouter::start();
+    let mut config = for_long_sequences(router.address);
     config.outbound_stall_limit = crate::support::PATIENCE;
     let engine = Engine::start(config);
     let (mut session, _) = router.welcome();
-    session.send(Down::Start(start(1, 6, 2000)));
+    let ids = [1, 2, 3, 4, 5, 6, 7, 8];
+    for id in ids {
+        session.send(Down::Start(start(id, 6, 2000)));
+    }
     eventually("the queue of 256 fills up", || {
         engine.agent.stats().outbound_waiting > 250
     });
     let steps = engine.agent.stats().steps;
     assert!(steps < 2000, "the router's slowness was not felt");
 
-    assert_eq!(collect(&mut session, &[1])[&1].token_ids.len(), 2000);
+    for collected in collect(&mut session, &ids).values() {
+        assert_eq!(collected.token_ids.len(), 2000);
+    }
     assert_eq!(engine.agent.stats().outbound_stalls, 0);
     engine.close();
 }

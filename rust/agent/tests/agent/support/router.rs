@@ -21,6 +21,10 @@ use tonic::{
 
 use super::PATIENCE;
 
+/// Bytes that a session takes in without reading. This is where every HTTP/2 stream begins: a smaller one would be
+/// announced to a worker that may have sent more than that by then.
+const WINDOW_BYTES: u32 = 65_535;
+
 /// A router that accepts attachments and leaves the rest to the test.
 pub(crate) struct FakeRouter {
     runtime: Runtime,
@@ -38,11 +42,11 @@ pub(crate) struct Session {
 impl FakeRouter {
     /// A router on any free port.
     pub(crate) fn start() -> Self {
-        Self::start_at("127.0.0.1:0".parse().unwrap(), None)
+        Self::start_at("127.0.0.1:0".parse().unwrap())
     }
 
-    /// A router at `address`; where `window` is given, a session that does not read takes in that many bytes.
-    pub(crate) fn start_at(address: SocketAddr, window: Option<u32>) -> Self {
+    /// A router at `address`.
+    pub(crate) fn start_at(address: SocketAddr) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -57,7 +61,7 @@ impl FakeRouter {
             sessions: sender,
         };
         let server = Server::builder()
-            .initial_stream_window_size(window)
+            .initial_stream_window_size(WINDOW_BYTES)
             .add_service(WorkerGatewayServer::new(gateway))
             .serve_with_incoming(incoming);
         runtime.spawn(server);
