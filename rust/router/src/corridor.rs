@@ -1,0 +1,36 @@
+//! The one way from a request to its tokens: every door enters [`generate`].
+//!
+//! ```text
+//! parse → tokenise → admit → place → dispatch → stream
+//!         Tokenised  Ticket  Placed  Running    TokenStream
+//! ```
+//!
+//! Each stage consumes the one before; dropping a value gives back what it holds: the place in the queue, the seat,
+//! the room on a worker, the sequence on it. A worker that is lost is an arm of dispatch and stream ([`replay`]): the
+//! request goes on elsewhere, and the client sees a pause.
+
+mod admit;
+mod choice;
+mod dispatch;
+mod place;
+mod replay;
+mod stream;
+mod tokenise;
+
+use std::sync::Arc;
+
+pub(crate) use self::admit::Admission;
+pub use self::stream::TokenStream;
+use crate::{error::ApiError, request::GenerateInput, state::RouterState};
+
+/// Runs a request. An error means that nothing was started.
+pub async fn generate(
+    state: &Arc<RouterState>,
+    input: GenerateInput,
+) -> Result<TokenStream, ApiError> {
+    let tokenised = tokenise::tokenise(state, input).await?;
+    let ticket = tokenised.admit().await?;
+    let placed = ticket.place()?;
+    let running = placed.dispatch()?;
+    Ok(running.stream())
+}

@@ -1,0 +1,150 @@
+//! Token replay: a choice whose worker is lost goes on elsewhere, from its prompt and the tokens so far, with the same
+//! seed. The client sees a pause.
+//!
+//! Tokens are delivered once and in order: the events of a sequence and the news of its loss come through one channel,
+//! so whatever the lost worker sent is taken in before the replay begins, and the new worker's tokens have to continue
+//! at exactly that index.
+
+use std::time::Duration;
+
+use orchestra_core::ErrorCode;
+use tokio::time::Instant;
+
+use super::{choice::Choice, stream::Running};
+use crate::error::ApiError;
+
+/// When a request may try again that was refused by full workers.
+const RETRY_AFTER_MS: u64 = 1000;
+
+/// A choice waits for a worker to continue on.
+#[derive(Debug)]
+pub(super) struct Wait {
+    until: Instant,
+    /// What the client is told when none comes.
+    error: ApiError,
+}
+
+/// Why a sequence ended before its time.
+#[derive(Debug)]
+pub(super) enum Interruption {
+    /// The worker is gone.
+    Lost,
+    /// The worker refused or failed the sequence.
+    Failed { code: ErrorCode, message: String },
+}
+
+impl Interruption {
+    /// What the client is told where no worker continues.
+    fn into_error(self) -> ApiError {
+        let failed = "the worker failed and no other could continue the request";
+        match self {
+            Self::Lost => ApiError::new(ErrorCode::WorkerFailed, failed),
+            Self::Failed { code, message } => match code {
+                ErrorCode::QueueFull => ApiError::new(code, "the workers' queues are full")
+                    .retry_after_ms(RETRY_AFTER_MS),
+                ErrorCode::NoWorkers | ErrorCode::ShuttingDown => {
+                    let message = "no worker could take the request";
+                    ApiError::new(ErrorCode::NoWorkers, message).retry_after_ms(RETRY_AFTER_MS)
+                }
+                ErrorCode::WorkerFailed | ErrorCode::Internal => {
+                    ApiError::new(ErrorCode::WorkerFailed, failed)
+                }
+                _ => ApiError::new(code, message),
+            },
+        }
+    }
+
+    /// Whether another worker may do better with the same sequence.
+    const fn may_replay(&self) -> bool {
+        match self {
+            Self::Lost => true,
+            Self::Failed { code, .. } => {
+                code.retryable() || matches!(code, ErrorCode::WorkerFailed | ErrorCode::Internal)
+            }
+        }
+    }
+
+    /// How long to wait where there is no other worker. One that left is likely to come back; one that is there and
+    /// refuses is not.
+    const fn patience(&self, limit: Duration) -> Duration {
+        match self {
+            Self::Lost
+            | Self::Failed {
+                code: ErrorCode::ShuttingDown,
+                ..
+            } => limit,
+            Self::Failed { .. } => Duration::ZERO,
+        }
+    }
+}
+
+impl Running {
+    /// Continues a choice elsewhere, lets it wait, or gives up with the error for the client.
+    pub(super) fn interrupt(
+        &mut self,
+        index: usize,
+        interruption: Interruption,
+    ) -> Result<(), ApiError> {
+        let limits = &self.request.state.limits;
+        let choice = &mut self.choices[index];
+        let failed = choice.running.take().map(|running| running.worker());
+        choice.excluded.extend(failed);
+        choice.num_replays += 1;
+        tracing::debug!(
+            ?interruption,
+            replays = choice.num_replays,
+            "sequence interrupted"
+        );
+        if !interruption.may_replay() || choice.num_replays > limits.max_replays {
+            return Err(interruption.into_error());
+        }
+        let until = Instant::now() + interruption.patience(limits.replay_wait);
+        choice.wait = Some(Wait {
+            until,
+            error: interruption.into_error(),
+        });
+        self.resume_waiting();
+        self.check_patience()
+    }
+
+    /// Tries to continue every choice that waits for a worker.
+    pub(super) fn resume_waiting(&mut self) {
+        // Before looking: an arrival from now on wakes again.
+        self.arrivals.mark_unchanged();
+        for choice in self
+            .choices
+            .iter_mut()
+            .filter(|choice| choice.wait.is_some())
+        {
+            let placed = self.request.place(&choice.output, &choice.excluded);
+            let started =
+                placed.and_then(|placement| choice.start(&self.request, &self.events, placement));
+            match started {
+                Ok(()) => choice.wait = None,
+                Err(error) => tracing::debug!(%error, "no worker to continue on"),
+            }
+        }
+    }
+
+    /// Until when the first choice waits; `None` where none does.
+    pub(super) fn patience_until(&self) -> Option<Instant> {
+        self.choices
+            .iter()
+            .filter_map(|choice| choice.wait.as_ref())
+            .map(|wait| wait.until)
+            .min()
+    }
+
+    /// The error of a choice that has waited long enough.
+    pub(super) fn check_patience(&self) -> Result<(), ApiError> {
+        let now = Instant::now();
+        let mut waits = self
+            .choices
+            .iter()
+            .filter_map(|choice: &Choice| choice.wait.as_ref());
+        match waits.find(|wait| wait.until <= now) {
+            Some(wait) => Err(wait.error.clone()),
+            None => Ok(()),
+        }
+    }
+}

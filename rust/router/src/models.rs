@@ -1,0 +1,333 @@
+//! The models served here: what the router needs to read and write text for each, and what their workers allow.
+//!
+//! An entry lives as long as a worker serves it. The last few that lost their workers are kept: a worker that comes
+//! back need not send its files again, and clients are told that the model is away, not that it does not exist.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use orchestra_core::{SamplingParams, TokenId, scheduler::WorkerId};
+use orchestra_proto::v1;
+use parking_lot::RwLock;
+use serde_json::Value as Json;
+
+use crate::{
+    request::SamplingPatch,
+    text::{
+        template::{ChatTemplate, TemplateError},
+        tokenizer::{ModelTokenizer, TokenizerError},
+    },
+};
+
+/// Models without workers that are remembered.
+const MODELS_AWAY_MAX: usize = 16;
+
+/// A model that a request could name now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelInfo {
+    /// The name that clients use.
+    pub id: String,
+    /// Most tokens of prompt and output together.
+    pub max_model_len: u32,
+    /// Workers attached that serve it.
+    pub num_workers: u32,
+    /// When its first worker attached, seconds since the Unix epoch.
+    pub created: u64,
+}
+
+/// The model files that a worker sent cannot be used.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ModelFilesError {
+    /// No tokeniser.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// Not JSON.
+    #[error("{file} is not JSON: {message}")]
+    Json {
+        /// The file.
+        file: &'static str,
+        /// Where it stops being JSON.
+        message: String,
+    },
+}
+
+/// What a model's files say about text and sampling. Shared by all workers that sent the same files.
+pub struct ModelText {
+    digest: String,
+    tokenizer: Arc<ModelTokenizer>,
+    template: Result<ChatTemplate, TemplateError>,
+    defaults: SamplingParams,
+}
+
+impl ModelText {
+    /// Reads the files. Takes tens of milliseconds for a large vocabulary: not for an async task.
+    pub fn from_files(files: &v1::ModelFiles, digest: String) -> Result<Self, ModelFilesError> {
+        let tokenizer_config = parse("tokenizer_config.json", &files.tokenizer_config_json)?;
+        let generation_config = parse("generation_config.json", &files.generation_config_json)?;
+        let template = ChatTemplate::from_files(&tokenizer_config, &files.chat_template);
+        if let Err(error @ TemplateError::Broken(_)) = &template {
+            tracing::warn!(%error, "chat is not offered for this model");
+        }
+        Ok(Self {
+            digest,
+            tokenizer: Arc::new(ModelTokenizer::from_json(&files.tokenizer_json)?),
+            template,
+            defaults: sampling_defaults(&generation_config),
+        })
+    }
+}
+
+/// An absent file is an empty object.
+fn parse(file: &'static str, bytes: &[u8]) -> Result<Json, ModelFilesError> {
+    if bytes.is_empty() {
+        return Ok(Json::Object(serde_json::Map::new()));
+    }
+    let message = |error: serde_json::Error| error.to_string();
+    serde_json::from_slice(bytes).map_err(|error| ModelFilesError::Json {
+        file,
+        message: message(error),
+    })
+}
+
+/// The sampling that `generation_config.json` recommends. A value out of its range is left at our default.
+fn sampling_defaults(config: &Json) -> SamplingParams {
+    let mut defaults = SamplingParams::default();
+    let mut take = |name: &str, field: fn(&mut SamplingParams) -> &mut f32| {
+        let Some(value) = config[name].as_f64() else {
+            return;
+        };
+        let mut changed = defaults.clone();
+        *field(&mut changed) = value as f32;
+        match changed.validate() {
+            Ok(()) => defaults = changed,
+            Err(error) => tracing::warn!(%error, "generation_config.json is out of range"),
+        }
+    };
+    take("temperature", |it| &mut it.temperature);
+    take("top_p", |it| &mut it.top_p);
+    take("min_p", |it| &mut it.min_p);
+    take("repetition_penalty", |it| &mut it.repetition_penalty);
+    // Where files mean "all" they say 0 or -1; a cast to unsigned saturates at 0.
+    if let Some(top_k) = config["top_k"].as_f64() {
+        defaults.top_k = top_k as u32;
+    }
+    defaults
+}
+
+/// One served model.
+#[derive(Clone)]
+pub struct ModelEntry {
+    /// The name that clients use.
+    pub name: String,
+    /// Most tokens of prompt and output together, on the worker that takes most.
+    pub max_model_len: u32,
+    /// Token ids are below this.
+    pub vocab_size: u32,
+    text: Arc<ModelText>,
+}
+
+impl ModelEntry {
+    /// The model's tokeniser.
+    pub fn tokenizer(&self) -> &Arc<ModelTokenizer> {
+        &self.text.tokenizer
+    }
+
+    /// The model's chat template, or why there is none.
+    pub fn template(&self) -> Result<&ChatTemplate, TemplateError> {
+        self.text.template.as_ref().map_err(Clone::clone)
+    }
+
+    /// One token as text, alone: half characters show as U+FFFD, special tokens as their name.
+    pub fn decode_token(&self, token_id: TokenId) -> String {
+        String::from_utf8_lossy(self.token_bytes(token_id)).into_owned()
+    }
+
+    /// The bytes that one token adds to the text; for special tokens their name. Empty for unknown ids.
+    pub fn token_bytes(&self, token_id: TokenId) -> &[u8] {
+        self.text.tokenizer.token_bytes(token_id)
+    }
+
+    /// The client's values over the model's generation config over our defaults. A seed that nobody gave is drawn;
+    /// `max_tokens` that nobody gave is `max_tokens_default`.
+    pub fn resolve_sampling(
+        &self,
+        given: &SamplingPatch,
+        max_tokens_default: u32,
+    ) -> SamplingParams {
+        let defaults = &self.text.defaults;
+        SamplingParams {
+            max_tokens: given.max_tokens.unwrap_or(max_tokens_default),
+            temperature: given.temperature.unwrap_or(defaults.temperature),
+            top_p: given.top_p.unwrap_or(defaults.top_p),
+            top_k: given.top_k.unwrap_or(defaults.top_k),
+            min_p: given.min_p.unwrap_or(defaults.min_p),
+            repetition_penalty: given
+                .repetition_penalty
+                .unwrap_or(defaults.repetition_penalty),
+            presence_penalty: given.presence_penalty.unwrap_or(defaults.presence_penalty),
+            frequency_penalty: given
+                .frequency_penalty
+                .unwrap_or(defaults.frequency_penalty),
+            seed: given.seed.unwrap_or_else(|| fastrand::u64(..)),
+            stop_token_ids: given.stop_token_ids.clone(),
+            ignore_eos: given.ignore_eos,
+            logprobs: given.logprobs,
+            logit_bias: given.logit_bias.clone(),
+        }
+    }
+}
+
+/// What one worker allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WorkerLimits {
+    /// Most tokens of one sequence: the model's context, or all of the worker's KV where that is less.
+    pub max_model_len: u32,
+    /// Token ids are below this.
+    pub vocab_size: u32,
+}
+
+/// A worker says something else about a model than those that serve it already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{what} differs from that of the attached workers of the same model")]
+pub struct ModelMismatch {
+    what: &'static str,
+}
+
+/// The registry, by name.
+#[derive(Default)]
+pub struct Models {
+    served: RwLock<BTreeMap<String, Served>>,
+}
+
+struct Served {
+    entry: Arc<ModelEntry>,
+    workers: Vec<(WorkerId, WorkerLimits)>,
+    created: SystemTime,
+}
+
+impl Models {
+    /// The model of this name; also one whose workers are away.
+    pub fn get(&self, name: &str) -> Option<Arc<ModelEntry>> {
+        self.served
+            .read()
+            .get(name)
+            .map(|served| Arc::clone(&served.entry))
+    }
+
+    /// The models that have workers, by name.
+    pub fn list(&self) -> Vec<ModelInfo> {
+        let served = self.served.read();
+        let present = served
+            .iter()
+            .filter(|(_, served)| !served.workers.is_empty());
+        present
+            .map(|(name, served)| ModelInfo {
+                id: name.clone(),
+                max_model_len: served.entry.max_model_len,
+                num_workers: served.workers.len() as u32,
+                created: served
+                    .created
+                    .duration_since(UNIX_EPOCH)
+                    .map_or(0, |since| since.as_secs()),
+            })
+            .collect()
+    }
+
+    /// The files of this digest, where a worker sent them before.
+    pub(crate) fn text_of(&self, digest: &str) -> Option<Arc<ModelText>> {
+        let served = self.served.read();
+        let mut texts = served.values().map(|served| &served.entry.text);
+        texts.find(|text| text.digest == digest).cloned()
+    }
+
+    /// Adds a worker to a model. All workers of one model must agree on its files and vocabulary: token ids that one
+    /// has drawn are continued by another.
+    pub(crate) fn attach(
+        &self,
+        name: &str,
+        worker: WorkerId,
+        limits: WorkerLimits,
+        text: Arc<ModelText>,
+    ) -> Result<(), ModelMismatch> {
+        let mut all = self.served.write();
+        let present = all
+            .get_mut(name)
+            .filter(|served| !served.workers.is_empty());
+        if let Some(served) = present {
+            if served.entry.text.digest != text.digest {
+                return Err(ModelMismatch {
+                    what: "model_files_digest",
+                });
+            }
+            if served.entry.vocab_size != limits.vocab_size {
+                return Err(ModelMismatch { what: "vocab_size" });
+            }
+            served.workers.push((worker, limits));
+            served.refresh_limits();
+            return Ok(());
+        }
+        let WorkerLimits {
+            max_model_len,
+            vocab_size,
+        } = limits;
+        let entry = ModelEntry {
+            name: name.to_owned(),
+            max_model_len,
+            vocab_size,
+            text,
+        };
+        let served = Served {
+            entry: Arc::new(entry),
+            workers: vec![(worker, limits)],
+            created: SystemTime::now(),
+        };
+        all.insert(name.to_owned(), served);
+        Ok(())
+    }
+
+    /// Takes a worker off its model.
+    pub(crate) fn detach(&self, name: &str, worker: WorkerId) {
+        let mut all = self.served.write();
+        let Some(served) = all.get_mut(name) else {
+            return;
+        };
+        served.workers.retain(|&(id, _)| id != worker);
+        if served.workers.is_empty() {
+            forget_oldest_away(&mut all);
+        } else {
+            served.refresh_limits();
+        }
+    }
+}
+
+impl Served {
+    fn refresh_limits(&mut self) {
+        let most = self
+            .workers
+            .iter()
+            .map(|(_, limits)| limits.max_model_len)
+            .max();
+        if let Some(max_model_len) = most.filter(|&most| most != self.entry.max_model_len) {
+            self.entry = Arc::new(ModelEntry {
+                max_model_len,
+                ..(*self.entry).clone()
+            });
+        }
+    }
+}
+
+fn forget_oldest_away(all: &mut BTreeMap<String, Served>) {
+    let away = || all.iter().filter(|(_, served)| served.workers.is_empty());
+    if away().count() <= MODELS_AWAY_MAX {
+        return;
+    }
+    let oldest = away()
+        .min_by_key(|(_, served)| served.created)
+        .map(|(name, _)| name.clone());
+    if let Some(name) = oldest {
+        all.remove(&name);
+    }
+}

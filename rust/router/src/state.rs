@@ -1,0 +1,114 @@
+//! What every request and every worker session shares.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use orchestra_core::Time;
+use serde::{Deserialize, Serialize};
+
+pub use crate::models::ModelInfo;
+use crate::{
+    corridor::Admission, metrics::Metrics, models::Models, tasks::Tasks, workers::Workers,
+};
+
+/// Bounds of the corridor. The router's configuration nests them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CorridorLimits {
+    /// Requests that run at once; more wait.
+    pub max_concurrent_requests: usize,
+    /// Requests that may wait; more are refused with `queue_full`.
+    pub max_queued_requests: usize,
+    /// The longest a request may take; a client may ask for less.
+    #[serde(with = "humantime_serde")]
+    pub request_timeout: Duration,
+    /// A worker that sends nothing for this long is lost.
+    #[serde(with = "humantime_serde")]
+    pub heartbeat_timeout: Duration,
+    /// A worker with running sequences that finishes no step for this long is lost. One step of a long prefill on a
+    /// CPU, or the first on a GPU, may take many seconds.
+    #[serde(with = "humantime_serde")]
+    pub hang_timeout: Duration,
+    /// How often a request may be continued on another worker.
+    pub max_replays: u32,
+    /// How long a request whose worker was lost waits for one to come.
+    #[serde(with = "humantime_serde")]
+    pub replay_wait: Duration,
+}
+
+impl Default for CorridorLimits {
+    fn default() -> Self {
+        Self {
+            max_concurrent_requests: 1024,
+            max_queued_requests: 4096,
+            request_timeout: Duration::from_secs(600),
+            heartbeat_timeout: Duration::from_millis(500),
+            hang_timeout: Duration::from_secs(30),
+            max_replays: 3,
+            replay_wait: Duration::from_secs(10),
+        }
+    }
+}
+
+/// The router's shared state.
+pub struct RouterState {
+    /// Bounds of the corridor.
+    pub limits: CorridorLimits,
+    /// What `GET /metrics` shows.
+    pub metrics: Metrics,
+    /// Background tasks and the shutdown token.
+    pub tasks: Tasks,
+    /// The models served here.
+    pub models: Models,
+    pub(crate) admission: Arc<Admission>,
+    pub(crate) workers: Arc<Workers>,
+    started: Instant,
+}
+
+impl RouterState {
+    /// State without workers and models.
+    pub fn new(limits: CorridorLimits, metrics: Metrics) -> Arc<Self> {
+        Arc::new(Self {
+            admission: Admission::new(&limits, &metrics),
+            limits,
+            metrics,
+            tasks: Tasks::default(),
+            models: Models::default(),
+            workers: Workers::new(),
+            started: Instant::now(),
+        })
+    }
+
+    /// Whether a request could be served now: a worker that takes work is attached, and no shutdown has begun.
+    pub fn is_ready(&self) -> bool {
+        !self.admission.is_draining() && self.workers.has_available()
+    }
+
+    /// The models that a request could name now, by name.
+    pub fn list_models(&self) -> Vec<ModelInfo> {
+        self.models.list()
+    }
+
+    /// From now on new requests are refused with `shutting_down`; those that are in go on.
+    pub fn begin_drain(&self) {
+        self.admission.begin_drain();
+    }
+
+    /// Returns when no request runs or waits any more. To be called after [`Self::begin_drain`].
+    pub async fn drained(&self) {
+        self.admission.drained().await;
+    }
+
+    /// Ends what is left: streams get a `shutting_down` error, worker sessions close, tasks are joined.
+    pub async fn shut_down(&self) {
+        self.begin_drain();
+        self.tasks.shut_down().await;
+    }
+
+    /// Time as the core sees it.
+    pub(crate) fn now(&self) -> Time {
+        Time(u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX))
+    }
+}

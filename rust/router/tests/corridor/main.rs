@@ -1,0 +1,17 @@
+//! The corridor from a request to its tokens, against workers that speak the real protocol over real sockets and do
+//! exactly what each test says.
+
+mod admission;
+#[cfg(test)]
+mod chaos;
+mod checks;
+mod membership;
+#[cfg(test)]
+mod replay;
+mod streams;
+#[cfg(test)]
+mod support;
+
+#[expect(dead_code, reason = "shared with the unit tests, which use more of it")]
+#[path = "../../src/text/fixtures.rs"]
+mod fixtures;

@@ -1,0 +1,300 @@
+//! A request outlives its worker.
+
+use std::time::Duration;
+
+use orchestra_core::{ErrorCode, step::FinishReason};
+use orchestra_proto::v1;
+use orchestra_router::{corridor::TokenStream, request::GenerateInput, state::CorridorLimits};
+use tonic::Code;
+
+use crate::support::{TestRouter, Worker, bytes, collect, eventually, limits, next, text, tokens};
+
+/// A request on one of two workers: its stream, the worker that runs it, the start it got, and the other worker.
+async fn on_one_of_two(
+    router: &TestRouter,
+    request: GenerateInput,
+) -> (TokenStream, Worker, v1::StartSequence, Worker) {
+    let (mut a, mut b) = (router.attach("a").await, router.attach("b").await);
+    let stream = router.generate(request).await.unwrap();
+    tokio::select! {
+        start = a.start() => (stream, a, start, b),
+        start = b.start() => (stream, b, start, a),
+    }
+}
+
+#[tokio::test]
+async fn a_lost_worker_s_request_continues_on_another_where_it_was() {
+    let router = TestRouter::start(limits()).await;
+    let (mut stream, dying, first, mut other) = on_one_of_two(&router, text("prompt")).await;
+    let mut output = tokens(first.sequence_id, 0, &bytes("one"));
+    output.cached_tokens = 5;
+    dying.output(output).await;
+    assert_eq!(next(&mut stream).await.unwrap().text, "one");
+    // This may or may not arrive before the loss; in both cases the answer is the same.
+    dying.tokens(first.sequence_id, 3, &bytes(" t")).await;
+    drop(dying);
+
+    let (answer, ()) = tokio::join!(collect(stream, 1), async {
+        let second = other.start().await;
+        assert_eq!(second.prompt_token_ids, first.prompt_token_ids);
+        assert_eq!(
+            second.sampling, first.sampling,
+            "the same seed, the same everything"
+        );
+        let at = second.output_token_ids.len();
+        assert!(at == 3 || at == 5, "{at}");
+        assert_eq!(second.output_token_ids, bytes("one t")[..at]);
+        other
+            .tokens(second.sequence_id, at as u32, &bytes("one two")[at..])
+            .await;
+        other
+            .finish(second.sequence_id, 7, &bytes("."), v1::FinishReason::Length)
+            .await;
+    });
+    let answer = &answer.unwrap()[0];
+    assert_eq!(answer.text, " two.");
+    assert_eq!(answer.completion_tokens, 8, "those of both workers");
+    assert_eq!(answer.cached_tokens, 5, "what the first worker had");
+    assert_eq!(
+        router.metric("orchestra_requests_finished_total{reason=\"length\"}"),
+        1.0
+    );
+}
+
+#[tokio::test]
+async fn text_state_survives_a_replay() {
+    let router = TestRouter::start(limits()).await;
+    let request = GenerateInput {
+        stop: vec!["STOP".to_owned()],
+        ..text("x")
+    };
+    let (mut stream, dying, first, mut other) = on_one_of_two(&router, request).await;
+    // Half a character, then half a stop string.
+    dying.tokens(first.sequence_id, 0, &[0xE4, 0xB8]).await;
+    assert_eq!(next(&mut stream).await.unwrap().text, "");
+    drop(dying);
+    let (answer, ()) = tokio::join!(collect(stream, 1), async {
+        let second = other.start().await;
+        other.tokens(second.sequence_id, 2, &[0xAD]).await;
+        other.tokens(second.sequence_id, 3, &bytes("STOP")).await;
+    });
+    let answer = &answer.unwrap()[0];
+    assert_eq!(
+        (answer.text.as_str(), answer.stop_string.as_deref()),
+        ("中", Some("STOP"))
+    );
+}
+
+#[tokio::test]
+async fn the_only_worker_may_come_back() {
+    let (router, mut worker) = TestRouter::with_worker(limits()).await;
+    let mut stream = router.generate(text("x")).await.unwrap();
+    let start = worker.start().await;
+    worker.tokens(start.sequence_id, 0, &bytes("ab")).await;
+    next(&mut stream).await.unwrap();
+    drop(worker);
+    eventually("the loss", || router.num_workers("tiny") == 0).await;
+    assert!(!router.state.is_ready());
+
+    let (answer, worker) = tokio::join!(collect(stream, 1), async {
+        let mut worker = router.attach("w0").await;
+        let again = worker.start().await;
+        assert_eq!(again.output_token_ids, bytes("ab"));
+        worker
+            .finish(again.sequence_id, 2, &bytes("c"), v1::FinishReason::Length)
+            .await;
+        worker
+    });
+    assert_eq!(answer.unwrap()[0].text, "c");
+    assert!(!worker.was_asked_for_files, "the router has them");
+}
+
+#[tokio::test]
+async fn each_choice_is_replayed_on_its_own() {
+    let router = TestRouter::start(limits()).await;
+    let (mut a, mut b) = (router.attach("a").await, router.attach("b").await);
+    let stream = router
+        .generate(GenerateInput { n: 2, ..text("x") })
+        .await
+        .unwrap();
+    // Equal workers get one choice each.
+    let (on_a, on_b) = (a.start().await, b.start().await);
+    a.tokens(on_a.sequence_id, 0, &bytes("a")).await;
+    drop(a);
+    let (answers, ()) = tokio::join!(collect(stream, 2), async {
+        let moved = b.start().await;
+        assert_eq!(moved.sampling, on_a.sampling);
+        let at = moved.output_token_ids.len();
+        b.finish(
+            moved.sequence_id,
+            at as u32,
+            &bytes("aA")[at..],
+            v1::FinishReason::Length,
+        )
+        .await;
+        b.finish(on_b.sequence_id, 0, &bytes("bB"), v1::FinishReason::Length)
+            .await;
+    });
+    let mut texts: Vec<_> = answers
+        .unwrap()
+        .into_iter()
+        .map(|answer| answer.text)
+        .collect();
+    texts.sort_unstable();
+    assert_eq!(texts, ["aA", "bB"]);
+}
+
+#[tokio::test]
+async fn with_all_workers_gone_the_request_fails_after_its_wait() {
+    let limits = CorridorLimits {
+        replay_wait: Duration::from_millis(100),
+        ..limits()
+    };
+    let (router, mut worker) = TestRouter::with_worker(limits).await;
+    let mut stream = router.generate(text("x")).await.unwrap();
+    let start = worker.start().await;
+    worker.tokens(start.sequence_id, 0, &bytes("a")).await;
+    next(&mut stream).await.unwrap();
+    drop(worker);
+    let error = next(&mut stream).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::WorkerFailed);
+    assert!(
+        collect(stream, 0).await.unwrap().is_empty(),
+        "an error is the last item"
+    );
+    assert_eq!(
+        router.metric("orchestra_requests_finished_total{reason=\"error\"}"),
+        1.0
+    );
+
+    // The model is known and away, which is another thing than unknown.
+    let error = router.generate(text("x")).await.err().unwrap();
+    assert_eq!(error.code, ErrorCode::NoWorkers);
+    assert!(error.retry_after_ms.is_some());
+    assert!(router.state.list_models().is_empty());
+}
+
+#[tokio::test]
+async fn replays_are_bounded() {
+    let limits = CorridorLimits {
+        max_replays: 1,
+        ..limits()
+    };
+    let router = TestRouter::start(limits).await;
+    let (mut a, mut b) = (router.attach("a").await, router.attach("b").await);
+    let _c = router.attach("c").await;
+    let stream = router
+        .generate(text("kills whoever runs it"))
+        .await
+        .unwrap();
+    let (result, ()) = tokio::join!(collect(stream, 1), async {
+        // Whichever of the three it is on: two losses are one too many.
+        a.start().await;
+        drop(a);
+        b.start().await;
+        drop(b);
+    });
+    assert_eq!(result.unwrap_err().code, ErrorCode::WorkerFailed);
+}
+
+#[tokio::test]
+async fn a_refused_sequence_goes_to_another_worker() {
+    let router = TestRouter::start(limits()).await;
+    let (stream, full, start, mut other) = on_one_of_two(&router, text("x")).await;
+    full.fail(
+        start.sequence_id,
+        "queue_full",
+        "the queue holds 3 requests, its limit is 3",
+    )
+    .await;
+    let (answer, ()) = tokio::join!(collect(stream, 1), async {
+        let start = other.start().await;
+        other
+            .finish(start.sequence_id, 0, &bytes("ok"), v1::FinishReason::Length)
+            .await;
+    });
+    assert_eq!(answer.unwrap()[0].text, "ok");
+}
+
+#[tokio::test]
+async fn what_every_worker_refuses_is_refused_at_once() {
+    let cases = [
+        ("queue_full", ErrorCode::QueueFull),
+        ("no_workers", ErrorCode::NoWorkers),
+        ("worker_failed", ErrorCode::WorkerFailed),
+        ("internal", ErrorCode::WorkerFailed),
+        ("a code of tomorrow", ErrorCode::WorkerFailed),
+    ];
+    for (sent, expected) in cases {
+        let (router, mut worker) = TestRouter::with_worker(limits()).await;
+        let mut stream = router.generate(text("x")).await.unwrap();
+        let start = worker.start().await;
+        worker.fail(start.sequence_id, sent, "why").await;
+        let error = next(&mut stream).await.unwrap_err();
+        assert_eq!(error.code, expected, "{sent}");
+        assert_eq!(
+            error.retry_after_ms.is_some(),
+            error.code.retryable(),
+            "{sent}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn an_error_that_no_worker_can_help_is_not_replayed() {
+    let router = TestRouter::start(limits()).await;
+    let (mut stream, worker, start, _other) = on_one_of_two(&router, text("x")).await;
+    worker
+        .fail(
+            start.sequence_id,
+            "invalid_request",
+            "sampling.seed is not set",
+        )
+        .await;
+    let error = next(&mut stream).await.unwrap_err();
+    assert_eq!(
+        (error.code, error.message.as_str()),
+        (ErrorCode::InvalidRequest, "sampling.seed is not set")
+    );
+}
+
+#[tokio::test]
+async fn a_worker_that_breaks_the_protocol_is_dropped_and_its_requests_go_on() {
+    let one_logprob = || vec![v1::TokenLogprobs::default()];
+    let violations: [(&str, fn(u64) -> v1::SequenceOutput); 6] = [
+        ("a gap", |id| tokens(id, 2, &[97])),
+        ("a repeat", |id| tokens(id, 0, &[97])),
+        ("nothing", |id| tokens(id, 1, &[])),
+        ("outside the vocabulary", |id| tokens(id, 1, &[1_000_000])),
+        ("too many", |id| tokens(id, 1, &[97; 100])),
+        ("without log-probabilities", |id| tokens(id, 1, &[97])),
+    ];
+    for (what, violation) in violations {
+        let router = TestRouter::start(limits()).await;
+        let mut request = text("x");
+        request.sampling.logprobs = Some(0);
+        let (mut stream, mut bad, first, mut good) = on_one_of_two(&router, request).await;
+        let good_output = tokens(first.sequence_id, 0, &[97]);
+        bad.output(v1::SequenceOutput {
+            logprobs: one_logprob(),
+            ..good_output
+        })
+        .await;
+        next(&mut stream).await.unwrap();
+        bad.output(violation(first.sequence_id)).await;
+        assert_eq!(bad.closed().await.code(), Code::InvalidArgument, "{what}");
+        let (answer, ()) = tokio::join!(collect(stream, 1), async {
+            let second = good.start().await;
+            assert_eq!(second.output_token_ids, [97], "{what}");
+            let mut end = tokens(second.sequence_id, 1, &[98]);
+            end.logprobs = one_logprob();
+            end.set_finish_reason(v1::FinishReason::Length);
+            good.output(end).await;
+        });
+        assert_eq!(
+            answer.unwrap()[0].finish,
+            Some(FinishReason::Length),
+            "{what}"
+        );
+    }
+}
