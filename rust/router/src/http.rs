@@ -17,11 +17,14 @@ mod health;
 mod ingress;
 mod logprobs;
 mod models;
+#[cfg(test)]
+mod robustness;
 mod sampling;
 mod sse;
 #[cfg(test)]
 mod testing;
 mod unsupported;
+mod usage;
 
 use std::{sync::Arc, time::Duration};
 

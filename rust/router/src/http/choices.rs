@@ -3,15 +3,16 @@
 //! Choice `j` of prompt `i` has index `i * n + j`, as OpenAI numbers them. Dropping the stream aborts what is left.
 
 use std::{
+    collections::VecDeque,
+    future::poll_fn,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
 };
 
-use futures_core::Stream;
-use futures_util::{StreamExt as _, future::try_join_all};
+use futures_core::{Stream, future::BoxFuture};
+use futures_util::{StreamExt as _, stream::Fuse};
 use orchestra_core::{ErrorCode, TokenId, step::TokenLogprobs};
-use serde::Serialize;
 
 use super::logprobs::Vocabulary;
 use crate::{
@@ -31,44 +32,98 @@ pub(super) trait Source: Stream<Item = Result<Chunk, ApiError>> + Send + Unpin {
 
 /// The running prompts.
 pub(super) struct Choices {
-    streams: Vec<TokenStream>,
+    streams: Vec<Fuse<TokenStream>>,
     /// Choices per prompt.
     n: u32,
     /// Where the next poll begins, so that no prompt starves another.
     next: usize,
+    /// What came while other prompts were on their way in: at most their whole output.
+    early: VecDeque<Chunk>,
 }
 
 impl Choices {
-    /// Sends every prompt down the corridor. Where one is refused, all are.
+    /// Sends every prompt down the corridor; returns once all run. Where one is refused, all are.
     pub(super) async fn open(
         state: &Arc<RouterState>,
         inputs: Vec<GenerateInput>,
     ) -> Result<Self, ApiError> {
         let n = inputs.first().map_or(1, |input| input.n);
-        let refused = |error: ApiError| {
-            state.metrics.rejected(error.code);
-            error
-        };
-        let opening = inputs.into_iter().map(|input| generate(state, input));
-        let streams = try_join_all(opening).await.map_err(refused)?;
+        let prompts = inputs.into_iter().map(|input| {
+            let state = Arc::clone(state);
+            Prompt::Opening(Box::pin(async move {
+                let opened = generate(&state, input).await;
+                opened.inspect_err(|error| state.metrics.rejected(error.code))
+            }))
+        });
+        let mut prompts: Vec<Prompt> = prompts.collect();
+        let mut early = VecDeque::new();
+        poll_fn(|cx| poll_open(&mut prompts, n, &mut early, cx)).await?;
+        let streams = prompts.into_iter().filter_map(|prompt| match prompt {
+            Prompt::Opening(_) => None,
+            Prompt::Running(stream) => Some(stream),
+        });
         Ok(Self {
-            streams,
+            streams: streams.collect(),
             n,
             next: 0,
+            early,
         })
     }
 }
 
+/// A prompt on its way through the corridor.
+enum Prompt {
+    Opening(BoxFuture<'static, Result<TokenStream, ApiError>>),
+    Running(Fuse<TokenStream>),
+}
+
+/// Ready once every prompt runs. Those that run are read meanwhile: one that nobody reads keeps its seat, and the
+/// others might be waiting for it.
+fn poll_open(
+    prompts: &mut [Prompt],
+    n: u32,
+    early: &mut VecDeque<Chunk>,
+    cx: &mut Context<'_>,
+) -> Poll<Result<(), ApiError>> {
+    let mut are_all_open = true;
+    for prompt in &mut *prompts {
+        if let Prompt::Opening(opening) = prompt {
+            match opening.as_mut().poll(cx) {
+                Poll::Ready(opened) => *prompt = Prompt::Running(opened?.fuse()),
+                Poll::Pending => are_all_open = false,
+            }
+        }
+    }
+    if are_all_open {
+        return Poll::Ready(Ok(()));
+    }
+    for (index, prompt) in prompts.iter_mut().enumerate() {
+        let Prompt::Running(stream) = prompt else {
+            continue;
+        };
+        while let Poll::Ready(Some(chunk)) = stream.poll_next_unpin(cx) {
+            early.push_back(renumber(chunk?, index, n));
+        }
+    }
+    Poll::Pending
+}
+
+fn renumber(mut chunk: Chunk, prompt: usize, n: u32) -> Chunk {
+    chunk.index += prompt as u32 * n;
+    chunk
+}
+
 impl Source for Choices {
     fn prompts(&self) -> Vec<&[TokenId]> {
-        self.streams
+        let prompts = self
+            .streams
             .iter()
-            .map(TokenStream::prompt_token_ids)
-            .collect()
+            .map(|stream| stream.get_ref().prompt_token_ids());
+        prompts.collect()
     }
 
     fn vocabulary(&self) -> &dyn Vocabulary {
-        self.streams[0].model()
+        self.streams[0].get_ref().model()
     }
 }
 
@@ -77,92 +132,22 @@ impl Stream for Choices {
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self;
+        if let Some(chunk) = this.early.pop_front() {
+            return Poll::Ready(Some(Ok(chunk)));
+        }
         let count = this.streams.len();
-        let mut is_over = true;
         for prompt in (this.next..count).chain(0..this.next) {
-            match Pin::new(&mut this.streams[prompt]).poll_next(cx) {
-                Poll::Ready(Some(item)) => {
-                    this.next = (prompt + 1) % count;
-                    let first_index = prompt as u32 * this.n;
-                    return Poll::Ready(Some(item.map(|mut chunk| {
-                        chunk.index += first_index;
-                        chunk
-                    })));
-                }
-                Poll::Ready(None) => {}
-                Poll::Pending => is_over = false,
+            if let Poll::Ready(Some(item)) = this.streams[prompt].poll_next_unpin(cx) {
+                this.next = (prompt + 1) % count;
+                return Poll::Ready(Some(item.map(|chunk| renumber(chunk, prompt, this.n))));
             }
         }
-        if is_over {
+        if this.streams.iter().all(Fuse::is_done) {
             Poll::Ready(None)
         } else {
             Poll::Pending
         }
     }
-}
-
-/// What a request has used, counted as its choices end.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Tally {
-    prompt_tokens: u64,
-    completion_tokens: u64,
-    /// Choices per prompt.
-    n: u32,
-    /// Per prompt, the fewest tokens that the cache gave one of its choices: the later ones find what the first
-    /// has just computed, which says nothing about the cache.
-    cached_tokens: Vec<Option<u32>>,
-}
-
-impl Tally {
-    /// Starts counting: each prompt counts once, however many choices it has.
-    pub(super) fn new(prompts: &[&[TokenId]], n: u32) -> Self {
-        Self {
-            prompt_tokens: prompts.iter().map(|prompt| prompt.len() as u64).sum(),
-            completion_tokens: 0,
-            n,
-            cached_tokens: vec![None; prompts.len()],
-        }
-    }
-
-    /// Takes in the end of choice `index`.
-    pub(super) fn finished(&mut self, index: u32, finish: &Finish) {
-        self.completion_tokens += u64::from(finish.completion_tokens);
-        if let Some(fewest) = self.cached_tokens.get_mut((index / self.n) as usize) {
-            let cached = finish.cached_tokens;
-            *fewest = Some(fewest.map_or(cached, |fewest| fewest.min(cached)));
-        }
-    }
-
-    /// OpenAI's `usage`.
-    pub(super) fn usage(&self) -> Usage {
-        let cached_tokens = self
-            .cached_tokens
-            .iter()
-            .flatten()
-            .copied()
-            .map(u64::from)
-            .sum();
-        Usage {
-            prompt_tokens: self.prompt_tokens,
-            completion_tokens: self.completion_tokens,
-            total_tokens: self.prompt_tokens + self.completion_tokens,
-            prompt_tokens_details: PromptTokensDetails { cached_tokens },
-        }
-    }
-}
-
-/// OpenAI's `usage` object.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub(super) struct Usage {
-    prompt_tokens: u64,
-    completion_tokens: u64,
-    total_tokens: u64,
-    prompt_tokens_details: PromptTokensDetails,
-}
-
-#[derive(Clone, Copy, Debug, Serialize)]
-struct PromptTokensDetails {
-    cached_tokens: u64,
 }
 
 /// All of one choice.

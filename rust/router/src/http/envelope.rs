@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use orchestra_core::TokenId;
 use serde::Serialize;
 
-use super::choices::Usage;
+use super::usage::Usage;
 
 /// Who answers what, the same in each event and body of one request.
 #[derive(Clone, Debug)]

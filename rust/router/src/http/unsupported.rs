@@ -117,6 +117,16 @@ mod tests {
     }
 
     #[test]
+    fn each_row_is_in_the_docs() {
+        let docs = include_str!("../../../../docs/http_api.md");
+        let (_, not_offered) = docs.split_once("### Not offered").unwrap();
+        let (not_offered, _) = not_offered.split_once("\n## ").unwrap();
+        for (name, _) in [COMMON, CHAT, COMPLETIONS].concat() {
+            assert!(not_offered.contains(&format!("`{name}`")), "{name}");
+        }
+    }
+
+    #[test]
     fn white_space_does_not_make_a_value_another() {
         let body = br#"{"response_format": { "type" :  "text" }, "modalities": [ "text" ]}"#;
         refuse_in_chat(&Fields::parse(body).unwrap()).unwrap();

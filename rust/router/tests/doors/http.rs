@@ -338,3 +338,32 @@ async fn keys_guard_the_models_and_not_the_health() {
     assert_eq!(get(at.http, "/live").await.status, 200);
     assert_eq!(get(at.http, "/metrics").await.status, 200);
 }
+
+#[tokio::test]
+async fn several_prompts_pass_through_fewer_seats_than_they_are() {
+    let mut config = config();
+    config.corridor.max_concurrent_requests = 1;
+    let (_router, at, mut worker) = start_with_worker(&config).await;
+    for fields in [r#", "echo": true"#, r#", "echo": true, "stream": true"#] {
+        let client = Client::send(at.http, completion(r#"["a", "b", "c"]"#, fields)).await;
+        for _ in 0..3 {
+            // The next one starts when the one before has ended, although its answer is not complete yet.
+            let start = worker.start().await;
+            worker.write(start.sequence_id, 0, "x").await;
+            worker.finish(start.sequence_id, 1, "y").await;
+        }
+        let answer = client.answer().await;
+        assert_eq!(answer.status, 200);
+        assert_eq!(
+            answer.body.matches("\"finish_reason\":\"length\"").count(),
+            3,
+            "{answer:?}"
+        );
+        for prompt in ["a", "b", "c"] {
+            assert!(
+                answer.body.contains(&format!("\"text\":\"{prompt}")),
+                "{answer:?}"
+            );
+        }
+    }
+}

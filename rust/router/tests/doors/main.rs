@@ -4,6 +4,7 @@
 mod grpc;
 mod http;
 mod limits;
+mod process;
 mod shutdown;
 mod support;
 

@@ -7,11 +7,12 @@ use super::ChatRequest;
 use crate::{
     error::ApiError,
     http::{
-        choices::{Collected, Source, Tally},
+        choices::{Collected, Source},
         envelope::{Envelope, UsageField},
         logprobs::{ChatLogprobs, Vocabulary},
         sampling::OutputOptions,
         sse::{Events, Format},
+        usage::Tally,
     },
     request::Chunk,
     respond::json_body,

@@ -9,11 +9,12 @@ use super::CompletionRequest;
 use crate::{
     error::ApiError,
     http::{
-        choices::{Collected, Source, Tally},
+        choices::{Collected, Source},
         envelope::{Envelope, UsageField},
         logprobs::{CompletionLogprobs, Vocabulary},
         sampling::OutputOptions,
         sse::{Events, Format},
+        usage::Tally,
     },
     request::{Chunk, Prompt},
     respond::json_body,
