@@ -336,14 +336,22 @@ impl Attached<'_> {
         self.metrics
             .report(report.num_running, report.num_waiting, kv_usage);
         // The worker counts from its own start; what was before it attached here is not ours to count.
-        let before = counters
+        let before = counters.load.replace(*report).unwrap_or(*report);
+        let since = |now: u64, before: u64| now.saturating_sub(before);
+        let seconds = |now, before| Duration::from_micros(since(now, before)).as_secs_f64();
+        let metrics = &self.state.metrics;
+        metrics
             .preemptions
-            .replace(report.preemptions)
-            .unwrap_or(report.preemptions);
-        self.state
-            .metrics
-            .preemptions
-            .inc_by(report.preemptions.saturating_sub(before));
+            .inc_by(since(report.preemptions, before.preemptions));
+        metrics
+            .worker_steps
+            .inc_by(since(report.steps, before.steps));
+        metrics
+            .worker_schedule
+            .inc_by(seconds(report.schedule_us, before.schedule_us));
+        metrics
+            .worker_execute
+            .inc_by(seconds(report.execute_us, before.execute_us));
     }
 }
 
@@ -362,5 +370,6 @@ impl Drop for Attached<'_> {
 #[derive(Debug, Default)]
 struct Counters {
     kv_sequence: u64,
-    preemptions: Option<u64>,
+    /// The last report.
+    load: Option<v1::LoadReport>,
 }

@@ -27,7 +27,7 @@ async fn a_full_queue_refuses_and_the_rest_is_served_in_order() {
     // Polled once each, in this order, they are in the queue.
     assert!(futures_util::poll!(second.as_mut()).is_pending());
     assert!(futures_util::poll!(third.as_mut()).is_pending());
-    assert_eq!(router.metric("orchestra_requests_waiting"), 2.0);
+    assert_eq!(router.metric("orchestra_requests_waiting"), Some(2));
     let error = router.generate(text("4")).await.err().unwrap();
     assert_eq!(error.code, ErrorCode::QueueFull);
     assert!(error.retry_after_ms.is_some());
@@ -43,7 +43,7 @@ async fn a_full_queue_refuses_and_the_rest_is_served_in_order() {
     worker.abort().await;
     let _third = third.await.unwrap();
     assert_eq!(worker.start().await.prompt_token_ids[1..], bytes("3"));
-    assert_eq!(router.metric("orchestra_requests_waiting"), 0.0);
+    assert_eq!(router.metric("orchestra_requests_waiting"), Some(0));
 }
 
 #[tokio::test]

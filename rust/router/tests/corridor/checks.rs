@@ -21,8 +21,11 @@ fn chat(content: &str) -> GenerateInput {
     })
 }
 
-#[tokio::test]
-async fn bad_input_is_refused_by_name_and_changes_nothing() {
+type Case = (ErrorCode, &'static str, GenerateInput);
+
+/// A router whose one worker takes 64 tokens refuses each case with its code and field; the first thing that the worker
+/// hears of is the first good request.
+async fn assert_refused(cases: Vec<Case>) {
     let router = TestRouter::start(limits()).await;
     let mut worker = router
         .attach_as(v1::WorkerHello {
@@ -30,44 +33,40 @@ async fn bad_input_is_refused_by_name_and_changes_nothing() {
             ..hello("w0")
         })
         .await;
+    for (index, (code, field, request)) in cases.into_iter().enumerate() {
+        let error = router
+            .generate(request)
+            .await
+            .err()
+            .unwrap_or_else(|| panic!("case {index}"));
+        let named = (error.code, error.param.as_deref());
+        assert_eq!(named, (code, Some(field)), "case {index}: {error}");
+        assert!(
+            !error.message.contains("xxx"),
+            "case {index} repeats the client: {error}"
+        );
+    }
+    assert_eq!(router.metric("orchestra_requests_running"), Some(0));
+    let longest = with(|sampling| sampling.max_tokens = Some(62));
+    let _stream = router.generate(longest).await.unwrap();
+    assert_eq!(worker.start().await.prompt_token_ids[1..], bytes("x"));
+}
+
+#[tokio::test]
+async fn the_request_s_shape_is_checked() {
     let bad = ErrorCode::InvalidRequest;
-    let long = ErrorCode::ContextTooLong;
-    let many = "x".repeat(10_000);
-    let cases = [
-        (
-            ErrorCode::ModelNotFound,
-            "model",
-            GenerateInput {
-                model: "none".to_owned(),
-                ..text("x")
-            },
-        ),
+    let unknown = GenerateInput {
+        model: "none".to_owned(),
+        ..text("x")
+    };
+    let stop = |stop| GenerateInput { stop, ..text("x") };
+    assert_refused(vec![
+        (ErrorCode::ModelNotFound, "model", unknown),
         (bad, "n", GenerateInput { n: 0, ..text("x") }),
         (bad, "n", GenerateInput { n: 33, ..text("x") }),
-        (
-            bad,
-            "stop",
-            GenerateInput {
-                stop: vec!["s".to_owned(); 17],
-                ..text("x")
-            },
-        ),
-        (
-            bad,
-            "stop",
-            GenerateInput {
-                stop: vec![String::new()],
-                ..text("x")
-            },
-        ),
-        (
-            bad,
-            "stop",
-            GenerateInput {
-                stop: vec!["s".repeat(257)],
-                ..text("x")
-            },
-        ),
+        (bad, "stop", stop(vec!["s".to_owned(); 17])),
+        (bad, "stop", stop(vec![String::new()])),
+        (bad, "stop", stop(vec!["s".repeat(257)])),
         (
             bad,
             "cache_salt",
@@ -78,6 +77,14 @@ async fn bad_input_is_refused_by_name_and_changes_nothing() {
         ),
         (bad, "prompt", input(Prompt::TokenIds(Vec::new()))),
         (bad, "prompt", input(Prompt::TokenIds(vec![1, 2, 9999]))),
+    ])
+    .await;
+}
+
+#[tokio::test]
+async fn sampling_values_are_checked() {
+    let bad = ErrorCode::InvalidRequest;
+    assert_refused(vec![
         (
             bad,
             "max_tokens",
@@ -109,41 +116,28 @@ async fn bad_input_is_refused_by_name_and_changes_nothing() {
             "logit_bias",
             with(|sampling| sampling.logit_bias = vec![(100_000, 1.0)]),
         ),
-        // Too long for the context: alone, with the output, and by far (which is found without tokenising).
+    ])
+    .await;
+}
+
+#[tokio::test]
+async fn what_does_not_fit_the_context_is_refused() {
+    let long = ErrorCode::ContextTooLong;
+    // By far too long is found without tokenising.
+    let by_far = "x".repeat(10_000);
+    assert_refused(vec![
         (long, "prompt", text(&"x".repeat(63))),
         (
             long,
             "prompt",
             with(|sampling| sampling.max_tokens = Some(63)),
         ),
-        (long, "prompt", text(&many)),
+        (long, "prompt", text(&by_far)),
         (long, "messages", chat(&"x".repeat(100))),
-        (long, "messages", chat(&many)),
+        (long, "messages", chat(&by_far)),
         (long, "prompt", input(Prompt::TokenIds(vec![1; 64]))),
-    ];
-    for (index, (code, field, request)) in cases.into_iter().enumerate() {
-        let error = router
-            .generate(request)
-            .await
-            .err()
-            .unwrap_or_else(|| panic!("case {index}"));
-        assert_eq!(
-            (error.code, error.param.as_deref()),
-            (code, Some(field)),
-            "case {index}: {error}"
-        );
-        assert!(
-            !error.message.contains("xxx"),
-            "case {index} repeats the client: {error}"
-        );
-    }
-    assert_eq!(router.metric("orchestra_requests_running"), 0.0);
-    // The first thing that the worker hears of is the first good request.
-    let _stream = router
-        .generate(with(|sampling| sampling.max_tokens = Some(62)))
-        .await
-        .unwrap();
-    assert_eq!(worker.start().await.prompt_token_ids[1..], bytes("x"));
+    ])
+    .await;
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@
 mod admission;
 #[cfg(test)]
 mod chaos;
+#[cfg(test)]
 mod checks;
 mod membership;
 #[cfg(test)]
@@ -12,6 +13,7 @@ mod streams;
 #[cfg(test)]
 mod support;
 
+#[cfg(test)]
 #[expect(dead_code, reason = "shared with the unit tests, which use more of it")]
 #[path = "../../src/text/fixtures.rs"]
 mod fixtures;

@@ -43,10 +43,8 @@ pub(crate) fn limits() -> CorridorLimits {
 
 /// Waits for `future`, and fails the test where that takes too long.
 pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
-    match time::timeout(PATIENCE, future).await {
-        Ok(value) => value,
-        Err(_) => panic!("no {what} within {PATIENCE:?}"),
-    }
+    let result = time::timeout(PATIENCE, future).await;
+    result.unwrap_or_else(|_| panic!("no {what} within {PATIENCE:?}"))
 }
 
 /// Polls `condition` until it holds: for what the router does in its own time and shows only as state.
@@ -175,13 +173,12 @@ impl TestRouter {
         within("answer", generate(&self.state, input)).await
     }
 
-    /// One figure of `GET /metrics`; not a number where it is not there.
-    pub(crate) fn metric(&self, name: &str) -> f64 {
+    /// One figure of `GET /metrics`; the ones that tests look at are whole numbers.
+    pub(crate) fn metric(&self, name: &str) -> Option<i64> {
         let text = self.state.metrics.encode().unwrap();
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        line.map_or(f64::NAN, |figure| figure.parse().unwrap())
+        let mut lines = text.lines();
+        let figure = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
+        Some(figure.parse::<f64>().unwrap() as i64)
     }
 }
 
