@@ -124,7 +124,7 @@ async fn a_large_head_is_refused() {
         ask(at.http, head("GET", "/live", &headers)).await.status,
         431
     );
-    let many: String = (0..300).map(|index| format!("x-{index}: y\r\n")).collect();
+    let many = "x-many: y\r\n".repeat(300);
     assert_eq!(ask(at.http, head("GET", "/live", &many)).await.status, 431);
     // Two ways to tell where a request ends are how one is smuggled in.
     let two_lengths = "content-length: 2\r\ncontent-length: 3\r\n";

@@ -1,6 +1,17 @@
 //! The doors from outside: a whole router on its own ports, bytes on sockets, and a worker that does what each test
 //! says.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a test's runtime ends with it, and its tasks too"
+)]
+
 mod grpc;
 mod http;
 mod limits;

@@ -28,7 +28,7 @@ pub(crate) const MODEL: &str = "org/tiny";
 pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
     match time::timeout(PATIENCE, future).await {
         Ok(value) => value,
-        Err(_) => panic!("no {what} within {PATIENCE:?}"),
+        Err(time::error::Elapsed { .. }) => panic!("no {what} within {PATIENCE:?}"),
     }
 }
 
