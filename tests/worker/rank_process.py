@@ -94,10 +94,10 @@ def main(arguments: list[str]) -> None:
         max_num_seqs=8,
     )
     ready = assemble(config, lambda _done, _total: None)
-    stop = StopSignals()
     if ready.group.follower is not None:
-        follow(ready, ready.group.follower, stop)
+        follow(ready, ready.group.follower)
     else:
+        stop = StopSignals()
         agent = ScriptedAgent(msgpack.unpackb(Path(plans).read_bytes()), stop)
         lead(agent, ready, stop, WorkerMetrics(empty_stats, 16), drain_timeout_s=5.0)
         assert agent.is_draining

@@ -90,8 +90,9 @@ def run(config: WorkerConfig) -> int:
     stop.install()
     try:
         rank = assemble(config, _report_loading)
+        stop.is_serving = True
         if rank.group.follower is not None:
-            follow(rank, rank.group.follower, stop)
+            follow(rank, rank.group.follower)
         else:
             _lead_with_agent(config, rank, stop)
     except (ConfigError, UnsupportedError) as error:
@@ -108,12 +109,11 @@ def run(config: WorkerConfig) -> int:
     return EXIT_OK
 
 
-def follow(rank: Rank, channel: Follower, stop: StopSignals) -> None:
+def follow(rank: Rank, channel: Follower) -> None:
     """The loop of every rank but rank 0: executes what rank 0 sends, until its goodbye.
 
     Signals are left to rank 0: the group still has to finish what runs.
     """
-    stop.is_serving = True
     _write_status("ready")
     while (message := channel.receive()) is not None:
         rank.runner.execute(decode_plan(message))
@@ -130,7 +130,6 @@ def lead(
     """The loop of rank 0: until a signal, and then until what runs has finished or the time is up."""
     leader = rank.group.leader
     announce: Callable[[], None] | None = _announce_ready
-    stop.is_serving = True
     deadline: float | None = None
     while True:
         if stop.is_requested:
@@ -200,6 +199,7 @@ def _lead_with_agent(config: WorkerConfig, rank: Rank, stop: StopSignals) -> Non
     from orchestra import _core
 
     agent = _core.Agent(agent_config(config, rank))
+    logger.info("loaded, attaching to the router at %s", config.router)
     metrics = WorkerMetrics(agent.stats, config.block_size)
     stop_metrics = None
     try:

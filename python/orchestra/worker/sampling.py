@@ -113,13 +113,14 @@ def _threshold_among(
     ranked = _largest(probabilities, count)
     is_in_top_k = torch.arange(count, device=ranked.device) < top_k.unsqueeze(1)
     reached = ranked.mul(is_in_top_k).cumsum(1, dtype=torch.float64)
-    total = torch.where(top_k < vocab, reached[:, -1], 1.0)
+    keeps_all = top_k == vocab
+    total = torch.where(keeps_all, 1.0, reached[:, -1])
     # A bound that is never reached where all are to be kept: the sum may round to less than 1.
-    bound = torch.where(top_p < 1, top_p * total, torch.inf).unsqueeze(1)
+    bound = torch.where(top_p < 1, top_p * total, torch.inf)
     # The first token is always kept; each further one while those before it have not reached the bound.
-    kept = 1 + (reached[:, :-1] < bound).sum(1, keepdim=True)
+    kept = 1 + (reached[:, :-1] < bound.unsqueeze(1)).sum(1, keepdim=True)
     kept = torch.minimum(kept, top_k.unsqueeze(1))
-    is_found = (top_k <= count) | (reached[:, -1] >= bound.squeeze(1))
+    is_found = (top_k <= count) | (keeps_all & (reached[:, -1] >= bound))
     return ranked.gather(1, kept - 1), is_found
 
 

@@ -1,0 +1,96 @@
+"""Paged attention against the textbook's, over random batches of every mixture."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from orchestra.worker import attention
+from orchestra.worker.attention import TorchPagedAttention
+from orchestra.worker.kv_cache import KvCache, KvCacheSpec
+from tests.worker.plans import PlanBuilder
+
+CPU = torch.device("cpu")
+HEAD_DIM = 8
+
+# A sequence: tokens in the cache before the step, and new ones.
+sequences = st.lists(
+    st.tuples(st.integers(0, 90), st.one_of(st.just(1), st.integers(1, 40))), min_size=1, max_size=6
+)
+
+
+def textbook(query: Tensor, key: Tensor, value: Tensor, first: int) -> Tensor:
+    """Causal attention of `[tokens, heads, d]` at positions from `first` over `[context, kv_heads, d]`."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(HEAD_DIM)
+    positions = torch.arange(first, first + query.shape[0])
+    is_future = torch.arange(key.shape[0]) > positions.unsqueeze(1)
+    weights = scores.masked_fill(is_future, -math.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value)
+
+
+@given(
+    batch=sequences,
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    waste=st.sampled_from([0, attention.PADDED_TOKENS_FREE]),
+    mask_limit=st.sampled_from([600, attention.MASK_NUMBERS_MAX]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_agrees_with_the_textbook(
+    batch: list[tuple[int, int]],
+    kv_heads: int,
+    group: int,
+    waste: int,
+    mask_limit: int,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    cache = KvCache(KvCacheSpec(2, kv_heads, HEAD_DIM, 16, torch.float32), 64, CPU)
+    # What no sequence has written must not matter.
+    cache.slab.copy_(random(*cache.slab.shape) * 100)
+    backend = TorchPagedAttention(cache, kv_heads * group, CPU)
+    builder = PlanBuilder(64, seed)
+    written: dict[str, Tensor] = {}
+
+    def run(plan: Any, names: list[str]) -> None:
+        tokens = len(plan.token_ids)
+        query, key_value = (
+            random(tokens, kv_heads * group, HEAD_DIM),
+            random(tokens, 2 * kv_heads, HEAD_DIM),
+        )
+        backend.prepare(plan)
+        actual = backend.forward(1, query, key_value).view(tokens, -1, HEAD_DIM)
+        for row, name in enumerate(names):
+            start, stop = int(plan.query_start[row]), int(plan.query_start[row + 1])
+            before = written.get(name, torch.empty(0, 2 * kv_heads, HEAD_DIM))
+            context = torch.cat([before, key_value[start:stop]])
+            written[name] = context
+            expected = textbook(
+                query[start:stop], context[:, :kv_heads], context[:, kv_heads:], len(before)
+            )
+            torch.testing.assert_close(actual[start:stop], expected, atol=2e-5, rtol=1e-4)
+
+    names = [f"s{index}" for index in range(len(batch))]
+    for name, (cached, new) in zip(names, batch, strict=True):
+        builder.add(name, np.zeros(cached + new, np.int64).tolist())
+        if cached:
+            run(builder.plan({name: cached}), [name])
+    with_new = {name: new for name, (_, new) in zip(names, batch, strict=True)}
+    in_order = sorted(names, key=lambda name: with_new[name] > 1)
+    original = attention.PADDED_TOKENS_FREE, attention.MASK_NUMBERS_MAX
+    attention.PADDED_TOKENS_FREE, attention.MASK_NUMBERS_MAX = waste, mask_limit
+    try:
+        run(builder.plan(with_new), in_order)
+    finally:
+        attention.PADDED_TOKENS_FREE, attention.MASK_NUMBERS_MAX = original

@@ -1,0 +1,146 @@
+"""The flags of `orchestra worker`, and what the machine decides where they leave it open."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestra.errors import ConfigError
+from orchestra.worker import device as devices
+from orchestra.worker.config import WorkerConfig, parse_arguments, parse_bytes
+from orchestra.worker.sharding import Shard
+
+ROUTER = ["--router", "http://127.0.0.1:8002"]
+
+
+def test_defaults(tmp_path: Path) -> None:
+    config = parse_arguments([str(tmp_path), *ROUTER])
+    assert config.model_name == tmp_path.name
+    assert config.worker_id
+    expected = WorkerConfig(tmp_path, ROUTER[1], config.worker_id, tmp_path.name)
+    assert config == expected
+
+
+def test_every_flag(tmp_path: Path) -> None:
+    flags = (
+        "--worker-id w --served-model-name m --tp 2 --rank 1 --rendezvous file:///x --dtype bfloat16 "
+        "--device cpu --block-size 32 --kv-cache-memory 1.5GiB --max-num-seqs 9 "
+        "--max-num-batched-tokens 100 --max-model-len 50 --max-prefill-chunk 16 --no-prefix-cache "
+        "--weights-epoch 3 --drain-timeout 1.5 --metrics-host ::1 --metrics-port 90 --parent-pid 7"
+    )
+    assert parse_arguments([str(tmp_path), *ROUTER, *flags.split()]) == WorkerConfig(
+        model_dir=tmp_path,
+        router=ROUTER[1],
+        worker_id="w",
+        model_name="m",
+        shard=Shard(1, 2),
+        rendezvous="file:///x",
+        dtype="bfloat16",
+        device="cpu",
+        block_size=32,
+        kv_cache_memory=3 << 29,
+        max_num_seqs=9,
+        max_num_batched_tokens=100,
+        max_model_len=50,
+        max_prefill_chunk=16,
+        enable_prefix_cache=False,
+        weights_epoch=3,
+        drain_timeout_s=1.5,
+        metrics_host="::1",
+        metrics_port=90,
+        parent_pid=7,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--block-size 24", "--block-size: 24 is not a power of two"),
+        ("--block-size 0", "argument --block-size: must be at least 1"),
+        ("--num-blocks 5 --kv-cache-memory 1GiB", "exclude each other"),
+        ("--kv-cache-memory lots", "'lots' is not a size"),
+        ("--dtype int8", "argument --dtype"),
+        ("--tp 2", "--rank: must be 0 to 1"),
+        ("--tp 2 --rank 2", "--rank: must be 0 to 1"),
+        ("--tp 2 --rank 1", "--rendezvous: needed"),
+        ("--max-num-seqs many", "argument --max-num-seqs: invalid whole number value"),
+    ],
+)
+def test_wrong_flags_end_with_a_line(
+    tmp_path: Path, flags: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments([str(tmp_path), *ROUTER, *flags.split()])
+    assert ended.value.code == 64
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("orchestra worker: ")
+    assert message in line
+
+
+def test_model_directory_must_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments([str(tmp_path / "none"), *ROUTER])
+    assert "is not a directory" in capsys.readouterr().err
+
+
+def test_torchrun_tells_the_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    config = parse_arguments([str(tmp_path), *ROUTER, "--rendezvous", "env://"])
+    assert config.shard == Shard(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("17", 17), ("1k", 1000), ("2 KiB", 2048), ("0.5GB", 500_000_000), ("3gi", 3 << 30)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+# === the machine ===
+
+
+def test_dtype_is_what_the_device_is_fast_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(devices, "has_native_bf16", lambda: False)
+    assert devices.select_dtype("auto", torch.bfloat16, cpu) == torch.float32
+    assert devices.select_dtype("bfloat16", torch.float32, cpu) == torch.bfloat16
+    assert devices.select_dtype("auto", torch.float16, cuda) == torch.float16
+    monkeypatch.setattr(devices, "has_native_bf16", lambda: True)
+    assert devices.select_dtype("auto", torch.bfloat16, cpu) == torch.bfloat16
+    assert devices.select_dtype("auto", torch.float16, cpu) == torch.bfloat16
+    assert devices.select_dtype("auto", torch.float32, cpu) == torch.float32
+    assert devices.select_dtype("float32", torch.bfloat16, cpu) == torch.float32
+
+
+def test_each_rank_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert devices.select_device("auto", 1) == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda", 1)]
+    assert devices.select_device("cpu", 1) == torch.device("cpu")
+    with pytest.raises(ConfigError, match="rank 2 has no GPU"):
+        devices.select_device("cuda", 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices.select_device("auto", 0) == torch.device("cpu")
+    with pytest.raises(ConfigError, match="sees no GPU"):
+        devices.select_device("cuda", 0)
+
+
+def test_free_memory_is_bounded_by_the_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  4000 kB\nMemAvailable:    2000 kB\n")
+    monkeypatch.setattr(devices, "_MEMINFO", meminfo)
+    monkeypatch.setattr(devices, "_CGROUP", tmp_path)
+    cpu = torch.device("cpu")
+    assert devices.free_bytes(cpu, 2) == 1000 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("500000\n")
+    assert devices.free_bytes(cpu, 1) == 2000 * 1024
+    (tmp_path / "memory.max").write_text("900000\n")
+    assert devices.free_bytes(cpu, 2) == 200_000

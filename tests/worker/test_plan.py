@@ -1,0 +1,83 @@
+"""Plans as they travel."""
+
+from dataclasses import replace
+
+import msgpack
+import numpy as np
+import pytest
+
+from orchestra.errors import InternalError
+from orchestra.worker.plan import StepPlan, decode_plan
+from tests.worker.plans import PlanBuilder, encode_plan, sampling_start
+
+
+@pytest.fixture
+def plan() -> StepPlan:
+    builder = PlanBuilder(32)
+    builder.add("a", list(range(40)))
+    builder.add("b", [1, 2, 3])
+    starts = [
+        sampling_start(0),
+        sampling_start(
+            1,
+            temperature=0.5,
+            top_k=7,
+            seed=2**64 - 1,
+            logit_bias_ids=[5, 6],
+            logit_bias_values=[1.5, -2.0],
+            repetition_penalty=1.5,
+            prompt_token_ids=[1, 2, 3],
+            output_token_ids=[4],
+        ),
+    ]
+    return builder.plan({"a": 33, "b": 3}, starts, num_top_logprobs=2)
+
+
+def test_round_trip(plan: StepPlan) -> None:
+    decoded = decode_plan(encode_plan(plan))
+    assert decoded.step_id == plan.step_id
+    assert decoded.num_top_logprobs == 2
+    arrays = [name for name, value in vars(plan).items() if isinstance(value, np.ndarray)]
+    assert len(arrays) == 9
+    for name in arrays:
+        np.testing.assert_array_equal(getattr(decoded, name), getattr(plan, name))
+    assert decoded.block_tables.shape == (2, 3)
+    plain, full = decoded.starts
+    assert not plain.has_penalties
+    assert full.has_penalties
+    assert (full.slot, full.temperature, full.top_k, full.seed) == (1, 0.5, 7, 2**64 - 1)
+    assert full.logit_bias_ids.tolist() == [5, 6]
+    assert full.logit_bias_values.tolist() == [1.5, -2.0]
+    assert full.prompt_token_ids.tolist() == [1, 2, 3]
+    assert full.output_token_ids.tolist() == [4]
+
+
+def test_arrays_are_views_of_the_message(plan: StepPlan) -> None:
+    decoded = decode_plan(encode_plan(plan))
+    assert not decoded.token_ids.flags.owndata
+    assert not decoded.token_ids.flags.writeable
+
+
+@pytest.mark.parametrize(
+    "message",
+    [b"", b"\xc1", msgpack.packb([]), msgpack.packb({}), msgpack.packb({"step_id": 1}), b"\x81"],
+    ids=["empty", "no msgpack", "a list", "no fields", "too few fields", "cut off"],
+)
+def test_damaged_message_is_refused(message: bytes) -> None:
+    with pytest.raises(InternalError, match="cannot be read"):
+        decode_plan(message)
+
+
+@pytest.mark.parametrize(
+    "name", ["positions", "slot_mapping", "context_lens", "sample_slots", "sample_positions"]
+)
+def test_arrays_of_different_lengths_are_refused(plan: StepPlan, name: str) -> None:
+    damaged = replace(plan, **{name: getattr(plan, name)[:-1]})
+    with pytest.raises(InternalError, match="do not fit"):
+        decode_plan(encode_plan(damaged))
+
+
+def test_query_start_must_end_at_the_last_token(plan: StepPlan) -> None:
+    damaged = replace(plan, query_start=plan.query_start - 1)
+    with pytest.raises(InternalError, match="do not fit"):
+        decode_plan(encode_plan(damaged))

@@ -1,0 +1,151 @@
+"""The sockets between the ranks: order, bounds, and who notices whose end."""
+
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from orchestra.worker import plan_channel
+from orchestra.worker.plan_channel import Follower, Leader, RankLostError
+
+TIMEOUT_S = 20
+
+
+class Store:
+    """`torch.distributed.Store`, in memory."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, str] = {}
+        self._changed = threading.Condition()
+
+    def set(self, key: str, value: str, /) -> None:
+        with self._changed:
+            self._values[key] = value
+            self._changed.notify_all()
+
+    def get(self, key: str, /) -> bytes:
+        with self._changed:
+            assert self._changed.wait_for(lambda: key in self._values, TIMEOUT_S)
+            return self._values[key].encode()
+
+
+Group = tuple[Leader, list[Follower]]
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as executor:
+        yield executor
+
+
+@pytest.fixture(params=["unix", "long path", "tcp"])
+def group(
+    request: pytest.FixtureRequest, tmp_path: Path, pool: ThreadPoolExecutor
+) -> Iterator[Group]:
+    folder = tmp_path / ("long" * 30) if request.param == "long path" else tmp_path
+    folder.mkdir(exist_ok=True)
+    url = "tcp://127.0.0.1:1" if request.param == "tcp" else (folder / "meet").as_uri()
+    store = Store()
+    leading: Future[Leader] = pool.submit(Leader, store, 3, url)
+    following = [pool.submit(Follower, store, rank) for rank in (2, 1)]
+    leader = leading.result(TIMEOUT_S)
+    followers = [future.result(TIMEOUT_S) for future in reversed(following)]
+    # Nothing is left behind where the ranks met.
+    assert list(folder.iterdir()) == []
+    yield leader, followers
+    for follower in followers:
+        follower.close()
+    leader.close()
+
+
+def test_messages_arrive_whole_and_in_order(group: Group, pool: ThreadPoolExecutor) -> None:
+    leader, followers = group
+    messages = [b"x", b"plan" * 100_000, bytes(range(256))]
+
+    def receive_all(follower: Follower) -> list[bytes | None]:
+        return [follower.receive() for _ in messages]
+
+    received = [pool.submit(receive_all, follower) for follower in followers]
+    for message in messages:
+        leader.broadcast(message)
+    assert [future.result(TIMEOUT_S) for future in received] == [messages, messages]
+
+
+def test_answers_come_in_the_order_of_the_ranks(group: Group) -> None:
+    leader, followers = group
+    followers[1].send(b"two")
+    followers[0].send(b"one")
+    assert leader.collect() == [b"one", b"two"]
+
+
+def test_goodbye_is_no_loss(group: Group) -> None:
+    leader, followers = group
+    leader.check()
+    leader.close()
+    assert [follower.receive() for follower in followers] == [None, None]
+
+
+def test_leader_notices_a_lost_rank(group: Group) -> None:
+    leader, followers = group
+    followers[1].close()
+    with pytest.raises(RankLostError, match="rank 2"):
+        leader.check()
+
+
+def test_leader_cannot_send_to_lost_ranks(group: Group) -> None:
+    leader, followers = group
+    for follower in followers:
+        follower.close()
+    # What is sent first may still fit a buffer; more than any buffer holds does not.
+    with pytest.raises(RankLostError, match="takes no message"):
+        leader.broadcast(bytes(plan_channel.MESSAGE_BYTES_MAX))
+
+
+def test_follower_notices_a_lost_leader(group: Group) -> None:
+    leader, followers = group
+    for peer in leader._peers.values():
+        peer.shutdown(socket.SHUT_RDWR)
+    for follower in followers:
+        with pytest.raises(RankLostError, match="rank 0"):
+            follower.receive()
+
+
+def test_leader_notices_a_rank_lost_before_its_answer(group: Group) -> None:
+    leader, followers = group
+    followers[0].close()
+    with pytest.raises(RankLostError, match="rank 1"):
+        leader.collect()
+
+
+def test_announced_size_is_bounded(group: Group) -> None:
+    leader, followers = group
+    leader._peers[1].sendall(struct.pack("<I", plan_channel.MESSAGE_BYTES_MAX + 1))
+    with pytest.raises(RankLostError, match="announced"):
+        followers[0].receive()
+
+
+def test_stranger_takes_no_place(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
+    store = Store()
+    leading = pool.submit(Leader, store, 2, "tcp://127.0.0.1:1")
+    host, port = store.get("plan-channel/address").decode().removeprefix("tcp:").split(":")
+    for greeting in (b"\x00" * 36, b"short"):
+        with socket.create_connection((host, int(port)), TIMEOUT_S) as stranger:
+            stranger.sendall(greeting)
+            stranger.shutdown(socket.SHUT_WR)
+            assert stranger.recv(1) == b""
+    follower = Follower(store, 1)
+    leader = leading.result(TIMEOUT_S)
+    leader.broadcast(b"hello")
+    assert follower.receive() == b"hello"
+    leader.close()
+    follower.close()
+
+
+def test_missing_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_channel, "CONNECT_TIMEOUT_S", 0.05)
+    with pytest.raises(RankLostError, match=r"ranks \[1, 2\] did not come"):
+        Leader(Store(), 3, (tmp_path / "meet").as_uri())
