@@ -91,6 +91,12 @@ pub struct Metrics {
     pub prefix_cache_hit_tokens: Counter,
     /// Sequences that workers preempted; summed from the differences of their reports.
     pub preemptions: Counter,
+    /// Steps that workers executed; summed like `preemptions`.
+    pub worker_steps: Counter,
+    /// Time that workers spent planning steps, seconds.
+    pub worker_schedule: Counter<f64, AtomicU64>,
+    /// Time that workers spent in the model, seconds.
+    pub worker_execute: Counter<f64, AtomicU64>,
     /// Workers attached now.
     pub workers: Gauge,
     requests_finished: Family<ReasonLabel, Counter>,
@@ -118,6 +124,9 @@ impl Metrics {
             generation_tokens: Counter::default(),
             prefix_cache_hit_tokens: Counter::default(),
             preemptions: Counter::default(),
+            worker_steps: Counter::default(),
+            worker_schedule: Counter::default(),
+            worker_execute: Counter::default(),
             workers: Gauge::default(),
             requests_finished: Family::default(),
             requests_rejected: Family::default(),
@@ -166,6 +175,9 @@ impl Metrics {
     fn register_workers(&self, r: &mut Registry) {
         r.register("workers", "Workers attached", self.workers.clone());
         r.register("preemptions", "Sequences preempted by workers", self.preemptions.clone());
+        r.register("worker_steps", "Steps executed by workers", self.worker_steps.clone());
+        r.register_with_unit("worker_schedule", "Spent planning steps", Unit::Seconds, self.worker_schedule.clone());
+        r.register_with_unit("worker_execute", "Spent in the model", Unit::Seconds, self.worker_execute.clone());
         r.register("worker_requests_running", "Sequences in a worker's batch", self.worker_requests_running.clone());
         r.register("worker_requests_waiting", "Sequences queued at a worker", self.worker_requests_waiting.clone());
         r.register("kv_cache_usage_ratio", "Share of a worker's KV blocks in use", self.kv_cache_usage.clone());
@@ -361,8 +373,8 @@ mod tests {
             .split("mod tests")
             .next()
             .unwrap();
-        let registered =
-            source.matches("r.register(").count() + source.matches("seconds(\"").count();
+        let rows = ["r.register(\"", "r.register_with_unit(\"", "seconds(\""];
+        let registered: usize = rows.iter().map(|row| source.matches(row).count()).sum();
         assert_eq!(published_names().len(), registered);
     }
 
