@@ -56,6 +56,7 @@ pub(super) async fn tokenise(
     // An overloaded router spends nothing on what it would refuse anyway.
     state.admission.check()?;
     let prompt_field = field_of(&input.prompt);
+    check_not_empty(&input.prompt, prompt_field)?;
     let prompt_token_ids = token_ids(state, &model, input.prompt).await?;
     check_token_ids(prompt_field, &prompt_token_ids, model.vocab_size)?;
     let sampling = sampling(
@@ -121,6 +122,20 @@ const fn field_of(prompt: &Prompt) -> &'static str {
         Prompt::Text(_) | Prompt::TokenIds(_) => "prompt",
         Prompt::Chat { .. } => "messages",
     }
+}
+
+/// Before tokenising: with a beginning-of-text token even nothing would become something.
+fn check_not_empty(prompt: &Prompt, field: &str) -> Result<(), ApiError> {
+    let is_empty = match prompt {
+        Prompt::Text(text) => text.is_empty(),
+        Prompt::TokenIds(token_ids) => token_ids.is_empty(),
+        Prompt::Chat { messages, .. } => messages.is_empty(),
+    };
+    if is_empty { Err(empty(field)) } else { Ok(()) }
+}
+
+fn empty(field: &str) -> ApiError {
+    ApiError::invalid(field, format!("{field} must not be empty"))
 }
 
 async fn token_ids(
@@ -208,11 +223,9 @@ fn too_long(field: &str, message: String) -> ApiError {
 }
 
 fn check_token_ids(field: &str, token_ids: &[TokenId], vocab_size: u32) -> Result<(), ApiError> {
+    // A template may print nothing.
     if token_ids.is_empty() {
-        return Err(ApiError::invalid(
-            field,
-            format!("{field} must not be empty"),
-        ));
+        return Err(empty(field));
     }
     match token_ids.iter().position(|&id| id >= vocab_size) {
         Some(index) => Err(outside_vocabulary(field, index, vocab_size)),

@@ -75,6 +75,16 @@ async fn the_request_s_shape_is_checked() {
                 ..text("x")
             },
         ),
+        (bad, "prompt", text("")),
+        (
+            bad,
+            "messages",
+            input(Prompt::Chat {
+                messages: Vec::new(),
+                tools: Vec::new(),
+                template_kwargs: serde_json::Map::new(),
+            }),
+        ),
         (bad, "prompt", input(Prompt::TokenIds(Vec::new()))),
         (bad, "prompt", input(Prompt::TokenIds(vec![1, 2, 9999]))),
     ])
