@@ -54,7 +54,7 @@ class Run:
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
     """Compares logits, relative to their spread."""
-    difference = (actual - expected).abs().max()
+    difference = (actual.cpu() - expected).abs().max()
     assert difference <= TOLERANCE * max(1.0, float(expected.std()))
 
 
