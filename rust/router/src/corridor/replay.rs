@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::{choice::Choice, stream::Running};
 use crate::error::ApiError;
 
-/// When a request may try again that was refused by full workers.
+/// When a request may be sent again that the workers refused.
 const RETRY_AFTER_MS: u64 = 1000;
 
 /// A choice waits for a worker to continue on.
@@ -36,21 +36,25 @@ pub(super) enum Interruption {
 impl Interruption {
     /// What the client is told where no worker continues.
     fn into_error(self) -> ApiError {
-        let failed = "the worker failed and no other could continue the request";
-        match self {
-            Self::Lost => ApiError::new(ErrorCode::WorkerFailed, failed),
-            Self::Failed { code, message } => match code {
-                ErrorCode::QueueFull => ApiError::new(code, "the workers' queues are full")
-                    .retry_after_ms(RETRY_AFTER_MS),
-                ErrorCode::NoWorkers | ErrorCode::ShuttingDown => {
-                    let message = "no worker could take the request";
-                    ApiError::new(ErrorCode::NoWorkers, message).retry_after_ms(RETRY_AFTER_MS)
-                }
-                ErrorCode::WorkerFailed | ErrorCode::Internal => {
-                    ApiError::new(ErrorCode::WorkerFailed, failed)
-                }
-                _ => ApiError::new(code, message),
-            },
+        let (code, message) = match self {
+            Self::Lost => (ErrorCode::WorkerFailed, String::new()),
+            Self::Failed { code, message } => (code, message),
+        };
+        let error = match code {
+            ErrorCode::QueueFull => ApiError::new(code, "the workers' queues are full"),
+            ErrorCode::NoWorkers | ErrorCode::ShuttingDown => {
+                ApiError::new(ErrorCode::NoWorkers, "no worker could take the request")
+            }
+            ErrorCode::WorkerFailed | ErrorCode::Internal => {
+                let message = "the worker failed and no other could continue the request";
+                ApiError::new(ErrorCode::WorkerFailed, message)
+            }
+            _ => ApiError::new(code, message),
+        };
+        if error.code.retryable() {
+            error.retry_after_ms(RETRY_AFTER_MS)
+        } else {
+            error
         }
     }
 
@@ -64,13 +68,13 @@ impl Interruption {
         }
     }
 
-    /// How long to wait where there is no other worker. One that left is likely to come back; one that is there and
-    /// refuses is not.
+    /// How long to wait where there is no other worker. One that left is likely to come back, and one that failed or
+    /// shuts down is about to leave; one that stays and refuses is not worth a wait.
     const fn patience(&self, limit: Duration) -> Duration {
         match self {
             Self::Lost
             | Self::Failed {
-                code: ErrorCode::ShuttingDown,
+                code: ErrorCode::WorkerFailed | ErrorCode::ShuttingDown,
                 ..
             } => limit,
             Self::Failed { .. } => Duration::ZERO,

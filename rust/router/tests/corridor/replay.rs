@@ -221,9 +221,8 @@ async fn what_every_worker_refuses_is_refused_at_once() {
     let cases = [
         ("queue_full", ErrorCode::QueueFull),
         ("no_workers", ErrorCode::NoWorkers),
-        ("worker_failed", ErrorCode::WorkerFailed),
+        ("preempted_out", ErrorCode::PreemptedOut),
         ("internal", ErrorCode::WorkerFailed),
-        ("a code of tomorrow", ErrorCode::WorkerFailed),
     ];
     for (sent, expected) in cases {
         let (router, mut worker) = TestRouter::with_worker(limits()).await;
@@ -237,6 +236,43 @@ async fn what_every_worker_refuses_is_refused_at_once() {
             error.code.retryable(),
             "{sent}"
         );
+    }
+}
+
+#[tokio::test]
+async fn a_request_waits_where_its_worker_failed_and_is_about_to_leave() {
+    for code in ["worker_failed", "shutting_down", "a code of tomorrow"] {
+        let (router, mut failing) = TestRouter::with_worker(limits()).await;
+        let mut stream = router.generate(text("x")).await.unwrap();
+        let start = failing.start().await;
+        failing.tokens(start.sequence_id, 0, &bytes("a")).await;
+        next(&mut stream).await.unwrap();
+        failing
+            .fail(start.sequence_id, code, "the step failed")
+            .await;
+        // A report after the failure: once it shows, the failure has been taken in.
+        failing
+            .report(v1::LoadReport {
+                num_waiting: 3,
+                ..v1::LoadReport::default()
+            })
+            .await;
+        let shown = "orchestra_worker_requests_waiting{worker=\"w0\"}";
+        eventually("the report", || router.metric(shown) == Some(3)).await;
+        assert!(
+            futures_util::poll!(std::pin::pin!(next(&mut stream))).is_pending(),
+            "{code}"
+        );
+        let (answer, _worker) = tokio::join!(collect(stream, 1), async {
+            let mut worker = router.attach("w1").await;
+            let again = worker.start().await;
+            assert_eq!(again.output_token_ids, bytes("a"), "{code}");
+            worker
+                .finish(again.sequence_id, 1, &bytes("b"), v1::FinishReason::Length)
+                .await;
+            worker
+        });
+        assert_eq!(answer.unwrap()[0].text, "b", "{code}");
     }
 }
 
