@@ -16,7 +16,7 @@ from orchestra.worker.assembly import Rank, assemble
 from orchestra.worker.config import EXIT_INVALID_CONFIG, WorkerConfig
 from orchestra.worker.metrics import WorkerMetrics
 from orchestra.worker.plan import decode_plan
-from orchestra.worker.plan_channel import Follower
+from orchestra.worker.plan_channel import Follower, RankLostError
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -98,8 +98,10 @@ def run(config: WorkerConfig) -> int:
     except (ConfigError, UnsupportedError) as error:
         logger.error("%s", error)  # noqa: TRY400 (the message says it all; nobody wants a traceback of a typo)
         return EXIT_INVALID_CONFIG
-    except Exception:
-        logger.exception("the worker failed")
+    except Exception as error:
+        # A lost rank has said why itself; anything else needs its traceback.
+        is_ours = not isinstance(error, RankLostError)
+        logger.error("the worker failed: %s", error, exc_info=is_ours)  # noqa: TRY400
         if config.shard.size > 1:
             # Leaving a group whose other ranks are gone can block for ever; nothing is left to clean up.
             logging.shutdown()
@@ -198,6 +200,7 @@ def agent_config(config: WorkerConfig, rank: Rank) -> dict[str, Any]:
 def _lead_with_agent(config: WorkerConfig, rank: Rank, stop: StopSignals) -> None:
     from orchestra import _core
 
+    _core.init_logging()
     agent = _core.Agent(agent_config(config, rank))
     logger.info("loaded, attaching to the router at %s", config.router)
     metrics = WorkerMetrics(agent.stats, config.block_size)
