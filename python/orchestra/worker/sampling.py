@@ -72,7 +72,7 @@ def rank_threshold(probabilities: Tensor, top_k: Tensor, top_p: Tensor) -> Tenso
         `float32[N, 1]`.
     """
     vocab = probabilities.shape[1]
-    count = min(CANDIDATES, vocab)
+    count = min(CANDIDATES, int(top_k.max()))
     threshold, is_found = _threshold_among(probabilities, top_k, top_p, count)
     wide = torch.nonzero(~is_found).flatten()
     if wide.numel() and count < vocab:
@@ -118,8 +118,8 @@ def _threshold_among(
     # A bound that is never reached where all are to be kept: the sum may round to less than 1.
     bound = torch.where(top_p < 1, top_p * total, torch.inf)
     # The first token is always kept; each further one while those before it have not reached the bound.
-    kept = 1 + (reached[:, :-1] < bound.unsqueeze(1)).sum(1, keepdim=True)
-    kept = torch.minimum(kept, top_k.unsqueeze(1))
+    kept = 1 + torch.searchsorted(reached, bound.unsqueeze(1))
+    kept = torch.minimum(kept, top_k.clamp(max=count).unsqueeze(1))
     is_found = (top_k <= count) | (keeps_all & (reached[:, -1] >= bound))
     return ranked.gather(1, kept - 1), is_found
 
