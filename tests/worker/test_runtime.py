@@ -240,6 +240,9 @@ def test_agent_needs_a_tokeniser(make_rank: MakeRank, tmp_path: Path) -> None:
         "generation_config_json": b"",
         "chat_template": "{{ messages }}",
     }
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja is not UTF-8"):
+        agent_config(config, make_rank("llama"))
 
 
 @pytest.mark.timeout(120)

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -131,20 +130,14 @@ def lead(
 ) -> None:
     """The loop of rank 0: until a signal, and then until what runs has finished or the time is up."""
     leader = rank.group.leader
-    announce: Callable[[], None] | None = _announce_ready
-    deadline: float | None = None
-    while True:
-        if stop.is_requested:
-            if deadline is None:
-                agent.drain()
-                deadline = time.monotonic() + drain_timeout_s
-            if agent.is_idle or time.monotonic() > deadline:
-                return
+    drain = _Drain(agent, drain_timeout_s)
+    is_announced = False
+    while not (stop.is_requested and drain.is_over()):
         with metrics.wait.time():
             message = agent.next_step(IDLE_WAIT_MS)
-        if announce is not None and agent.is_attached:
-            announce()
-            announce = None
+        if not is_announced and agent.is_attached:
+            _announce_ready()
+            is_announced = True
         if message is None:
             if leader is not None:
                 leader.check()
@@ -166,11 +159,27 @@ def lead(
         metrics.sampled_tokens.inc(len(output.token_ids))
 
 
+class _Drain:
+    """Lets what runs finish, for a limited time that begins with the first question."""
+
+    def __init__(self, agent: Agent, timeout_s: float) -> None:
+        self._agent = agent
+        self._timeout_s = timeout_s
+        self._deadline: float | None = None
+
+    def is_over(self) -> bool:
+        """Whether nothing is left to finish, or no time to finish it in."""
+        if self._deadline is None:
+            self._agent.drain()
+            self._deadline = time.monotonic() + self._timeout_s
+        return self._agent.is_idle or time.monotonic() > self._deadline
+
+
 def agent_config(config: WorkerConfig, rank: Rank) -> dict[str, Any]:
     """The settings of `orchestra._core.Agent`; what is not named here has its default there.
 
     Raises:
-        ConfigError: a file of the tokeniser is missing.
+        ConfigError: a file of the tokeniser is missing or damaged.
     """
     return {
         "router": config.router,
@@ -182,7 +191,7 @@ def agent_config(config: WorkerConfig, rank: Rank) -> dict[str, Any]:
             "tokenizer_json": _read(config.model_dir / "tokenizer.json", is_required=True),
             "tokenizer_config_json": _read(config.model_dir / "tokenizer_config.json"),
             "generation_config_json": _read(config.model_dir / "generation_config.json"),
-            "chat_template": _read(config.model_dir / "chat_template.jinja").decode(),
+            "chat_template": _read_text(config.model_dir / "chat_template.jinja"),
         },
         "scheduler": {
             "block_size": config.block_size,
@@ -224,6 +233,13 @@ def _read(path: Path, *, is_required: bool = False) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path.name} cannot be read: {error.strerror}") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return _read(path).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path.name} is not UTF-8: {error.reason}") from error
 
 
 # === what the supervisor reads: one JSON object per line of standard output ===
