@@ -6,7 +6,8 @@
 //!
 //! The trace has one JSON object a line with `input_length`, `output_length` and `hash_ids`, one per 512 tokens. It is
 //! replayed, each time with other conversations, until the workers hold as many blocks as asked for. Workers keep
-//! what they computed and evict the oldest chain, leaves first. Every timed decision's cost is held against the scan's.
+//! what they computed and evict the oldest chain, leaves first. The cost of as many decisions
+//! as are timed is held against the scan's, each of them.
 
 #![expect(
     clippy::print_stdout,
@@ -19,6 +20,7 @@ use std::{
     collections::VecDeque,
     fs::File,
     io::{BufRead, BufReader, Read},
+    path::Path,
     rc::Rc,
     time::Instant,
 };
@@ -77,7 +79,10 @@ struct TraceRow {
 
 fn read_trace(path: &str) -> Vec<TraceRow> {
     let file = File::open(path).unwrap();
-    let reader: Box<dyn Read> = if path.ends_with(".gz") {
+    let reader: Box<dyn Read> = if Path::new(path)
+        .extension()
+        .is_some_and(|extension| extension == "gz")
+    {
         Box::new(flate2::read::GzDecoder::new(file))
     } else {
         Box::new(file)
@@ -203,12 +208,24 @@ struct Live {
 #[derive(Default)]
 struct Times {
     route: Vec<u32>,
+    /// Routes that a scan came just before, which leaves other data in the caches.
+    route_after_scan: Vec<u32>,
     scan: Vec<u32>,
+    /// Of each decision's events.
+    picos_per_block: Vec<u32>,
     release: Vec<u32>,
     prefill_done: Vec<u32>,
     load: Vec<u32>,
     event_nanos: u64,
     event_blocks: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Warming,
+    /// Each decision against the scan.
+    Checked,
+    Timed,
 }
 
 struct Fleet {
@@ -281,7 +298,8 @@ impl Fleet {
         row.hash_ids.iter().flat_map(of_id).take(num_full).collect()
     }
 
-    fn step(&mut self, row: &TraceRow, chain: Rc<[BlockHash]>, is_timed: bool) {
+    fn step(&mut self, row: &TraceRow, chain: Rc<[BlockHash]>, phase: Phase) {
+        let is_timed = phase == Phase::Timed;
         let block = self.options.block;
         let tokens = std::mem::take(&mut self.tokens);
         let request = RouteRequest {
@@ -297,7 +315,7 @@ impl Fleet {
         };
         let usable = &chain[..chain.len().min((row.input as usize - 1) / block as usize)];
         let start = Instant::now();
-        let expected = is_timed.then(|| self.scan.best(&request, block, usable));
+        let expected = (phase == Phase::Checked).then(|| self.scan.best(&request, block, usable));
         let scanned = start.elapsed();
         let start = Instant::now();
         let reservation = self.scheduler.route(&request, Time::ZERO).unwrap();
@@ -307,6 +325,8 @@ impl Fleet {
             let got = self.scan.cost(&request, block, worker as usize);
             assert_eq!(got, expected, "the scan finds a better worker");
             self.times.scan.push(scanned.as_nanos() as u32);
+            self.times.route_after_scan.push(routed.as_nanos() as u32);
+        } else if is_timed {
             self.times.route.push(routed.as_nanos() as u32);
         }
         self.tokens = tokens;
@@ -342,13 +362,16 @@ impl Fleet {
         for event in &events {
             self.scheduler.apply_kv_event(id, event).unwrap();
         }
-        if is_timed {
-            self.times.event_nanos += start.elapsed().as_nanos() as u64;
+        if is_timed && num_blocks > 0 {
+            let nanos = start.elapsed().as_nanos() as u64;
+            self.times.event_nanos += nanos;
+            let picos = nanos * 1000 / num_blocks as u64;
+            self.times.picos_per_block.push(picos as u32);
             self.times.event_blocks += num_blocks as u64;
         }
     }
 
-    /// Ends the oldest prefill and the oldest request, and reports one worker's load.
+    /// Ends the oldest prefill and the oldest request; their workers report.
     fn advance(&mut self, is_timed: bool) {
         let num_workers = self.options.workers;
         if self.prefilling.len() > num_workers / 2
@@ -358,6 +381,7 @@ impl Fleet {
             self.scheduler.prefill_done(live.reservation.id);
             record(&mut self.times.prefill_done, start, is_timed);
             self.scan.queued[live.worker as usize] -= live.prefill;
+            self.report(live.worker as usize, is_timed);
             self.decoding.push_back(live);
         }
         if self.decoding.len() > num_workers * 8
@@ -369,16 +393,21 @@ impl Fleet {
             let worker = live.worker as usize;
             self.scan.batch[worker] -= 1;
             self.scan.kv_used[worker] -= live.blocks;
-            let load = WorkerLoad {
-                num_running: self.scan.batch[worker],
-                num_waiting: 0,
-                kv_blocks_used: self.scan.kv_used[worker] as u32,
-                queued_prefill_tokens: self.scan.queued[worker],
-            };
-            let start = Instant::now();
-            self.scheduler.update_load(self.ids[worker], load);
-            record(&mut self.times.load, start, is_timed);
+            self.report(worker, is_timed);
         }
+    }
+
+    /// Reports what the worker has, which a reservation that ended no longer counts in.
+    fn report(&mut self, worker: usize, is_timed: bool) {
+        let load = WorkerLoad {
+            num_running: self.scan.batch[worker],
+            num_waiting: 0,
+            kv_blocks_used: self.scan.kv_used[worker] as u32,
+            queued_prefill_tokens: self.scan.queued[worker],
+        };
+        let start = Instant::now();
+        self.scheduler.update_load(self.ids[worker], load);
+        record(&mut self.times.load, start, is_timed);
     }
 
     fn print(&mut self) {
@@ -391,23 +420,26 @@ impl Fleet {
             stats.index_bytes as f64 / entries as f64
         );
         let times = &mut self.times;
+        times.picos_per_block.sort_unstable();
         println!(
             "{:28}{:>10}{:>10}{:>10}{:>10}",
             "µs", "p50", "p99", "p99.9", "max"
         );
         print_times("route, with its reservation", &mut times.route);
+        print_times("the same after a scan", &mut times.route_after_scan);
         print_times("full scan, choice only", &mut times.scan);
         print_times("prefill_done", &mut times.prefill_done);
         print_times("release", &mut times.release);
         print_times("update_load", &mut times.load);
-        let mut empty = (0..100_000)
+        let mut empty: Vec<u32> = (0..100_000)
             .map(|_| Instant::now().elapsed().as_nanos() as u32)
             .collect();
         print_times("the clock itself", &mut empty);
         println!(
-            "KV events: {:.1} M blocks/s over {} blocks",
+            "KV events: {:.1} M blocks/s in the mean over {} blocks, {:.1} at the median decision",
             times.event_blocks as f64 * 1e3 / times.event_nanos as f64,
-            times.event_blocks
+            times.event_blocks,
+            1e6 / f64::from(times.picos_per_block[times.picos_per_block.len() / 2])
         );
         let (start, num_tokens) = (Instant::now(), 12_000);
         let hashes = block_hashes(
@@ -430,7 +462,7 @@ fn record(times: &mut Vec<u32>, start: Instant, is_timed: bool) {
     }
 }
 
-fn print_times(name: &str, times: &mut Vec<u32>) {
+fn print_times(name: &str, times: &mut [u32]) {
     times.sort_unstable();
     let at = |permille: usize| f64::from(times[(times.len() - 1) * permille / 1000]) / 1e3;
     let [p50, p99, p999, max] = [500, 990, 999, 1000].map(at);
@@ -450,13 +482,14 @@ fn main() {
     while fleet.num_entries < target {
         let (row, replay) = replays.next().unwrap();
         let chain = fleet.chain(row, replay);
-        fleet.step(row, chain, false);
+        fleet.step(row, chain, Phase::Warming);
         num_warm += 1;
     }
-    println!("warm after {num_warm} decisions; {decisions} decisions timed and checked");
-    for (row, replay) in replays.take(decisions) {
+    println!("warm after {num_warm} decisions; {decisions} are checked, then {decisions} timed");
+    let phases = [Phase::Checked, Phase::Timed].map(|phase| std::iter::repeat_n(phase, decisions));
+    for (phase, (row, replay)) in phases.into_iter().flatten().zip(replays) {
         let chain = fleet.chain(row, replay);
-        fleet.step(row, chain, true);
+        fleet.step(row, chain, phase);
     }
     fleet.print();
 }

@@ -152,7 +152,7 @@ impl Fleet {
             }
             2 => {
                 self.scheduler
-                    .set_draining(self.workers[index], index % 2 == 0);
+                    .set_draining(self.workers[index], index.is_multiple_of(2));
             }
             3..30 => {
                 let prompt = self.prompt();
@@ -169,7 +169,7 @@ fn run(policy: RoutePolicy) {
     let mut fleet = Fleet::new(policy);
     // From idle over busy to full.
     for num_held in [300, 2000, 8000] {
-        for _ in 0..600 {
+        for _ in 0..400 {
             fleet.step(num_held);
         }
         for _ in 0..num_held.saturating_sub(fleet.held.len()) / 2 {

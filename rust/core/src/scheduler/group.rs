@@ -113,8 +113,8 @@ pub(super) struct Model {
 /// All groups.
 #[derive(Debug, Default)]
 pub(super) struct Groups {
-    /// By number; a group whose last member left keeps its number for the next one.
-    groups: Vec<Group>,
+    /// A group whose last member left keeps its number for the next one.
+    by_number: Vec<Group>,
     free: Vec<u32>,
     models: FxHashMap<String, Model>,
 }
@@ -129,11 +129,11 @@ impl Groups {
     }
 
     pub(super) fn get(&self, number: u32) -> &Group {
-        &self.groups[number as usize]
+        &self.by_number[number as usize]
     }
 
     pub(super) fn get_mut(&mut self, number: u32) -> &mut Group {
-        &mut self.groups[number as usize]
+        &mut self.by_number[number as usize]
     }
 
     /// Adds a worker to the group of its kind; returns the group's number.
@@ -146,19 +146,19 @@ impl Groups {
         let number = *model.groups.entry(key).or_insert_with(|| {
             let group = Group::new(key, spec.hash_seed(""));
             if let Some(number) = self.free.pop() {
-                self.groups[number as usize] = group;
+                self.by_number[number as usize] = group;
                 return number;
             }
-            self.groups.push(group);
-            (self.groups.len() - 1) as u32
+            self.by_number.push(group);
+            (self.by_number.len() - 1) as u32
         });
-        self.groups[number as usize].members.push(slot);
+        self.by_number[number as usize].members.push(slot);
         number
     }
 
     /// Takes a closed worker out of its group.
     pub(super) fn remove_member(&mut self, spec: &WorkerSpec, number: u32, slot: u32) {
-        let group = &mut self.groups[number as usize];
+        let group = &mut self.by_number[number as usize];
         group.members.retain(|&member| member != slot);
         if !group.members.is_empty() {
             return;

@@ -91,7 +91,7 @@ impl Pick<'_> {
         };
         model
             .ring
-            .from_key(key)
+            .after_key(key)
             .find_map(|slot| self.try_slot(slot))
     }
 

@@ -26,7 +26,7 @@ impl Ring {
     }
 
     /// Slots, from a key's place on; once around, a slot as often as it has points. O(log points) to the first.
-    pub(super) fn from_key(&self, key: u64) -> impl Iterator<Item = u32> + '_ {
+    pub(super) fn after_key(&self, key: u64) -> impl Iterator<Item = u32> + '_ {
         let after = self.points.range((key, 0)..);
         let before = self.points.range(..(key, 0));
         after.chain(before).map(|&(_, slot)| slot)

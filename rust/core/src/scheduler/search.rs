@@ -26,6 +26,7 @@
 //! grid, and the members of the cells that the bound does not exclude.
 
 use super::{
+    bits::Bits,
     group::Group,
     index::{Holders, PrefixIndex},
     policy::CostModel,
@@ -100,8 +101,7 @@ impl Search<'_> {
         let (mut depth, mut count) = self.index.deepest_above(self.chain, 0);
         self.costs.deepest = depth as u64;
         loop {
-            let bound = self.cost(depth, queued, batch);
-            if self.best.is_some_and(|best| bound >= best.cost) {
+            if !self.may_improve(depth, queued, batch) {
                 return;
             }
             let Some(last) = depth.checked_sub(1) else {
@@ -109,14 +109,21 @@ impl Search<'_> {
                 return;
             };
             self.judge_level(depth, Some(self.index.holders_of(self.chain[last])));
-            if count >= self.group.members.len() {
-                return; // all hold it
+            // Nobody else is left, or nobody at any smaller depth can beat the best.
+            if count >= self.group.members.len() || !self.may_improve(last, queued, batch) {
+                return;
             }
             (depth, count) = match self.index.deepest_above(&self.chain[..last], count) {
                 (0, _) => (0, count),
                 deeper => deeper,
             };
         }
+    }
+
+    /// Whether a worker with this load would beat the best as a holder of `depth` blocks.
+    fn may_improve(&self, depth: usize, queued: u64, batch: u64) -> bool {
+        let bound = self.cost(depth, queued, batch);
+        self.best.is_none_or(|best| bound < best.cost)
     }
 
     fn cost(&self, depth: usize, queued: u64, batch: u64) -> u64 {
@@ -134,7 +141,7 @@ impl Search<'_> {
             return;
         }
         let num_holders = holders.map_or(usize::MAX, |holders| holders.len());
-        let num_with_room = with_room.map_or(usize::MAX, |room| room.len());
+        let num_with_room = with_room.map_or(usize::MAX, Bits::len);
         let fewest = num_holders.min(num_with_room);
         if fewest > FEW_HOLDERS && self.walk(depth, holders, fewest) {
             return;

@@ -8,6 +8,7 @@ pub(super) const NIL: u32 = u32::MAX;
 
 /// A worker in a decision's eyes. Derived from [`Worker`] on every change of it, except for its place in the grid.
 #[derive(Clone, Debug)]
+#[repr(align(64))]
 pub(super) struct Standing {
     pub(super) id: WorkerId,
     pub(super) holder: HolderId,

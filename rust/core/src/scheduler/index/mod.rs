@@ -7,6 +7,7 @@
 //! its id away in O(1); entries of a dead id are passed over, and swept a few at a time with the KV events that
 //! follow. An id is given out again only after a sweep of the whole index.
 
+mod depth;
 mod sets;
 mod table;
 
@@ -27,8 +28,6 @@ const SWEEP_SLOTS: usize = 4096;
 const SWEEP_EVERY: usize = 512;
 /// Hashes whose cache lines are fetched together.
 const TOUCH: usize = 16;
-/// Positions that one round of a depth search probes together.
-const PROBES: usize = 8;
 
 /// Block hash → the workers that hold it.
 ///
@@ -172,7 +171,7 @@ impl PrefixIndex {
     pub(super) fn insert_all(&mut self, hashes: &[BlockHash], id: HolderId) -> u32 {
         let mut num_new = 0;
         for hashes in hashes.chunks(TOUCH) {
-            self.table.touch(hashes);
+            self.table.touch(hashes.iter().copied());
             for &hash in hashes {
                 num_new += u32::from(self.insert(hash, id));
             }
@@ -185,7 +184,7 @@ impl PrefixIndex {
     pub(super) fn remove_all(&mut self, hashes: &[BlockHash], id: HolderId) -> u32 {
         let mut num_removed = 0;
         for hashes in hashes.chunks(TOUCH) {
-            self.table.touch(hashes);
+            self.table.touch(hashes.iter().copied());
             for &hash in hashes {
                 num_removed += u32::from(self.remove(hash, id));
             }
@@ -259,96 +258,6 @@ impl PrefixIndex {
     }
 }
 
-// === depths ===
-
-impl PrefixIndex {
-    /// How many live workers hold the block.
-    fn count(&self, hash: BlockHash) -> usize {
-        let holders = self.holders_of(hash);
-        if !self.has_dead() {
-            return holders.len();
-        }
-        let mut count = 0;
-        holders.for_each(|id| count += usize::from(self.slot_of(id).is_some()));
-        count
-    }
-
-    /// The largest depth whose last block more than `count` workers hold; with nested sets, all blocks before it too.
-    pub(super) fn deepest_above(&self, chain: &[BlockHash], count: usize) -> (usize, usize) {
-        let depth = last_true(chain.len(), |index| self.count(chain[index]) > count);
-        let last = depth.checked_sub(1).map(|last| chain[last]);
-        (depth, last.map_or(0, |hash| self.count(hash)))
-    }
-
-    /// How many leading blocks of the chain one holder has. O(that).
-    pub(super) fn depth_of(&self, chain: &[BlockHash], id: HolderId) -> usize {
-        let mut depth = 0;
-        for hashes in chain.chunks(TOUCH) {
-            self.table.touch(hashes);
-            let held = hashes.iter().take_while(|&&hash| self.contains(hash, id));
-            let num_held = held.count();
-            depth += num_held;
-            if num_held < hashes.len() {
-                break;
-            }
-        }
-        depth
-    }
-
-    /// How many leading blocks of the chain each worker holds, by slot. Walks all holders of the chain.
-    pub(super) fn depths(&self, chain: &[BlockHash], num_slots: usize) -> Vec<u32> {
-        let mut depths = vec![0_u32; num_slots];
-        for (depth, &hash) in (0_u32..).zip(chain) {
-            let mut is_held = false;
-            self.holders_of(hash).for_each(|id| {
-                // A holder whose chain broke earlier cannot use this block.
-                let slot = self.slot_of(id);
-                if let Some(held) = slot.and_then(|slot| depths.get_mut(slot as usize))
-                    && *held == depth
-                {
-                    *held += 1;
-                    is_held = true;
-                }
-            });
-            if !is_held {
-                break;
-            }
-        }
-        depths
-    }
-}
-
-/// The border of a predicate that is true up to some index and false from there on.
-///
-/// Where it is not of that shape, some border: never below the first index at which it is false.
-/// Probes [`PROBES`] places at a time, because their cache misses then overlap: log₉ `len` rounds.
-fn last_true(len: usize, is_true: impl Fn(usize) -> bool) -> usize {
-    let (mut low, mut high) = (0, len);
-    while low < high {
-        let width = high - low;
-        let num_probes = width.min(PROBES);
-        let place = |probe: usize| low + (probe + 1) * width / (num_probes + 1);
-        let place = |probe: usize| {
-            if width <= PROBES {
-                low + probe
-            } else {
-                place(probe)
-            }
-        };
-        let mut answers = 0_u32;
-        for probe in 0..num_probes {
-            answers |= u32::from(is_true(place(probe))) << probe;
-        }
-        let num_true = answers.trailing_ones() as usize;
-        let next_low = num_true.checked_sub(1).map_or(low, |last| place(last) + 1);
-        if num_true < num_probes {
-            high = place(num_true);
-        }
-        low = next_low;
-    }
-    low
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -385,14 +294,5 @@ mod tests {
         }
         assert_eq!(index.len(), SWEEP_EVERY);
         assert_eq!(index.add_holder(3), first);
-    }
-
-    #[test]
-    fn borders_are_found_at_every_place() {
-        for len in 0..200 {
-            for border in 0..=len {
-                assert_eq!(last_true(len, |index| index < border), border);
-            }
-        }
     }
 }
