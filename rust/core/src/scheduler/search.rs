@@ -22,7 +22,7 @@
 //! underestimated and that was not chosen would not have been chosen at its true cost either. One that lacks a
 //! later block of a set that it was to be counted in can be overlooked: then the choice is sound but may not be best.
 //!
-//! Cost: O(log D) lookups for each depth visited (0.5 to 1.6 on a conversation trace), O(rows) for each walk of the
+//! Cost: O(log D) lookups for each depth visited, O(rows) for each walk of the
 //! grid, and the members of the cells that the bound does not exclude.
 
 use super::{
