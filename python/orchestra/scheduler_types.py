@@ -166,6 +166,7 @@ class SchedulerStats:
         num_draining: Of these, how many drain.
         num_index_blocks: Distinct KV blocks in the prefix index.
         num_index_entries: (block, holder) pairs in the prefix index.
+        index_bytes: Memory of the prefix index.
         num_reservations: Reservations held.
         reservation_age_us_max: Age of the oldest one, microseconds: without end, it was never released.
         num_waiting_requests: Requests that wait for a worker.
@@ -181,6 +182,7 @@ class SchedulerStats:
     num_draining: int
     num_index_blocks: int
     num_index_entries: int
+    index_bytes: int
     num_reservations: int
     reservation_age_us_max: int
     num_waiting_requests: int

@@ -4,49 +4,59 @@
 //! those that found no room. What they know is fed from outside: specs, KV events, load reports. One owner holds the
 //! [`Scheduler`]; callers with threads put it behind a mutex.
 
+mod bits;
 mod config;
 mod error;
+mod explain;
 mod extents;
 mod gpus;
+mod group;
 mod index;
+mod load_grid;
+mod pick;
 pub mod place;
+mod policy;
 mod reservation;
+mod ring;
 pub mod route;
+mod search;
+mod standing;
 mod stats;
 pub mod waiting;
 mod worker;
+mod workers;
 
 use std::collections::BTreeMap;
-
-use rustc_hash::FxHashMap;
 
 pub use self::{
     config::SchedulerConfig,
     error::SchedulerError,
     place::{Extent, GpuId, GpuSpec, PlaceRequest, PlacedGpu, Placement, PlacementId},
+    policy::RoutePolicy,
     reservation::{Reservation, ReservationId},
-    route::{Candidate, Explanation, Ineligible, RouteRequest},
+    route::{Candidate, Explanation, HashedPrompt, Ineligible, RouteRequest},
     stats::{SchedulerStats, WorkerSnapshot},
     waiting::{Grant, Granted, TicketId, Wait},
     worker::{NAME_BYTES_MAX, WorkerId, WorkerLoad, WorkerSpec},
 };
 use self::{
     gpus::GpuPool,
+    group::Groups,
     index::PrefixIndex,
     reservation::Held,
+    standing::NIL,
     waiting::WaitQueues,
     worker::{Demand, Worker},
+    workers::Workers,
 };
-use crate::{config::ConfigIssue, step::KvEvent};
+use crate::{config::ConfigIssue, hash::BlockHash, step::KvEvent};
 
 /// Chooses workers for requests and GPUs for gangs.
 #[derive(Debug)]
 pub struct Scheduler {
     config: SchedulerConfig,
-    workers: BTreeMap<WorkerId, Worker>,
-    worker_names: FxHashMap<String, WorkerId>,
-    /// Workers registered so far; the next id.
-    num_registered: u32,
+    workers: Workers,
+    groups: Groups,
     index: PrefixIndex,
     /// Ordered by age.
     reservations: BTreeMap<ReservationId, Held>,
@@ -63,9 +73,8 @@ impl Scheduler {
         let gpus = GpuPool::new(&config);
         Ok(Self {
             config,
-            workers: BTreeMap::new(),
-            worker_names: FxHashMap::default(),
-            num_registered: 0,
+            workers: Workers::default(),
+            groups: Groups::default(),
             index: PrefixIndex::default(),
             reservations: BTreeMap::new(),
             num_decisions: 0,
@@ -77,7 +86,7 @@ impl Scheduler {
     /// Registers a worker with an empty prefix cache and no load.
     pub fn add_worker(&mut self, spec: WorkerSpec) -> Result<WorkerId, SchedulerError> {
         spec.validate()?;
-        if self.worker_names.contains_key(&spec.name) {
+        if self.workers.by_name(&spec.name).is_some() {
             return Err(SchedulerError::DuplicateName { kind: "worker" });
         }
         let limit = self.config.max_num_workers;
@@ -88,81 +97,120 @@ impl Scheduler {
                 limit,
             });
         }
-        self.num_registered += 1;
-        let id = WorkerId(self.num_registered);
-        self.worker_names.insert(spec.name.clone(), id);
-        self.workers.insert(id, Worker::new(spec));
+        let slot = self.workers.next_slot();
+        let group = self.groups.add_member(&spec, slot);
+        if self.config.policy == RoutePolicy::ConsistentHash
+            && let Some(model) = self.groups.model_mut(&spec.model)
+        {
+            model.ring.insert(&spec.name, slot);
+        }
+        let holder = self.index.add_holder(slot);
+        let id = self.workers.insert(Worker::new(spec, holder, group));
+        let group = self.groups.get_mut(group);
+        group.open(self.workers.standings_mut(), slot);
         Ok(id)
     }
 
     /// Forgets a worker, what it cached, and every reservation on it. `false` where it is not registered.
     pub fn remove_worker(&mut self, id: WorkerId) -> bool {
-        let Some(worker) = self.workers.remove(&id) else {
+        self.set_draining(id, true);
+        let Some(worker) = self.workers.remove(id) else {
             return false;
         };
-        self.worker_names.remove(&worker.spec.name);
-        self.index.remove_worker(id);
+        if let Some(model) = self.groups.model_mut(&worker.spec.model) {
+            model.ring.remove(&worker.spec.name, id.slot);
+        }
+        self.groups
+            .remove_member(&worker.spec, worker.group, id.slot);
+        self.index
+            .remove_holder(worker.holder, worker.num_cached_blocks);
         self.reservations.retain(|_, held| held.worker != id);
         true
     }
 
     /// A draining worker takes no new requests and keeps its reservations. `false` where it is not registered.
     pub fn set_draining(&mut self, id: WorkerId, is_draining: bool) -> bool {
-        let Some(worker) = self.workers.get_mut(&id) else {
+        let Some(worker) = self.workers.get_mut(id) else {
             return false;
         };
-        worker.is_draining = is_draining;
+        if worker.is_draining != is_draining {
+            worker.is_draining = is_draining;
+            let group = self.groups.get_mut(worker.group);
+            if is_draining {
+                group.close(self.workers.standings_mut(), id.slot);
+            } else {
+                group.open(self.workers.standings_mut(), id.slot);
+            }
+        }
         true
     }
 
     /// Takes a worker's load report. `false` where it is not registered.
     pub fn update_load(&mut self, id: WorkerId, load: WorkerLoad) -> bool {
-        let Some(worker) = self.workers.get_mut(&id) else {
+        let Some(worker) = self.workers.get_mut(id) else {
             return false;
         };
         worker.load = load;
         worker.num_reports += 1;
         worker.unreported = Demand::default();
+        self.refresh(id.slot);
         true
+    }
+
+    /// Brings what decisions read up to date with a worker whose load changed. O(1).
+    fn refresh(&mut self, slot: u32) {
+        let Some((worker, standing)) = self.workers.at(slot) else {
+            return;
+        };
+        let mut fresh = standing.clone();
+        fresh.refresh(worker);
+        let load_changed = (fresh.queued, fresh.batch) != (standing.queued, standing.batch);
+        let (is_open, from, to) = (standing.cell != NIL, standing.room(), fresh.room());
+        let group = self.groups.get_mut(fresh.group);
+        let standings = self.workers.standings_mut();
+        if is_open && load_changed {
+            group.grid.remove(standings, slot);
+            fresh.cell = NIL;
+            standings[slot as usize] = fresh;
+            group.grid.insert(standings, slot);
+        } else {
+            standings[slot as usize] = fresh;
+        }
+        if is_open && from != to {
+            group.change_room(slot, from, to);
+        }
     }
 
     /// Takes a change of what a worker's prefix cache holds.
     ///
     /// A worker that reports more blocks than it has is refused before anything changes; so is one that is gone.
     pub fn apply_kv_event(&mut self, id: WorkerId, event: &KvEvent) -> Result<(), SchedulerError> {
-        let worker = self
-            .workers
-            .get_mut(&id)
-            .ok_or(SchedulerError::UnknownWorker)?;
+        let worker = self.workers.get_mut(id);
+        let worker = worker.ok_or(SchedulerError::UnknownWorker)?;
         match event {
             KvEvent::Stored(hashes) => {
                 let limit = worker.spec.num_blocks;
-                let new = hashes
-                    .iter()
-                    .filter(|&&hash| !self.index.contains(hash, id))
-                    .count();
-                if new as u64 + u64::from(worker.num_cached_blocks) > u64::from(limit) {
+                let room = limit - worker.num_cached_blocks;
+                let holder = worker.holder;
+                // What is stored already takes no room; mostly there is enough without counting that.
+                let is_new = |hash: &&BlockHash| !self.index.contains(**hash, holder);
+                if hashes.len() > room as usize
+                    && hashes.iter().filter(is_new).count() > room as usize
+                {
                     let worker = worker.spec.name.clone();
                     return Err(SchedulerError::TooManyBlocks { worker, limit });
                 }
-                let index = &mut self.index;
-                let inserted = hashes
-                    .iter()
-                    .filter(|&&hash| index.insert(hash, id))
-                    .count();
-                worker.num_cached_blocks += inserted as u32;
+                worker.num_cached_blocks += self.index.insert_all(hashes, holder);
             }
             KvEvent::Removed(hashes) => {
-                let index = &mut self.index;
-                let removed = hashes
-                    .iter()
-                    .filter(|&&hash| index.remove(hash, id))
-                    .count();
-                worker.num_cached_blocks -= removed as u32;
+                worker.num_cached_blocks -= self.index.remove_all(hashes, worker.holder);
             }
             KvEvent::Cleared => {
-                self.index.remove_worker(id);
+                self.index
+                    .remove_holder(worker.holder, worker.num_cached_blocks);
                 worker.num_cached_blocks = 0;
+                worker.holder = self.index.add_holder(id.slot);
+                self.refresh(id.slot);
             }
         }
         Ok(())
@@ -170,11 +218,11 @@ impl Scheduler {
 
     /// The worker of this name.
     pub fn worker_by_name(&self, name: &str) -> Option<WorkerId> {
-        self.worker_names.get(name).copied()
+        self.workers.by_name(name)
     }
 
     /// What the worker was registered as.
     pub fn worker_spec(&self, id: WorkerId) -> Option<&WorkerSpec> {
-        self.workers.get(&id).map(|worker| &worker.spec)
+        self.workers.get(id).map(|worker| &worker.spec)
     }
 }

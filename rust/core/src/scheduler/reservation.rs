@@ -3,6 +3,7 @@
 use super::{
     Scheduler,
     error::SchedulerError,
+    policy::RoutePolicy,
     route::{Candidate, RouteRequest},
     worker::{Demand, WorkerId},
 };
@@ -53,7 +54,7 @@ impl Scheduler {
         }
         let worker = self
             .workers
-            .get_mut(&chosen.worker)
+            .get_mut(chosen.worker)
             .ok_or(SchedulerError::UnknownWorker)?;
         let cached_blocks = chosen.num_cached_tokens / worker.spec.block_size;
         let demand = Demand {
@@ -74,6 +75,12 @@ impl Scheduler {
             reserved_at: now,
         };
         self.reservations.insert(id, held);
+        self.refresh(chosen.worker.slot);
+        if self.config.policy == RoutePolicy::RoundRobin
+            && let Some(model) = self.groups.model_mut(request.model)
+        {
+            model.last_slot = Some(chosen.worker.slot);
+        }
         Ok(Reservation {
             id,
             worker: chosen.worker,
@@ -109,12 +116,13 @@ impl Scheduler {
 
     fn give_back(&mut self, held: &Held, demand: Demand) {
         // A reservation goes with its worker, so a held one's worker is there.
-        let Some(worker) = self.workers.get_mut(&held.worker) else {
+        let Some(worker) = self.workers.get_mut(held.worker) else {
             return;
         };
         worker.reserved.subtract(demand);
         if worker.num_reports == held.num_reports {
             worker.unreported.subtract(demand);
         }
+        self.refresh(held.worker.slot);
     }
 }

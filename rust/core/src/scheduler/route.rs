@@ -1,7 +1,8 @@
 //! Choosing a worker for a request.
 //!
 //! Among the workers that may take the request at all, those that have room for it now come first; among these the
-//! one of least cost is taken, and among equals the one that was chosen longest ago:
+//! [policy](super::RoutePolicy) chooses. Equals take turns: a worker whose load changed goes behind those of like load. By
+//! default the one of least cost is taken:
 //!
 //! ```text
 //! cost(w) = (prefill tokens left to compute on w + prefill tokens queued on w) × (batch on w + 1)
@@ -12,16 +13,20 @@
 //! Properties (tested): the choice has the least cost of a full scan; a request is never placed on a worker whose
 //! KV could not hold it even when empty; a refusal changes nothing.
 
-use std::{cmp::Reverse, collections::BTreeMap};
+use std::{borrow::Cow, cmp::Reverse};
 
+pub use super::explain::{Explanation, Ineligible};
 use super::{
     Scheduler,
     error::SchedulerError,
+    group::Model,
+    policy::CostModel,
     reservation::Reservation,
-    worker::{Worker, WorkerId, WorkerSpec},
+    search::{Found, Needs, Search},
+    worker::WorkerId,
 };
 use crate::{
-    hash::{BlockHash, block_hashes},
+    hash::{BlockHash, HashSeed, SeedParts, block_hashes},
     ids::TokenId,
     time::Time,
 };
@@ -39,15 +44,30 @@ pub struct RouteRequest<'a> {
     pub salt: &'a str,
     /// Workers that may not take it, for example because they failed it before.
     pub exclude: &'a [WorkerId],
+    /// What `consistent_hash` keeps together; where it is empty, prompts of one first block.
+    pub session_key: &'a str,
+    /// The prompt's hashes, where the caller has them already.
+    pub hashed: Option<HashedPrompt<'a>>,
+}
+
+/// Hashes of a prompt's full blocks. Used for the workers of this seed and block size; for others the scheduler hashes.
+#[derive(Clone, Copy, Debug)]
+pub struct HashedPrompt<'a> {
+    /// Start of the chain: [`WorkerSpec::hash_seed`](super::WorkerSpec::hash_seed) of the request's salt.
+    pub seed: HashSeed,
+    /// Tokens per block.
+    pub block_size: u32,
+    /// In order; what [`block_hashes`] returns.
+    pub blocks: &'a [BlockHash],
 }
 
 impl RouteRequest<'_> {
     /// Prompt and output tokens.
-    fn num_tokens(&self) -> u64 {
+    pub(super) fn num_tokens(&self) -> u64 {
         self.token_ids.len() as u64 + u64::from(self.max_tokens)
     }
 
-    fn validate(&self) -> Result<(), SchedulerError> {
+    pub(super) fn validate(&self) -> Result<(), SchedulerError> {
         if self.token_ids.is_empty() {
             return Err(SchedulerError::InvalidField {
                 field: "token_ids",
@@ -69,7 +89,7 @@ impl RouteRequest<'_> {
 pub struct Candidate {
     /// The worker.
     pub worker: WorkerId,
-    /// The formula of this module.
+    /// The [policy](super::RoutePolicy)'s formula; `load_only`'s where the policy has none.
     pub cost: u64,
     /// Whether it could start the request now: free KV for all of it and a place in the batch.
     pub has_room: bool,
@@ -89,7 +109,7 @@ pub struct Candidate {
 
 impl Candidate {
     /// Least is best.
-    fn rank(&self) -> (Reverse<bool>, u64, u64, WorkerId) {
+    pub(super) fn rank(&self) -> (Reverse<bool>, u64, u64, WorkerId) {
         (
             Reverse(self.has_room),
             self.cost,
@@ -99,85 +119,11 @@ impl Candidate {
     }
 }
 
-/// Why a worker of the right model may not take a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ineligible {
-    /// The request excludes it.
-    Excluded,
-    /// It takes no new requests.
-    Draining,
-    /// Prompt and output exceed its context.
-    ContextTooLong {
-        /// Prompt plus output tokens.
-        requested: u64,
-        /// Its `max_model_len`.
-        limit: u64,
-    },
-    /// Prompt and output need more KV blocks than it has in all.
-    KvTooLarge {
-        /// Blocks needed.
-        requested: u64,
-        /// Its `num_blocks`.
-        limit: u64,
-    },
-}
-
-impl Ineligible {
-    /// The reason as metrics and Python spell it.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Excluded => "excluded",
-            Self::Draining => "draining",
-            Self::ContextTooLong { .. } => "context_too_long",
-            Self::KvTooLarge { .. } => "kv_too_large",
-        }
-    }
-}
-
-/// Why a request would go where it would go.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Explanation {
-    /// The best candidates, best first. The first is the one that `route` would choose.
-    pub candidates: Vec<Candidate>,
-    /// How many more workers could take the request.
-    pub num_more_candidates: u32,
-    /// The workers of the model that could not, and why.
-    pub ineligible: Vec<(WorkerId, Ineligible)>,
-}
-
-/// All workers of a request's model, judged.
-struct Survey {
-    candidates: Vec<Candidate>,
-    ineligible: Vec<(WorkerId, Ineligible)>,
-}
-
-impl Survey {
-    fn best(&self) -> Option<Candidate> {
-        self.candidates
-            .iter()
-            .min_by_key(|candidate| candidate.rank())
-            .copied()
-    }
-
-    /// Why there is no candidate: size first, because waiting does not help against it.
-    fn refusal(&self) -> SchedulerError {
-        let reasons = self.ineligible.iter().map(|&(_, reason)| reason);
-        let kv = reasons.clone().filter_map(|reason| match reason {
-            Ineligible::KvTooLarge { requested, limit } => Some((limit, requested)),
-            _ => None,
-        });
-        let context = reasons.filter_map(|reason| match reason {
-            Ineligible::ContextTooLong { requested, limit } => Some((limit, requested)),
-            _ => None,
-        });
-        match (kv.max(), context.max()) {
-            (Some((limit, requested)), _) => SchedulerError::KvTooLarge { requested, limit },
-            (None, Some((limit, requested))) => SchedulerError::ContextTooLong { requested, limit },
-            (None, None) => SchedulerError::NoWorkers {
-                registered: self.ineligible.len() as u32,
-            },
-        }
-    }
+/// A request's usable hashes on the workers of one group.
+pub(super) struct Chain<'a> {
+    pub(super) group: u32,
+    pub(super) block_size: u32,
+    pub(super) blocks: Cow<'a, [BlockHash]>,
 }
 
 impl Scheduler {
@@ -193,125 +139,169 @@ impl Scheduler {
         self.reserve(request, best, now)
     }
 
-    /// The best `k` workers for the request and what each would cost, and why the others of the model may not
-    /// take it. Reserves nothing.
-    pub fn explain(
-        &self,
-        request: &RouteRequest<'_>,
-        k: usize,
-    ) -> Result<Explanation, SchedulerError> {
-        let Survey {
-            mut candidates,
-            ineligible,
-        } = self.survey(request)?;
-        candidates.sort_unstable_by_key(Candidate::rank);
-        let num_more_candidates = candidates.len().saturating_sub(k) as u32;
-        candidates.truncate(k);
-        Ok(Explanation {
-            candidates,
-            num_more_candidates,
-            ineligible,
-        })
-    }
-
     /// The best worker for the request, whether or not it has room now. Reserves nothing.
     pub(super) fn choose(&self, request: &RouteRequest<'_>) -> Result<Candidate, SchedulerError> {
+        request.validate()?;
+        let model = self.groups.model(request.model);
+        let model = model.ok_or(SchedulerError::ModelNotFound)?;
+        let chains = self.chains(model, request);
+        let found = if self.config.policy.is_least_cost() {
+            self.least_cost(request, &chains)
+        } else {
+            self.pick(model, request, &chains)
+        };
+        if let Some(candidate) = found.and_then(|(found, chain, costs)| {
+            let candidate = self.verified(request, found, &chains[chain], &costs)?;
+            Some(candidate)
+        }) {
+            return Ok(candidate);
+        }
+        // Nobody may take it, or a holder lacks a block that it should have: rare enough to judge everybody.
         let survey = self.survey(request)?;
         survey.best().ok_or_else(|| survey.refusal())
     }
 
-    /// Judges every worker of the model.
-    fn survey(&self, request: &RouteRequest<'_>) -> Result<Survey, SchedulerError> {
-        request.validate()?;
-        let mut ineligible = Vec::new();
-        // Workers that hash alike share one chain: it depends on the block size and, of the seed's parts, on the
-        // epoch; model and salt are the request's.
-        let mut groups: BTreeMap<(u32, u64), Vec<WorkerId>> = BTreeMap::new();
-        for (&id, worker) in &self.workers {
-            if worker.spec.model != request.model {
-                continue;
-            }
-            match judge(id, worker, request) {
-                Some(reason) => ineligible.push((id, reason)),
-                None => groups
-                    .entry((worker.spec.block_size, worker.spec.weights_epoch))
-                    .or_default()
-                    .push(id),
-            }
-        }
-        if groups.is_empty() && ineligible.is_empty() {
-            return Err(SchedulerError::ModelNotFound);
-        }
-        let mut candidates = Vec::new();
-        for members in groups.values() {
-            let Some(first) = self.workers.get(&members[0]) else {
-                continue;
+    /// The request's hashes for each group of its model.
+    pub(super) fn chains<'a>(&self, model: &Model, request: &RouteRequest<'a>) -> Vec<Chain<'a>> {
+        let of_group = |&group: &u32| {
+            let (key, seed) = (self.groups.get(group).key, self.groups.get(group).seed);
+            let seed = match request.salt {
+                "" => seed,
+                salt => SeedParts {
+                    model: request.model,
+                    weights_epoch: key.weights_epoch,
+                    salt,
+                    ..SeedParts::default()
+                }
+                .seed(),
             };
-            let chain = usable_chain(request, &first.spec);
-            let depths = self.index.depths(&chain, members);
-            for (&id, depth) in members.iter().zip(depths) {
-                if let Some(worker) = self.workers.get(&id) {
-                    candidates.push(assess(id, worker, request, depth));
+            Chain {
+                group,
+                block_size: key.block_size,
+                blocks: usable_chain(request, seed, key.block_size),
+            }
+        };
+        model.groups.values().map(of_group).collect()
+    }
+
+    /// What a request asks of a chain's workers.
+    pub(super) fn needs<'a>(
+        request: &RouteRequest<'a>,
+        chain: &Chain<'_>,
+        room: bool,
+    ) -> Needs<'a> {
+        let num_tokens = request.num_tokens();
+        Needs {
+            num_tokens,
+            num_blocks: num_tokens.div_ceil(u64::from(chain.block_size)),
+            exclude: request.exclude,
+            room,
+        }
+    }
+
+    pub(super) fn cost_model(&self, request: &RouteRequest<'_>, chain: &Chain<'_>) -> CostModel {
+        CostModel {
+            policy: self.config.policy,
+            prompt_tokens: request.token_ids.len() as u64,
+            block_size: chain.block_size.into(),
+            deepest: 0,
+            seq_cost_tokens: self.config.seq_cost_tokens.into(),
+            fetch_cost_permille: self.config.fetch_cost_permille.into(),
+        }
+    }
+
+    /// A worker of least cost, and which chain is its own.
+    fn least_cost(
+        &self,
+        request: &RouteRequest<'_>,
+        chains: &[Chain<'_>],
+    ) -> Option<(Found, usize, CostModel)> {
+        [true, false].into_iter().find_map(|room| {
+            let mut best: Option<(Found, usize, CostModel)> = None;
+            for (number, chain) in chains.iter().enumerate() {
+                let before = best.map(|(found, ..)| found);
+                let mut search = Search {
+                    index: &self.index,
+                    standings: self.workers.standings(),
+                    group: self.groups.get(chain.group),
+                    group_number: chain.group,
+                    chain: &chain.blocks,
+                    needs: Self::needs(request, chain, room),
+                    costs: self.cost_model(request, chain),
+                    best: before,
+                };
+                search.run();
+                let is_better = |found: &Found| before.is_none_or(|old| found.cost < old.cost);
+                if let Some(found) = search.best.filter(is_better) {
+                    best = Some((found, number, search.costs));
                 }
             }
-        }
-        Ok(Survey {
-            candidates,
-            ineligible,
+            best
+        })
+    }
+
+    /// The candidate that was found, if it holds what the search took it to hold.
+    fn verified(
+        &self,
+        request: &RouteRequest<'_>,
+        found: Found,
+        chain: &Chain<'_>,
+        costs: &CostModel,
+    ) -> Option<Candidate> {
+        let standing = self.workers.standing(found.slot);
+        let blocks = &chain.blocks[..];
+        let claimed = if self.config.policy.uses_prefix() {
+            &blocks[..found.depth]
+        } else {
+            blocks
+        };
+        let depth = self.index.depth_of(claimed, standing.holder);
+        (depth >= found.depth)
+            .then(|| self.candidate(request, found.slot, depth, costs))
+            .flatten()
+    }
+
+    /// What the request would cost on a worker that holds `depth` leading blocks of it.
+    pub(super) fn candidate(
+        &self,
+        request: &RouteRequest<'_>,
+        slot: u32,
+        depth: usize,
+        costs: &CostModel,
+    ) -> Option<Candidate> {
+        let (worker, standing) = self.workers.at(slot)?;
+        let block_size = worker.spec.block_size;
+        let num_blocks = request.num_tokens().div_ceil(u64::from(block_size));
+        let prefill = costs.prefill(depth as u64);
+        Some(Candidate {
+            worker: standing.id,
+            cost: costs.cost(prefill, standing.queued, standing.batch.into()),
+            has_room: standing.batch < standing.max_num_seqs
+                && num_blocks - depth as u64 <= u64::from(standing.kv_blocks_free),
+            num_cached_tokens: depth as u32 * block_size,
+            queued_prefill_tokens: standing.queued,
+            batch: standing.batch,
+            // Fits in u32: it was held against the worker's blocks.
+            num_blocks: num_blocks as u32,
+            kv_blocks_free: standing.kv_blocks_free.into(),
+            last_chosen: worker.last_chosen,
         })
     }
 }
 
 /// Hashes of the prompt's blocks that a prefix hit can use: at least one token is always computed, because the first
 /// output token is drawn from its logits.
-fn usable_chain(request: &RouteRequest<'_>, spec: &WorkerSpec) -> Vec<BlockHash> {
+fn usable_chain<'a>(
+    request: &RouteRequest<'a>,
+    seed: HashSeed,
+    block_size: u32,
+) -> Cow<'a, [BlockHash]> {
     let (_last, usable) = request.token_ids.split_last().unwrap_or((&0, &[]));
-    block_hashes(
-        spec.hash_seed(request.salt),
-        usable,
-        spec.block_size as usize,
-    )
-}
-
-/// Whether the worker could ever take the request; `None`: it could.
-fn judge(id: WorkerId, worker: &Worker, request: &RouteRequest<'_>) -> Option<Ineligible> {
-    if request.exclude.contains(&id) {
-        return Some(Ineligible::Excluded);
-    }
-    if worker.is_draining {
-        return Some(Ineligible::Draining);
-    }
-    let (requested, limit) = (request.num_tokens(), u64::from(worker.spec.max_model_len));
-    if requested > limit {
-        return Some(Ineligible::ContextTooLong { requested, limit });
-    }
-    let requested = requested.div_ceil(u64::from(worker.spec.block_size));
-    let limit = u64::from(worker.spec.num_blocks);
-    (requested > limit).then_some(Ineligible::KvTooLarge { requested, limit })
-}
-
-/// What the request would cost on a worker that holds `depth` leading blocks of it.
-fn assess(id: WorkerId, worker: &Worker, request: &RouteRequest<'_>, depth: u32) -> Candidate {
-    let block_size = worker.spec.block_size;
-    let num_cached_tokens = depth * block_size;
-    // Fits in u32: `judge` held it against `num_blocks`.
-    let num_blocks = request.num_tokens().div_ceil(u64::from(block_size)) as u32;
-    let batch = worker.batch();
-    let kv_blocks_free = worker.kv_blocks_free();
-    let queued_prefill_tokens = worker.queued_prefill_tokens();
-    let left = request.token_ids.len() as u64 - u64::from(num_cached_tokens);
-    Candidate {
-        worker: id,
-        cost: left
-            .saturating_add(queued_prefill_tokens)
-            .saturating_mul(u64::from(batch) + 1),
-        has_room: batch < worker.spec.max_num_seqs
-            && u64::from(num_blocks - depth) <= kv_blocks_free,
-        num_cached_tokens,
-        queued_prefill_tokens,
-        batch,
-        num_blocks,
-        kv_blocks_free,
-        last_chosen: worker.last_chosen,
+    match request.hashed {
+        Some(hashed) if hashed.seed == seed && hashed.block_size == block_size => {
+            let num_usable = (usable.len() / block_size as usize).min(hashed.blocks.len());
+            Cow::Borrowed(&hashed.blocks[..num_usable])
+        }
+        _ => Cow::Owned(block_hashes(seed, usable, block_size as usize)),
     }
 }

@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use super::{
     Scheduler,
+    standing::NIL,
     worker::{Demand, WorkerId, WorkerSpec},
 };
 use crate::time::Time;
@@ -16,10 +17,12 @@ pub struct SchedulerStats {
     pub num_workers: u32,
     /// Of these, how many drain.
     pub num_draining: u32,
-    /// Distinct KV blocks in the prefix index.
+    /// Distinct KV blocks in the prefix index; those of workers that left or cleared count until they are swept.
     pub num_index_blocks: u64,
     /// (block, holder) pairs in the prefix index.
     pub num_index_entries: u64,
+    /// Memory of the prefix index.
+    pub index_bytes: u64,
     /// Live reservations.
     pub num_reservations: u64,
     /// Age of the oldest live reservation, µs: one that grows without end was never released.
@@ -62,7 +65,7 @@ pub struct WorkerSnapshot {
 impl Scheduler {
     /// Every worker's figures, in order of registration.
     pub fn workers(&self) -> impl Iterator<Item = (WorkerId, WorkerSnapshot)> + '_ {
-        self.workers.iter().map(|(&id, worker)| {
+        self.workers.in_order().into_iter().map(|(id, worker)| {
             let snapshot = WorkerSnapshot {
                 spec: worker.spec.clone(),
                 is_draining: worker.is_draining,
@@ -78,7 +81,7 @@ impl Scheduler {
 
     /// Figures at time `now`.
     pub fn stats(&self, now: Time) -> SchedulerStats {
-        let workers = self.workers.values();
+        let workers = self.workers.iter().map(|(_, worker)| worker);
         let (num_waiting_requests, num_waiting_gangs) = self.waiting.lengths();
         let oldest = self.reservations.first_key_value();
         SchedulerStats {
@@ -88,6 +91,7 @@ impl Scheduler {
             num_index_entries: workers
                 .map(|worker| u64::from(worker.num_cached_blocks))
                 .sum(),
+            index_bytes: self.index.heap_bytes() as u64,
             num_reservations: self.reservations.len() as u64,
             reservation_age_us_max: oldest
                 .map_or(0, |(_, held)| now.0.saturating_sub(held.reserved_at.0)),
@@ -109,43 +113,47 @@ impl Scheduler {
         let mut reserved: FxHashMap<WorkerId, Demand> = FxHashMap::default();
         let mut unreported: FxHashMap<WorkerId, Demand> = FxHashMap::default();
         for held in self.reservations.values() {
-            let worker = self.workers.get(&held.worker);
+            let worker = self.workers.get(held.worker);
             assert!(worker.is_some(), "a reservation outlived its worker");
             reserved.entry(held.worker).or_default().add(held.demand);
             if worker.is_some_and(|worker| worker.num_reports == held.num_reports) {
                 unreported.entry(held.worker).or_default().add(held.demand);
             }
         }
-        let mut cached: FxHashMap<WorkerId, u32> = FxHashMap::default();
-        for (_, worker) in self.index.entries() {
-            *cached.entry(worker).or_default() += 1;
+        let mut cached: FxHashMap<u32, u32> = FxHashMap::default();
+        for (_, slot) in self.index.entries() {
+            *cached.entry(slot).or_default() += 1;
         }
-        assert!(
-            cached.keys().all(|id| self.workers.contains_key(id)),
-            "a holder is not registered"
-        );
-        for (id, worker) in &self.workers {
+        for (id, worker) in self.workers.iter() {
             assert_eq!(
                 worker.reserved,
-                reserved.get(id).copied().unwrap_or_default(),
+                reserved.get(&id).copied().unwrap_or_default(),
                 "{id}"
             );
             assert_eq!(
                 worker.unreported,
-                unreported.get(id).copied().unwrap_or_default(),
+                unreported.get(&id).copied().unwrap_or_default(),
                 "{id}"
             );
             assert_eq!(
                 worker.num_cached_blocks,
-                cached.get(id).copied().unwrap_or_default()
+                cached.remove(&id.slot).unwrap_or_default()
             );
             assert!(
                 worker.num_cached_blocks <= worker.spec.num_blocks,
                 "{id} caches too much"
             );
-            assert_eq!(self.worker_names.get(&worker.spec.name), Some(id));
+            let standing = self.workers.standing(id.slot);
+            assert_eq!(
+                (standing.queued, standing.batch),
+                (worker.queued_prefill_tokens(), worker.batch())
+            );
+            assert_eq!(u64::from(standing.kv_blocks_free), worker.kv_blocks_free());
+            assert_eq!(standing.cell == NIL, worker.is_draining);
         }
-        assert_eq!(self.worker_names.len(), self.workers.len());
+        assert!(cached.is_empty(), "a holder is not registered");
+        self.workers.check_integrity();
+        self.groups.check_integrity(self.workers.standings());
         self.gpus.check_integrity();
         self.waiting.check_integrity();
     }

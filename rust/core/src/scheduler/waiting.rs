@@ -55,6 +55,7 @@ struct WaitingRoute {
     max_tokens: u32,
     salt: String,
     exclude: Vec<WorkerId>,
+    session_key: String,
 }
 
 /// All waiting requests. Tickets count up, so a map by ticket is a queue.
@@ -97,6 +98,7 @@ impl WaitingRoute {
             max_tokens: request.max_tokens,
             salt: request.salt.to_owned(),
             exclude: request.exclude.to_vec(),
+            session_key: request.session_key.to_owned(),
         }
     }
 
@@ -107,6 +109,8 @@ impl WaitingRoute {
             max_tokens: self.max_tokens,
             salt: &self.salt,
             exclude: &self.exclude,
+            session_key: &self.session_key,
+            hashed: None,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::error::SchedulerError;
+use super::{error::SchedulerError, index::HolderId};
 use crate::hash::{HashSeed, SeedParts};
 
 /// Longest worker, GPU, model, domain or node name, in bytes.
@@ -10,11 +10,16 @@ pub const NAME_BYTES_MAX: usize = 128;
 
 /// Names a registered worker. Never used again once the worker is removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct WorkerId(pub(super) u32);
+pub struct WorkerId {
+    /// Counts registrations; first, so that ids are ordered by it.
+    pub(super) number: u32,
+    /// Where the worker is found, if what is there has this number.
+    pub(super) slot: u32,
+}
 
 impl fmt::Display for WorkerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "w{}", self.0)
+        write!(f, "w{}", self.number)
     }
 }
 
@@ -136,10 +141,14 @@ pub(super) struct Worker {
     pub(super) last_chosen: u64,
     /// Distinct hashes in the prefix index.
     pub(super) num_cached_blocks: u32,
+    /// What it holds goes by this id in the prefix index.
+    pub(super) holder: HolderId,
+    /// Number of its group.
+    pub(super) group: u32,
 }
 
 impl Worker {
-    pub(super) fn new(spec: WorkerSpec) -> Self {
+    pub(super) fn new(spec: WorkerSpec, holder: HolderId, group: u32) -> Self {
         Self {
             spec,
             is_draining: false,
@@ -149,6 +158,8 @@ impl Worker {
             unreported: Demand::default(),
             last_chosen: 0,
             num_cached_blocks: 0,
+            holder,
+            group,
         }
     }
 

@@ -54,6 +54,7 @@ impl RouteRequest {
             max_tokens: self.max_tokens,
             salt: &self.salt,
             exclude,
+            ..core::RouteRequest::default()
         }
     }
 }

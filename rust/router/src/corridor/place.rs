@@ -54,6 +54,7 @@ impl CheckedRequest {
             max_tokens: self.sampling.max_tokens.saturating_sub(output.len() as u32),
             salt: &self.cache_salt,
             exclude,
+            ..RouteRequest::default()
         };
         self.state.workers.place(&route, self.state.now())
     }

@@ -1,0 +1,164 @@
+//! Judging every worker: why a request would go where it would go, and why it can go nowhere.
+
+use super::{
+    Scheduler,
+    error::SchedulerError,
+    route::{Candidate, RouteRequest},
+    worker::{Worker, WorkerId},
+};
+
+/// Why a worker of the right model may not take a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ineligible {
+    /// The request excludes it.
+    Excluded,
+    /// It takes no new requests.
+    Draining,
+    /// Prompt and output exceed its context.
+    ContextTooLong {
+        /// Prompt plus output tokens.
+        requested: u64,
+        /// Its `max_model_len`.
+        limit: u64,
+    },
+    /// Prompt and output need more KV blocks than it has in all.
+    KvTooLarge {
+        /// Blocks needed.
+        requested: u64,
+        /// Its `num_blocks`.
+        limit: u64,
+    },
+}
+
+impl Ineligible {
+    /// The reason as metrics and Python spell it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Excluded => "excluded",
+            Self::Draining => "draining",
+            Self::ContextTooLong { .. } => "context_too_long",
+            Self::KvTooLarge { .. } => "kv_too_large",
+        }
+    }
+}
+
+/// Why a request would go where it would go.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Explanation {
+    /// The best candidates, best first. The first is the one that `route` would choose.
+    pub candidates: Vec<Candidate>,
+    /// How many more workers could take the request.
+    pub num_more_candidates: u32,
+    /// The workers of the model that could not, and why.
+    pub ineligible: Vec<(WorkerId, Ineligible)>,
+}
+
+/// All workers of a request's model, judged.
+pub(super) struct Survey {
+    candidates: Vec<Candidate>,
+    ineligible: Vec<(WorkerId, Ineligible)>,
+}
+
+impl Survey {
+    pub(super) fn best(&self) -> Option<Candidate> {
+        self.candidates
+            .iter()
+            .min_by_key(|candidate| candidate.rank())
+            .copied()
+    }
+
+    /// Why there is no candidate: size first, because waiting does not help against it.
+    pub(super) fn refusal(&self) -> SchedulerError {
+        let reasons = self.ineligible.iter().map(|&(_, reason)| reason);
+        let kv = reasons.clone().filter_map(|reason| match reason {
+            Ineligible::KvTooLarge { requested, limit } => Some((limit, requested)),
+            _ => None,
+        });
+        let context = reasons.filter_map(|reason| match reason {
+            Ineligible::ContextTooLong { requested, limit } => Some((limit, requested)),
+            _ => None,
+        });
+        match (kv.max(), context.max()) {
+            (Some((limit, requested)), _) => SchedulerError::KvTooLarge { requested, limit },
+            (None, Some((limit, requested))) => SchedulerError::ContextTooLong { requested, limit },
+            (None, None) => SchedulerError::NoWorkers {
+                registered: self.ineligible.len() as u32,
+            },
+        }
+    }
+}
+
+impl Scheduler {
+    /// The best `k` workers for the request and what each would cost, and why the others of the model may not
+    /// take it. Reserves nothing. O(workers × blocks of the prompt).
+    pub fn explain(
+        &self,
+        request: &RouteRequest<'_>,
+        k: usize,
+    ) -> Result<Explanation, SchedulerError> {
+        let Survey {
+            mut candidates,
+            ineligible,
+        } = self.survey(request)?;
+        let chosen = self.choose(request).ok().map(|chosen| chosen.worker);
+        // The chosen one first: among equals, and under policies that do not go by cost, the rank does not decide.
+        candidates
+            .sort_unstable_by_key(|candidate| (Some(candidate.worker) != chosen, candidate.rank()));
+        let num_more_candidates = candidates.len().saturating_sub(k) as u32;
+        candidates.truncate(k);
+        Ok(Explanation {
+            candidates,
+            num_more_candidates,
+            ineligible,
+        })
+    }
+
+    /// Judges every worker of the model.
+    pub(super) fn survey(&self, request: &RouteRequest<'_>) -> Result<Survey, SchedulerError> {
+        request.validate()?;
+        let model = self.groups.model(request.model);
+        let model = model.ok_or(SchedulerError::ModelNotFound)?;
+        let mut survey = Survey {
+            candidates: Vec::new(),
+            ineligible: Vec::new(),
+        };
+        for chain in self.chains(model, request) {
+            let depths = self.index.depths(&chain.blocks, self.workers.num_slots());
+            let mut costs = self.cost_model(request, &chain);
+            let members = &self.groups.get(chain.group).members;
+            let held = members.iter().map(|&slot| depths[slot as usize]);
+            costs.deepest = held.max().unwrap_or(0).into();
+            for &slot in members {
+                let Some((worker, standing)) = self.workers.at(slot) else {
+                    continue;
+                };
+                if let Some(reason) = judge(standing.id, worker, request) {
+                    survey.ineligible.push((standing.id, reason));
+                    continue;
+                }
+                let depth = depths[slot as usize] as usize;
+                let candidate = self.candidate(request, slot, depth, &costs);
+                survey.candidates.extend(candidate);
+            }
+        }
+        survey.ineligible.sort_unstable_by_key(|&(id, _)| id);
+        Ok(survey)
+    }
+}
+
+/// Whether the worker could ever take the request; `None`: it could.
+fn judge(id: WorkerId, worker: &Worker, request: &RouteRequest<'_>) -> Option<Ineligible> {
+    if request.exclude.contains(&id) {
+        return Some(Ineligible::Excluded);
+    }
+    if worker.is_draining {
+        return Some(Ineligible::Draining);
+    }
+    let (requested, limit) = (request.num_tokens(), u64::from(worker.spec.max_model_len));
+    if requested > limit {
+        return Some(Ineligible::ContextTooLong { requested, limit });
+    }
+    let requested = requested.div_ceil(u64::from(worker.spec.block_size));
+    let limit = u64::from(worker.spec.num_blocks);
+    (requested > limit).then_some(Ineligible::KvTooLarge { requested, limit })
+}

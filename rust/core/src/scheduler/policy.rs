@@ -1,0 +1,101 @@
+//! What a request costs on a worker, under each policy.
+
+use serde::{Deserialize, Serialize};
+
+/// How a worker is chosen. `docs/routing.md` has each policy's formula, complexity and use.
+///
+/// Under every policy the workers that have room for the request now come before those that have not.
+/// `miss` are the prompt tokens that the worker would have to compute, `queued` those that wait there already,
+/// `batch` the sequences that run or wait there, `prompt` all tokens of the prompt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RoutePolicy {
+    /// Least `(miss + queued) × (batch + 1)`.
+    #[default]
+    Product,
+    /// Least `miss + queued + seq_cost_tokens × batch`.
+    PrefixSum,
+    /// Least `(prompt + queued) × (batch + 1)`: what is cached does not count.
+    LoadOnly,
+    /// Least `(min(miss, fetch) + queued) × (batch + 1)`, where `fetch` is what the deepest holder misses too, and
+    /// `fetch_cost_permille` thousandths of the tokens that would be fetched from it.
+    TransferAware,
+    /// The next worker in turn.
+    RoundRobin,
+    /// Any worker, all alike.
+    Random,
+    /// Of two random workers the one of less `(prompt + queued) × (batch + 1)`.
+    PowerOfTwo,
+    /// Least `batch`.
+    LeastRequests,
+    /// Least `queued`.
+    LeastTokens,
+    /// The worker of the session's place on a hash ring, or the next one that may take the request.
+    ConsistentHash,
+}
+
+impl RoutePolicy {
+    /// Whether the cost depends on what a worker has cached.
+    pub(super) const fn uses_prefix(self) -> bool {
+        matches!(self, Self::Product | Self::PrefixSum | Self::TransferAware)
+    }
+
+    /// Whether the choice is a worker of least cost.
+    pub(super) const fn is_least_cost(self) -> bool {
+        match self {
+            Self::Product
+            | Self::PrefixSum
+            | Self::LoadOnly
+            | Self::TransferAware
+            | Self::LeastRequests
+            | Self::LeastTokens => true,
+            Self::RoundRobin | Self::Random | Self::PowerOfTwo | Self::ConsistentHash => false,
+        }
+    }
+}
+
+/// The cost of one request on the workers of one group.
+///
+/// Properties that the search rests on: [`cost`](Self::cost) never falls where one of its arguments rises, and
+/// [`prefill`](Self::prefill) never rises with the depth.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct CostModel {
+    pub(super) policy: RoutePolicy,
+    pub(super) prompt_tokens: u64,
+    pub(super) block_size: u64,
+    /// Leading blocks that the deepest holder has; blocks are fetched from it.
+    pub(super) deepest: u64,
+    pub(super) seq_cost_tokens: u64,
+    pub(super) fetch_cost_permille: u64,
+}
+
+impl CostModel {
+    /// What a worker that has `depth` leading blocks would have to do for the prompt, in tokens of prefill.
+    pub(super) fn prefill(&self, depth: u64) -> u64 {
+        let missing = |depth: u64| self.prompt_tokens - depth * self.block_size;
+        match self.policy {
+            RoutePolicy::Product | RoutePolicy::PrefixSum => missing(depth),
+            RoutePolicy::TransferAware => {
+                let num_fetched = self.deepest.saturating_sub(depth) * self.block_size;
+                let fetch = num_fetched
+                    .saturating_mul(self.fetch_cost_permille)
+                    .div_ceil(1000);
+                let left = missing(self.deepest.max(depth));
+                missing(depth).min(left.saturating_add(fetch))
+            }
+            _ => self.prompt_tokens,
+        }
+    }
+
+    /// The cost on a worker: what it would have to do, what it has queued, and how many sequences are there.
+    pub(super) fn cost(&self, prefill: u64, queued: u64, batch: u64) -> u64 {
+        match self.policy {
+            RoutePolicy::LeastRequests => batch,
+            RoutePolicy::LeastTokens => queued,
+            RoutePolicy::PrefixSum => prefill
+                .saturating_add(queued)
+                .saturating_add(batch.saturating_mul(self.seq_cost_tokens)),
+            _ => prefill.saturating_add(queued).saturating_mul(batch + 1),
+        }
+    }
+}

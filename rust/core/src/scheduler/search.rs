@@ -1,0 +1,197 @@
+//! Finding a worker of least cost without looking at all of them.
+//!
+//! Along a chain the holders of a block hold every block before it, where workers evict leaves first: holder sets
+//! are *nested*. Let `H(d)` be the holders of the first `d` blocks, `H(0)` all workers of the group.
+//!
+//! 1. `d` = the deepest block that anybody holds, by a search on presence.
+//! 2. Judge the members of `H(d)` as holders of `d` blocks: all of them where they are few, otherwise along the
+//!    [`LoadGrid`](super::load_grid::LoadGrid), which stops at the first load whose bound is no better than the best.
+//! 3. `d` = the largest depth at which there are more holders than at the last one, by a search on their number; back
+//!    to 2. Stop where even the least loaded worker would not beat the best at this depth, or after `d` = 0.
+//!
+//! *Why the choice is exact.* A worker `w` that holds `t` blocks is a member of `H(d)` for every `d <= t`. The depths
+//! visited contain every `d` with `|H(d)| > |H(d + 1)|`, so with nested sets they contain `t`: `w` is judged by its true
+//! cost, unless a bound cut it off. Judged at a smaller depth it seems dearer and less fit, never cheaper, because
+//! [`cost`](CostModel::cost) rises with the prefill left and that falls with the depth. The bounds cut off nothing better
+//! than the best: the cost rises with each argument, so `cost(prefill(d), least queued, least batch)` bounds every
+//! worker at depth `d` and, as prefill only grows, at all smaller depths; and a grid cell's floors bound its members.
+//!
+//! *Where sets are not nested* (an event was lost and its gap not yet mended), a member of `H(d)` may lack an
+//! earlier block and seem cheaper than it is. The caller verifies the chosen worker's blocks one by one, so cached
+//! tokens are never claimed in excess; where one is missing it judges every worker instead. A worker whose cost was
+//! underestimated and that was not chosen would not have been chosen at its true cost either. One that lacks a
+//! later block of a set that it was to be counted in can be overlooked: then the choice is sound but may not be best.
+//!
+//! Cost: O(log D) lookups for each depth visited, O(rows) for each walk of the
+//! grid, and the members of the cells that the bound does not exclude.
+
+use super::{
+    bits::Bits,
+    group::Group,
+    index::{Holders, PrefixIndex},
+    policy::CostModel,
+    standing::{NIL, Standing, room_class},
+    worker::WorkerId,
+};
+use crate::hash::BlockHash;
+
+/// So few holders are judged one by one.
+const FEW_HOLDERS: usize = 64;
+
+/// A worker and its cost as one who holds `depth` blocks.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Found {
+    pub(super) cost: u64,
+    pub(super) slot: u32,
+    pub(super) depth: usize,
+}
+
+/// What a request asks of the workers of one group.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Needs<'a> {
+    /// Prompt and output tokens.
+    pub(super) num_tokens: u64,
+    /// KV blocks of them.
+    pub(super) num_blocks: u64,
+    pub(super) exclude: &'a [WorkerId],
+    /// Only workers that could start now.
+    pub(super) room: bool,
+}
+
+impl Needs<'_> {
+    /// Whether the worker may take the request, as a holder of `depth` blocks.
+    pub(super) fn allow(&self, standing: &Standing, depth: usize) -> bool {
+        standing.cell != NIL
+            && self.num_tokens <= u64::from(standing.max_model_len)
+            && self.num_blocks <= u64::from(standing.num_blocks)
+            && (!self.room || self.has_room(standing, depth))
+            && !self.exclude.contains(&standing.id)
+    }
+
+    /// Whether the worker could start the request now.
+    pub(super) fn has_room(&self, standing: &Standing, depth: usize) -> bool {
+        standing.batch < standing.max_num_seqs
+            && self.num_blocks - depth as u64 <= u64::from(standing.kv_blocks_free)
+    }
+}
+
+/// One search in one group. See the module.
+pub(super) struct Search<'a> {
+    pub(super) index: &'a PrefixIndex,
+    pub(super) standings: &'a [Standing],
+    pub(super) group: &'a Group,
+    pub(super) group_number: u32,
+    pub(super) chain: &'a [BlockHash],
+    pub(super) needs: Needs<'a>,
+    pub(super) costs: CostModel,
+    /// The best so far, that of other groups included.
+    pub(super) best: Option<Found>,
+}
+
+impl Search<'_> {
+    /// Leaves the best in `best`.
+    pub(super) fn run(&mut self) {
+        let Some((queued, batch)) = self.group.grid.least() else {
+            return;
+        };
+        if !self.costs.policy.uses_prefix() && !self.needs.room {
+            self.judge_level(0, None); // neither cost nor room depends on the depth
+            return;
+        }
+        let (mut depth, mut count) = self.index.deepest_above(self.chain, 0);
+        self.costs.deepest = depth as u64;
+        loop {
+            if !self.may_improve(depth, queued, batch) {
+                return;
+            }
+            let Some(last) = depth.checked_sub(1) else {
+                self.judge_level(0, None);
+                return;
+            };
+            self.judge_level(depth, Some(self.index.holders_of(self.chain[last])));
+            // Nobody else is left, or nobody at any smaller depth can beat the best.
+            if count >= self.group.members.len() || !self.may_improve(last, queued, batch) {
+                return;
+            }
+            (depth, count) = match self.index.deepest_above(&self.chain[..last], count) {
+                (0, _) => (0, count),
+                deeper => deeper,
+            };
+        }
+    }
+
+    /// Whether a worker with this load would beat the best as a holder of `depth` blocks.
+    fn may_improve(&self, depth: usize, queued: u64, batch: u64) -> bool {
+        let bound = self.cost(depth, queued, batch);
+        self.best.is_none_or(|best| bound < best.cost)
+    }
+
+    fn cost(&self, depth: usize, queued: u64, batch: u64) -> u64 {
+        let prefill = self.costs.prefill(depth as u64);
+        self.costs.cost(prefill, queued, batch)
+    }
+
+    /// Judges those of the holders that could beat the best; without holders, of all workers.
+    fn judge_level(&mut self, depth: usize, holders: Option<Holders<'_>>) {
+        let group = self.group;
+        let blocks_left = self.needs.num_blocks.saturating_sub(depth as u64);
+        let class = room_class(u32::try_from(blocks_left).unwrap_or(u32::MAX));
+        let with_room = self.needs.room.then(|| group.room(class));
+        if with_room.is_some_and(|room| room.len() == 0) {
+            return;
+        }
+        let num_holders = holders.map_or(usize::MAX, |holders| holders.len());
+        let num_with_room = with_room.map_or(usize::MAX, Bits::len);
+        let fewest = num_holders.min(num_with_room);
+        if fewest > FEW_HOLDERS && self.walk(depth, holders, fewest) {
+            return;
+        }
+        let (index, standings) = (self.index, self.standings);
+        match (holders, with_room) {
+            (Some(holders), _) if num_holders <= num_with_room => holders.for_each(|id| {
+                if let Some(slot) = index.slot_of(id) {
+                    self.judge(slot, depth);
+                }
+            }),
+            (_, Some(room)) => {
+                for slot in room.iter() {
+                    let holder = standings[slot as usize].holder;
+                    if holders.is_none_or(|holders| holders.contains(holder)) {
+                        self.judge(slot, depth);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Judges along the load grid; `false` where so many others were in the way that going through all `limit` of
+    /// those that count is cheaper.
+    fn walk(&mut self, depth: usize, holders: Option<Holders<'_>>, limit: usize) -> bool {
+        let (group, standings, costs) = (self.group, self.standings, self.costs);
+        let prefill = costs.prefill(depth as u64);
+        let mut left = limit;
+        let best = self.best.map_or(u64::MAX, |best| best.cost);
+        let visit = |slot: u32| {
+            left = left.checked_sub(1)?;
+            let holder = standings[slot as usize].holder;
+            if holders.is_none_or(|holders| holders.contains(holder)) {
+                self.judge(slot, depth);
+            }
+            Some(self.best.map_or(u64::MAX, |best| best.cost))
+        };
+        let bound = |queued, batch| costs.cost(prefill, queued, batch);
+        group.grid.walk(standings, best, bound, visit)
+    }
+
+    fn judge(&mut self, slot: u32, depth: usize) {
+        let standing = &self.standings[slot as usize];
+        if standing.group != self.group_number || !self.needs.allow(standing, depth) {
+            return;
+        }
+        let cost = self.cost(depth, standing.queued, standing.batch.into());
+        if self.best.is_none_or(|best| cost < best.cost) {
+            self.best = Some(Found { cost, slot, depth });
+        }
+    }
+}
