@@ -59,7 +59,9 @@ def measure(
             for system, sample in pair.items():
                 samples[cell.name][system].append(sample)
             speeds = ", ".join(f"{name} {run.tokens_per_s:.0f}" for name, run in pair.items())
-            print(f"  repeat {repeat + 1}/{repeats} {cell.name}: {speeds} tokens/s", file=sys.stderr)
+            print(
+                f"  repeat {repeat + 1}/{repeats} {cell.name}: {speeds} tokens/s", file=sys.stderr
+            )
     return samples
 
 
@@ -138,7 +140,11 @@ def machine() -> dict[str, str]:
         platform.processor(),
     )
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return {
         "cpu": f"{os.cpu_count()} x {cpu}",

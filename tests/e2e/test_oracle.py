@@ -63,7 +63,8 @@ async def _complete(client: httpx.AsyncClient, model: str, prompt: list[int]) ->
         },
     )
     answer.raise_for_status()
-    return answer.json()
+    body: dict[str, Any] = answer.json()
+    return body
 
 
 def _all_at_once(serve: Serve, expected: list[Reference]) -> list[dict[str, Any]]:
