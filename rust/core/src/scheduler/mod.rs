@@ -6,10 +6,9 @@
 
 mod config;
 mod error;
-mod extents;
-mod gpus;
 mod index;
 pub mod place;
+mod placement;
 mod reservation;
 pub mod route;
 mod stats;
@@ -23,7 +22,8 @@ use rustc_hash::FxHashMap;
 pub use self::{
     config::SchedulerConfig,
     error::SchedulerError,
-    place::{Extent, GpuId, GpuSpec, PlaceRequest, PlacedGpu, Placement, PlacementId},
+    place::{Extent, GpuId, GpuSpec, Layout, PlaceRequest, PlacedGpu, Placement, PlacementId},
+    placement::{DomainMemory, GpuMemoryUse},
     reservation::{Reservation, ReservationId},
     route::{Candidate, Explanation, Ineligible, RouteRequest},
     stats::{SchedulerStats, WorkerSnapshot},
@@ -31,8 +31,8 @@ pub use self::{
     worker::{NAME_BYTES_MAX, WorkerId, WorkerLoad, WorkerSpec},
 };
 use self::{
-    gpus::GpuPool,
     index::PrefixIndex,
+    placement::GpuPool,
     reservation::Held,
     waiting::WaitQueues,
     worker::{Demand, Worker},
