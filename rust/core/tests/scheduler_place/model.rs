@@ -157,16 +157,9 @@ impl Pair {
         self.placements.keys().nth(index).copied()
     }
 
-    fn placed_on(&self, gpu: &ModelGpu) -> Vec<PlacementId> {
-        let mut placed: Vec<PlacementId> = gpu.extents.iter().flatten().copied().collect();
-        placed.sort_unstable();
-        placed.dedup();
-        placed
-    }
-
     pub(crate) fn lose_gpu(&mut self, index: usize, is_removed: bool) {
         let id = self.gpus[index].id;
-        let expected = self.placed_on(&self.gpus[index]);
+        let expected = placed_on(&self.gpus[index]);
         if is_removed {
             assert_eq!(self.real.remove_gpu(id), Some(expected.clone()));
             assert_eq!(self.real.remove_gpu(id), None);
@@ -186,7 +179,7 @@ impl Pair {
 
     fn drain(&mut self, domain: usize, is_draining: bool) {
         let here = self.gpus.iter().filter(|gpu| gpu.domain == domain);
-        let mut expected: Vec<_> = here.clone().flat_map(|gpu| self.placed_on(gpu)).collect();
+        let mut expected: Vec<_> = here.clone().flat_map(placed_on).collect();
         expected.sort_unstable();
         expected.dedup();
         let expected = (here.count() > 0).then_some(expected);
@@ -402,6 +395,13 @@ impl Pair {
             assert!(told.bytes_stranded <= told.bytes_free);
         }
     }
+}
+
+fn placed_on(gpu: &ModelGpu) -> Vec<PlacementId> {
+    let mut placed: Vec<PlacementId> = gpu.extents.iter().flatten().copied().collect();
+    placed.sort_unstable();
+    placed.dedup();
+    placed
 }
 
 fn length(request: &PlaceRequest) -> usize {

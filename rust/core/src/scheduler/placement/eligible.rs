@@ -11,6 +11,7 @@
 use super::{classes::SizeClasses, memory::End};
 
 /// What an index is large enough for. Growing rebuilds it; sizes double, so that is rare.
+#[expect(clippy::struct_field_names, reason = "they are numbers of things")]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Shape {
     pub(super) num_domains: usize,
@@ -124,7 +125,7 @@ impl EligibleDomains {
             while candidates != 0 {
                 let bit = match end {
                     End::Low => candidates.trailing_zeros(),
-                    End::High => 63 - candidates.leading_zeros(),
+                    End::High => candidates.ilog2(),
                 };
                 let domain = word as u32 * 64 + bit;
                 if sure >> bit & 1 == 1 || self.count(domain, units) >= num_gpus {

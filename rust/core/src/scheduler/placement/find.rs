@@ -112,31 +112,34 @@ impl GpuPool {
 
     /// The gang in a domain where it fits.
     fn gang_in(&self, domain: u32, ask: &Ask) -> Gang {
-        // (room, distance from the end): the least room first, ties by address.
-        let mut buffer = [(u32::MAX, 0_u8); DOMAIN_GPUS_MAX];
         let rooms = self.index(ask.layout, 0).domain_rooms(domain);
-        let mut num_fits = 0;
-        for (member, &room) in rooms.iter().enumerate() {
-            if room >= ask.units {
-                let rank = match ask.end {
-                    End::Low => member,
-                    End::High => rooms.len() - 1 - member,
-                };
-                buffer[num_fits] = (room, rank as u8);
+        let mut picks = Vec::with_capacity(ask.num_gpus);
+        // The least room first, ties by address as seen from the end.
+        let rank = |member: usize| match ask.end {
+            End::Low => member,
+            End::High => rooms.len() - 1 - member,
+        };
+        let fits = rooms.iter().enumerate();
+        let fits = fits.filter(|&(_, &room)| room >= ask.units);
+        let fits = fits.map(|(member, &room)| (room, rank(member) as u8));
+        if ask.num_gpus == 1 {
+            if let Some((_, nearest)) = fits.min() {
+                self.pick(domain, rank(usize::from(nearest)), ask, &mut picks);
+            }
+        } else {
+            let mut buffer = [(0, 0); DOMAIN_GPUS_MAX];
+            let mut num_fits = 0;
+            for (cell, fit) in buffer.iter_mut().zip(fits) {
+                *cell = fit;
                 num_fits += 1;
             }
-        }
-        let fits = &mut buffer[..num_fits];
-        if ask.num_gpus < num_fits {
-            fits.select_nth_unstable(ask.num_gpus);
-        }
-        let mut picks = Vec::with_capacity(ask.num_gpus);
-        for &(_, rank) in &fits[..ask.num_gpus] {
-            let member = match ask.end {
-                End::Low => usize::from(rank),
-                End::High => rooms.len() - 1 - usize::from(rank),
-            };
-            self.pick(domain, member, ask, &mut picks);
+            let fits = &mut buffer[..num_fits];
+            if ask.num_gpus < num_fits {
+                fits.select_nth_unstable(ask.num_gpus);
+            }
+            for &(_, nearest) in &fits[..ask.num_gpus] {
+                self.pick(domain, rank(usize::from(nearest)), ask, &mut picks);
+            }
         }
         picks.sort_unstable_by_key(|pick| (pick.id, pick.offset));
         Gang {
@@ -149,12 +152,8 @@ impl GpuPool {
 
     /// Adds the pieces that the request takes of a domain's member.
     fn pick(&self, domain: u32, member: usize, ask: &Ask, picks: &mut Vec<Pick>) {
-        let members = self.domains[domain as usize].as_ref();
-        let slot = members.and_then(|domain| domain.members[member]);
-        let Some((slot, gpu)) = slot.and_then(|slot| {
-            let gpu = self.gpus[slot as usize].as_ref()?;
-            Some((slot, gpu))
-        }) else {
+        let slot = self.member_slots[domain as usize * self.index_shape.num_slots + member];
+        let Some(gpu) = self.gpus[slot as usize].as_ref() else {
             debug_assert!(false, "the index names a GPU that is gone");
             return;
         };

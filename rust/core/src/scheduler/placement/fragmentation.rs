@@ -107,7 +107,6 @@ impl GpuPool {
             }
         }
         let stranded = free as f64 * self.asked.share_above(longest, &self.classes);
-        let domain = self.domains[gpu.domain as usize].as_ref();
         GpuMemoryUse {
             bytes_total: u64::from(gpu.memory.capacity()) * unit,
             bytes_free: free * unit,
@@ -115,7 +114,7 @@ impl GpuPool {
             bytes_stranded: (stranded * unit as f64) as u64,
             unusable_ratio: ratio(short, free),
             num_pieces: gpu.memory.pieces().len() as u32,
-            is_out_of_use: gpu.is_failed || domain.is_some_and(|domain| domain.is_draining),
+            is_out_of_use: !gpu.is_usable(),
         }
     }
 

@@ -2,17 +2,15 @@
 
 use rustc_hash::FxHashMap;
 
-use super::{
-    super::place::{GpuId, PlacementId},
-    GpuPool,
-};
+use super::{super::place::PlacementId, GpuPool};
 
 impl GpuPool {
     /// Asserts that the pieces on the GPUs are those of the placements, that none overlap, that no gang spans
     /// domains, and that the index says what the memory says.
     pub(in super::super) fn check_integrity(&self) {
-        let mut pieces: FxHashMap<(PlacementId, GpuId), Vec<(u64, u64)>> = FxHashMap::default();
-        for gpu in self.gpus.iter().flatten() {
+        let mut slots: FxHashMap<PlacementId, Vec<u32>> = FxHashMap::default();
+        for (slot, gpu) in self.gpus.iter().enumerate() {
+            let Some(gpu) = gpu else { continue };
             let mut stop = 0;
             for piece in gpu.memory.pieces() {
                 assert!(piece.length > 0 && piece.offset >= stop, "pieces overlap");
@@ -24,11 +22,7 @@ impl GpuPool {
                     Some(gpu.domain),
                     "a gang spans domains"
                 );
-                let unit = self.extent_bytes;
-                pieces.entry((piece.placement, gpu.id)).or_default().push((
-                    u64::from(piece.offset) * unit,
-                    u64::from(piece.length) * unit,
-                ));
+                slots.entry(piece.placement).or_default().push(slot as u32);
             }
             assert!(
                 stop <= gpu.memory.capacity(),
@@ -40,29 +34,17 @@ impl GpuPool {
             );
         }
         for (&id, held) in &self.held {
-            assert!(!held.gpus.is_empty());
-            for placed in &held.gpus {
-                let extents = pieces.get_mut(&(id, placed.gpu));
-                let extent = (placed.extent.offset_bytes, placed.extent.length_bytes);
-                let at = extents
-                    .as_ref()
-                    .and_then(|e| e.iter().position(|&e| e == extent));
-                assert!(
-                    at.is_some(),
-                    "a placement has memory that its GPU does not know of"
-                );
-                if let (Some(extents), Some(at)) = (extents, at) {
-                    extents.swap_remove(at);
-                }
-            }
+            let mut on = slots.remove(&id).unwrap_or_default();
+            on.sort_unstable();
+            on.dedup();
+            let mut expected = held.slots.clone();
+            expected.sort_unstable();
+            assert_eq!(on, expected, "a placement and its GPUs disagree");
             if let Some(at) = held.expires_at {
                 assert!(self.expiries.contains(&(at, id)));
             }
         }
-        assert!(
-            pieces.values().all(Vec::is_empty),
-            "a piece outlived its placement"
-        );
+        assert!(slots.is_empty(), "a piece outlived its placement");
         let expiring = self.held.values().filter(|held| held.expires_at.is_some());
         assert_eq!(expiring.count(), self.expiries.len());
         self.check_registry();
@@ -107,10 +89,13 @@ impl GpuPool {
         }
         for gpu in self.gpus.iter().flatten() {
             let domain = self.domains[gpu.domain as usize].as_ref();
-            let is_usable = !gpu.is_failed && domain.is_some_and(|domain| !domain.is_draining);
+            assert_eq!(
+                domain.map(|domain| domain.is_draining),
+                Some(gpu.is_draining)
+            );
             let member = gpu.member as usize;
             for (priority, room) in gpu.memory.rooms().into_iter().enumerate() {
-                let (longest, total) = if is_usable {
+                let (longest, total) = if gpu.is_usable() {
                     (room.longest, room.total)
                 } else {
                     (0, 0)

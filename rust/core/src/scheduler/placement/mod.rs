@@ -37,7 +37,8 @@ use crate::time::Time;
 /// A live placement.
 #[derive(Debug)]
 struct Held {
-    gpus: Vec<PlacedGpu>,
+    /// The slots of its GPUs, each once.
+    slots: Vec<u32>,
     domain: u32,
     priority: u8,
     replay_cost: u64,
@@ -62,6 +63,8 @@ pub(super) struct GpuPool {
     free_domain_slots: BTreeSet<u32>,
     domain_names: FxHashMap<String, u32>,
     index_shape: Shape,
+    /// GPU slots: `[domain][member]` in the shape of the index; stale where there is no member.
+    member_slots: Vec<u32>,
     /// By longest run that a request of each priority could take.
     by_run: [EligibleDomains; NUM_PRIORITIES],
     /// By all memory that a request of each priority could take.
@@ -90,6 +93,7 @@ impl GpuPool {
             free_domain_slots: BTreeSet::new(),
             domain_names: FxHashMap::default(),
             index_shape: Shape::default(),
+            member_slots: Vec::new(),
             by_run: Default::default(),
             by_total: Default::default(),
             by_capacity: EligibleDomains::default(),
@@ -134,17 +138,17 @@ impl GpuPool {
                 });
             }
         }
-        let mut last = None;
-        for pick in &gang.picks {
-            if last.replace(pick.gpu) != Some(pick.gpu) {
-                self.refresh(pick.gpu);
-            }
+        // By GPU, so that the pieces of one are neighbours.
+        let mut slots: Vec<u32> = gang.picks.iter().map(|pick| pick.gpu).collect();
+        slots.dedup();
+        for &slot in &slots {
+            self.refresh(slot);
         }
         if let Some(at) = request.expires_at {
             self.expiries.insert((at, id));
         }
         let held = Held {
-            gpus: gpus.clone(),
+            slots,
             domain: gang.domain,
             priority: request.priority,
             replay_cost: request.replay_cost,
@@ -187,14 +191,7 @@ impl GpuPool {
         if let Some(at) = held.expires_at {
             self.expiries.remove(&(at, id));
         }
-        let mut last = None;
-        for placed in held.gpus {
-            if last.replace(placed.gpu) == Some(placed.gpu) {
-                continue;
-            }
-            let Some(&slot) = self.gpu_ids.get(&placed.gpu) else {
-                continue;
-            };
+        for slot in held.slots {
             if let Some(gpu) = self.gpus[slot as usize].as_mut() {
                 gpu.memory.remove(id);
             }
@@ -243,9 +240,7 @@ impl GpuPool {
         let Some(gpu) = self.gpus[slot as usize].as_mut() else {
             return;
         };
-        let domain = self.domains[gpu.domain as usize].as_ref();
-        let is_usable = !gpu.is_failed && domain.is_some_and(|domain| !domain.is_draining);
-        let rooms = if is_usable {
+        let rooms = if gpu.is_usable() {
             gpu.memory.rooms()
         } else {
             Rooms::default()

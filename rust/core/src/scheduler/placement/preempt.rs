@@ -132,11 +132,12 @@ impl GpuPool {
         let free: u32 = memory.free_runs().map(|run| run.length).sum();
         let mut candidates: Vec<(PlacementId, u32, u64)> = Vec::new();
         for piece in memory.pieces().iter().filter(|p| p.priority < ask.priority) {
-            match candidates.iter_mut().find(|c| c.0 == piece.placement) {
-                Some(candidate) => candidate.1 += piece.length,
-                None => {
-                    candidates.push((piece.placement, piece.length, self.cost(&[piece.placement])))
-                }
+            let mut known = candidates.iter_mut();
+            if let Some(candidate) = known.find(|c| c.0 == piece.placement) {
+                candidate.1 += piece.length;
+            } else {
+                let cost = self.cost(&[piece.placement]);
+                candidates.push((piece.placement, piece.length, cost));
             }
         }
         candidates.sort_by(|a, b| {

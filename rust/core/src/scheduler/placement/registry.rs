@@ -22,6 +22,8 @@ pub(super) struct Gpu {
     /// Its place in the domain.
     pub(super) member: u32,
     pub(super) is_failed: bool,
+    /// Whether its domain drains.
+    pub(super) is_draining: bool,
     pub(super) memory: GpuMemory,
     /// What the index says of it.
     pub(super) indexed: Rooms,
@@ -33,6 +35,12 @@ pub(super) struct Domain {
     pub(super) is_draining: bool,
     /// GPU slots by member; `None` where one was removed.
     pub(super) members: Vec<Option<u32>>,
+}
+
+impl Gpu {
+    pub(super) fn is_usable(&self) -> bool {
+        !self.is_failed && !self.is_draining
+    }
 }
 
 impl GpuPool {
@@ -52,6 +60,7 @@ impl GpuPool {
         });
         let member = first_free(&mut members.members);
         members.members[member] = Some(slot);
+        let is_draining = members.is_draining;
         self.gpu_ids.insert(id, slot);
         self.gpu_names.insert(spec.name.clone(), id);
         self.gpus[slot as usize] = Some(Gpu {
@@ -60,10 +69,12 @@ impl GpuPool {
             domain,
             member: member as u32,
             is_failed: false,
+            is_draining,
             memory: GpuMemory::new(capacity),
             indexed: Rooms::default(),
         });
         self.grow_index(member + 1, capacity);
+        self.member_slots[domain as usize * self.index_shape.num_slots + member] = slot;
         self.by_capacity
             .set(domain, member, capacity, &self.classes);
         self.refresh(slot);
@@ -132,6 +143,13 @@ impl GpuPool {
             return;
         }
         self.index_shape = shape;
+        self.member_slots = vec![0; shape.num_domains * shape.num_slots];
+        for (slot, gpu) in self.gpus.iter().enumerate() {
+            if let Some(gpu) = gpu {
+                let cell = gpu.domain as usize * shape.num_slots + gpu.member as usize;
+                self.member_slots[cell] = slot as u32;
+            }
+        }
         for index in self.by_run.iter_mut().chain(&mut self.by_total) {
             index.reshape(shape, &self.classes);
         }
@@ -207,6 +225,9 @@ impl GpuPool {
         domain.is_draining = is_draining;
         let members: Vec<u32> = domain.members.iter().flatten().copied().collect();
         for slot in members {
+            if let Some(gpu) = self.gpus[slot as usize].as_mut() {
+                gpu.is_draining = is_draining;
+            }
             self.refresh(slot);
         }
         let here = self.held.iter().filter(|(_, held)| held.domain == index);
