@@ -132,6 +132,7 @@ fn latency() {
             run.placer.samples.is_on = true;
             run.drive(200_000);
             run.placer.scheduler.check_integrity();
+            let mut displace = displacements(&run.placer.scheduler, layout);
             let Samples {
                 mut find,
                 mut refuse,
@@ -144,6 +145,7 @@ fn latency() {
             histogram(name, &layout, "find, refused", &mut refuse);
             histogram(name, &layout, "find + commit", &mut place);
             histogram(name, &layout, "release", &mut release);
+            histogram(name, &layout, "find, displacing", &mut displace);
         }
         for rule in [Rule::FirstFit, Rule::BestFit] {
             let arrivals = Arrivals::new(1, 0.9, MIXES[0], &cluster);
@@ -155,6 +157,25 @@ fn latency() {
             histogram(name, "contiguous", rule.name(), &mut samples);
         }
     }
+}
+
+/// Finds for gangs of one and of eight GPUs that need all of their memory, and so displace others.
+fn displacements(scheduler: &Scheduler, layout: Layout) -> Vec<u64> {
+    let finds = [1, 8].into_iter().cycle().take(100).map(|num_gpus| {
+        let request = PlaceRequest {
+            num_gpus,
+            bytes_per_gpu: SLOTS_PER_GPU as u64 * SLOT_BYTES,
+            layout,
+            priority: 1,
+            ..PlaceRequest::default()
+        };
+        let start = Instant::now();
+        let found = scheduler.preview_place(&request);
+        let nanos = start.elapsed().as_nanos() as u64;
+        (nanos, found.is_ok_and(|(_, victims)| !victims.is_empty()))
+    });
+    let displacing = finds.filter(|&(_, displaces)| displaces);
+    displacing.map(|(nanos, _)| nanos).collect()
 }
 
 fn histogram(cluster: &str, layout: &str, operation: &str, samples: &mut [u64]) {

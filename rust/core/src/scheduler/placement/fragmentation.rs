@@ -8,7 +8,7 @@
 //!   that a request cannot use it;
 //! * `unusable(s)`: the share of free memory in runs shorter than `s`, with `s` the 90th percentile of the requests.
 //!
-//! They are reported. They choose nothing: address-ordered first fit rejects less than any of them in simulation.
+//! They are reported, and choose nothing.
 
 use super::{super::place::GpuId, GpuPool, classes::SizeClasses, registry::Gpu};
 
