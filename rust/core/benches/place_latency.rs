@@ -132,7 +132,7 @@ fn latency() {
             run.placer.samples.is_on = true;
             run.drive(200_000);
             run.placer.scheduler.check_integrity();
-            let mut displace = displacements(&run.placer.scheduler, layout);
+            let mut displace = displacements(&mut run.placer.scheduler, layout);
             let Samples {
                 mut find,
                 mut refuse,
@@ -159,8 +159,16 @@ fn latency() {
     }
 }
 
-/// Finds for gangs of one and of eight GPUs that need all of their memory, and so displace others.
-fn displacements(scheduler: &Scheduler, layout: Layout) -> Vec<u64> {
+/// Finds, in a cluster filled to the last median extent, for gangs of one and of eight GPUs that need all of their
+/// memory and so displace others.
+fn displacements(scheduler: &mut Scheduler, layout: Layout) -> Vec<u64> {
+    let filler = PlaceRequest {
+        num_gpus: 1,
+        bytes_per_gpu: MIXES[0].median_slots as u64 * SLOT_BYTES,
+        replay_cost: 1,
+        ..PlaceRequest::default()
+    };
+    while scheduler.place(&filler).is_ok() {}
     let finds = [1, 8].into_iter().cycle().take(100).map(|num_gpus| {
         let request = PlaceRequest {
             num_gpus,
