@@ -15,8 +15,8 @@ use std::{
 use orchestra_core::{
     Time, block_hashes,
     scheduler::{
-        GpuSpec, PlaceRequest, PlacementId, ReservationId, RouteRequest, Scheduler,
-        SchedulerConfig, WorkerId, WorkerLoad, WorkerSpec,
+        GpuSpec, Layout, PlaceRequest, PlacedGpu, Placement, PlacementId, ReservationId,
+        RouteRequest, Scheduler, SchedulerConfig, SchedulerError, WorkerId, WorkerLoad, WorkerSpec,
     },
     step::KvEvent,
 };
@@ -122,6 +122,11 @@ impl Stage {
             }
             "gpus" => self.add_gpus(command),
             "place" => self.place(command),
+            "preview" => self.preview(command),
+            "batch" => self.place_batch(command),
+            "fail" | "restore" | "drain_domain" | "undrain_domain" | "expire" => {
+                self.place_fault(command)
+            }
             "release_placement" => {
                 let id = self.placements[command.number(0) as usize - 1];
                 answer(self.scheduler.release_placement(id))
@@ -227,24 +232,93 @@ impl Stage {
     }
 
     fn place(&mut self, command: &Command<'_>) -> String {
-        let (num_gpus, bytes_per_gpu) = (command.number(0), command.number(1).into());
-        match self.scheduler.place(&PlaceRequest {
-            num_gpus,
-            bytes_per_gpu,
-        }) {
+        let outcome = self.scheduler.place(&gang(command));
+        self.placed(outcome)
+    }
+
+    fn placed(&mut self, outcome: Result<Placement, SchedulerError>) -> String {
+        match outcome {
             Ok(placement) => {
                 self.placements.push(placement.id);
-                let mut text = format!("#{}:", self.placements.len());
-                for placed in placement.gpus {
-                    let name = &self.scheduler.gpu_spec(placed.gpu).unwrap().name;
-                    let start = placed.extent.offset_bytes;
-                    let stop = start + placed.extent.length_bytes;
-                    write!(text, " {name}[{start}..{stop})").unwrap();
-                }
-                text + "\n"
+                let head = format!("#{}:", self.placements.len());
+                head + &self.gang_text(&placement.gpus, &placement.preempted)
             }
             Err(error) => refused(error),
         }
+    }
+
+    fn preview(&self, command: &Command<'_>) -> String {
+        match self.scheduler.preview_place(&gang(command)) {
+            Ok((gpus, preempted)) => "would be".to_owned() + &self.gang_text(&gpus, &preempted),
+            Err(error) => refused(error),
+        }
+    }
+
+    fn gang_text(&self, gpus: &[PlacedGpu], preempted: &[PlacementId]) -> String {
+        let mut text = String::new();
+        for placed in gpus {
+            let name = &self.scheduler.gpu_spec(placed.gpu).unwrap().name;
+            let start = placed.extent.offset_bytes;
+            let stop = start + placed.extent.length_bytes;
+            write!(text, " {name}[{start}..{stop})").unwrap();
+        }
+        if !preempted.is_empty() {
+            write!(text, " instead of {}", self.numbers(preempted)).unwrap();
+        }
+        text + "\n"
+    }
+
+    fn numbers(&self, ids: &[PlacementId]) -> String {
+        let number = |id| {
+            self.placements
+                .iter()
+                .position(|placed| placed == id)
+                .unwrap()
+                + 1
+        };
+        let numbers = ids.iter().map(|id| format!("#{}", number(id)));
+        numbers.collect::<Vec<_>>().join(" ")
+    }
+
+    fn place_batch(&mut self, command: &Command<'_>) -> String {
+        let requests = command.words.iter().map(|word| {
+            let (num_gpus, bytes) = word.split_once('x').unwrap();
+            PlaceRequest {
+                num_gpus: num_gpus.parse().unwrap(),
+                bytes_per_gpu: bytes.parse().unwrap(),
+                ..PlaceRequest::default()
+            }
+        });
+        let requests: Vec<PlaceRequest> = requests.collect();
+        let outcomes = self.scheduler.place_batch(&requests);
+        outcomes
+            .into_iter()
+            .map(|outcome| self.placed(outcome))
+            .collect()
+    }
+
+    fn place_fault(&mut self, command: &Command<'_>) -> String {
+        let word = command.words[0];
+        let gone = match command.verb {
+            "fail" => {
+                let id = self.scheduler.gpu_by_name(word).unwrap();
+                self.scheduler.fail_gpu(id).unwrap()
+            }
+            "restore" => {
+                let id = self.scheduler.gpu_by_name(word).unwrap();
+                return answer(self.scheduler.restore_gpu(id));
+            }
+            "expire" => {
+                let now = Time(command.number(0).into());
+                self.scheduler.expire_placements(now)
+            }
+            verb => {
+                let is_draining = verb == "drain_domain";
+                let here = self.scheduler.set_domain_draining(word, is_draining);
+                return format!("holds {}\n", self.numbers(&here.unwrap()));
+            }
+        };
+        format!("released {}\n", self.numbers(&gone))
     }
 
     fn stats(&self) -> String {
@@ -264,6 +338,24 @@ impl Stage {
             writeln!(text, "{name}: batch={batch} queued={queued} free={free}").unwrap();
         }
         text
+    }
+}
+
+/// `num_gpus bytes [paged] [priority=] [cost=] [expires=]`.
+fn gang(command: &Command<'_>) -> PlaceRequest {
+    let is_paged = command.words.contains(&"paged");
+    let expires = command.setting("expires", 0);
+    PlaceRequest {
+        num_gpus: command.number(0),
+        bytes_per_gpu: command.number(1).into(),
+        priority: command.setting("priority", 0) as u8,
+        layout: if is_paged {
+            Layout::Paged
+        } else {
+            Layout::Contiguous
+        },
+        replay_cost: command.setting("cost", 0).into(),
+        expires_at: (expires > 0).then(|| Time(expires.into())),
     }
 }
 
@@ -318,4 +410,14 @@ fn limits() {
 #[test]
 fn place() {
     insta::assert_snapshot!(play(include_str!("testdata/scheduler/place.txt")));
+}
+
+#[test]
+fn place_priority() {
+    insta::assert_snapshot!(play(include_str!("testdata/scheduler/place_priority.txt")));
+}
+
+#[test]
+fn place_faults() {
+    insta::assert_snapshot!(play(include_str!("testdata/scheduler/place_faults.txt")));
 }

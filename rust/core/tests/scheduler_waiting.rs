@@ -164,6 +164,7 @@ fn gangs_wait_in_order_too() {
     let gang = |num_gpus, bytes_per_gpu| PlaceRequest {
         num_gpus,
         bytes_per_gpu,
+        ..PlaceRequest::default()
     };
     let Ok(Wait::Granted(first)) = scheduler.acquire_gpus(&gang(2, 6)) else {
         panic!("room")

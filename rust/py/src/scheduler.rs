@@ -116,6 +116,7 @@ impl Scheduler {
         let request = PlaceRequest {
             num_gpus,
             bytes_per_gpu,
+            ..PlaceRequest::default()
         };
         let held = self.decide(py, |State { scheduler, .. }| {
             let placement = scheduler.place(&request)?;
@@ -135,6 +136,7 @@ impl Scheduler {
         let request = PlaceRequest {
             num_gpus,
             bytes_per_gpu,
+            ..PlaceRequest::default()
         };
         let answer = self.decide(py, |state| {
             Ok(match state.scheduler.acquire_gpus(&request)? {

@@ -8,13 +8,12 @@ mod bits;
 mod config;
 mod error;
 mod explain;
-mod extents;
-mod gpus;
 mod group;
 mod index;
 mod load_grid;
 mod pick;
 pub mod place;
+mod placement;
 mod policy;
 mod reservation;
 mod ring;
@@ -31,7 +30,8 @@ use std::collections::BTreeMap;
 pub use self::{
     config::SchedulerConfig,
     error::SchedulerError,
-    place::{Extent, GpuId, GpuSpec, PlaceRequest, PlacedGpu, Placement, PlacementId},
+    place::{Extent, GpuId, GpuSpec, Layout, PlaceRequest, PlacedGpu, Placement, PlacementId},
+    placement::{DomainMemory, GpuMemoryUse},
     policy::RoutePolicy,
     reservation::{Reservation, ReservationId},
     route::{Candidate, Explanation, HashedPrompt, Ineligible, RouteRequest},
@@ -40,9 +40,9 @@ pub use self::{
     worker::{NAME_BYTES_MAX, WorkerId, WorkerLoad, WorkerSpec},
 };
 use self::{
-    gpus::GpuPool,
     group::Groups,
     index::PrefixIndex,
+    placement::GpuPool,
     reservation::Held,
     standing::NIL,
     waiting::WaitQueues,

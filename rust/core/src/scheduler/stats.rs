@@ -37,7 +37,7 @@ pub struct SchedulerStats {
     pub num_gpus: u32,
     /// Live placements.
     pub num_placements: u64,
-    /// GPU memory that may be given out, bytes.
+    /// Memory of the GPUs that have not failed, bytes.
     pub gpu_bytes_total: u64,
     /// Of it, how much is free, in pieces of any size.
     pub gpu_bytes_free: u64,
@@ -84,6 +84,7 @@ impl Scheduler {
         let workers = self.workers.iter().map(|(_, worker)| worker);
         let (num_waiting_requests, num_waiting_gangs) = self.waiting.lengths();
         let oldest = self.reservations.first_key_value();
+        let (gpu_bytes_total, gpu_bytes_free) = self.gpus.bytes();
         SchedulerStats {
             num_workers: self.workers.len() as u32,
             num_draining: workers.clone().filter(|worker| worker.is_draining).count() as u32,
@@ -100,8 +101,8 @@ impl Scheduler {
             num_decisions: self.num_decisions,
             num_gpus: self.gpus.len() as u32,
             num_placements: self.gpus.num_placements() as u64,
-            gpu_bytes_total: self.gpus.bytes_total(),
-            gpu_bytes_free: self.gpus.bytes_free(),
+            gpu_bytes_total,
+            gpu_bytes_free,
         }
     }
 

@@ -1,0 +1,128 @@
+//! Gang placement against a naive model: random operations, and the cases that a person would try first.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod model;
+
+use model::{EXTENT, Pair, op};
+use orchestra_core::{
+    Time,
+    scheduler::{GpuId, PlaceRequest},
+};
+use proptest::prelude::*;
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_gang_is_refused_only_where_no_domain_has_room(ops in prop::collection::vec(op(), 1..120)) {
+        let mut pair = Pair::new();
+        for op in &ops {
+            pair.apply(op);
+            pair.check();
+        }
+        while !pair.placements.is_empty() {
+            pair.release(0);
+        }
+        let stats = pair.real.stats(Time::ZERO);
+        prop_assert_eq!(stats.gpu_bytes_free, stats.gpu_bytes_total);
+    }
+}
+
+#[test]
+fn wide_gangs_take_the_high_end_and_narrow_ones_the_low_end() {
+    let mut pair = Pair::new();
+    for gpu in 0..16 {
+        pair.add_gpu(gpu / 8, 16);
+    }
+    let gang = |num_gpus| PlaceRequest {
+        num_gpus,
+        bytes_per_gpu: 4 * EXTENT,
+        ..PlaceRequest::default()
+    };
+    let narrow = pair.real.place(&gang(1)).unwrap().gpus;
+    let wide = pair.real.place(&gang(8)).unwrap().gpus;
+    assert_eq!(
+        (narrow[0].gpu, narrow[0].extent.offset_bytes),
+        (pair.gpus[0].id, 0)
+    );
+    assert!(
+        wide.iter()
+            .zip(&pair.gpus[8..])
+            .all(|(placed, gpu)| placed.gpu == gpu.id)
+    );
+    assert!(
+        wide.iter()
+            .all(|placed| placed.extent.offset_bytes == 12 * EXTENT)
+    );
+}
+
+#[test]
+fn a_wide_gang_skips_domains_that_only_look_large_enough() {
+    // 5 and 6 extents are of one size class: the index has to count to tell them apart.
+    let mut pair = Pair::new();
+    for (domain, extents) in [(0, 6), (0, 5), (1, 6), (1, 6), (2, 6), (2, 5)] {
+        pair.add_gpu(domain, extents);
+    }
+    let gang = |num_gpus| PlaceRequest {
+        num_gpus,
+        bytes_per_gpu: 6 * EXTENT,
+        ..PlaceRequest::default()
+    };
+    let placed = pair.real.place(&gang(2)).unwrap();
+    let gpus: Vec<GpuId> = placed.gpus.iter().map(|placed| placed.gpu).collect();
+    assert_eq!(gpus, [pair.gpus[2].id, pair.gpus[3].id]);
+    let refused = pair.real.place(&gang(2)).unwrap_err();
+    assert_eq!(refused.limit(), Some(1));
+}
+
+#[test]
+fn a_domain_of_72_grows_and_shrinks() {
+    let mut pair = Pair::new();
+    for _ in 0..72 {
+        pair.add_gpu(0, 20);
+    }
+    pair.place(&PlaceRequest {
+        num_gpus: 72,
+        bytes_per_gpu: 7 * EXTENT,
+        ..PlaceRequest::default()
+    });
+    assert_eq!(pair.placements.len(), 1);
+    pair.check();
+    while !pair.gpus.is_empty() {
+        pair.lose_gpu(0, true);
+    }
+    pair.check();
+}
+
+#[test]
+fn stranded_memory_is_weighed_by_what_was_asked_for() {
+    let mut pair = Pair::new();
+    pair.add_gpu(0, 16);
+    let gang = |extents| PlaceRequest {
+        num_gpus: 1,
+        bytes_per_gpu: extents * EXTENT,
+        ..PlaceRequest::default()
+    };
+    for extents in [4, 4, 4] {
+        pair.place(&gang(extents));
+    }
+    let use_now = || pair.real.gpu_memory(pair.gpus[0].id).unwrap();
+    assert_eq!(
+        (use_now().bytes_free, use_now().bytes_stranded),
+        (4 * EXTENT, 0)
+    );
+    pair.place(&gang(2));
+    // Three of four requests were larger than the two extents that are left.
+    let left = pair.real.gpu_memory(pair.gpus[0].id).unwrap();
+    assert_eq!(
+        (left.bytes_free, left.bytes_stranded),
+        (2 * EXTENT, 3 * EXTENT / 2)
+    );
+    assert!((left.unusable_ratio - 1.0).abs() < f64::EPSILON);
+    let domain = pair.real.domain_memory("domain-0").unwrap();
+    assert_eq!(
+        (domain.num_gpus, domain.bytes_stranded),
+        (1, 3 * EXTENT / 2)
+    );
+}
