@@ -103,6 +103,10 @@ impl Scheduler {
     }
 
     /// Hashes of the full KV blocks of `token_ids` on this worker.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "extracted from Python by value"
+    )]
     fn block_hashes(
         &self,
         py: Python<'_>,
@@ -122,17 +126,17 @@ impl Scheduler {
 
     /// The worker's prefix cache holds these blocks from now on.
     fn kv_stored(&self, py: Python<'_>, worker: &str, hashes: Vec<u64>) -> PyResult<()> {
-        self.apply_kv_event(py, worker, KvEvent::Stored(to_hashes(hashes)))
+        self.apply_kv_event(py, worker, &KvEvent::Stored(to_hashes(hashes)))
     }
 
     /// The worker's prefix cache holds these blocks no longer.
     fn kv_removed(&self, py: Python<'_>, worker: &str, hashes: Vec<u64>) -> PyResult<()> {
-        self.apply_kv_event(py, worker, KvEvent::Removed(to_hashes(hashes)))
+        self.apply_kv_event(py, worker, &KvEvent::Removed(to_hashes(hashes)))
     }
 
     /// The worker's prefix cache is empty from now on.
     fn kv_cleared(&self, py: Python<'_>, worker: &str) -> PyResult<()> {
-        self.apply_kv_event(py, worker, KvEvent::Cleared)
+        self.apply_kv_event(py, worker, &KvEvent::Cleared)
     }
 
     /// Registers a GPU, all of its memory free.
@@ -206,9 +210,9 @@ impl Scheduler {
         Ok(changed.map_err(Failure::from)?)
     }
 
-    fn apply_kv_event(&self, py: Python<'_>, worker: &str, event: KvEvent) -> PyResult<()> {
+    fn apply_kv_event(&self, py: Python<'_>, worker: &str, event: &KvEvent) -> PyResult<()> {
         self.change_worker(py, worker, |scheduler, id| {
-            scheduler.apply_kv_event(id, &event)
+            scheduler.apply_kv_event(id, event)
         })
     }
 }
