@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
         default=["demo", "60m"],
         help=f"`demo`, or a random Llama of {', '.join(SHAPES)}",
     )
-    parser.add_argument("--dtype", default="bfloat16", help="weights of both systems")
+    parser.add_argument("--dtype", default="float32", help="of both systems")
     parser.add_argument("--repeats", type=int, default=3, help="measured runs of each cell")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--cache", type=Path, default=ROOT / "target" / "bench-models")

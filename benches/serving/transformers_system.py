@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -53,6 +54,8 @@ def batching(checkpoint: Path, dtype: str, threads: int) -> Iterator[Transformer
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        # As our workers set it for themselves: spinning OpenMP threads would slow both systems.
+        env={"OMP_WAIT_POLICY": "passive", **os.environ},
     )
     try:
         yield Transformers(process)
