@@ -85,15 +85,14 @@ def table(samples: dict[str, dict[str, list[Sample]]]) -> str:
     return "\n".join(rows)
 
 
-def overheads(ours: Orchestra, before: dict[str, float], cpu_before: float) -> dict[str, float]:
+def overheads(ours: Orchestra, before: dict[str, float]) -> dict[str, float]:
     """What the router and the step scheduler cost over the run."""
-    after = ours.metrics()
+    after = ours.serve.metrics()
     spent = {name: after[name] - before.get(name, 0.0) for name in after}
-    requests = spent["orchestra_requests_finished_total"]
     steps = spent["orchestra_worker_steps_total"]
     return {
-        "requests": requests,
-        "router_cpu_us_per_request": (ours.router_cpu_s() - cpu_before) / requests * 1e6,
+        "requests": ours.requests,
+        "router_cpu_us_per_request": ours.router_cpu_s / ours.requests * 1e6,
         "steps": steps,
         "schedule_us_per_step": spent["orchestra_worker_schedule_seconds_total"] / steps * 1e6,
         "execute_us_per_step": spent["orchestra_worker_execute_seconds_total"] / steps * 1e6,
@@ -107,9 +106,9 @@ def run_model(name: str, args: argparse.Namespace) -> dict[str, object]:
     with contextlib.ExitStack() as stack:
         theirs = stack.enter_context(batching(checkpoint, args.dtype, args.threads))
         ours = stack.enter_context(serving(checkpoint, ["--dtype", args.dtype]))
-        before, cpu_before = ours.metrics(), ours.router_cpu_s()
+        before = ours.serve.metrics()
         samples = measure(default_cells(), args.repeats, ours, theirs, vocab_size)
-        costs = overheads(ours, before, cpu_before)
+        costs = overheads(ours, before)
     print(f"\n### {checkpoint.name}, {args.dtype}\n\n{table(samples)}\n")
     print(
         f"Router CPU {costs['router_cpu_us_per_request']:.0f} µs per request (64 streamed events each); "

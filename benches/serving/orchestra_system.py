@@ -5,42 +5,39 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import re
-import signal
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
+from typing import Any
 
 from benches.serving.workload import Cell, Sample
-
-READY_TIMEOUT_S = 180.0
+from tests.e2e.stack import Serve, start_serve
 
 
 @dataclass
 class Orchestra:
-    """A running server: its address, model name and processes."""
+    """A running server under load."""
 
-    host: str
-    port: int
-    model: str
-    process: subprocess.Popen[str]
+    serve: Serve
+    requests: int = 0
+    # CPU that the router used while our cells ran; what it spends idle beside the rival's is not the requests'.
+    router_cpu_s: float = 0.0
 
     def run(self, cell: Cell, prompts: list[list[int]]) -> Sample:
         """Runs one cell and returns what it took."""
-        return asyncio.run(self._closed_loop(cell, prompts))
+        before = self._router_cpu_s()
+        sample = asyncio.run(self._closed_loop(cell, prompts))
+        self.router_cpu_s += self._router_cpu_s() - before
+        self.requests += len(prompts)
+        return sample
 
     async def _closed_loop(self, cell: Cell, prompts: list[list[int]]) -> Sample:
         waiting = iter(prompts)
         sample = Sample(elapsed_s=0.0, output_tokens=0)
 
         async def client() -> None:
-            reader, writer = await asyncio.open_connection(self.host, self.port)
+            reader, writer = await asyncio.open_connection(*self.serve.http.split(":"))
             for prompt in waiting:
                 ttft, tokens = await self._stream(reader, writer, prompt, cell.output_tokens)
                 sample.ttft_s.append(ttft)
@@ -62,7 +59,7 @@ class Orchestra:
         """Streams one completion; returns the time to the first token in seconds, and the tokens."""
         body = json.dumps(
             {
-                "model": self.model,
+                "model": self.serve.model,
                 "prompt": prompt,
                 "max_tokens": max_tokens,
                 "temperature": 0,
@@ -73,7 +70,7 @@ class Orchestra:
             }
         ).encode()
         head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: {self.host}\r\n"
+            f"POST /v1/completions HTTP/1.1\r\nHost: {self.serve.http}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         started = time.perf_counter()
@@ -89,29 +86,14 @@ class Orchestra:
             raise RuntimeError(f"asked for {max_tokens} tokens, usage says {tokens}")
         return ttft, tokens
 
-    def router_cpu_s(self) -> float:
+    def _router_cpu_s(self) -> float:
         """CPU seconds that the router process has used."""
-        times = self._child("router").cpu_times()
+        (router,) = self.serve.children("router")
+        times = router.cpu_times()
         return float(times.user + times.system)
 
-    def metrics(self) -> dict[str, float]:
-        """The router's metrics summed over labels, by name."""
-        with urllib.request.urlopen(f"http://{self.host}:{self.port}/metrics") as answer:
-            text = answer.read().decode()
-        totals: dict[str, float] = {}
-        for line in text.splitlines():
-            if match := re.match(r"(\w+)(?:\{[^}]*\})? (\S+)$", line):
-                totals[match[1]] = totals.get(match[1], 0.0) + float(match[2])
-        return totals
 
-    def _child(self, role: str) -> psutil.Process:
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            if role in child.cmdline():
-                return child
-        raise RuntimeError(f"orchestra serve has no {role} process")
-
-
-async def _events(reader: asyncio.StreamReader) -> object:
+async def _events(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
     """The JSON events of one chunked SSE response, up to `[DONE]`; the connection stays usable."""
     status = (await reader.readline()).decode()
     while (await reader.readline()).strip():
@@ -132,18 +114,5 @@ async def _events(reader: asyncio.StreamReader) -> object:
 @contextlib.contextmanager
 def serving(checkpoint: Path, flags: list[str]) -> Iterator[Orchestra]:
     """Starts `orchestra serve` and yields it once it is ready; stops it at the end."""
-    command = [sys.executable, "-m", "orchestra", "serve", str(checkpoint), "--port", "0", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        address = ""
-        for line in process.stdout:
-            if match := re.search(r"http://([\d.]+):(\d+)", line):
-                address = match[1], int(match[2])
-                break
-        if not address:
-            raise RuntimeError("orchestra serve ended before it printed its address")
-        yield Orchestra(address[0], address[1], checkpoint.name, process)
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
+    with start_serve(checkpoint, *flags) as serve:
+        yield Orchestra(serve)
