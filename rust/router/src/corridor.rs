@@ -12,6 +12,7 @@
 mod admit;
 mod choice;
 mod dispatch;
+mod held;
 mod place;
 mod replay;
 mod stream;

@@ -13,7 +13,6 @@ use super::{replay::Wait, tokenise::CheckedRequest};
 use crate::{
     request::{Chunk, Finish},
     text::{detokenizer::Detokenizer, stop::StopStrings},
-    workers::session::RunningSequence,
 };
 
 /// New tokens of a choice, as its worker sent them.
@@ -30,8 +29,6 @@ pub(super) struct Choice {
     pub(super) index: usize,
     /// Every token so far; what a replay continues from.
     pub(super) output: Vec<TokenId>,
-    /// The sequence on its worker; `None` while the choice waits for one, and once it has ended.
-    pub(super) running: Option<RunningSequence>,
     /// Workers that failed this choice or took no work.
     pub(super) excluded: Vec<WorkerId>,
     pub(super) num_replays: u32,
@@ -51,7 +48,6 @@ impl Choice {
         Self {
             index,
             output: Vec::new(),
-            running: None,
             excluded: Vec::new(),
             num_replays: 0,
             wait: None,
@@ -116,8 +112,6 @@ impl Choice {
 
     fn finish(&mut self, reason: FinishReason, stop_string: Option<String>) -> Finish {
         self.is_finished = true;
-        // Ends the sequence on the worker where that has not ended it itself.
-        self.running = None;
         Finish {
             reason,
             stop_string,

@@ -9,7 +9,7 @@ use crate::{
     error::ApiError,
     workers::{
         Placement,
-        session::{SequenceEvent, Sink},
+        session::{RunningSequence, SequenceEvent, Sink},
     },
 };
 
@@ -25,11 +25,11 @@ impl Placed {
         let events_max = request.sampling.max_tokens as usize + EVENTS_BESIDES_TOKENS;
         let (events, inbox) = mpsc::channel(events_max * placements.len());
         let mut choices = Vec::with_capacity(placements.len());
+        let mut sequences = Vec::with_capacity(placements.len());
         for (index, placement) in placements.into_iter().enumerate() {
             let mut choice = Choice::new(request, index);
-            choice
-                .start(request, &events, placement)
-                .map_err(|error| request.placement_error(&error))?;
+            let started = choice.start(request, &events, placement);
+            sequences.push(started.map_err(|error| request.placement_error(&error))?);
             choices.push(choice);
         }
         let metrics = &request.state.metrics;
@@ -48,7 +48,7 @@ impl Placed {
             elapsed = ?request.arrived.elapsed(),
             "request dispatched"
         );
-        Ok(Running::new(ticket, choices, events, inbox))
+        Ok(Running::new(ticket, choices, sequences, (events, inbox)))
     }
 }
 
@@ -59,7 +59,7 @@ impl Choice {
         request: &CheckedRequest,
         events: &mpsc::Sender<SequenceEvent>,
         mut placement: Placement,
-    ) -> Result<(), SchedulerError> {
+    ) -> Result<RunningSequence, SchedulerError> {
         loop {
             let worker = placement.session.worker;
             let sink = Sink {
@@ -69,9 +69,8 @@ impl Choice {
                 max_tokens: request.sampling.max_tokens,
                 has_logprobs: request.sampling.logprobs.is_some(),
             };
-            self.running = placement.start(self.start_message(request), sink);
-            if self.running.is_some() {
-                return Ok(());
+            if let Some(sequence) = placement.start(self.start_message(request), sink) {
+                return Ok(sequence);
             }
             self.excluded.push(worker);
             placement = request.place(&self.output, &self.excluded)?;

@@ -91,8 +91,7 @@ impl Running {
     ) -> Result<(), ApiError> {
         let limits = &self.request.state.limits;
         let choice = &mut self.choices[index];
-        let failed = choice.running.take().map(|running| running.worker());
-        choice.excluded.extend(failed);
+        choice.excluded.extend(self.held.end(index));
         choice.num_replays += 1;
         tracing::debug!(
             ?interruption,
@@ -124,7 +123,10 @@ impl Running {
             let started =
                 placed.and_then(|placement| choice.start(&self.request, &self.events, placement));
             match started {
-                Ok(()) => choice.wait = None,
+                Ok(sequence) => {
+                    self.held.resume(choice.index, sequence);
+                    choice.wait = None;
+                }
                 Err(error) => tracing::debug!(%error, "no worker to continue on"),
             }
         }

@@ -10,14 +10,14 @@ use futures_core::Stream;
 use futures_util::stream;
 use orchestra_core::{ErrorCode, SamplingParams, TokenId, step::FinishReason};
 use tokio::{
-    sync::{mpsc, watch},
-    time::{self, Instant, Sleep},
+    sync::{mpsc, oneshot, watch},
+    time::{self, Instant},
 };
-use tokio_util::sync::WaitForCancellationFutureOwned;
 
 use super::{
-    admit::{Seat, Ticket},
+    admit::Ticket,
     choice::{Choice, Output},
+    held::Held,
     replay::Interruption,
     tokenise::CheckedRequest,
 };
@@ -26,7 +26,7 @@ use crate::{
     metrics::InFlight,
     models::ModelEntry,
     request::Chunk,
-    workers::session::{EventKind, SequenceEvent},
+    workers::session::{EventKind, RunningSequence, SequenceEvent},
 };
 
 /// What a request produces: chunks of its choices in any interleaving, one with `finish` per choice; or an error, which
@@ -73,20 +73,19 @@ pub(super) struct Running {
     /// Kept for replays.
     pub(super) events: mpsc::Sender<SequenceEvent>,
     pub(super) arrivals: watch::Receiver<()>,
+    pub(super) held: Arc<Held>,
     inbox: mpsc::Receiver<SequenceEvent>,
-    deadline: Pin<Box<Sleep>>,
-    shutdown: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// Why the guard of `held` ended the request.
+    over: oneshot::Receiver<ApiError>,
     has_failed: bool,
-    _seat: Seat,
-    _in_flight: InFlight,
 }
 
 impl Running {
     pub(super) fn new(
         ticket: Ticket,
         choices: Vec<Choice>,
-        events: mpsc::Sender<SequenceEvent>,
-        inbox: mpsc::Receiver<SequenceEvent>,
+        sequences: Vec<RunningSequence>,
+        (events, inbox): (mpsc::Sender<SequenceEvent>, mpsc::Receiver<SequenceEvent>),
     ) -> Self {
         let Ticket {
             request,
@@ -96,16 +95,24 @@ impl Running {
         } = ticket;
         drop(waiting);
         let state = &request.state;
+        let held = Held::new(
+            sequences,
+            seat,
+            InFlight::new(&state.metrics.requests_running),
+        );
+        let (stream, over) = oneshot::channel();
+        let shutdown = state.tasks.shutdown_token().clone();
+        state
+            .tasks
+            .spawn(Arc::clone(&held).guard(stream, request.deadline, shutdown));
         Self {
             choices,
             events,
             arrivals: state.workers.arrivals(),
+            held,
             inbox,
-            deadline: Box::pin(time::sleep_until(request.deadline)),
-            shutdown: Box::pin(state.tasks.shutdown_token().clone().cancelled_owned()),
+            over,
             has_failed: false,
-            _seat: seat,
-            _in_flight: InFlight::new(&state.metrics.requests_running),
             request: Arc::new(request),
         }
     }
@@ -132,16 +139,13 @@ impl Running {
             let patience = self.patience_until();
             let event = tokio::select! {
                 biased;
-                () = self.deadline.as_mut() => {
-                    let message = "the request's time ran out";
-                    return Err(ApiError::new(ErrorCode::DeadlineExceeded, message));
-                }
-                () = self.shutdown.as_mut() => {
-                    let message = "the router is shutting down";
-                    return Err(ApiError::new(ErrorCode::ShuttingDown, message));
-                }
-                // This side holds a sender, so the channel does not end.
+                // What came in time is delivered, also where the client reads it late. This side holds a sender, so the
+                // channel does not end.
                 Some(event) = self.inbox.recv() => event,
+                // The guard speaks before it goes, unless the runtime ends under it.
+                over = &mut self.over => return Err(over.unwrap_or_else(|_| {
+                    ApiError::new(ErrorCode::ShuttingDown, "the router is shutting down")
+                })),
                 Ok(()) = self.arrivals.changed(), if patience.is_some() => {
                     self.resume_waiting();
                     continue;
@@ -202,9 +206,7 @@ impl Running {
             metrics
                 .prefix_cache_hit_tokens
                 .inc_by(output.cached_tokens.into());
-        }
-        if let Some(running) = &mut choice.running {
-            running.prefilled();
+            self.held.prefilled(index);
         }
         let chunk = choice.take(output, &request.stop);
         metrics
@@ -216,6 +218,7 @@ impl Running {
                 .observe((now - request.arrived).as_secs_f64());
         }
         if let Some(finish) = &chunk.finish {
+            self.held.end(index);
             metrics.finished(finish.reason);
             let since_first = choice
                 .first_token
@@ -238,6 +241,8 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
+        // The guard holds a share.
+        self.held.release();
         let reason = if self.has_failed {
             FinishReason::Error
         } else {

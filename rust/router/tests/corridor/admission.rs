@@ -92,6 +92,28 @@ async fn the_deadline_holds_in_the_queue_and_in_the_stream() {
 }
 
 #[tokio::test]
+async fn a_client_that_reads_nothing_holds_nothing_past_its_deadline() {
+    let (router, mut worker) = TestRouter::with_worker(one_at_a_time(1)).await;
+    let hurried = GenerateInput {
+        timeout: Some(Duration::from_millis(50)),
+        ..text("1")
+    };
+    let mut unread = router.generate(hurried).await.unwrap();
+    let start = worker.start().await;
+    worker.tokens(start.sequence_id, 0, &bytes("a")).await;
+    assert_eq!(worker.abort().await, start.sequence_id);
+    // Its seat is free, though its stream is still there.
+    let _second = router.generate(text("2")).await.unwrap();
+    worker.start().await;
+    let running = || router.metric("orchestra_requests_running");
+    eventually("the first one's end", || running() == Some(1)).await;
+    // What came in time is read late.
+    assert_eq!(next(&mut unread).await.unwrap().text, "a");
+    let error = next(&mut unread).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::DeadlineExceeded);
+}
+
+#[tokio::test]
 async fn a_client_cannot_ask_for_more_time_than_the_router_gives() {
     let limits = CorridorLimits {
         request_timeout: Duration::from_millis(50),
