@@ -294,46 +294,58 @@ async fn an_error_that_no_worker_can_help_is_not_replayed() {
     );
 }
 
-/// The output of a worker that has sent one token, given the sequence's id.
-type Violation = fn(u64) -> v1::SequenceOutput;
-
 #[tokio::test]
 async fn a_worker_that_breaks_the_protocol_is_dropped_and_its_requests_go_on() {
-    let one_logprob = || vec![v1::TokenLogprobs::default()];
-    let violations: [(&str, Violation); 6] = [
-        ("a gap", |id| tokens(id, 2, &[97])),
-        ("a repeat", |id| tokens(id, 0, &[97])),
-        ("nothing", |id| tokens(id, 1, &[])),
-        ("outside the vocabulary", |id| tokens(id, 1, &[1_000_000])),
-        ("too many", |id| tokens(id, 1, &[97; 100])),
-        ("without log-probabilities", |id| tokens(id, 1, &[97])),
+    // After one good token: index, tokens and how many log-probabilities come next, and what is wrong with it.
+    let violations: [(u32, &[u32], usize, &str); 6] = [
+        (2, &[97], 1, "its tokens have a gap or a repeat"),
+        (0, &[97], 1, "its tokens have a gap or a repeat"),
+        (
+            1,
+            &[],
+            0,
+            "it sent an output with neither tokens nor an end",
+        ),
+        (1, &[1_000_000], 1, "it sent a token outside the vocabulary"),
+        (
+            1,
+            &[97; 100],
+            100,
+            "it sent more tokens than were asked for",
+        ),
+        (1, &[97], 0, "its log-probabilities do not match its tokens"),
     ];
-    for (what, violation) in violations {
+    let output = |sequence_id, first_index, token_ids: &[u32], num_logprobs| v1::SequenceOutput {
+        logprobs: vec![v1::TokenLogprobs::default(); num_logprobs],
+        ..tokens(sequence_id, first_index, token_ids)
+    };
+    for (first_index, token_ids, num_logprobs, what) in violations {
         let router = TestRouter::start(limits()).await;
         let mut request = text("x");
         request.sampling.logprobs = Some(0);
         let (mut stream, mut bad, first, mut good) = on_one_of_two(&router, request).await;
-        let good_output = tokens(first.sequence_id, 0, &[97]);
-        bad.output(v1::SequenceOutput {
-            logprobs: one_logprob(),
-            ..good_output
-        })
-        .await;
+        bad.output(output(first.sequence_id, 0, &[97], 1)).await;
         next(&mut stream).await.unwrap();
-        bad.output(violation(first.sequence_id)).await;
-        assert_eq!(bad.closed().await.code(), Code::InvalidArgument, "{what}");
+        bad.output(output(
+            first.sequence_id,
+            first_index,
+            token_ids,
+            num_logprobs,
+        ))
+        .await;
+        let status = bad.closed().await;
+        assert_eq!(
+            (status.code(), status.message()),
+            (Code::InvalidArgument, what)
+        );
         let (answer, ()) = tokio::join!(collect(stream, 1), async {
             let second = good.start().await;
             assert_eq!(second.output_token_ids, [97], "{what}");
-            let mut end = tokens(second.sequence_id, 1, &[98]);
-            end.logprobs = one_logprob();
+            let mut end = output(second.sequence_id, 1, &[98], 1);
             end.set_finish_reason(v1::FinishReason::Length);
             good.output(end).await;
         });
-        assert_eq!(
-            answer.unwrap()[0].finish,
-            Some(FinishReason::Length),
-            "{what}"
-        );
+        let finish = answer.unwrap()[0].finish;
+        assert_eq!(finish, Some(FinishReason::Length), "{what}");
     }
 }
