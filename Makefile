@@ -6,6 +6,8 @@ ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
+EXTENSION := python/orchestra/_core.abi3.so
+RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust proto -type f)
 PROTOS := orchestra/v1/types.proto orchestra/v1/inference.proto
 LINT_GATES := check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-docs check-tidy
 
@@ -15,9 +17,7 @@ LINT_GATES := check-fmt check-clippy check-ruff check-mypy check-stubs check-pro
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
-setup: $(VENV)/.installed ## Install the pinned dependencies into .venv and build the extension and the router
-	$(VENV)/bin/maturin develop --release --locked --quiet
-	cargo build --release --locked --quiet -p orchestra-router
+setup: $(VENV)/.installed $(EXTENSION) ## Install the pinned dependencies into .venv and build the extension
 
 serve: setup ## Serve the demonstration model (MODEL=path for another, ARGS='--tp 2 …' for options)
 	$(VENV)/bin/orchestra serve $(MODEL) $(ARGS)
@@ -88,6 +88,11 @@ $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
 	$(PY) -c "$$PRINT_REQUIREMENTS" > $(VENV)/requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
+	touch $@
+
+# cargo knows what to rebuild; this knows when there is nothing to ask it.
+$(EXTENSION): $(VENV)/.installed $(RUST_SOURCES)
+	PIP_QUIET=1 $(VENV)/bin/maturin develop --release --locked --quiet
 	touch $@
 
 define PRINT_REQUIREMENTS
