@@ -245,6 +245,27 @@ def test_agent_needs_a_tokeniser(make_rank: MakeRank, tmp_path: Path) -> None:
         agent_config(config, make_rank("llama"))
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["limited", "as told", "policy as told"],
+)
+def test_idle_threads_do_not_spin_for_long(
+    given: dict[str, str],
+    expected: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        # Set first, so that the patch knows to restore what `main` leaves behind.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert main([str(tmp_path), *ROUTER]) == 64
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
 @pytest.mark.timeout(120)
 def test_worker_waits_for_its_router_and_stops_when_told(checkpoint: Checkpoints) -> None:
     command = ["-m", "orchestra.worker", str(checkpoint("llama")), *ROUTER, *SMALL]
@@ -255,7 +276,7 @@ def test_worker_waits_for_its_router_and_stops_when_told(checkpoint: Checkpoints
                 "loaded, attaching to the router at http://127.0.0.1:9" in worker.stderr.readline()
             )
             worker.terminate()
-            assert worker.wait(timeout=30) == 0
+            assert worker.wait(timeout=90) == 0
         finally:
             worker.kill()
 

@@ -4,12 +4,17 @@ import os
 import sys
 from collections.abc import Sequence
 
+# Turns that an idle OpenMP thread takes before it sleeps, about as long as one small kernel. libgomp's own value is
+# 300 times that: with the router on the same cores, threads then wait spinning for one that cannot run, and a decode
+# step of 2 ms takes 20 to 60.
+SPIN_COUNT = 1000
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one rank until it is told to stop; returns the process's exit code."""
-    # Before torch loads OpenMP: its threads would else spin for milliseconds at every barrier, and one neighbour on
-    # the same cores (the router, a client) then makes each step some ten times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Before torch is imported: libgomp reads it when it is loaded.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     from orchestra.worker.config import parse_arguments
     from orchestra.worker.runtime import run
 

@@ -210,8 +210,9 @@ def _lead_with_agent(config: WorkerConfig, rank: Rank, stop: StopSignals) -> Non
     from orchestra import _core
 
     _core.init_logging()
-    agent = _core.Agent(agent_config(config, rank))
+    settings = agent_config(config, rank)
     logger.info("loaded, attaching to the router at %s", config.router)
+    agent = _core.Agent(settings)
     metrics = WorkerMetrics(agent.stats, config.block_size)
     stop_metrics = None
     try:
