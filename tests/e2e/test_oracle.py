@@ -94,11 +94,13 @@ def report(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     """Lines that are shown whether the test passes or not."""
     lines: list[str] = []
     yield lines
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:
-        reporter.ensure_newline()
-        for line in lines:
-            reporter.write_line(line)
+    plugins = request.config.pluginmanager
+    reporter, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
+    if reporter is not None and capture is not None:
+        with capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            for line in lines:
+                reporter.write_line(line)
 
 
 @pytest.mark.timeout(420)

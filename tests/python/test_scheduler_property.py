@@ -30,16 +30,15 @@ class Worker:
     held: list[Held] = dataclasses.field(default_factory=list)
     # Blocks of each family's prompt that are cached, from its start.
     depths: dict[int, int] = dataclasses.field(default_factory=dict)
-    last_chosen: int = 0
 
-    def rank(self, family: int, length: int, num_blocks: int) -> tuple[bool, int, int]:
-        """Ascending: room, cost, age of the last choice."""
+    def rank(self, family: int, length: int, num_blocks: int) -> tuple[bool, int]:
+        """Ascending: room, cost. Which of several equals is taken is the scheduler's to choose."""
         depth = self.depth(family, length)
         left = length - depth * BLOCK_SIZE
         queued = sum(held.prefill_tokens for held in self.held)
         free = NUM_BLOCKS - sum(held.num_blocks for held in self.held)
         has_room = len(self.held) < MAX_NUM_SEQS and num_blocks - depth <= free
-        return (not has_room, (left + queued) * (len(self.held) + 1), self.last_chosen)
+        return (not has_room, (left + queued) * (len(self.held) + 1))
 
     def depth(self, family: int, length: int) -> int:
         """Cached blocks of a prompt; one token is always computed."""
@@ -59,7 +58,6 @@ class Routing(RuleBasedStateMachine):
         self.scheduler = Scheduler()
         self.workers: dict[str, Worker] = {}
         self.num_named = 0
-        self.num_chosen = 0
 
     @rule()
     def add_worker(self) -> None:
@@ -113,8 +111,6 @@ class Routing(RuleBasedStateMachine):
         worker = self.workers[reservation.worker]
         depth = worker.depth(family, length)
         assert reservation.num_cached_tokens == depth * BLOCK_SIZE
-        self.num_chosen += 1
-        worker.last_chosen = self.num_chosen
         worker.held.append(Held(reservation, num_blocks - depth, length - depth * BLOCK_SIZE))
 
     @precondition(lambda self: any(worker.held for worker in self.workers.values()))
