@@ -1,6 +1,7 @@
 """The `orchestra` command. Each subcommand imports what it needs, when it runs."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -60,6 +61,8 @@ def _serve(arguments: list[str]) -> int:
 def _router(arguments: list[str]) -> int:
     from orchestra import _core
 
+    # Python's own handler would turn the orderly stop that the router makes of Ctrl-C into a KeyboardInterrupt.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     return _core.run_router(_bind_to_parent(arguments))
 
 
