@@ -11,6 +11,7 @@ mod explain;
 mod group;
 mod index;
 mod load_grid;
+mod loras;
 mod pick;
 pub mod place;
 mod placement;
@@ -21,6 +22,7 @@ pub mod route;
 mod search;
 mod standing;
 mod stats;
+mod terms;
 pub mod waiting;
 mod worker;
 mod workers;
@@ -30,6 +32,7 @@ use std::collections::BTreeMap;
 pub use self::{
     config::SchedulerConfig,
     error::SchedulerError,
+    loras::Lora,
     place::{Extent, GpuId, GpuSpec, Layout, PlaceRequest, PlacedGpu, Placement, PlacementId},
     placement::{DomainMemory, GpuMemoryUse},
     policy::RoutePolicy,
@@ -42,6 +45,7 @@ pub use self::{
 use self::{
     group::Groups,
     index::PrefixIndex,
+    loras::Loras,
     placement::GpuPool,
     reservation::Held,
     standing::NIL,
@@ -58,6 +62,7 @@ pub struct Scheduler {
     workers: Workers,
     groups: Groups,
     index: PrefixIndex,
+    loras: Loras,
     /// Ordered by age.
     reservations: BTreeMap<ReservationId, Held>,
     /// Reservations made so far.
@@ -76,6 +81,7 @@ impl Scheduler {
             workers: Workers::default(),
             groups: Groups::default(),
             index: PrefixIndex::default(),
+            loras: Loras::default(),
             reservations: BTreeMap::new(),
             num_decisions: 0,
             gpus,
@@ -124,6 +130,7 @@ impl Scheduler {
             .remove_member(&worker.spec, worker.group, id.slot);
         self.index
             .remove_holder(worker.holder, worker.num_cached_blocks);
+        self.loras.remove(&worker.loras, id.slot);
         self.reservations.retain(|_, held| held.worker != id);
         true
     }

@@ -76,6 +76,9 @@ impl Scheduler {
         };
         self.reservations.insert(id, held);
         self.refresh(chosen.worker.slot);
+        if let Some(lora) = request.lora {
+            self.expect_lora(chosen.worker, lora);
+        }
         if self.config.policy == RoutePolicy::RoundRobin
             && let Some(model) = self.groups.model_mut(request.model)
         {

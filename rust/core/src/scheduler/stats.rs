@@ -125,6 +125,7 @@ impl Scheduler {
         for (_, slot) in self.index.entries() {
             *cached.entry(slot).or_default() += 1;
         }
+        let mut num_loras = 0;
         for (id, worker) in self.workers.iter() {
             assert_eq!(
                 worker.reserved,
@@ -151,7 +152,12 @@ impl Scheduler {
             );
             assert_eq!(u64::from(standing.kv_blocks_free), worker.kv_blocks_free());
             assert_eq!(standing.cell == NIL, worker.is_draining);
+            num_loras += worker.loras.len();
+            for &key in &worker.loras {
+                assert!(self.loras.contains(key, id.slot), "{id} lost an adapter");
+            }
         }
+        assert_eq!(self.loras.len(), num_loras, "residents of adapters");
         assert!(cached.is_empty(), "a holder is not registered");
         self.workers.check_integrity();
         self.groups.check_integrity(self.workers.standings());
