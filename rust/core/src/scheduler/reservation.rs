@@ -34,6 +34,8 @@ pub(super) struct Held {
     /// `Worker::num_reports` when it was made.
     pub(super) num_reports: u64,
     pub(super) reserved_at: Time,
+    /// Prompt tokens to compute on the worker until its first token, its own and those queued before.
+    pub(super) prefill_ahead: u64,
 }
 
 impl Scheduler {
@@ -62,6 +64,7 @@ impl Scheduler {
             num_blocks: u64::from(chosen.num_blocks - cached_blocks),
             prefill_tokens: request.token_ids.len() as u64 - u64::from(chosen.num_cached_tokens),
         };
+        let prefill_ahead = worker.queued_prefill_tokens() + demand.prefill_tokens;
         self.num_decisions += 1;
         worker.last_chosen = self.num_decisions;
         worker.reserved.add(demand);
@@ -73,6 +76,7 @@ impl Scheduler {
             demand,
             num_reports,
             reserved_at: now,
+            prefill_ahead,
         };
         self.reservations.insert(id, held);
         self.refresh(chosen.worker.slot);
@@ -94,7 +98,9 @@ impl Scheduler {
 
     /// The prompt is computed: its tokens no longer queue on the worker. `false` where the reservation is gone or
     /// its prompt was done before.
-    pub fn prefill_done(&mut self, id: ReservationId) -> bool {
+    ///
+    /// The time since the reservation teaches how fast the worker computes prompts.
+    pub fn prefill_done(&mut self, id: ReservationId, now: Time) -> bool {
         let Some(held) = self.reservations.get_mut(&id) else {
             return false;
         };
@@ -105,14 +111,22 @@ impl Scheduler {
         held.demand.subtract(prefill);
         let held = *held;
         self.give_back(&held, prefill);
-        prefill.prefill_tokens > 0
+        let is_first = prefill.prefill_tokens > 0;
+        if is_first && let Some(worker) = self.workers.get_mut(held.worker) {
+            let took = now - held.reserved_at;
+            worker.prefill_pace.sample(held.prefill_ahead, took);
+        }
+        is_first
     }
 
     /// Gives a reservation back. `false` where it is gone already.
+    ///
+    /// Its tenant stays charged for all of `max_tokens`; [`finish`](Self::finish) settles that.
     pub fn release(&mut self, id: ReservationId) -> bool {
         let Some(held) = self.reservations.remove(&id) else {
             return false;
         };
+        self.charges.remove(&id);
         self.give_back(&held, held.demand);
         true
     }

@@ -18,6 +18,7 @@ use std::{cmp::Reverse, ops::Deref, rc::Rc};
 pub use super::explain::{Explanation, Ineligible};
 use super::{
     Scheduler,
+    admission::AdmissionClass,
     bits::Bits,
     error::SchedulerError,
     group::{GroupKey, Model},
@@ -59,6 +60,13 @@ pub struct RouteRequest<'a> {
     pub exclude: &'a [WorkerId],
     /// What `consistent_hash` keeps together; where it is empty, prompts of one first block.
     pub session_key: &'a str,
+    /// Whose request it is, at most 128 bytes; the empty name is the tenant of all who give none. Tenants share what
+    /// [`acquire`](Scheduler::acquire) grants.
+    pub tenant: &'a str,
+    /// How urgent it is while it waits.
+    pub class: AdmissionClass,
+    /// By when the first token is wanted. A request that still waits then is refused.
+    pub deadline: Option<Time>,
     /// The prompt's hashes, where the caller has them already.
     pub hashed: Option<HashedPrompt<'a>>,
 }
@@ -90,6 +98,9 @@ impl RouteRequest<'_> {
         }
         if self.slo_class.len() > NAME_BYTES_MAX {
             return refuse("slo_class", "at most 128 bytes long");
+        }
+        if self.tenant.len() > NAME_BYTES_MAX {
+            return refuse("tenant", "at most 128 bytes long");
         }
         if self.tolerations.len() > TOLERATIONS_MAX {
             return refuse("tolerations", "at most 64 names");
@@ -179,6 +190,19 @@ impl Scheduler {
 
     /// The best worker for the request, whether or not it has room now. Reserves nothing.
     pub(super) fn choose(&self, request: &RouteRequest<'_>) -> Result<Candidate, SchedulerError> {
+        if let Some(candidate) = self.find(request)? {
+            return Ok(candidate);
+        }
+        // Nobody may take it, or a holder lacks a block that it should have: rare enough to judge everybody.
+        let survey = self.survey(request)?;
+        survey.best().ok_or_else(|| survey.refusal())
+    }
+
+    /// As [`choose`](Self::choose), and gives up where that would judge everybody.
+    pub(super) fn find(
+        &self,
+        request: &RouteRequest<'_>,
+    ) -> Result<Option<Candidate>, SchedulerError> {
         request.validate()?;
         let model = self.groups.model(request.model);
         let model = model.ok_or(SchedulerError::ModelNotFound)?;
@@ -188,15 +212,9 @@ impl Scheduler {
         } else {
             self.pick(model, request, &chains)
         };
-        if let Some(candidate) = found.and_then(|(found, chain, costs)| {
-            let candidate = self.verified(request, found, &chains[chain], &costs)?;
-            Some(candidate)
-        }) {
-            return Ok(candidate);
-        }
-        // Nobody may take it, or a holder lacks a block that it should have: rare enough to judge everybody.
-        let survey = self.survey(request)?;
-        survey.best().ok_or_else(|| survey.refusal())
+        Ok(found.and_then(|(found, chain, costs)| {
+            self.verified(request, found, &chains[chain], &costs)
+        }))
     }
 
     /// The request's hashes for each group of its model whose workers may take it.
@@ -383,11 +401,7 @@ impl GroupKey {
 
 /// Hashes of the prompt's blocks that a prefix hit can use: at least one token is always computed, because the first
 /// output token is drawn from its logits.
-fn usable_chain<'a>(
-    request: &RouteRequest<'a>,
-    seed: HashSeed,
-    block_size: u32,
-) -> Blocks<'a> {
+fn usable_chain<'a>(request: &RouteRequest<'a>, seed: HashSeed, block_size: u32) -> Blocks<'a> {
     let (_last, usable) = request.token_ids.split_last().unwrap_or((&0, &[]));
     match request.hashed {
         Some(hashed) if hashed.seed == seed && hashed.block_size == block_size => {

@@ -60,6 +60,8 @@ pub struct WorkerSnapshot {
     pub num_cached_blocks: u32,
     /// Live reservations.
     pub num_reservations: u32,
+    /// Prompt tokens that it computes in a second, learned from [`prefill_done`](Scheduler::prefill_done); 0: unknown.
+    pub prefill_tokens_per_s: u64,
 }
 
 impl Scheduler {
@@ -74,6 +76,7 @@ impl Scheduler {
                 kv_blocks_free: worker.kv_blocks_free(),
                 num_cached_blocks: worker.num_cached_blocks,
                 num_reservations: worker.reserved.num_seqs,
+                prefill_tokens_per_s: worker.prefill_pace.per_second(),
             };
             (id, snapshot)
         })
@@ -163,5 +166,11 @@ impl Scheduler {
         self.groups.check_integrity(self.workers.standings());
         self.gpus.check_integrity();
         self.waiting.check_integrity();
+        for id in self.charges.keys() {
+            assert!(
+                self.reservations.contains_key(id),
+                "a charge outlived its reservation"
+            );
+        }
     }
 }

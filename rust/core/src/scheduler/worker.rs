@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{error::SchedulerError, index::HolderId, loras::Lora};
+use super::{error::SchedulerError, index::HolderId, loras::Lora, pace::Pace};
 use crate::hash::{HashSeed, SeedParts};
 
 /// Longest worker, GPU, model, domain or node name, in bytes.
@@ -177,6 +177,8 @@ pub(super) struct Worker {
     pub(super) group: u32,
     /// Adapters that it has or was chosen for, each once.
     pub(super) loras: Vec<HashSeed>,
+    /// Prompt tokens computed, and the time that they took.
+    pub(super) prefill_pace: Pace,
 }
 
 impl Worker {
@@ -193,6 +195,7 @@ impl Worker {
             holder,
             group,
             loras: Vec::new(),
+            prefill_pace: Pace::default(),
         }
     }
 
