@@ -142,6 +142,8 @@ pub(super) struct Chain<'a> {
     pub(super) block_size: u32,
     seed: HashSeed,
     pub(super) blocks: Blocks<'a>,
+    /// Workers that may hold these blocks: those of the groups that differ in terms alone.
+    pub(super) num_sharers: usize,
     /// Slots of the workers that have the request's adapter; `None` where it wants none.
     pub(super) residents: Option<&'a Bits>,
 }
@@ -221,15 +223,19 @@ impl Scheduler {
             let same = chains
                 .iter()
                 .find(|other| (other.seed, other.block_size) == (seed, block_size));
-            let blocks = match same {
-                Some(other) => other.blocks.clone(),
-                None => usable_chain(request, seed, block_size),
+            let (blocks, num_sharers) = match same {
+                Some(other) => (other.blocks.clone(), other.num_sharers),
+                None => (
+                    usable_chain(request, seed, block_size),
+                    self.groups.num_sharers(model, key),
+                ),
             };
             chains.push(Chain {
                 group,
                 block_size,
                 seed,
                 blocks,
+                num_sharers,
                 residents,
             });
         }
@@ -291,6 +297,7 @@ impl Scheduler {
                         group: self.groups.get(chain.group),
                         group_number: chain.group,
                         chain: &chain.blocks,
+                        num_sharers: chain.num_sharers,
                         needs: Needs {
                             only,
                             ..Self::needs(request, chain, room)
@@ -383,11 +390,7 @@ impl GroupKey {
 
 /// Hashes of the prompt's blocks that a prefix hit can use: at least one token is always computed, because the first
 /// output token is drawn from its logits.
-fn usable_chain<'a>(
-    request: &RouteRequest<'a>,
-    seed: HashSeed,
-    block_size: u32,
-) -> Blocks<'a> {
+fn usable_chain<'a>(request: &RouteRequest<'a>, seed: HashSeed, block_size: u32) -> Blocks<'a> {
     let (_last, usable) = request.token_ids.split_last().unwrap_or((&0, &[]));
     match request.hashed {
         Some(hashed) if hashed.seed == seed && hashed.block_size == block_size => {

@@ -105,7 +105,11 @@ impl WaitingRoute {
             lora: request.lora.map(|lora| (lora.id.to_owned(), lora.version)),
             weights_epoch: request.weights_epoch,
             slo_class: request.slo_class.to_owned(),
-            tolerations: request.tolerations.iter().map(ToString::to_string).collect(),
+            tolerations: request
+                .tolerations
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
             exclude: request.exclude.to_vec(),
             session_key: request.session_key.to_owned(),
         }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{error::SchedulerError, index::HolderId, loras::Lora};
+use super::{error::SchedulerError, index::HolderId, kv_feed::KvFeed, loras::Lora};
 use crate::hash::{HashSeed, SeedParts};
 
 /// Longest worker, GPU, model, domain or node name, in bytes.
@@ -177,6 +177,9 @@ pub(super) struct Worker {
     pub(super) group: u32,
     /// Adapters that it has or was chosen for, each once.
     pub(super) loras: Vec<HashSeed>,
+    /// The number that its next message of KV events is to have; `None` before the first one.
+    pub(super) kv_sequence: Option<u64>,
+    pub(super) kv_feed: KvFeed,
 }
 
 impl Worker {
@@ -193,6 +196,8 @@ impl Worker {
             holder,
             group,
             loras: Vec::new(),
+            kv_sequence: None,
+            kv_feed: KvFeed::InStep,
         }
     }
 
