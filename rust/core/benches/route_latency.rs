@@ -255,6 +255,7 @@ impl Fleet {
             num_blocks,
             max_num_seqs: MAX_NUM_SEQS,
             max_model_len: 1 << 20,
+            ..WorkerSpec::default()
         };
         let mut scheduler = Scheduler::new(SchedulerConfig::default()).unwrap();
         let start = Instant::now();
@@ -265,7 +266,7 @@ impl Fleet {
         println!("{} workers registered in {millis:.1} ms", options.workers);
         let size = options.workers;
         Self {
-            seed: spec(0).hash_seed(""),
+            seed: spec(0).hash_seed("", None),
             by_id: ids.iter().copied().zip(0..).collect(),
             ids,
             scheduler,

@@ -145,6 +145,7 @@ impl Stage {
             num_blocks: command.setting("blocks", 100),
             max_num_seqs: command.setting("seqs", 8),
             max_model_len: command.setting("len", 1000),
+            ..WorkerSpec::default()
         };
         self.scheduler
             .add_worker(spec)
@@ -153,7 +154,11 @@ impl Stage {
 
     fn stored(&mut self, command: &Command<'_>) -> String {
         let worker = self.worker(command);
-        let seed = self.scheduler.worker_spec(worker).unwrap().hash_seed("");
+        let seed = self
+            .scheduler
+            .worker_spec(worker)
+            .unwrap()
+            .hash_seed("", None);
         let hashes = block_hashes(seed, &command.prompt(1), BLOCK_SIZE as usize);
         let event = KvEvent::Stored(hashes);
         self.scheduler

@@ -35,6 +35,7 @@ fn add_worker(scheduler: &mut Scheduler, name: &str, max_num_seqs: u32) -> Worke
         num_blocks: 10,
         max_num_seqs,
         max_model_len: 1000,
+        ..WorkerSpec::default()
     };
     scheduler.add_worker(spec).unwrap()
 }

@@ -29,7 +29,7 @@ pub(crate) fn config_from<T: DeserializeOwned>(dict: &Bound<'_, PyDict>) -> PyRe
     })
 }
 
-/// A flat struct of numbers and flags as a dictionary.
+/// A flat struct of numbers, flags and names as a dictionary.
 pub(crate) fn to_dict<'py, T: Serialize>(
     py: Python<'py>,
     figures: &T,
@@ -41,6 +41,7 @@ pub(crate) fn to_dict<'py, T: Serialize>(
     for (name, value) in fields {
         match value {
             serde_json::Value::Bool(flag) => dict.set_item(name, flag)?,
+            serde_json::Value::String(text) => dict.set_item(name, text)?,
             serde_json::Value::Number(number) => match number.as_u64() {
                 Some(count) => dict.set_item(name, count)?,
                 None => dict.set_item(name, number.as_f64())?,

@@ -28,6 +28,8 @@ pub struct SchedulerConfig {
     pub seq_cost_tokens: u32,
     /// What fetching a token's KV costs under `transfer_aware`, in thousandths of computing it.
     pub fetch_cost_permille: u32,
+    /// What loading a LoRA adapter costs, in tokens of prefill.
+    pub lora_load_tokens: u32,
     /// Start of the random numbers of `random` and `power_of_two`.
     pub seed: u64,
 }
@@ -43,6 +45,7 @@ impl Default for SchedulerConfig {
             policy: RoutePolicy::default(),
             seq_cost_tokens: 64,
             fetch_cost_permille: 100,
+            lora_load_tokens: 2048,
             seed: 0,
         }
     }

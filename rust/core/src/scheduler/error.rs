@@ -41,8 +41,14 @@ pub enum SchedulerError {
         /// Blocks of the worker that came closest.
         limit: u64,
     },
-    /// Workers serve the model, and every one is draining or excluded.
-    #[error("all {registered} workers of this model are draining or excluded")]
+    /// Workers serve the model, and none of them on the request's terms.
+    #[error("no worker of this model takes requests with this {field}")]
+    NotServed {
+        /// The field of the request that none of them meets.
+        field: &'static str,
+    },
+    /// Workers serve the model, and every one is draining, excluded or kept for other requests.
+    #[error("all {registered} workers of this model are draining, excluded or kept for others")]
     NoWorkers {
         /// Workers that serve the model.
         registered: u32,
@@ -101,7 +107,7 @@ impl SchedulerError {
             | Self::DuplicateName { .. }
             | Self::UnknownWorker
             | Self::GangTooLarge { .. } => ErrorCode::InvalidRequest,
-            Self::ModelNotFound => ErrorCode::ModelNotFound,
+            Self::ModelNotFound | Self::NotServed { .. } => ErrorCode::ModelNotFound,
             Self::ContextTooLong { .. } | Self::KvTooLarge { .. } => ErrorCode::ContextTooLong,
             Self::NoWorkers { .. } | Self::NoGpuRoom { .. } => ErrorCode::NoWorkers,
             Self::LimitReached { .. } => ErrorCode::QueueFull,
@@ -123,6 +129,7 @@ impl SchedulerError {
             | Self::DuplicateName { .. }
             | Self::UnknownWorker
             | Self::ModelNotFound
+            | Self::NotServed { .. }
             | Self::NoWorkers { .. } => None,
         }
     }
@@ -141,6 +148,7 @@ impl SchedulerError {
             | Self::DuplicateName { .. }
             | Self::UnknownWorker
             | Self::ModelNotFound
+            | Self::NotServed { .. }
             | Self::NoWorkers { .. }
             | Self::TooManyBlocks { .. } => None,
         }

@@ -9,8 +9,11 @@ mod config;
 mod error;
 mod explain;
 mod group;
+mod held;
 mod index;
+mod kv_feed;
 mod load_grid;
+mod loras;
 mod pick;
 pub mod place;
 mod placement;
@@ -21,15 +24,16 @@ pub mod route;
 mod search;
 mod standing;
 mod stats;
+mod terms;
 pub mod waiting;
 mod worker;
 mod workers;
 
-use std::collections::BTreeMap;
-
 pub use self::{
     config::SchedulerConfig,
     error::SchedulerError,
+    kv_feed::KvFeed,
+    loras::Lora,
     place::{Extent, GpuId, GpuSpec, Layout, PlaceRequest, PlacedGpu, Placement, PlacementId},
     placement::{DomainMemory, GpuMemoryUse},
     policy::RoutePolicy,
@@ -41,15 +45,16 @@ pub use self::{
 };
 use self::{
     group::Groups,
+    held::HeldReservations,
     index::PrefixIndex,
+    loras::Loras,
     placement::GpuPool,
-    reservation::Held,
     standing::NIL,
     waiting::WaitQueues,
     worker::{Demand, Worker},
     workers::Workers,
 };
-use crate::{config::ConfigIssue, hash::BlockHash, step::KvEvent};
+use crate::config::ConfigIssue;
 
 /// Chooses workers for requests and GPUs for gangs.
 #[derive(Debug)]
@@ -58,10 +63,12 @@ pub struct Scheduler {
     workers: Workers,
     groups: Groups,
     index: PrefixIndex,
-    /// Ordered by age.
-    reservations: BTreeMap<ReservationId, Held>,
+    loras: Loras,
+    reservations: HeldReservations,
     /// Reservations made so far.
     num_decisions: u64,
+    /// Times that a worker's KV events were lost.
+    num_kv_gaps: u64,
     gpus: GpuPool,
     waiting: WaitQueues,
 }
@@ -76,8 +83,10 @@ impl Scheduler {
             workers: Workers::default(),
             groups: Groups::default(),
             index: PrefixIndex::default(),
-            reservations: BTreeMap::new(),
+            loras: Loras::default(),
+            reservations: HeldReservations::default(),
             num_decisions: 0,
+            num_kv_gaps: 0,
             gpus,
             waiting: WaitQueues::default(),
         })
@@ -124,7 +133,8 @@ impl Scheduler {
             .remove_member(&worker.spec, worker.group, id.slot);
         self.index
             .remove_holder(worker.holder, worker.num_cached_blocks);
-        self.reservations.retain(|_, held| held.worker != id);
+        self.loras.remove(&worker.loras, id.slot);
+        self.reservations.remove_worker(id);
         true
     }
 
@@ -179,41 +189,6 @@ impl Scheduler {
         if is_open && from != to {
             group.change_room(slot, from, to);
         }
-    }
-
-    /// Takes a change of what a worker's prefix cache holds.
-    ///
-    /// A worker that reports more blocks than it has is refused before anything changes; so is one that is gone.
-    pub fn apply_kv_event(&mut self, id: WorkerId, event: &KvEvent) -> Result<(), SchedulerError> {
-        let worker = self.workers.get_mut(id);
-        let worker = worker.ok_or(SchedulerError::UnknownWorker)?;
-        match event {
-            KvEvent::Stored(hashes) => {
-                let limit = worker.spec.num_blocks;
-                let room = limit - worker.num_cached_blocks;
-                let holder = worker.holder;
-                // What is stored already takes no room; mostly there is enough without counting that.
-                let is_new = |hash: &&BlockHash| !self.index.contains(**hash, holder);
-                if hashes.len() > room as usize
-                    && hashes.iter().filter(is_new).count() > room as usize
-                {
-                    let worker = worker.spec.name.clone();
-                    return Err(SchedulerError::TooManyBlocks { worker, limit });
-                }
-                worker.num_cached_blocks += self.index.insert_all(hashes, holder);
-            }
-            KvEvent::Removed(hashes) => {
-                worker.num_cached_blocks -= self.index.remove_all(hashes, worker.holder);
-            }
-            KvEvent::Cleared => {
-                self.index
-                    .remove_holder(worker.holder, worker.num_cached_blocks);
-                worker.num_cached_blocks = 0;
-                worker.holder = self.index.add_holder(id.slot);
-                self.refresh(id.slot);
-            }
-        }
-        Ok(())
     }
 
     /// The worker of this name.

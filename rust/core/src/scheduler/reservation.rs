@@ -3,6 +3,7 @@
 use super::{
     Scheduler,
     error::SchedulerError,
+    held::Held,
     policy::RoutePolicy,
     route::{Candidate, RouteRequest},
     worker::{Demand, WorkerId},
@@ -11,7 +12,12 @@ use crate::time::Time;
 
 /// Names a reservation. Never used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ReservationId(pub(super) u64);
+pub struct ReservationId {
+    /// Counts decisions; first, so that ids are ordered by it.
+    pub(super) number: u64,
+    /// Where the reservation is found, if what is there has this number.
+    pub(super) slot: u32,
+}
 
 /// Room on a worker, held until [`Scheduler::release`] or until the worker is removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,16 +30,6 @@ pub struct Reservation {
     pub num_cached_tokens: u32,
     /// KV blocks of prompt and output together, cached ones included.
     pub num_blocks: u32,
-}
-
-/// What the scheduler remembers of a reservation.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Held {
-    pub(super) worker: WorkerId,
-    pub(super) demand: Demand,
-    /// `Worker::num_reports` when it was made.
-    pub(super) num_reports: u64,
-    pub(super) reserved_at: Time,
 }
 
 impl Scheduler {
@@ -66,7 +62,6 @@ impl Scheduler {
         worker.last_chosen = self.num_decisions;
         worker.reserved.add(demand);
         worker.unreported.add(demand);
-        let id = ReservationId(self.num_decisions);
         let num_reports = worker.num_reports;
         let held = Held {
             worker: chosen.worker,
@@ -74,8 +69,11 @@ impl Scheduler {
             num_reports,
             reserved_at: now,
         };
-        self.reservations.insert(id, held);
+        let id = self.reservations.insert(self.num_decisions, held);
         self.refresh(chosen.worker.slot);
+        if let Some(lora) = request.lora {
+            self.expect_lora(chosen.worker, lora);
+        }
         if self.config.policy == RoutePolicy::RoundRobin
             && let Some(model) = self.groups.model_mut(request.model)
         {
@@ -92,7 +90,7 @@ impl Scheduler {
     /// The prompt is computed: its tokens no longer queue on the worker. `false` where the reservation is gone or
     /// its prompt was done before.
     pub fn prefill_done(&mut self, id: ReservationId) -> bool {
-        let Some(held) = self.reservations.get_mut(&id) else {
+        let Some(held) = self.reservations.get_mut(id) else {
             return false;
         };
         let prefill = Demand {
@@ -107,7 +105,7 @@ impl Scheduler {
 
     /// Gives a reservation back. `false` where it is gone already.
     pub fn release(&mut self, id: ReservationId) -> bool {
-        let Some(held) = self.reservations.remove(&id) else {
+        let Some(held) = self.reservations.remove(id) else {
             return false;
         };
         self.give_back(&held, held.demand);

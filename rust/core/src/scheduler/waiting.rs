@@ -10,6 +10,7 @@ use std::{collections::BTreeMap, mem};
 use super::{
     Scheduler,
     error::SchedulerError,
+    loras::Lora,
     place::{PlaceRequest, Placement},
     reservation::Reservation,
     route::RouteRequest,
@@ -54,6 +55,10 @@ struct WaitingRoute {
     token_ids: Vec<TokenId>,
     max_tokens: u32,
     salt: String,
+    lora: Option<(String, u64)>,
+    weights_epoch: Option<u64>,
+    slo_class: String,
+    tolerations: Vec<String>,
     exclude: Vec<WorkerId>,
     session_key: String,
 }
@@ -97,17 +102,37 @@ impl WaitingRoute {
             token_ids: request.token_ids.to_vec(),
             max_tokens: request.max_tokens,
             salt: request.salt.to_owned(),
+            lora: request.lora.map(|lora| (lora.id.to_owned(), lora.version)),
+            weights_epoch: request.weights_epoch,
+            slo_class: request.slo_class.to_owned(),
+            tolerations: request
+                .tolerations
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
             exclude: request.exclude.to_vec(),
             session_key: request.session_key.to_owned(),
         }
     }
 
-    fn as_request<'a>(&'a self, model: &'a str) -> RouteRequest<'a> {
+    fn tolerations(&self) -> Vec<&str> {
+        self.tolerations.iter().map(String::as_str).collect()
+    }
+
+    fn as_request<'a>(&'a self, model: &'a str, tolerations: &'a [&'a str]) -> RouteRequest<'a> {
+        let lora = self.lora.as_ref();
         RouteRequest {
             model,
             token_ids: &self.token_ids,
             max_tokens: self.max_tokens,
             salt: &self.salt,
+            lora: lora.map(|(id, version)| Lora {
+                id,
+                version: *version,
+            }),
+            weights_epoch: self.weights_epoch,
+            slo_class: &self.slo_class,
+            tolerations,
             exclude: &self.exclude,
             session_key: &self.session_key,
             hashed: None,
@@ -190,7 +215,8 @@ impl Scheduler {
         let mut grants = Vec::new();
         for (model, queue) in &mut waiting.routes {
             while let Some(head) = queue.first_entry() {
-                let outcome = self.try_route(&head.get().as_request(model), now);
+                let tolerations = head.get().tolerations();
+                let outcome = self.try_route(&head.get().as_request(model, &tolerations), now);
                 let Some(outcome) = outcome.transpose() else {
                     break;
                 };

@@ -2,11 +2,13 @@
 
 use std::fmt;
 
-use super::{error::SchedulerError, index::HolderId};
+use super::{error::SchedulerError, index::HolderId, kv_feed::KvFeed, loras::Lora};
 use crate::hash::{HashSeed, SeedParts};
 
 /// Longest worker, GPU, model, domain or node name, in bytes.
 pub const NAME_BYTES_MAX: usize = 128;
+/// Most taints, and most service classes, of one worker.
+const NAMES_MAX: usize = 16;
 
 /// Names a registered worker. Never used again once the worker is removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -24,7 +26,7 @@ impl fmt::Display for WorkerId {
 }
 
 /// What a worker is; fixed while it is registered.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WorkerSpec {
     /// Unique among the registered workers, 1 to 128 bytes.
     pub name: String,
@@ -40,6 +42,13 @@ pub struct WorkerSpec {
     pub max_num_seqs: u32,
     /// Most prompt and output tokens of one sequence, at least 1.
     pub max_model_len: u32,
+    /// Takes only requests that tolerate every one of these; at most 16, each 1 to 128 bytes.
+    pub taints: Vec<String>,
+    /// Takes only requests of one of these service classes, or any where there are none; at most 16, each 1 to 128
+    /// bytes.
+    pub slo_classes: Vec<String>,
+    /// LoRA adapters that it holds at a time; 0: it serves none.
+    pub max_loras: u32,
 }
 
 impl WorkerSpec {
@@ -52,25 +61,46 @@ impl WorkerSpec {
             ("max_num_seqs", self.max_num_seqs),
             ("max_model_len", self.max_model_len),
         ];
-        match counts.into_iter().find(|&(_, value)| value == 0) {
-            Some((field, _)) => Err(SchedulerError::InvalidField {
+        if let Some((field, _)) = counts.into_iter().find(|&(_, value)| value == 0) {
+            return Err(SchedulerError::InvalidField {
                 field,
                 expected: "at least 1",
-            }),
-            None => Ok(()),
+            });
         }
+        for (field, names) in [("taints", &self.taints), ("slo_classes", &self.slo_classes)] {
+            if names.len() > NAMES_MAX {
+                let expected = "at most 16 names";
+                return Err(SchedulerError::InvalidField { field, expected });
+            }
+            for name in names {
+                validate_name(field, name)?;
+            }
+        }
+        Ok(())
     }
 
-    /// Start of the hash chain of a request with this salt on this worker.
-    pub fn hash_seed(&self, salt: &str) -> HashSeed {
-        let parts = SeedParts {
-            model: &self.model,
-            weights_epoch: self.weights_epoch,
-            salt,
-            ..SeedParts::default()
-        };
-        parts.seed()
+    /// Start of the hash chain of a request with this salt and adapter on this worker.
+    pub fn hash_seed(&self, salt: &str, lora: Option<Lora<'_>>) -> HashSeed {
+        hash_seed(&self.model, self.weights_epoch, salt, lora)
     }
+}
+
+/// Start of the hash chain of a request on the workers of one model and weights epoch.
+pub(super) fn hash_seed(
+    model: &str,
+    weights_epoch: u64,
+    salt: &str,
+    lora: Option<Lora<'_>>,
+) -> HashSeed {
+    let (lora_id, lora_version) = lora.map_or(("", 0), |lora| (lora.id, lora.version));
+    let parts = SeedParts {
+        model,
+        weights_epoch,
+        lora_id,
+        lora_version,
+        salt,
+    };
+    parts.seed()
 }
 
 pub(super) fn validate_name(field: &'static str, name: &str) -> Result<(), SchedulerError> {
@@ -145,6 +175,11 @@ pub(super) struct Worker {
     pub(super) holder: HolderId,
     /// Number of its group.
     pub(super) group: u32,
+    /// Adapters that it has or was chosen for, each once.
+    pub(super) loras: Vec<HashSeed>,
+    /// The number that its next message of KV events is to have; `None` before the first one.
+    pub(super) kv_sequence: Option<u64>,
+    pub(super) kv_feed: KvFeed,
 }
 
 impl Worker {
@@ -160,6 +195,9 @@ impl Worker {
             num_cached_blocks: 0,
             holder,
             group,
+            loras: Vec::new(),
+            kv_sequence: None,
+            kv_feed: KvFeed::InStep,
         }
     }
 
