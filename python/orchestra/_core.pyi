@@ -142,8 +142,8 @@ class RouteRequest:
         lora_version: int = 0,
         weights_epoch: int | None = None,
         slo_class: str = "",
-        tolerations: Iterable[str] = (),
-        exclude: Iterable[str] = (),
+        tolerations: Iterable[str] = ...,
+        exclude: Iterable[str] = ...,
         session_key: str = "",
     ) -> RouteRequest: ...
 

@@ -72,7 +72,7 @@ def test_terms_keep_workers_for_their_own() -> None:
     assert [row.worker for row in epoch.candidates] == ["new"]
     with pytest.raises(errors.ModelNotFoundError, match="tolerations") as refusal:
         scheduler.route([1], model=MODEL, weights_epoch=2)
-    assert refusal.value.key in ("tolerations", "weights_epoch")
+    assert refusal.value.key == "tolerations", "one worker has these weights"
 
 
 def test_one_string_is_not_a_list_of_names() -> None:
@@ -88,17 +88,17 @@ def test_one_string_is_not_a_list_of_names() -> None:
 # === policies ===
 
 
-@pytest.mark.parametrize(
-    ("policy", "expected"),
-    [("round_robin", ["a", "b", "a", "b"]), ("consistent_hash", ["x"] * 4)],
-)
-def test_the_policy_is_a_setting(policy: RoutePolicy, expected: list[str]) -> None:
+def test_the_policy_is_a_setting() -> None:
+    assert workers_chosen("round_robin") == ["a", "b", "a", "b"]
+    assert len(set(workers_chosen("consistent_hash"))) == 1, "a session stays"
+
+
+def workers_chosen(policy: RoutePolicy) -> list[str]:
     scheduler = Scheduler(SchedulerConfig(policy=policy))
     for name in ("a", "b"):
         add_worker(scheduler, name)
-    held = [scheduler.route([1], model=MODEL, session_key="s") for _ in expected]
-    chosen = [reservation.worker for reservation in held]
-    assert chosen == ([chosen[0]] * 4 if expected[0] == "x" else expected)
+    held = [scheduler.route([1], model=MODEL, session_key="s") for _ in range(4)]
+    return [reservation.worker for reservation in held]
 
 
 def test_an_unknown_policy_is_refused() -> None:

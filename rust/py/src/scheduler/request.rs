@@ -37,34 +37,34 @@ pub(super) struct RouteOptions {
 impl RouteRequest {
     #[new]
     #[pyo3(signature = (
-        token_ids, *, model, max_tokens=16, salt=String::new(), lora=None, lora_version=0, weights_epoch=None,
-        slo_class=String::new(), tolerations=Names::default(), exclude=Names::default(), session_key=String::new()
+        token_ids, *, model, max_tokens=16, salt="", lora=None, lora_version=0, weights_epoch=None,
+        slo_class="", tolerations=Names::default(), exclude=Names::default(), session_key=""
     ))]
     #[expect(clippy::too_many_arguments, reason = "a request's fields, by keyword")]
     fn new(
         token_ids: TokenIds,
         model: String,
         max_tokens: u32,
-        salt: String,
+        salt: &str,
         lora: Option<String>,
         lora_version: u64,
         weights_epoch: Option<u64>,
-        slo_class: String,
+        slo_class: &str,
         tolerations: Names,
         exclude: Names,
-        session_key: String,
+        session_key: &str,
     ) -> Self {
         let options = RouteOptions {
             model,
             max_tokens,
-            salt,
+            salt: salt.to_owned(),
             lora,
             lora_version,
             weights_epoch,
-            slo_class,
+            slo_class: slo_class.to_owned(),
             tolerations: tolerations.0,
             exclude: exclude.0,
-            session_key,
+            session_key: session_key.to_owned(),
         };
         Self {
             token_ids: token_ids.0,
