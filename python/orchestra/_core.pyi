@@ -328,6 +328,9 @@ class Scheduler:
     def workers(self) -> list[_WorkerRow]:
         """Every worker's figures, in order of registration."""
 
+    def snapshot(self, max_age_us: int) -> tuple[int, dict[str, int], list[_WorkerRow]]:
+        """How old the figures are, microseconds, then what `stats` and `workers` say."""
+
     def stats(self) -> dict[str, int]:
         """Figures, by name."""
 

@@ -13,6 +13,7 @@ from orchestra.scheduler_types import (
     RouteOptions,
     SchedulerConfig,
     SchedulerStats,
+    Snapshot,
     TokenIds,
     WorkerSpec,
     WorkerStats,
@@ -240,6 +241,16 @@ class Registry:
     def stats(self) -> SchedulerStats:
         """Figures of the scheduler."""
         return SchedulerStats(**self._core.stats())
+
+    def snapshot(self, *, max_age_s: float = 0.01) -> Snapshot:
+        """`stats` and `workers` as they were at most `max_age_s` seconds ago, for dashboards and metrics.
+
+        All readers share one copy, so however many there are and however often they read, decisions wait for at most
+        one copy in that time.
+        """
+        age_us, stats, rows = self._core.snapshot(int(max_age_s * 1e6))
+        workers = tuple(WorkerStats(**row) for row in rows)
+        return Snapshot(age_s=age_us / 1e6, stats=SchedulerStats(**stats), workers=workers)
 
     def check_integrity(self) -> None:
         """Asserts every invariant of the state; for tests, it walks all of it."""

@@ -15,6 +15,7 @@ __all__ = [
     "RoutePolicy",
     "SchedulerConfig",
     "SchedulerStats",
+    "Snapshot",
     "TokenIds",
     "WorkerSpec",
     "WorkerStats",
@@ -274,3 +275,18 @@ class SchedulerStats:
     num_placements: int
     gpu_bytes_total: int
     gpu_bytes_free: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """Figures of a moment ago.
+
+    Attributes:
+        age_s: How long ago, seconds.
+        stats: What `stats` said.
+        workers: What `workers` said.
+    """
+
+    age_s: float
+    stats: SchedulerStats
+    workers: tuple[WorkerStats, ...]

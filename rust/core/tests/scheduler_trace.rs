@@ -7,7 +7,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BinaryHeap, HashMap, VecDeque},
+    collections::{BinaryHeap, VecDeque},
     io::{BufRead, BufReader},
 };
 
@@ -19,6 +19,7 @@ use orchestra_core::{
     },
     step::KvEvent,
 };
+use rustc_hash::FxHashMap;
 use serde::Deserialize;
 
 const TRACE: &[u8] = include_bytes!("testdata/traces/mooncake_conversation.jsonl.gz");
@@ -62,7 +63,7 @@ impl Row {
 #[derive(Default)]
 struct Worker {
     /// Cached chains that have the block.
-    uses: HashMap<BlockHash, u32>,
+    uses: FxHashMap<BlockHash, u32>,
     chains: VecDeque<Vec<BlockHash>>,
     queued: u64,
     batch: u64,

@@ -1,5 +1,6 @@
 //! `orchestra_core::scheduler` for Python: workers and GPUs by name, reservations that give themselves back.
 
+mod figures;
 mod held;
 mod register;
 mod request;

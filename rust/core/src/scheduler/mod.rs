@@ -198,6 +198,6 @@ impl Scheduler {
 
     /// What the worker was registered as.
     pub fn worker_spec(&self, id: WorkerId) -> Option<&WorkerSpec> {
-        self.workers.get(id).map(|worker| &worker.spec)
+        self.workers.get(id).map(|worker| &*worker.spec)
     }
 }

@@ -1,5 +1,7 @@
 //! What the scheduler tells about itself, and the check of its invariants.
 
+use std::sync::Arc;
+
 use rustc_hash::FxHashMap;
 use serde::Serialize;
 
@@ -50,7 +52,7 @@ pub struct SchedulerStats {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkerSnapshot {
     /// What it is.
-    pub spec: WorkerSpec,
+    pub spec: Arc<WorkerSpec>,
     /// Whether it takes no new requests.
     pub is_draining: bool,
     /// Sequences that run or wait there.
@@ -72,7 +74,7 @@ impl Scheduler {
     pub fn workers(&self) -> impl Iterator<Item = (WorkerId, WorkerSnapshot)> + '_ {
         self.workers.in_order().into_iter().map(|(id, worker)| {
             let snapshot = WorkerSnapshot {
-                spec: worker.spec.clone(),
+                spec: Arc::clone(&worker.spec),
                 is_draining: worker.is_draining,
                 batch: worker.batch(),
                 queued_prefill_tokens: worker.queued_prefill_tokens(),

@@ -1,6 +1,6 @@
 //! A worker as the scheduler sees it: what it is, what it last reported, and what was promised to it since.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use super::{error::SchedulerError, index::HolderId, kv_feed::KvFeed, loras::Lora};
 use crate::hash::{HashSeed, SeedParts};
@@ -158,7 +158,7 @@ impl Demand {
 /// burst does not herd between two reports, and never counting a reservation twice once it is reported.
 #[derive(Clone, Debug)]
 pub(super) struct Worker {
-    pub(super) spec: WorkerSpec,
+    pub(super) spec: Arc<WorkerSpec>,
     pub(super) is_draining: bool,
     pub(super) load: WorkerLoad,
     /// Counts load reports, so that a reservation knows whether one came after it.
@@ -185,7 +185,7 @@ pub(super) struct Worker {
 impl Worker {
     pub(super) fn new(spec: WorkerSpec, holder: HolderId, group: u32) -> Self {
         Self {
-            spec,
+            spec: Arc::new(spec),
             is_draining: false,
             load: WorkerLoad::default(),
             num_reports: 0,

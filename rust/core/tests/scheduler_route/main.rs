@@ -336,8 +336,6 @@ fn run(policy: RoutePolicy, is_nested: bool, ops: &[Op]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
-
     #[test]
     fn every_decision_costs_what_the_full_scan_s_does(ops in prop::collection::vec(op(), 1..120)) {
         run(RoutePolicy::Product, true, &ops);
