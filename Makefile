@@ -3,6 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 MODEL ?= examples/models/demo
 ARGS ?=
+CASES ?= 20000
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -12,7 +13,7 @@ PROTOS := orchestra/v1/types.proto orchestra/v1/inference.proto
 LINT_GATES := check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-docs check-tidy
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench gpu proto docs clean
+.PHONY: help setup serve test lint bench soak gpu proto docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +31,9 @@ lint: setup ## Run the gates that execute no product code: format, clippy, ruff,
 
 bench: setup ## Measure serving on this machine; benches/README.md says how to read the table
 	$(PY) -m benches.serving $(ARGS)
+
+soak: ## Run the Rust property tests on CASES random histories each: some 10^6 operations, many minutes
+	PROPTEST_CASES=$(CASES) cargo test --release --locked -p orchestra-core
 
 gpu: setup ## Run the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu

@@ -128,7 +128,9 @@ mod tests {
     #[test]
     fn the_bytes_in_place_are_those_of_little_endian_tokens() {
         for len in [0_u32, 1, 16, 60, 64, 1000] {
-            let tokens: Vec<TokenId> = (0..len).map(|token| token.wrapping_mul(77_777_777)).collect();
+            let tokens: Vec<TokenId> = (0..len)
+                .map(|token| token.wrapping_mul(77_777_777))
+                .collect();
             let mut hasher = Xxh3::with_seed(7);
             for token in &tokens {
                 hasher.update(&token.to_le_bytes());

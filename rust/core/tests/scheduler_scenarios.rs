@@ -154,7 +154,11 @@ impl Stage {
 
     fn stored(&mut self, command: &Command<'_>) -> String {
         let worker = self.worker(command);
-        let seed = self.scheduler.worker_spec(worker).unwrap().hash_seed("", None);
+        let seed = self
+            .scheduler
+            .worker_spec(worker)
+            .unwrap()
+            .hash_seed("", None);
         let hashes = block_hashes(seed, &command.prompt(1), BLOCK_SIZE as usize);
         let event = KvEvent::Stored(hashes);
         self.scheduler

@@ -114,7 +114,9 @@ impl From<SchedulerError> for Failure {
         failure.limit = error.limit();
         failure.current = error.current();
         match error {
-            SchedulerError::InvalidField { field, .. } => failure.key = Some(field.to_owned()),
+            SchedulerError::InvalidField { field, .. } | SchedulerError::NotServed { field } => {
+                failure.key = Some(field.to_owned());
+            }
             SchedulerError::TooManyBlocks { worker, .. } => failure.worker_id = Some(worker),
             SchedulerError::DuplicateName { .. } => failure.key = Some("name".to_owned()),
             SchedulerError::UnknownWorker => failure.key = Some("worker".to_owned()),

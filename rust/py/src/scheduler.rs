@@ -1,5 +1,6 @@
 //! `orchestra_core::scheduler` for Python: workers and GPUs by name, reservations that give themselves back.
 
+mod figures;
 mod held;
 mod register;
 mod request;
@@ -7,14 +8,15 @@ mod shared;
 
 use std::sync::Arc;
 
-use orchestra_core::scheduler::{
-    self as core, PlaceRequest, SchedulerConfig, SchedulerError, Wait,
+use orchestra_core::{
+    TokenId,
+    scheduler::{self as core, PlaceRequest, SchedulerConfig, SchedulerError, Wait},
 };
 use pyo3::{IntoPyObjectExt, prelude::*, types::PyDict};
 
 use self::{
     held::{HeldPlacement, HeldReservation},
-    request::{CandidateRow, IneligibleRow},
+    request::{CandidateRow, IneligibleRow, TokenIds},
     shared::{Shared, State},
 };
 pub(crate) use self::{
@@ -52,11 +54,55 @@ impl Scheduler {
     fn route(&self, py: Python<'_>, request: &Bound<'_, RouteRequest>) -> PyResult<Reservation> {
         let (request, now) = (request.get(), self.shared.now());
         let held = self.decide(py, |State { scheduler, .. }| {
-            let exclude = request.exclude(scheduler);
-            let reservation = scheduler.route(&request.as_core(&exclude), now)?;
+            let reservation = request.ask(scheduler, |core, request| core.route(request, now))?;
             Ok(HeldReservation::new(scheduler, reservation))
         })?;
         Ok(Reservation::new(&self.shared, held))
+    }
+
+    /// Places many requests in order under one lock, without the interpreter: `prompts` end to end, each beginning
+    /// where the one before it ends in `ends`; their other fields from `request`, whose own prompt is not used.
+    ///
+    /// Each gets a reservation, or the exception that refuses it.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "extracted from Python by value"
+    )]
+    fn decide_batch(
+        &self,
+        py: Python<'_>,
+        request: &Bound<'_, RouteRequest>,
+        prompts: TokenIds,
+        ends: Vec<usize>,
+    ) -> PyResult<Vec<Py<PyAny>>> {
+        let prompts = split(&prompts.0, &ends)?;
+        let (options, now) = (request.get().options(), self.shared.now());
+        let outcomes = self.decide(py, |State { scheduler, .. }| {
+            Ok(options.ask(scheduler, |scheduler, request| {
+                let route = |token_ids: &[TokenId]| {
+                    let request = core::RouteRequest {
+                        token_ids,
+                        ..*request
+                    };
+                    let reservation = scheduler.route(&request, now)?;
+                    Ok(HeldReservation::new(scheduler, reservation))
+                };
+                prompts
+                    .into_iter()
+                    .map(route)
+                    .collect::<Vec<Result<_, SchedulerError>>>()
+            }))
+        })?;
+        // All become leases before anything here can fail, so that nothing is held by nobody.
+        let leased = outcomes.into_iter();
+        let leased: Vec<_> = leased
+            .map(|outcome| outcome.map(|held| Reservation::new(&self.shared, held)))
+            .collect();
+        let outcome = |outcome: Result<Reservation, SchedulerError>| match outcome {
+            Ok(reservation) => reservation.into_py_any(py),
+            Err(error) => Failure::from(error).into_exception(py).into_py_any(py),
+        };
+        leased.into_iter().map(outcome).collect()
     }
 
     /// A worker that has room for the request now, or a ticket; then `on_outcome` is called once, from any thread,
@@ -70,8 +116,8 @@ impl Scheduler {
         let (request, now) = (request.get(), self.shared.now());
         let answer = self.decide(py, |state| {
             let scheduler = &mut state.scheduler;
-            let exclude = request.exclude(scheduler);
-            Ok(match scheduler.acquire(&request.as_core(&exclude), now)? {
+            let answer = request.ask(scheduler, |core, request| core.acquire(request, now))?;
+            Ok(match answer {
                 Wait::Granted(reservation) => {
                     Wait::Granted(HeldReservation::new(scheduler, reservation))
                 }
@@ -96,8 +142,7 @@ impl Scheduler {
     ) -> PyResult<(Vec<CandidateRow>, u32, Vec<IneligibleRow>)> {
         let request = request.get();
         self.decide(py, |State { scheduler, .. }| {
-            let exclude = request.exclude(scheduler);
-            let explanation = scheduler.explain(&request.as_core(&exclude), k)?;
+            let explanation = request.ask(scheduler, |core, request| core.explain(request, k))?;
             let candidates = explanation.candidates.iter();
             let candidates = candidates.map(|candidate| CandidateRow::new(scheduler, candidate));
             let ineligible = explanation.ineligible.iter();
@@ -171,4 +216,18 @@ impl Scheduler {
         let decided = py.detach(|| decide(&mut self.shared.lock()));
         Ok(decided.map_err(Failure::from)?)
     }
+}
+
+/// The prompts that lie end to end.
+fn split<'a>(token_ids: &'a [TokenId], ends: &[usize]) -> PyResult<Vec<&'a [TokenId]>> {
+    let starts = std::iter::once(0).chain(ends.iter().copied());
+    let prompts: Option<Vec<_>> = starts
+        .zip(ends)
+        .map(|(start, &end)| token_ids.get(start..end))
+        .collect();
+    let is_whole = ends.last().copied().unwrap_or(0) == token_ids.len();
+    prompts.filter(|_| is_whole).ok_or_else(|| {
+        let message = "ends must rise and the last one must be the number of token ids";
+        Failure::invalid("ends", message).into()
+    })
 }

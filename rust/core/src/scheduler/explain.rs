@@ -39,13 +39,14 @@ pub enum Ineligible {
 }
 
 impl Ineligible {
-    /// The field of the request that no worker of these terms meets; `None` where it is not about terms.
-    const fn unmet_term(self) -> Option<&'static str> {
+    /// The field of the request that does not meet the worker's terms, after the number of those before it that do;
+    /// `None` where it is not about terms.
+    const fn unmet_term(self) -> Option<(u32, &'static str)> {
         match self {
-            Self::OtherWeightsEpoch => Some("weights_epoch"),
-            Self::Tainted => Some("tolerations"),
-            Self::OtherSloClass => Some("slo_class"),
-            Self::NoLoras => Some("lora"),
+            Self::OtherWeightsEpoch => Some((0, "weights_epoch")),
+            Self::Tainted => Some((1, "tolerations")),
+            Self::OtherSloClass => Some((2, "slo_class")),
+            Self::NoLoras => Some((3, "lora")),
             Self::Excluded
             | Self::Draining
             | Self::ContextTooLong { .. }
@@ -104,13 +105,15 @@ impl Survey {
             Ineligible::ContextTooLong { requested, limit } => Some((limit, requested)),
             _ => None,
         });
-        let terms: Option<Vec<&str>> = reasons.map(Ineligible::unmet_term).collect();
-        match (kv.max(), context.max(), terms.as_deref()) {
+        // Of the worker that comes closest.
+        let terms: Option<Vec<_>> = reasons.map(Ineligible::unmet_term).collect();
+        let unmet = terms.and_then(|terms| terms.into_iter().max());
+        match (kv.max(), context.max(), unmet) {
             (Some((limit, requested)), ..) => SchedulerError::KvTooLarge { requested, limit },
             (None, Some((limit, requested)), _) => {
                 SchedulerError::ContextTooLong { requested, limit }
             }
-            (None, None, Some(&[field, ..])) => SchedulerError::NotServed { field },
+            (None, None, Some((_, field))) => SchedulerError::NotServed { field },
             (None, None, _) => SchedulerError::NoWorkers {
                 registered: self.ineligible.len() as u32,
             },

@@ -130,6 +130,18 @@ impl Groups {
         self.models.get_mut(name)
     }
 
+    /// Workers of the model whose blocks have the identities that this group's have.
+    pub(super) fn num_sharers(&self, model: &Model, key: &GroupKey) -> usize {
+        let identity = |key: &GroupKey| (key.weights_epoch, key.block_size);
+        let alike = model
+            .groups
+            .iter()
+            .filter(|(other, _)| identity(other) == identity(key));
+        alike
+            .map(|(_, &number)| self.get(number).members.len())
+            .sum()
+    }
+
     pub(super) fn get(&self, number: u32) -> &Group {
         &self.by_number[number as usize]
     }

@@ -13,7 +13,9 @@ mod explain;
 mod fair_queue;
 mod fair_share;
 mod group;
+mod held;
 mod index;
+mod kv_feed;
 mod load_grid;
 mod loras;
 mod pace;
@@ -43,6 +45,7 @@ pub use self::{
     admission::AdmissionClass,
     config::SchedulerConfig,
     error::SchedulerError,
+    kv_feed::KvFeed,
     loras::Lora,
     place::{Extent, GpuId, GpuSpec, Layout, PlaceRequest, PlacedGpu, Placement, PlacementId},
     placement::{DomainMemory, GpuMemoryUse},
@@ -57,16 +60,16 @@ use self::{
     admission::Rules,
     charge::Charge,
     group::Groups,
+    held::HeldReservations,
     index::PrefixIndex,
     loras::Loras,
     placement::GpuPool,
-    reservation::Held,
     standing::NIL,
     wait_queues::WaitQueues,
     worker::{Demand, Worker},
     workers::Workers,
 };
-use crate::{config::ConfigIssue, hash::BlockHash, step::KvEvent};
+use crate::config::ConfigIssue;
 
 /// Chooses workers for requests and GPUs for gangs.
 #[derive(Debug)]
@@ -76,10 +79,11 @@ pub struct Scheduler {
     groups: Groups,
     index: PrefixIndex,
     loras: Loras,
-    /// Ordered by age.
-    reservations: BTreeMap<ReservationId, Held>,
+    reservations: HeldReservations,
     /// Reservations made so far.
     num_decisions: u64,
+    /// Times that a worker's KV events were lost.
+    num_kv_gaps: u64,
     gpus: GpuPool,
     waiting: WaitQueues,
     rules: Rules,
@@ -101,8 +105,9 @@ impl Scheduler {
             groups: Groups::default(),
             index: PrefixIndex::default(),
             loras: Loras::default(),
-            reservations: BTreeMap::new(),
+            reservations: HeldReservations::default(),
             num_decisions: 0,
+            num_kv_gaps: 0,
             gpus,
             waiting: WaitQueues::default(),
             rules,
@@ -153,13 +158,7 @@ impl Scheduler {
         self.index
             .remove_holder(worker.holder, worker.num_cached_blocks);
         self.loras.remove(&worker.loras, id.slot);
-        let mut lost = Vec::new();
-        self.reservations.retain(|&reservation, held| {
-            if held.worker == id {
-                lost.push(reservation);
-            }
-            held.worker != id
-        });
+        let lost = self.reservations.remove_worker(id);
         self.refund_lost(&lost);
         if self.groups.model(&worker.spec.model).is_none() {
             self.waiting.forget_model(&worker.spec.model);
@@ -220,41 +219,6 @@ impl Scheduler {
         }
     }
 
-    /// Takes a change of what a worker's prefix cache holds.
-    ///
-    /// A worker that reports more blocks than it has is refused before anything changes; so is one that is gone.
-    pub fn apply_kv_event(&mut self, id: WorkerId, event: &KvEvent) -> Result<(), SchedulerError> {
-        let worker = self.workers.get_mut(id);
-        let worker = worker.ok_or(SchedulerError::UnknownWorker)?;
-        match event {
-            KvEvent::Stored(hashes) => {
-                let limit = worker.spec.num_blocks;
-                let room = limit - worker.num_cached_blocks;
-                let holder = worker.holder;
-                // What is stored already takes no room; mostly there is enough without counting that.
-                let is_new = |hash: &&BlockHash| !self.index.contains(**hash, holder);
-                if hashes.len() > room as usize
-                    && hashes.iter().filter(is_new).count() > room as usize
-                {
-                    let worker = worker.spec.name.clone();
-                    return Err(SchedulerError::TooManyBlocks { worker, limit });
-                }
-                worker.num_cached_blocks += self.index.insert_all(hashes, holder);
-            }
-            KvEvent::Removed(hashes) => {
-                worker.num_cached_blocks -= self.index.remove_all(hashes, worker.holder);
-            }
-            KvEvent::Cleared => {
-                self.index
-                    .remove_holder(worker.holder, worker.num_cached_blocks);
-                worker.num_cached_blocks = 0;
-                worker.holder = self.index.add_holder(id.slot);
-                self.refresh(id.slot);
-            }
-        }
-        Ok(())
-    }
-
     /// The worker of this name.
     pub fn worker_by_name(&self, name: &str) -> Option<WorkerId> {
         self.workers.by_name(name)
@@ -262,6 +226,6 @@ impl Scheduler {
 
     /// What the worker was registered as.
     pub fn worker_spec(&self, id: WorkerId) -> Option<&WorkerSpec> {
-        self.workers.get(id).map(|worker| &worker.spec)
+        self.workers.get(id).map(|worker| &*worker.spec)
     }
 }

@@ -5,10 +5,10 @@
 //! wait = 0 where nobody waits and w has room, else position / grants per second
 //! ```
 //!
-//! `speed` is learned from [`Scheduler::prefill_done`]: what was queued on the worker when a request was placed there and
-//! what it had to compute itself, over the time from the reservation until its prompt was computed. So it is the speed
-//! that requests see, with the decoding beside them, and needs nothing from the worker. Grants per second are learned
-//! from the queue's own grants. Both are unknown at first, and then so is the prediction.
+//! `speed` is learned from [`Scheduler::prefill_done`]: a prompt's tokens that had to be computed, over the time since
+//! its reservation or since the worker's last prompt, whichever was later. So it is the speed that requests see, with
+//! the decoding beside them, and needs nothing from the worker. Grants per second are learned from the queue's own
+//! grants. Both are unknown at first, and then so is the prediction.
 
 use std::time::Duration;
 

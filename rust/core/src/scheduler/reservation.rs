@@ -3,6 +3,7 @@
 use super::{
     Scheduler,
     error::SchedulerError,
+    held::Held,
     policy::RoutePolicy,
     route::{Candidate, RouteRequest},
     worker::{Demand, WorkerId},
@@ -11,7 +12,12 @@ use crate::time::Time;
 
 /// Names a reservation. Never used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ReservationId(pub(super) u64);
+pub struct ReservationId {
+    /// Counts decisions; first, so that ids are ordered by it.
+    pub(super) number: u64,
+    /// Where the reservation is found, if what is there has this number.
+    pub(super) slot: u32,
+}
 
 /// Room on a worker, held until [`Scheduler::release`] or until the worker is removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,18 +30,6 @@ pub struct Reservation {
     pub num_cached_tokens: u32,
     /// KV blocks of prompt and output together, cached ones included.
     pub num_blocks: u32,
-}
-
-/// What the scheduler remembers of a reservation.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Held {
-    pub(super) worker: WorkerId,
-    pub(super) demand: Demand,
-    /// `Worker::num_reports` when it was made.
-    pub(super) num_reports: u64,
-    pub(super) reserved_at: Time,
-    /// Prompt tokens to compute on the worker until its first token, its own and those queued before.
-    pub(super) prefill_ahead: u64,
 }
 
 impl Scheduler {
@@ -64,21 +58,18 @@ impl Scheduler {
             num_blocks: u64::from(chosen.num_blocks - cached_blocks),
             prefill_tokens: request.token_ids.len() as u64 - u64::from(chosen.num_cached_tokens),
         };
-        let prefill_ahead = worker.queued_prefill_tokens() + demand.prefill_tokens;
         self.num_decisions += 1;
         worker.last_chosen = self.num_decisions;
         worker.reserved.add(demand);
         worker.unreported.add(demand);
-        let id = ReservationId(self.num_decisions);
         let num_reports = worker.num_reports;
         let held = Held {
             worker: chosen.worker,
             demand,
             num_reports,
             reserved_at: now,
-            prefill_ahead,
         };
-        self.reservations.insert(id, held);
+        let id = self.reservations.insert(self.num_decisions, held);
         self.refresh(chosen.worker.slot);
         if let Some(lora) = request.lora {
             self.expect_lora(chosen.worker, lora);
@@ -99,9 +90,10 @@ impl Scheduler {
     /// The prompt is computed: its tokens no longer queue on the worker. `false` where the reservation is gone or
     /// its prompt was done before.
     ///
-    /// The time since the reservation teaches how fast the worker computes prompts.
+    /// The time that it took teaches how fast the worker computes prompts: since the reservation, or since the last
+    /// prompt that the worker computed if that was later.
     pub fn prefill_done(&mut self, id: ReservationId, now: Time) -> bool {
-        let Some(held) = self.reservations.get_mut(&id) else {
+        let Some(held) = self.reservations.get_mut(id) else {
             return false;
         };
         let prefill = Demand {
@@ -113,8 +105,10 @@ impl Scheduler {
         self.give_back(&held, prefill);
         let is_first = prefill.prefill_tokens > 0;
         if is_first && let Some(worker) = self.workers.get_mut(held.worker) {
-            let took = now - held.reserved_at;
-            worker.prefill_pace.sample(held.prefill_ahead, took);
+            let started = held.reserved_at.max(worker.prefill_done_at);
+            worker.prefill_done_at = worker.prefill_done_at.max(now);
+            let tokens = prefill.prefill_tokens;
+            worker.prefill_pace.sample(tokens, now - started);
         }
         is_first
     }
@@ -123,7 +117,7 @@ impl Scheduler {
     ///
     /// Its tenant stays charged for all of `max_tokens`; [`finish`](Self::finish) settles that.
     pub fn release(&mut self, id: ReservationId) -> bool {
-        let Some(held) = self.reservations.remove(&id) else {
+        let Some(held) = self.reservations.remove(id) else {
             return false;
         };
         self.charges.remove(&id);

@@ -153,6 +153,8 @@ pub(super) struct Chain<'a> {
     pub(super) block_size: u32,
     seed: HashSeed,
     pub(super) blocks: Blocks<'a>,
+    /// Workers that may hold these blocks: those of the groups that differ in terms alone.
+    pub(super) num_sharers: usize,
     /// Slots of the workers that have the request's adapter; `None` where it wants none.
     pub(super) residents: Option<&'a Bits>,
 }
@@ -239,15 +241,19 @@ impl Scheduler {
             let same = chains
                 .iter()
                 .find(|other| (other.seed, other.block_size) == (seed, block_size));
-            let blocks = match same {
-                Some(other) => other.blocks.clone(),
-                None => usable_chain(request, seed, block_size),
+            let (blocks, num_sharers) = match same {
+                Some(other) => (other.blocks.clone(), other.num_sharers),
+                None => (
+                    usable_chain(request, seed, block_size),
+                    self.groups.num_sharers(model, key),
+                ),
             };
             chains.push(Chain {
                 group,
                 block_size,
                 seed,
                 blocks,
+                num_sharers,
                 residents,
             });
         }
@@ -309,6 +315,7 @@ impl Scheduler {
                         group: self.groups.get(chain.group),
                         group_number: chain.group,
                         chain: &chain.blocks,
+                        num_sharers: chain.num_sharers,
                         needs: Needs {
                             only,
                             ..Self::needs(request, chain, room)

@@ -85,6 +85,8 @@ pub(super) struct Search<'a> {
     pub(super) group: &'a Group,
     pub(super) group_number: u32,
     pub(super) chain: &'a [BlockHash],
+    /// Workers that may hold blocks of the chain: those of this group, and of others that it is shared with.
+    pub(super) num_sharers: usize,
     pub(super) needs: Needs<'a>,
     pub(super) costs: CostModel,
     /// The best so far, that of other groups included.
@@ -113,7 +115,7 @@ impl Search<'_> {
             };
             self.judge_level(depth, Some(self.index.holders_of(self.chain[last])));
             // Nobody else is left, or nobody at any smaller depth can beat the best.
-            if count >= self.group.members.len() || !self.may_improve(last, queued, batch) {
+            if count >= self.num_sharers || !self.may_improve(last, queued, batch) {
                 return;
             }
             (depth, count) = match self.index.deepest_above(&self.chain[..last], count) {

@@ -114,11 +114,21 @@ fn the_prediction_is_work_over_speed_and_the_wait_before_it() {
 }
 
 #[test]
-fn a_prompt_done_at_once_or_twice_teaches_nothing() {
-    let mut scheduler = trained(SchedulerConfig::default());
-    let held = granted(&mut scheduler, &by(1_000));
-    assert!(scheduler.prefill_done(held, Time::ZERO + Duration::from_millis(10)));
-    assert!(!scheduler.prefill_done(held, Time(u64::MAX)));
+fn a_worker_s_idle_time_and_a_prompt_done_twice_teach_nothing() {
+    let mut scheduler = Scheduler::new(SchedulerConfig::default()).unwrap();
+    add_worker(&mut scheduler, "w", 8, 1_000);
+    let at = |ms| Time(ms * MS);
+    let mut place = |ms, tokens: usize| {
+        let prompt = vec![1; tokens];
+        let reservation = scheduler.route(&request("", &prompt, 1), at(ms));
+        reservation.unwrap().id
+    };
+    // Two prompts come together and are computed one after the other; then one comes after a pause.
+    let prompts = [place(0, 1_000), place(0, 500), place(900, 200)];
+    for (id, done) in prompts.into_iter().zip([100, 150, 920]) {
+        assert!(scheduler.prefill_done(id, at(done)));
+    }
+    assert!(!scheduler.prefill_done(prompts[0], at(5_000)));
     let (_, worker) = scheduler.workers().next().unwrap();
     assert_eq!(worker.prefill_tokens_per_s, 10_000);
 }

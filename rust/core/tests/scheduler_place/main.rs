@@ -12,8 +12,6 @@ use orchestra_core::{
 use proptest::prelude::*;
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
-
     #[test]
     fn a_gang_is_refused_only_where_no_domain_has_room(ops in prop::collection::vec(op(), 1..120)) {
         let mut pair = Pair::new();

@@ -126,7 +126,11 @@ impl Model {
         self.workers.iter().find(|worker| worker.id == id).unwrap()
     }
 
-    pub(crate) fn rank(&self, worker: &ModelWorker, request: &RouteRequest<'_>) -> (bool, u64, usize) {
+    pub(crate) fn rank(
+        &self,
+        worker: &ModelWorker,
+        request: &RouteRequest<'_>,
+    ) -> (bool, u64, usize) {
         fn key(worker: &ModelWorker) -> impl PartialEq + '_ {
             let spec = &worker.spec;
             (&spec.model, spec.weights_epoch, spec.block_size)
@@ -162,7 +166,9 @@ impl Model {
             .map(|worker| self.rank(worker, request));
         match ranks.min() {
             Some((room, cost, _)) => Ok((room, cost)),
-            None if of_model().any(|it| it.accepts(request) && is_open(&it)) => Err(ErrorCode::ContextTooLong),
+            None if of_model().any(|it| it.accepts(request) && is_open(&it)) => {
+                Err(ErrorCode::ContextTooLong)
+            }
             None => Err(ErrorCode::NoWorkers),
         }
     }
@@ -189,4 +195,3 @@ impl Model {
         held.map(|held| held.id).collect()
     }
 }
-
