@@ -66,7 +66,7 @@ impl RouteQueue {
 impl Scheduler {
     /// Serves the queues as far as there is room, and ends waits whose deadline has passed. To be called after anything
     /// that may have made room (a release, a load report, a KV event, a new worker or GPU, the end of a drain, a
-    /// cancelled wait) and at [`next_deadline`](Self::next_deadline).
+    /// cancelled wait), after a wait began behind others, and at [`next_deadline`](Self::next_deadline).
     ///
     /// O(log n) for each request that leaves, besides its decision, and up to 25 decisions for each queue that is
     /// blocked.

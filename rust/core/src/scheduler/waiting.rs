@@ -59,6 +59,9 @@ pub struct Grant {
 impl Scheduler {
     /// A worker that has room for the request now, or a ticket to wait for one.
     ///
+    /// A request that waits behind others may still be the first to find room, so
+    /// [`take_grants`](Self::take_grants) is to be called after every wait that begins.
+    ///
     /// Unlike [`route`](Self::route), which places at once on the best worker and leaves the waiting to it. Only here
     /// do tenant, class and deadline count. O(log n) in the number of waiting requests, besides the decision.
     pub fn acquire(
