@@ -2,9 +2,10 @@
 //!
 //! Three orders, one inside the other:
 //!
-//! 1. *Classes* share the grants by weight, as stride scheduling does (Waldspurger and Weihl, 1995): a grant moves its
-//!    class on by one over the class's weight, and the class that is furthest behind is next. Between two grants of a
-//!    class `c` that waits all the while, another class `d` gets at most `⌊weight(d) / weight(c)⌋ + 1`.
+//! 1. *Classes* share the grants by weight, as in self-clocked fair queueing (Golestani, 1994): a class that would be
+//!    furthest behind after one more grant, of one over its weight, is next; one that starts to wait starts where the
+//!    last grant was. Between two grants of a class `c` that waits all the while, and before its first one, another
+//!    class `d` gets at most `⌊weight(d) / weight(c)⌋ + 1`: as many of its steps fit into one of `c`.
 //! 2. *Tenants* of a class go by what they were served: [`FairShare`].
 //! 3. *Requests* of a tenant go by least prefill left, aged by arrivals, as in the step scheduler. Number `a` of the
 //!    tenant, with `b` steps of 256 tokens to compute, ranks at `a + min(b, max_tenant_overtakes + 1)`. One whose next
@@ -152,7 +153,7 @@ pub(super) struct FairQueue<T> {
     entries: BTreeMap<u64, Entry<T>>,
     classes: [ClassQueue; 3],
     num_arrivals: u64,
-    /// Where a class starts that did not wait.
+    /// How far the grants have come: where a class starts that did not wait.
     pass_floor: u64,
 }
 
@@ -184,10 +185,9 @@ impl<T> FairQueue<T> {
     pub(super) fn push(&mut self, claim: Claim, item: T) -> u64 {
         let arrival = self.num_arrivals;
         self.num_arrivals += 1;
-        let floor = self.least_pass();
         let class = &mut self.classes[claim.class as usize];
         if class.num_waiting == 0 {
-            class.pass = class.pass.max(floor);
+            class.pass = class.pass.max(self.pass_floor);
         }
         class.num_waiting += 1;
         class.share.join(&claim.tenant);
@@ -197,20 +197,23 @@ impl<T> FairQueue<T> {
         arrival
     }
 
-    /// The pass of the class that is furthest behind.
-    fn least_pass(&self) -> u64 {
-        let waiting = self.classes.iter().filter(|class| class.num_waiting > 0);
-        let least = waiting.map(|class| class.pass).min();
-        least.map_or(self.pass_floor, |least| least.max(self.pass_floor))
+    /// Where the class would be after one more grant.
+    fn next_pass(&self, class: AdmissionClass) -> u64 {
+        self.classes[class as usize].pass + self.rules.stride(class)
     }
 
     /// Takes out a request that got what it waited for, and charges its tenant.
     pub(super) fn serve(&mut self, arrival: u64, charge: u64) -> Option<T> {
         let entry = self.entries.get(&arrival)?;
         let class = entry.claim.class;
-        self.pass_floor = self.least_pass();
+        let pass = self.next_pass(class);
+        // Less than its own pass where its turn has not come yet.
+        let waiting = |&it: &AdmissionClass| self.classes[it as usize].num_waiting > 0;
+        let waiting = AdmissionClass::ALL.into_iter().filter(waiting);
+        let least = waiting.map(|it| self.next_pass(it)).min();
+        self.pass_floor = self.pass_floor.max(least.unwrap_or(pass));
         let queue = &mut self.classes[class as usize];
-        queue.pass += self.rules.stride(class);
+        queue.pass = pass;
         queue.share.charge(&entry.claim.tenant, charge);
         self.remove(arrival)
     }
@@ -262,8 +265,7 @@ impl<T> FairQueue<T> {
 
     /// Arrivals in the order of their turns, overdue ones apart; of each tenant the first few.
     pub(super) fn in_order(&self) -> impl Iterator<Item = u64> {
-        let mut classes: [(u64, AdmissionClass); 3] =
-            AdmissionClass::ALL.map(|class| (self.classes[class as usize].pass, class));
+        let mut classes = AdmissionClass::ALL.map(|class| (self.next_pass(class), class));
         classes.sort_unstable();
         let queues = classes
             .into_iter()

@@ -144,6 +144,29 @@ fn requests_with_a_common_prefix_follow_each_other() {
 }
 
 #[test]
+fn a_long_prompt_is_overtaken_by_as_many_as_may() {
+    for max_tenant_overtakes in [0, 1, 20] {
+        let config = SchedulerConfig {
+            max_tenant_overtakes,
+            ..SchedulerConfig::default()
+        };
+        let mut scheduler = counter(config);
+        let mut held = granted(&mut scheduler, &request("", &[1], 1));
+        let long = vec![1; 50_000];
+        let long = waits(&mut scheduler, &request("", &long, 1));
+        let mut num_served = 0;
+        loop {
+            waits(&mut scheduler, &request("", &[1], 1));
+            if next(&mut scheduler, &mut held) == Some(long) {
+                break;
+            }
+            num_served += 1;
+        }
+        assert_eq!(num_served, max_tenant_overtakes);
+    }
+}
+
+#[test]
 fn a_large_request_holds_one_worker_and_the_others_go_on() {
     let mut scheduler = Scheduler::new(SchedulerConfig::default()).unwrap();
     for name in ["a", "b"] {

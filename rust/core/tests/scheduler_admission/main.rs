@@ -11,6 +11,7 @@ mod bounds;
 mod cases;
 mod deadlines;
 mod model;
+mod script;
 
 use model::{Limits, Model, Waiter};
 use orchestra_core::{

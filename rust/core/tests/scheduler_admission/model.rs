@@ -72,9 +72,10 @@ impl Model {
         waiting.any(|waiter| (waiter.class, waiter.tenant) == key)
     }
 
-    fn least_pass(&self) -> u64 {
-        let passes = self.waiting.iter().map(|it| self.passes[it.class as usize]);
-        passes.min().unwrap_or(0).max(self.pass_floor)
+    /// Where the class would be after one more grant.
+    fn next_pass(&self, class: AdmissionClass) -> u64 {
+        let weights: u64 = self.limits.class_weights.iter().product();
+        self.passes[class as usize] + weights / self.limits.class_weights[class as usize]
     }
 
     /// What newcomers are lifted to is the most that the smallest counter has been.
@@ -126,9 +127,8 @@ impl Model {
     ) {
         let key = (class, tenant);
         if !self.waiting.iter().any(|it| it.class == class) {
-            let least = self.least_pass();
             let pass = &mut self.passes[class as usize];
-            *pass = least.max(*pass);
+            *pass = self.pass_floor.max(*pass);
         }
         if !self.waits(key) {
             self.join(key);
@@ -184,15 +184,14 @@ impl Model {
     pub(crate) fn serve(&mut self) -> Option<Waiter> {
         let oldest = self.waiting.iter().min_by_key(|it| it.arrival)?;
         let in_order = self.waiting.iter().min_by_key(|it| {
-            let class = (self.passes[it.class as usize], it.class);
+            let class = (self.next_pass(it.class), it.class);
             (class, self.counters[&(it.class, it.tenant)], it.place)
         })?;
         let is_overdue = self.num_left - oldest.arrival >= self.limits.max_overtakes;
         let next = if is_overdue { oldest } else { in_order }.clone();
-        self.pass_floor = self.least_pass();
-        let weights: u64 = self.limits.class_weights.iter().product();
-        let index = next.class as usize;
-        self.passes[index] += weights / self.limits.class_weights[index];
+        let passes = self.waiting.iter().map(|it| self.next_pass(it.class));
+        self.pass_floor = passes.min().unwrap().max(self.pass_floor);
+        self.passes[next.class as usize] = self.next_pass(next.class);
         self.charge((next.class, next.tenant), next.charge);
         Some(self.remove(next.ticket))
     }
