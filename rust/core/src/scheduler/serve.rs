@@ -4,7 +4,8 @@
 //! workers: up to 16 are looked at, as long as any worker has a place in its batch. Before one of them goes first, the
 //! worker that the next one would have gone to is *held* for it: that worker takes nobody else of the model's waiting
 //! requests, so at the latest when all that runs there has ended there is room. So a large request holds up no more
-//! than one worker, and does not starve. There is one hold to a queue; it stays until its request has left, also where
+//! than one worker, and does not starve. Where the model's workers are of several kinds the hold is made at once, because
+//! requests of another queue could go first unseen. There is one hold to a queue; it stays until its request has left, also where
 //! the turn of another comes first. A request that finds no open worker at all (all drain) holds nothing and nobody up.
 //!
 //! *Starvation.* Let `N = max_overtakes + max_bypasses + 1`. At most `N` later requests of its queue are served before
@@ -111,7 +112,7 @@ impl Scheduler {
                     add(&mut agenda, waiting, key);
                 }
             }
-            if self.groups.model(&key.model).is_none() {
+            if waiting.oldest(&key).is_none() && self.groups.model(&key.model).is_none() {
                 waiting.forget_model(&key.model);
             }
         }
@@ -134,10 +135,11 @@ impl Scheduler {
     /// Ends one wait of a queue, if one can be ended.
     fn serve_next(&mut self, waiting: &mut WaitQueues, key: &QueueKey, now: Time) -> Option<Grant> {
         let held = waiting.held_by_others(key);
-        let is_alone = waiting.of_model(&key.model).nth(1).is_none();
+        let model = self.groups.model(&key.model);
+        let is_alone = model.is_none_or(|model| model.groups.len() == 1);
         let queue = waiting.queues.get(key)?;
         let Scan { hold, next, end } = self.scan(queue, key, &held, now);
-        // Those of other queues do not ask who was there first.
+        // Those of other kinds do not ask who was there first.
         let hold = if is_alone || end.is_some() {
             hold
         } else {

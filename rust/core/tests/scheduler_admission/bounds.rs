@@ -12,15 +12,13 @@ struct Victim {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
-
     /// Tenants that are new each time, requests that fit where others do not, cancellations, drains: nobody is
     /// overtaken more often than the bound says.
     #[test]
     fn nobody_starves(
         max_overtakes in 0_u32..12,
         max_bypasses in 0_u32..8,
-        moves in prop::collection::vec((0_u32..10, any::<u32>()), 100..200),
+        moves in prop::collection::vec((0_u32..10, any::<u32>()), 60..120),
     ) {
         let config = SchedulerConfig { max_overtakes, max_bypasses, ..SchedulerConfig::default() };
         let bound = u64::from(max_overtakes + max_bypasses + 1);
@@ -86,7 +84,7 @@ proptest! {
     #[test]
     fn service_gap_of_two_backlogged_tenants(
         weights in prop::array::uniform2(prop::sample::select(vec![50_u32, 100, 200])),
-        requests in prop::collection::vec((0_usize..6, 1_usize..500, 1_u32..200), 100..300),
+        requests in prop::collection::vec((0_usize..6, 1_usize..500, 1_u32..200), 60..150),
     ) {
         let mut scheduler = counter(SchedulerConfig::default());
         let names = ["f", "g"];
@@ -130,7 +128,7 @@ proptest! {
     #[test]
     fn a_lower_class_waits_for_a_bounded_number_of_grants(
         weights in prop::array::uniform3(1_u32..20),
-        arrivals in prop::collection::vec(0_usize..3, 50..300),
+        arrivals in prop::collection::vec(0_usize..3, 50..150),
     ) {
         let config = SchedulerConfig {
             interactive_weight: weights[0],

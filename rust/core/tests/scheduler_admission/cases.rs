@@ -241,6 +241,47 @@ fn a_queue_whose_workers_are_full_holds_up_no_other_kind() {
 }
 
 #[test]
+fn a_worker_that_is_held_takes_no_other_kind_either() {
+    let mut scheduler = Scheduler::new(SchedulerConfig::default()).unwrap();
+    let shared = add_worker(&mut scheduler, "shared", 8, 40);
+    let gold = WorkerSpec {
+        name: "gold".to_owned(),
+        model: "m".to_owned(),
+        block_size: BLOCK_SIZE,
+        num_blocks: 30,
+        max_num_seqs: 8,
+        max_model_len: 1_000,
+        slo_classes: vec!["gold".to_owned()],
+        ..WorkerSpec::default()
+    };
+    let gold = scheduler.add_worker(gold).unwrap();
+    let plain = |blocks: u32| request("", &[1], blocks * BLOCK_SIZE - 1);
+    let of_gold = |blocks: u32| RouteRequest {
+        slo_class: "gold",
+        ..plain(blocks)
+    };
+    let half = granted(&mut scheduler, &plain(20));
+    let whole = waits(&mut scheduler, &plain(40));
+    assert!(take(&mut scheduler).is_empty());
+    // There is room on both; one of them is held.
+    for _ in 0..3 {
+        let Wait::Granted(reservation) = scheduler.acquire(&of_gold(10), Time::ZERO).unwrap()
+        else {
+            panic!("there was room")
+        };
+        assert_eq!(reservation.worker, gold);
+    }
+    let small = waits(&mut scheduler, &of_gold(10));
+    assert!(take(&mut scheduler).is_empty());
+    // Cancelled, it holds nothing, and the other kind is served in the same breath.
+    scheduler.cancel(whole);
+    let grants = take(&mut scheduler);
+    assert_eq!((grants[0].0, grants[0].1.worker), (small, shared));
+    scheduler.release(half);
+    scheduler.check_integrity();
+}
+
+#[test]
 fn one_tenant_cannot_fill_the_queue() {
     let config = SchedulerConfig {
         max_num_waiting: 5,

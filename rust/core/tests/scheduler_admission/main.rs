@@ -301,14 +301,12 @@ impl Pair {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
-
     #[test]
     fn the_order_is_the_models(
         max_overtakes in prop::sample::select(vec![0_u64, 3, 12, 1_000]),
         max_tenant_overtakes in 0_u64..6,
         class_weights in prop::array::uniform3(1_u64..6),
-        ops in prop::collection::vec(op(), 1..160),
+        ops in prop::collection::vec(op(), 1..100),
     ) {
         let mut pair = Pair::new(Limits { max_overtakes, max_tenant_overtakes, class_weights });
         for op in &ops {

@@ -110,11 +110,12 @@ impl Stage {
         let mut text = String::new();
         for grant in self.scheduler.take_grants(self.now) {
             let name = self.names.remove(&grant.ticket).unwrap();
-            text += &match grant.outcome {
+            let line = match grant.outcome {
                 Ok(Granted::Reservation(reservation)) => self.hold(name, reservation),
                 Err(error) => format!("{name} ends: {error}\n"),
                 other => panic!("not a reservation: {other:?}"),
             };
+            text.push_str(&line);
         }
         text
     }
