@@ -205,12 +205,27 @@ impl Scheduler {
         &self,
         request: &RouteRequest<'_>,
     ) -> Result<Option<Candidate>, SchedulerError> {
+        self.find_among(request, &[true, false])
+    }
+
+    /// As [`find`](Self::find), among the workers that have room now.
+    pub(super) fn find_room(&self, request: &RouteRequest<'_>) -> Option<Candidate> {
+        let found = self.find_among(request, &[true]).ok().flatten();
+        found.filter(|candidate| candidate.has_room)
+    }
+
+    /// The best of those that have room or have none, whichever comes first in `rooms` and is there.
+    fn find_among(
+        &self,
+        request: &RouteRequest<'_>,
+        rooms: &[bool],
+    ) -> Result<Option<Candidate>, SchedulerError> {
         request.validate()?;
         let model = self.groups.model(request.model);
         let model = model.ok_or(SchedulerError::ModelNotFound)?;
         let chains = self.chains(model, request);
         let found = if self.config.policy.is_least_cost() {
-            self.least_cost(request, &chains)
+            self.least_cost(request, &chains, rooms)
         } else {
             self.pick(model, request, &chains)
         };
@@ -301,8 +316,9 @@ impl Scheduler {
         &self,
         request: &RouteRequest<'a>,
         chains: &[Chain<'a>],
+        rooms: &[bool],
     ) -> Option<(Found, usize, CostModel)> {
-        [true, false].into_iter().find_map(|room| {
+        rooms.iter().find_map(|&room| {
             let mut best: Option<(Found, usize, CostModel)> = None;
             for (number, chain) in chains.iter().enumerate() {
                 // Those that have the adapter, then all as if they had to load it: no resident wins by the latter.

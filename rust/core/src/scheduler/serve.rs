@@ -88,31 +88,27 @@ impl Scheduler {
     }
 
     fn serve_routes(&mut self, waiting: &mut WaitQueues, now: Time, grants: &mut Vec<Grant>) {
-        let mut agenda = BTreeSet::new();
-        let add =
-            |agenda: &mut BTreeSet<(TicketId, QueueKey)>, waiting: &WaitQueues, key: &QueueKey| {
-                if let Some(oldest) = waiting.oldest(key) {
-                    agenda.insert((oldest, key.clone()));
-                }
-            };
-        for key in waiting.queues.keys() {
-            add(&mut agenda, waiting, key);
-        }
+        // By the oldest request of each queue.
+        let mut agenda: BTreeSet<(TicketId, QueueKey)> = BTreeSet::new();
+        let turn = |(key, queue): (&QueueKey, &RouteQueue)| {
+            let oldest = queue.requests.oldest()?;
+            Some((oldest.ticket, key.clone()))
+        };
+        agenda.extend(waiting.queues.iter().filter_map(turn));
         while let Some((_, key)) = agenda.pop_first() {
-            let held = waiting.queues.get(&key).and_then(|queue| queue.hold);
+            let hold = |waiting: &WaitQueues| waiting.queues.get(&key)?.hold;
+            let was_held = hold(waiting).is_some();
             let Some(grant) = self.serve_next(waiting, &key, now) else {
                 continue;
             };
             grants.push(grant);
-            add(&mut agenda, waiting, &key);
-            let still_held = waiting.queues.get(&key).and_then(|queue| queue.hold);
-            if held.is_some() && still_held.is_none() {
+            if was_held && hold(waiting).is_none() {
                 // What was kept for it is free for the model's other queues too.
-                for (key, _) in waiting.of_model(&key.model) {
-                    add(&mut agenda, waiting, key);
-                }
+                agenda.extend(waiting.of_model(&key.model).filter_map(turn));
             }
-            if waiting.oldest(&key).is_none() && self.groups.model(&key.model).is_none() {
+            if let Some(oldest) = waiting.oldest(&key) {
+                agenda.insert((oldest, key));
+            } else if self.groups.model(&key.model).is_none() {
                 waiting.forget_model(&key.model);
             }
         }
@@ -193,7 +189,12 @@ impl Scheduler {
             {
                 continue;
             }
-            match self.attempt(request, key, &held, may_survey, now) {
+            let attempt = if blocked.is_some() && !is_holder {
+                self.attempt_beside(request, key, &held, now)
+            } else {
+                self.attempt(request, key, &held, may_survey, now)
+            };
+            match attempt {
                 Attempt::Granted(reservation) => {
                     let end = Some((arrival, Ok(reservation)));
                     return Scan {
@@ -256,6 +257,26 @@ impl Scheduler {
             }
             other => Attempt::NoRoom(other.map(|best| best.worker)),
         }
+    }
+
+    /// The same for a request that would go ahead of another: only what has room counts.
+    fn attempt_beside(
+        &mut self,
+        request: &WaitingRoute,
+        key: &QueueKey,
+        held: &[WorkerId],
+        now: Time,
+    ) -> Attempt {
+        let tolerations = request.tolerations();
+        let request = request.as_request(&key.model, &tolerations);
+        let exclude = [request.exclude, held].concat();
+        let request = RouteRequest {
+            exclude: &exclude,
+            ..request
+        };
+        let found = self.find_room(&request);
+        let reserved = found.and_then(|best| self.reserve(&request, best, now).ok());
+        reserved.map_or(Attempt::NoRoom(None), Attempt::Granted)
     }
 
     /// The best worker, or where that is held, the best of those that are not.
