@@ -96,18 +96,31 @@ fn output_that_did_not_come_is_given_back() {
 fn a_reservation_lost_with_its_worker_costs_nothing() {
     let mut scheduler = counter(SchedulerConfig::default());
     let lost = scheduler.worker_by_name("w").unwrap();
-    granted(&mut scheduler, &request("unlucky", &[1], 1_000));
+    let spare = add_worker(&mut scheduler, "v", 1, 100_000);
+    scheduler.set_draining(spare, true);
+    let mut held = granted(&mut scheduler, &request("", &[1], 1));
     let mut tickets = Vec::new();
-    for name in ["unlucky", "other", "unlucky"] {
-        tickets.push(waits(&mut scheduler, &request(name, &[1], 1_000)));
+    for (name, max_tokens) in [
+        ("unlucky", 10_000),
+        ("unlucky", 1_000),
+        ("unlucky", 1_000),
+        ("other", 1_000),
+        ("other", 1_000),
+    ] {
+        tickets.push(waits(&mut scheduler, &request(name, &[1], max_tokens)));
     }
-    add_worker(&mut scheduler, "v", 1, 100_000);
-    let (first, reservation) = take(&mut scheduler)[0];
-    assert_eq!(first, tickets[0], "who waits since before");
+    assert_eq!(next(&mut scheduler, &mut held), Some(tickets[0]));
     scheduler.remove_worker(lost);
     scheduler.check_integrity();
-    let mut held = reservation.id;
-    assert_eq!(order_of(&mut scheduler, &mut held, &tickets), [1, 2]);
+    scheduler.set_draining(spare, false);
+    let (first, reservation) = take(&mut scheduler)[0];
+    assert_eq!(first, tickets[3], "the other one has had nothing either");
+    held = reservation.id;
+    assert_eq!(
+        order_of(&mut scheduler, &mut held, &tickets),
+        [1, 4, 2],
+        "they take turns, as if the large request had not been"
+    );
 }
 
 #[test]
