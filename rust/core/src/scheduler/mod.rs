@@ -1,10 +1,11 @@
 //! Chooses among replicas and GPUs: which worker takes a request, and which memory a model gets.
 //!
 //! [`mod@route`] holds the routing decision, [`mod@place`] the placement of gangs of GPUs, [`waiting`] the queues of
-//! those that found no room. What they know is fed from outside: specs, KV events, load reports. One owner holds the
-//! [`Scheduler`]; callers with threads put it behind a mutex.
+//! those that found no room, [`cells`] one decision over several schedulers. What they know is fed from outside: specs,
+//! KV events, load reports. One owner holds the [`Scheduler`]; callers with threads put it behind a mutex.
 
 mod bits;
+pub mod cells;
 mod config;
 mod error;
 mod explain;
@@ -30,6 +31,7 @@ mod worker;
 mod workers;
 
 pub use self::{
+    cells::{CellId, Cells},
     config::SchedulerConfig,
     error::SchedulerError,
     kv_feed::KvFeed,
