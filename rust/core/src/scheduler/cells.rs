@@ -12,6 +12,7 @@ use std::cmp::Reverse;
 
 use super::{
     Scheduler, SchedulerConfig, SchedulerError,
+    index::Probed,
     reservation::Reservation,
     route::{Candidate, RouteRequest},
 };
@@ -126,7 +127,8 @@ impl Scheduler {
             let (queued, batch) = self.groups.get(chain.group).grid.least()?;
             let mut costs = self.cost_model(request, chain);
             let depth = if self.config.policy.uses_prefix() {
-                self.index.deepest_above(&chain.blocks, 0).0 as u64
+                let mut probed = Probed::new(&self.index, &chain.blocks);
+                probed.deepest_above(chain.blocks.len(), 0).0 as u64
             } else {
                 0
             };
