@@ -37,9 +37,15 @@ def sampling_start(slot: int, **overrides: Any) -> SequenceStart:
 
 
 def encode_plan(plan: StepPlan) -> bytes:
-    """The message that `decode_plan` reads."""
+    """The message that `PlanReader` reads; it has the whole of each block table, and slots in the order of the rows."""
     fields = {name: _packed(value) for name, value in asdict(plan).items()}
+    del fields["block_tables"]
+    slots, columns = np.indices(plan.block_tables.shape, np.int32)
+    fields["slots"] = _packed(slots[:, 0])
     fields["block_table_width"] = plan.block_tables.shape[1]
+    fields["update_slots"] = _packed(slots)
+    fields["update_columns"] = _packed(columns)
+    fields["update_blocks"] = _packed(plan.block_tables)
     fields["starts"] = [
         {name: _packed(value) for name, value in asdict(start).items()} for start in plan.starts
     ]

@@ -22,6 +22,7 @@ from orchestra.worker.loader import Progress, WeightReader
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.models import LOADERS
 from orchestra.worker.parallel import Communicator, ProcessGroup, SingleRank, rendezvous
+from orchestra.worker.plan import PlanReader
 from orchestra.worker.plan_channel import Follower, Leader
 from orchestra.worker.runner import ModelRunner, warm_up_plan
 from orchestra.worker.sampler import Sampler
@@ -73,6 +74,8 @@ class Rank:
 
     model_config: ModelConfig
     runner: ModelRunner
+    reader: PlanReader
+    """Reads the messages with this rank's plans."""
     group: Group
     num_blocks: int
     """KV blocks, the same on every rank."""
@@ -128,7 +131,8 @@ def build_rank(
     runner = ModelRunner(model, attention, sampler, place.device)
     for num_tokens in (config.block_size, 1):
         runner.execute(warm_up_plan(num_tokens))
-    return Rank(model_config, runner, group, num_blocks, max_model_len)
+    reader = PlanReader(config.max_num_seqs, -(-max_model_len // config.block_size))
+    return Rank(model_config, runner, reader, group, num_blocks, max_model_len)
 
 
 def _longest_sequence(config: WorkerConfig, model_config: ModelConfig) -> int:

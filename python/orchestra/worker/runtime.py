@@ -14,7 +14,6 @@ from orchestra.errors import ConfigError, UnsupportedError
 from orchestra.worker.assembly import Rank, assemble
 from orchestra.worker.config import EXIT_INVALID_CONFIG, WorkerConfig
 from orchestra.worker.metrics import WorkerMetrics
-from orchestra.worker.plan import decode_plan
 from orchestra.worker.plan_channel import Follower, RankLostError
 
 EXIT_OK = 0
@@ -117,7 +116,7 @@ def follow(rank: Rank, channel: Follower) -> None:
     """
     _write_status("ready")
     while (message := channel.receive()) is not None:
-        rank.runner.execute(decode_plan(message))
+        rank.runner.execute(rank.reader.read(message))
     channel.close()
 
 
@@ -145,7 +144,7 @@ def lead(
         with metrics.execute.time():
             if leader is not None:
                 leader.broadcast(message)
-            plan = decode_plan(message)
+            plan = rank.reader.read(message)
             output = rank.runner.execute(plan)
         with metrics.commit.time():
             agent.commit(

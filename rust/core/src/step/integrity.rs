@@ -55,6 +55,10 @@ impl StepScheduler {
             running.num_cached_blocks * block_size <= running.num_computed_tokens,
             "{id}"
         );
+        assert!(
+            running.num_sent_blocks <= running.block_table.len(),
+            "{id}: blocks that the runner knows"
+        );
         for (block, hash) in running.block_table[..running.num_cached_blocks]
             .iter()
             .zip(&running.sequence.block_hashes)

@@ -3,8 +3,7 @@
 use std::cmp::Reverse;
 
 use super::{
-    build_plan::{build_plan, plan_rows},
-    commit::Executing,
+    build_plan::{PlanShape, build_plan},
     plan::{SequenceStart, StepPlan},
     scheduler::StepScheduler,
     sequence::{Running, Sequence},
@@ -16,6 +15,7 @@ struct Draft {
     now: Time,
     /// Tokens that may still be added.
     budget: usize,
+    num_decodes: usize,
     starts: Vec<SequenceStart>,
 }
 
@@ -39,6 +39,7 @@ impl StepScheduler {
         let mut draft = Draft {
             now,
             budget,
+            num_decodes: 0,
             starts: Vec::new(),
         };
         self.schedule_decodes(&mut draft);
@@ -52,6 +53,7 @@ impl StepScheduler {
     /// Adds one token of each sequence that decodes, preempting where blocks run out. The budget holds
     /// them all: it is at least `max_num_seqs`.
     fn schedule_decodes(&mut self, draft: &mut Draft) {
+        let preemptions = self.stats.preemptions;
         for index in 0..self.running.len() {
             // A victim of an earlier index has lost its place.
             if self.running[index].is_preempted() || !self.running[index].is_decode() {
@@ -60,12 +62,15 @@ impl StepScheduler {
             let has_block = self.make_room_for_next_token(index);
             self.running[index].num_scheduled_tokens = usize::from(has_block);
         }
-        self.take_out_preempted();
-        draft.budget -= self
+        if self.stats.preemptions > preemptions {
+            self.take_out_preempted();
+        }
+        draft.num_decodes = self
             .running
             .iter()
-            .map(|it| it.num_scheduled_tokens)
-            .sum::<usize>();
+            .filter(|running| running.num_scheduled_tokens > 0)
+            .count();
+        draft.budget -= draft.num_decodes;
     }
 
     /// Preempts until the sequence has a block for its next token; `false` where it is itself the victim.
@@ -134,6 +139,9 @@ impl StepScheduler {
 
     /// Adds the next chunk of each sequence that prefills, the senior ones first.
     fn schedule_prefills(&mut self, draft: &mut Draft) {
+        if draft.num_decodes == self.running.len() {
+            return;
+        }
         for index in 0..self.running.len() {
             if self.running[index].num_scheduled_tokens == 0 {
                 self.schedule_chunk(index, draft);
@@ -256,6 +264,7 @@ impl StepScheduler {
             slot,
             block_table,
             num_cached_blocks: self.matched.len(),
+            num_sent_blocks: 0,
             num_computed_tokens: self.matched.len() * self.block_size(),
             num_scheduled_tokens: 0,
             is_finished: false,
@@ -272,10 +281,14 @@ impl StepScheduler {
             return None;
         }
         self.stats.steps += 1;
-        let step_id = self.stats.steps;
-        let rows = plan_rows(&self.running);
-        let plan = build_plan(step_id, &rows, self.config.block_size, draft.starts);
-        self.executing = Some(Executing::new(step_id, &rows, draft.now));
+        let shape = PlanShape {
+            step_id: self.stats.steps,
+            planned_at: draft.now,
+            num_tokens: self.config.max_num_batched_tokens as usize - draft.budget,
+        };
+        let (mut plan, executing) = build_plan(&shape, &mut self.running, self.config.block_size);
+        plan.starts = draft.starts;
+        self.executing = Some(executing);
         Some(plan)
     }
 }

@@ -59,6 +59,10 @@ impl Sequence {
     /// Hashes the full blocks that have no hash yet.
     pub(super) fn hash_full_blocks(&mut self, block_size: usize, hash_block: HashBlock) {
         let done = self.block_hashes.len();
+        // Most tokens fill no block.
+        if self.token_ids.len() < (done + 1) * block_size {
+            return;
+        }
         let mut parent = self
             .block_hashes
             .last()
@@ -131,6 +135,8 @@ pub(super) struct Running {
     /// Empty only while a preempted sequence waits to be taken out of the running ones.
     pub(super) block_table: Vec<BlockId>,
     pub(super) num_cached_blocks: usize,
+    /// Leading blocks of the table that the runner has in its own.
+    pub(super) num_sent_blocks: usize,
     pub(super) num_computed_tokens: usize,
     /// Tokens that the step computes which executes or is being planned.
     pub(super) num_scheduled_tokens: usize,

@@ -31,12 +31,14 @@ struct Slot {
     history: Vec<TokenId>,
 }
 
-/// KV and sampler slots of one replica.
+/// KV, block tables and sampler slots of one replica.
 #[derive(Debug)]
 pub(crate) struct FakeModel {
     block_size: u32,
     kv: Vec<Option<KvEntry>>,
     slots: Vec<Option<Slot>>,
+    /// One row per slot, as the plans have written it; what earlier owners of a slot left behind stays.
+    block_tables: Vec<Vec<Option<u32>>>,
 }
 
 impl FakeModel {
@@ -45,6 +47,10 @@ impl FakeModel {
             block_size: config.block_size,
             kv: vec![None; (config.num_blocks * config.block_size) as usize],
             slots: vec![None; config.max_num_seqs as usize],
+            block_tables: vec![
+                vec![None; config.max_model_len.div_ceil(config.block_size) as usize];
+                config.max_num_seqs as usize
+            ],
         }
     }
 
@@ -55,6 +61,11 @@ impl FakeModel {
             history.extend(&start.output_token_ids);
             let sampling = start.sampling.as_ref().clone();
             self.slots[start.slot as usize] = Some(Slot { sampling, history });
+        }
+        for (index, &slot) in plan.update_slots.iter().enumerate() {
+            let column = plan.update_columns[index] as usize;
+            let block = plan.update_blocks[index];
+            self.block_tables[slot as usize][column] = Some(block);
         }
         for row in 0..plan.context_lens.len() {
             self.write_row(plan, row);
@@ -164,7 +175,8 @@ impl FakeModel {
             column < plan.block_table_width,
             "position {position} is beyond the block table"
         );
-        let block = plan.block_tables[row * plan.block_table_width as usize + column as usize];
+        let table = &self.block_tables[plan.slots[row] as usize];
+        let block = table[column as usize].expect("a block that the runner was told of");
         block * self.block_size + position % self.block_size
     }
 }
