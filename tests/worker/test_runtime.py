@@ -194,6 +194,7 @@ def test_run_from_flags_to_a_signal(
         "max_num_batched_tokens": 2048,
         "max_model_len": 128,
         "max_prefill_chunk": 0,
+        "tpot_target_us": 0,
         "enable_prefix_cache": True,
         "eos_token_ids": [1],
     }

@@ -55,6 +55,8 @@ class WorkerConfig:
     """Longest prompt plus output, tokens; None: what the model and the cache can hold."""
     max_prefill_chunk: int = 0
     """Most prompt tokens of one sequence in one step; 0: only the token budget."""
+    tpot_target_ms: int = 0
+    """How long a step may last while sequences decode; prompts get what is left. 0: no matter how long."""
     enable_prefix_cache: bool = True
     """Whether prompts reuse the KV of equal beginnings."""
     weights_epoch: int = 0
@@ -171,6 +173,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
             type=_integer(0),
             default=default.max_prefill_chunk,
             help="most prompt tokens of one sequence in one step; 0: only the token budget",
+        ),
+        add(
+            "--tpot-target-ms",
+            type=_integer(0),
+            default=default.tpot_target_ms,
+            metavar="MS",
+            help="how long a step may last while sequences decode, which sizes the chunks of prompts; 0: no limit",
         ),
         add("--no-prefix-cache", action="store_true", help="compute every prompt from its start"),
         add(

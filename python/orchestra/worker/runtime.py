@@ -199,6 +199,7 @@ def agent_config(config: WorkerConfig, rank: Rank) -> dict[str, Any]:
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "max_model_len": rank.max_model_len,
             "max_prefill_chunk": config.max_prefill_chunk,
+            "tpot_target_us": config.tpot_target_ms * 1000,
             "enable_prefix_cache": config.enable_prefix_cache,
             "eos_token_ids": list(rank.model_config.eos_token_ids),
         },

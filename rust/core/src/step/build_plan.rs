@@ -11,7 +11,10 @@ use crate::time::Time;
 pub(super) struct PlanShape {
     pub(super) step_id: u64,
     pub(super) planned_at: Time,
-    pub(super) num_tokens: usize,
+    /// Sequences that only lacked their last token.
+    pub(super) num_decodes: usize,
+    /// Tokens of the others.
+    pub(super) num_prefill_tokens: usize,
 }
 
 /// The plan of the sequences that have scheduled tokens, those that decode first, and what its commit needs to
@@ -21,18 +24,19 @@ pub(super) fn build_plan(
     running: &mut [Running],
     block_size: u32,
 ) -> (StepPlan, Executing) {
+    let num_tokens = shape.num_decodes + shape.num_prefill_tokens;
     let mut plan = StepPlan {
         step_id: shape.step_id,
-        token_ids: Vec::with_capacity(shape.num_tokens),
-        positions: Vec::with_capacity(shape.num_tokens),
-        slot_mapping: Vec::with_capacity(shape.num_tokens),
+        token_ids: Vec::with_capacity(num_tokens),
+        positions: Vec::with_capacity(num_tokens),
+        slot_mapping: Vec::with_capacity(num_tokens),
         query_start: Vec::with_capacity(running.len() + 1),
         context_lens: Vec::with_capacity(running.len()),
         slots: Vec::with_capacity(running.len()),
         samples: Vec::with_capacity(running.len()),
         ..StepPlan::default()
     };
-    let mut executing = Executing::new(shape.step_id, shape.planned_at, running.len());
+    let mut executing = Executing::new(shape, running.len());
     plan.query_start.push(0);
     let mut has_prefills = false;
     for row in &mut *running {

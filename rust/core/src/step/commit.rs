@@ -1,6 +1,7 @@
 //! Takes a step's result: KV that is now computed, tokens that were drawn, sequences that ended.
 
 use super::{
+    build_plan::PlanShape,
     error::StepError,
     plan::{StepOutput, TokenUpdate},
     scheduler::StepScheduler,
@@ -13,6 +14,8 @@ use crate::time::Time;
 pub(super) struct Executing {
     step_id: u64,
     planned_at: Time,
+    num_decodes: usize,
+    num_prefill_tokens: usize,
     wants_logprobs: bool,
     /// `[N]` the seniority of each sequence that draws a token: it may end meanwhile, and its id come again.
     samples: Vec<u64>,
@@ -20,10 +23,12 @@ pub(super) struct Executing {
 
 impl Executing {
     /// A step of at most `max_samples` samples, none of them known yet.
-    pub(super) fn new(step_id: u64, planned_at: Time, max_samples: usize) -> Self {
+    pub(super) fn new(shape: &PlanShape, max_samples: usize) -> Self {
         Self {
-            step_id,
-            planned_at,
+            step_id: shape.step_id,
+            planned_at: shape.planned_at,
+            num_decodes: shape.num_decodes,
+            num_prefill_tokens: shape.num_prefill_tokens,
             wants_logprobs: false,
             samples: Vec::with_capacity(max_samples),
         }
@@ -78,6 +83,13 @@ impl StepScheduler {
             return Ok(Vec::new());
         };
         self.stats.step_time = now.since(executing.planned_at);
+        if self.config.tpot_target_us > 0 {
+            self.step_cost.observe(
+                executing.num_decodes,
+                executing.num_prefill_tokens,
+                self.stats.step_time,
+            );
+        }
         self.commit_computed_tokens();
 
         let mut updates = Vec::with_capacity(executing.samples.len());

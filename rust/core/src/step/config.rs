@@ -22,6 +22,12 @@ pub struct StepSchedulerConfig {
     pub max_num_waiting: u32,
     /// Most prefill tokens of one sequence in one step; 0 leaves only the token budget.
     pub max_prefill_chunk: u32,
+    /// How long a step may last while sequences decode, µs: their time per output token. The prefill tokens of a
+    /// step are limited to what is predicted to fit; 0 leaves only the token budget.
+    pub tpot_target_us: u32,
+    /// Fewest prefill tokens that `tpot_target_us` leaves to a step, so that prompts go on when decodes alone last
+    /// longer.
+    pub min_prefill_tokens: u32,
     /// Reuse the KV of equal prefixes.
     pub enable_prefix_cache: bool,
     /// Most later requests that may start before an earlier one because less of them is left to compute;
@@ -44,6 +50,8 @@ impl Default for StepSchedulerConfig {
             max_model_len: 0,
             max_num_waiting: 8192,
             max_prefill_chunk: 0,
+            tpot_target_us: 0,
+            min_prefill_tokens: 64,
             enable_prefix_cache: true,
             max_overtakes: 64,
             max_prefix_wait_steps: 64,
@@ -62,6 +70,7 @@ impl StepSchedulerConfig {
             ("max_num_seqs", self.max_num_seqs),
             ("max_num_batched_tokens", self.max_num_batched_tokens),
             ("max_num_waiting", self.max_num_waiting),
+            ("min_prefill_tokens", self.min_prefill_tokens),
         ];
         for (key, value) in positive {
             if value == 0 {

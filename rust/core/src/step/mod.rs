@@ -17,6 +17,7 @@ mod schedule;
 mod scheduler;
 mod sequence;
 mod stats;
+mod step_cost;
 mod waiting;
 
 pub use config::StepSchedulerConfig;

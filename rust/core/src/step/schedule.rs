@@ -1,6 +1,6 @@
 //! Plans a step: decodes, then running prefills, then requests that start.
 
-use std::cmp::Reverse;
+use std::{cmp::Reverse, time::Duration};
 
 use super::{
     build_plan::{PlanShape, build_plan},
@@ -16,6 +16,7 @@ struct Draft {
     /// Tokens that may still be added.
     budget: usize,
     num_decodes: usize,
+    num_prefill_tokens: usize,
     starts: Vec<SequenceStart>,
 }
 
@@ -40,6 +41,7 @@ impl StepScheduler {
             now,
             budget,
             num_decodes: 0,
+            num_prefill_tokens: 0,
             starts: Vec::new(),
         };
         self.schedule_decodes(&mut draft);
@@ -71,6 +73,20 @@ impl StepScheduler {
             .filter(|running| running.num_scheduled_tokens > 0)
             .count();
         draft.budget -= draft.num_decodes;
+        draft.budget = draft.budget.min(self.prefill_limit(draft.num_decodes));
+    }
+
+    /// Prefill tokens with which the sequences that decode keep their time per token. Without any of them there is
+    /// nothing to keep.
+    fn prefill_limit(&self, num_decodes: usize) -> usize {
+        let target = self.config.tpot_target_us;
+        if target == 0 || num_decodes == 0 {
+            return usize::MAX;
+        }
+        let target = Duration::from_micros(u64::from(target));
+        self.step_cost
+            .prefill_within(num_decodes, target)
+            .max(self.config.min_prefill_tokens as usize)
     }
 
     /// Preempts until the sequence has a block for its next token; `false` where it is itself the victim.
@@ -165,6 +181,7 @@ impl StepScheduler {
         }
         running.num_scheduled_tokens = num_tokens;
         draft.budget -= num_tokens;
+        draft.num_prefill_tokens += num_tokens;
 
         let first = running.num_computed_tokens / block_size;
         let last = (running.num_computed_tokens + num_tokens - 1) / block_size;
@@ -277,14 +294,15 @@ impl StepScheduler {
     }
 
     fn finish_plan(&mut self, draft: Draft) -> Option<StepPlan> {
-        if draft.budget == self.config.max_num_batched_tokens as usize {
+        if draft.num_decodes + draft.num_prefill_tokens == 0 {
             return None;
         }
         self.stats.steps += 1;
         let shape = PlanShape {
             step_id: self.stats.steps,
             planned_at: draft.now,
-            num_tokens: self.config.max_num_batched_tokens as usize - draft.budget,
+            num_decodes: draft.num_decodes,
+            num_prefill_tokens: draft.num_prefill_tokens,
         };
         let (mut plan, executing) = build_plan(&shape, &mut self.running, self.config.block_size);
         plan.starts = draft.starts;

@@ -12,6 +12,7 @@ use super::{
     plan::{KvEvent, Request},
     sequence::{HashBlock, Running, Sequence},
     stats::StepStats,
+    step_cost::StepCost,
     waiting::WaitingQueue,
 };
 use crate::{
@@ -42,6 +43,8 @@ pub struct StepScheduler {
     /// The step whose output is due.
     pub(super) executing: Option<Executing>,
     pub(super) stats: StepStats,
+    /// Learns only where there is a TPOT target.
+    pub(super) step_cost: StepCost,
     /// Blocks that prefills of the step being planned compute: a request that needs one of them next is held
     /// back instead of computing it too.
     pub(super) in_flight_prefixes: FxHashSet<BlockHash>,
@@ -72,6 +75,7 @@ impl StepScheduler {
             free_slots: (0..config.max_num_seqs).rev().collect(),
             executing: None,
             stats: StepStats::default(),
+            step_cost: StepCost::default(),
             in_flight_prefixes: FxHashSet::default(),
             matched: Vec::new(),
             config,

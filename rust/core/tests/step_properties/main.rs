@@ -40,10 +40,12 @@ fn any_config() -> impl Strategy<Value = StepSchedulerConfig> {
         0..=6_u32,
         0..=3_u32,
         1..=20_u32,
+        prop_oneof![Just(0), 1..3000_u32],
     );
     (sizes, rules).prop_map(|(sizes, rules)| {
         let (block_size, num_kv_slots, max_num_seqs, spare_budget, max_prefill_chunk) = sizes;
-        let (enable_prefix_cache, max_overtakes, max_prefix_wait_steps, max_num_waiting) = rules;
+        let (enable_prefix_cache, max_overtakes, max_prefix_wait_steps, ..) = rules;
+        let (.., max_num_waiting, tpot_target_us) = rules;
         StepSchedulerConfig {
             block_size,
             num_blocks: num_kv_slots / block_size,
@@ -52,6 +54,8 @@ fn any_config() -> impl Strategy<Value = StepSchedulerConfig> {
             max_model_len: 48,
             max_num_waiting,
             max_prefill_chunk,
+            tpot_target_us,
+            min_prefill_tokens: 1 + spare_budget / 4,
             enable_prefix_cache,
             max_overtakes,
             max_prefix_wait_steps,

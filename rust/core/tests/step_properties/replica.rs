@@ -283,6 +283,7 @@ impl Replica {
             return;
         };
         let output = self.model.execute(&plan);
+        self.now = Time(self.now.0 + 100 * plan.token_ids.len() as u64);
         let updates = self
             .scheduler
             .update_from_output(&output, self.now)
