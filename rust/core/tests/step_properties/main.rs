@@ -8,6 +8,7 @@
 mod bounds;
 mod fake_model;
 mod replica;
+mod starvation;
 
 use fake_model::VOCAB_SIZE;
 use orchestra_core::{

@@ -228,9 +228,9 @@ impl Replica {
                 earlier.num_overtakes += u32::from(is_waiting);
             }
         }
-        // Each step of being held back lets others take the free seats.
+        // Each step of being held back lets others take the free seats but one, which is kept.
         let by_rank = self.config.max_overtakes;
-        let by_waiting = self.config.max_prefix_wait_steps * self.config.max_num_seqs;
+        let by_waiting = self.config.max_prefix_wait_steps * (self.config.max_num_seqs - 1);
         for (id, request) in &self.requests {
             assert!(
                 request.num_overtakes <= by_rank + by_waiting,
