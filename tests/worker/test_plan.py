@@ -104,7 +104,8 @@ def test_a_message_brings_what_changes_of_the_tables(plan: StepPlan) -> None:
     def tables(slots: list[int], width: int, *updates: list[int]) -> list[list[int]]:
         changes = dict(zip(names, updates, strict=True))
         message = message_with(plan, slots=slots, block_table_width=width, **changes)
-        return reader.read(message).block_tables.tolist()
+        rows: list[list[int]] = reader.read(message).block_tables.tolist()
+        return rows
 
     assert tables([3, 1], 2, [3, 3, 1], [0, 1, 0], [7, 8, 9]) == [[7, 8], [9, 0]]
     assert tables([3, 1], 2, [], [], []) == [[7, 8], [9, 0]]

@@ -14,6 +14,7 @@ from orchestra.worker.kv_cache import (
     KvCache,
     KvCacheBudget,
     KvCacheSpec,
+    check_host_blocks,
     decide_max_model_len,
     decide_num_blocks,
 )
@@ -123,16 +124,17 @@ def build_rank(
     budget = _budget(config, model_config, place, longest)
     num_blocks = group.agree_on_least(decide_num_blocks(spec, budget))
     max_model_len = decide_max_model_len(spec, num_blocks, config.max_model_len, longest)
-    cache = KvCache(spec, num_blocks, place.device)
+    check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(spec, num_blocks, place))
+    cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks)
     attention = TorchPagedAttention(cache, len(heads.heads), place.device)
     sampler = None
     if config.shard.rank == 0:
         sampler = Sampler(model_config.vocab_size, config.max_num_seqs, place.device)
-    runner = ModelRunner(model, attention, sampler, place.device)
+    runner = ModelRunner(model, cache, attention, sampler, place.device)
     for num_tokens in (config.block_size, 1):
         runner.execute(warm_up_plan(num_tokens))
-    reader = PlanReader(config.max_num_seqs, -(-max_model_len // config.block_size))
-    return Rank(model_config, runner, reader, group, num_blocks, max_model_len)
+    plans = PlanReader(config.max_num_seqs, -(-max_model_len // config.block_size))
+    return Rank(model_config, runner, plans, group, num_blocks, max_model_len)
 
 
 def _longest_sequence(config: WorkerConfig, model_config: ModelConfig) -> int:
@@ -180,6 +182,13 @@ def _budget(
         useful_tokens=None if is_cuda else config.max_num_seqs * longest,
         share=CUDA_SHARE if is_cuda else CPU_SHARE,
     )
+
+
+def _free_host_bytes(spec: KvCacheSpec, num_blocks: int, place: Place) -> int:
+    """Host memory that this rank has left beside its blocks, where these are in host memory too."""
+    free = devices.free_bytes(torch.device("cpu"), place.local_size)
+    is_cpu = place.device.type == "cpu"
+    return max(0, free - num_blocks * spec.bytes_per_block) if is_cpu else free
 
 
 def _activation_bytes(config: WorkerConfig, model_config: ModelConfig) -> int:

@@ -47,6 +47,8 @@ class WorkerConfig:
     """KV blocks; None: as many as the memory allows."""
     kv_cache_memory: int | None = None
     """Bytes of KV cache per rank; None: a share of the free memory."""
+    num_host_blocks: int = 0
+    """KV blocks of host memory, of each rank, that keep what preempted sequences have computed."""
     max_num_seqs: int = 256
     """Most sequences in one step."""
     max_num_batched_tokens: int = 2048
@@ -150,6 +152,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
             type=parse_bytes,
             metavar="SIZE",
             help="memory of each rank for KV, like 4GiB; instead of --num-blocks",
+        ),
+        add(
+            "--num-host-blocks",
+            type=_integer(0),
+            default=default.num_host_blocks,
+            help="KV blocks of host memory for preempted sequences; 0: they compute theirs again",
         ),
         add(
             "--max-num-seqs",

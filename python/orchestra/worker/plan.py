@@ -50,6 +50,19 @@ class SequenceStart:
 
 
 @dataclass(frozen=True)
+class BlockCopies:
+    """KV to copy between blocks of the device and blocks of host memory."""
+
+    blocks: Int32Array
+    """`[C]`"""
+    host_blocks: Int32Array
+    """`[C]`"""
+
+
+NO_COPIES = BlockCopies(np.empty(0, np.int32), np.empty(0, np.int32))
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """One step's work. Arrays are read-only views of the message, but for the block tables."""
 
@@ -66,6 +79,10 @@ class StepPlan:
     """`[S]` tokens of KV that each sequence has after this step."""
     block_tables: Int32Array
     """`[S, W]` block ids. What lies behind a sequence's own blocks names some blocks of others, or block 0."""
+    swap_out: BlockCopies
+    """To host memory, before everything else."""
+    swap_in: BlockCopies
+    """From host memory, after those and before anything is computed."""
     sample_sequences: Int32Array
     """`[N]` who draws a token: rows of the plan."""
     sample_slots: Int32Array
@@ -120,6 +137,8 @@ class PlanReader:
                 query_start=_int32(fields["query_start"]),
                 context_lens=_int32(fields["context_lens"]),
                 block_tables=self._block_tables(fields),
+                swap_out=_copies(fields, "swap_out"),
+                swap_in=_copies(fields, "swap_in"),
                 sample_sequences=_int32(fields["sample_sequences"]),
                 sample_slots=_int32(fields["sample_slots"]),
                 sample_positions=_int32(fields["sample_positions"]),
@@ -157,11 +176,17 @@ def _check(plan: StepPlan) -> None:
         and len(plan.query_start) == sequences + 1
         and plan.query_start[-1] == tokens
         and len(plan.block_tables) == sequences
+        and len(plan.swap_out.blocks) == len(plan.swap_out.host_blocks)
+        and len(plan.swap_in.blocks) == len(plan.swap_in.host_blocks)
         and len(plan.sample_slots) == samples
         and len(plan.sample_positions) == samples
     )
     if not fits:
         raise InternalError(f"the arrays of step {plan.step_id} do not fit each other")
+
+
+def _copies(fields: dict[str, Any], name: str) -> BlockCopies:
+    return BlockCopies(_int32(fields[f"{name}_blocks"]), _int32(fields[f"{name}_host_blocks"]))
 
 
 def _start(fields: dict[str, Any]) -> SequenceStart:

@@ -195,6 +195,7 @@ def agent_config(config: WorkerConfig, rank: Rank) -> dict[str, Any]:
         "scheduler": {
             "block_size": config.block_size,
             "num_blocks": rank.num_blocks,
+            "num_host_blocks": config.num_host_blocks,
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "max_model_len": rank.max_model_len,

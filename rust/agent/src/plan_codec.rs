@@ -46,6 +46,14 @@ struct PlanMap<'a> {
     update_columns: Array<'a, u32>,
     /// `int32[U]`
     update_blocks: Array<'a, u32>,
+    /// `int32[C]`: device blocks, and where in host memory they go.
+    swap_out_blocks: Array<'a, u32>,
+    /// `int32[C]`
+    swap_out_host_blocks: Array<'a, u32>,
+    /// `int32[D]`: device blocks, and where in host memory they come from.
+    swap_in_blocks: Array<'a, u32>,
+    /// `int32[D]`
+    swap_in_host_blocks: Array<'a, u32>,
     /// `int32[N]`
     sample_sequences: Array<'a, u32>,
     /// `int32[N]`
@@ -131,6 +139,10 @@ pub fn encode_plan(plan: &StepPlan) -> Result<Vec<u8>, rmp_serde::encode::Error>
         update_slots: Array(&plan.update_slots),
         update_columns: Array(&plan.update_columns),
         update_blocks: Array(&plan.update_blocks),
+        swap_out_blocks: Array(&plan.swap_out.blocks),
+        swap_out_host_blocks: Array(&plan.swap_out.host_blocks),
+        swap_in_blocks: Array(&plan.swap_in.blocks),
+        swap_in_host_blocks: Array(&plan.swap_in.host_blocks),
         sample_sequences: Array(&sample_sequences),
         sample_slots: Array(&sample_slots),
         sample_positions: Array(&sample_positions),

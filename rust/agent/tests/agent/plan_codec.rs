@@ -8,7 +8,7 @@ use orchestra_agent::{
 };
 use orchestra_core::{
     RequestId, SamplingParams,
-    step::{Sample, SequenceStart, StepPlan},
+    step::{BlockCopies, Sample, SequenceStart, StepPlan},
 };
 use serde::Deserialize;
 use serde_bytes::ByteBuf;
@@ -28,6 +28,10 @@ struct PlanMap {
     update_slots: ByteBuf,
     update_columns: ByteBuf,
     update_blocks: ByteBuf,
+    swap_out_blocks: ByteBuf,
+    swap_out_host_blocks: ByteBuf,
+    swap_in_blocks: ByteBuf,
+    swap_in_host_blocks: ByteBuf,
     sample_sequences: ByteBuf,
     sample_slots: ByteBuf,
     sample_positions: ByteBuf,
@@ -83,6 +87,14 @@ fn plan() -> StepPlan {
         update_slots: vec![6, 6],
         update_columns: vec![0, 1],
         update_blocks: vec![2, 5],
+        swap_out: BlockCopies {
+            blocks: vec![3],
+            host_blocks: vec![8],
+        },
+        swap_in: BlockCopies {
+            blocks: vec![4, 9],
+            host_blocks: vec![1, 0],
+        },
         samples: vec![sample(0, None), sample(1, Some(2))],
         starts: vec![SequenceStart {
             slot: 6,
@@ -112,7 +124,7 @@ fn a_plan_is_one_map_of_little_endian_arrays() {
         (map.step_id, map.block_table_width, map.num_top_logprobs),
         (9, 1, 2)
     );
-    let arrays: [(&ByteBuf, &[i32]); 12] = [
+    let arrays: [(&ByteBuf, &[i32]); 16] = [
         (&map.token_ids, &[5, 6, 70_000]),
         (&map.positions, &[3, 0, 1]),
         (&map.slot_mapping, &[19, 32, 33]),
@@ -122,6 +134,10 @@ fn a_plan_is_one_map_of_little_endian_arrays() {
         (&map.update_slots, &[6, 6]),
         (&map.update_columns, &[0, 1]),
         (&map.update_blocks, &[2, 5]),
+        (&map.swap_out_blocks, &[3]),
+        (&map.swap_out_host_blocks, &[8]),
+        (&map.swap_in_blocks, &[4, 9]),
+        (&map.swap_in_host_blocks, &[1, 0]),
         (&map.sample_sequences, &[0, 1]),
         (&map.sample_slots, &[7, 6]),
         (&map.sample_positions, &[40, 41]),

@@ -36,6 +36,10 @@ pub struct StepSchedulerConfig {
     /// Most steps that a request is held back while another computes the prefix that both share; 0 never
     /// holds one back.
     pub max_prefix_wait_steps: u32,
+    /// KV blocks of host memory that keep what preempted sequences have computed; with 0 they compute it again.
+    pub num_host_blocks: u32,
+    /// What it costs to copy a token's KV to host memory and back, in thousandths of computing it again.
+    pub swap_cost_permille: u32,
     /// Tokens that end a sequence unless it ignores them.
     pub eos_token_ids: Vec<u32>,
 }
@@ -55,6 +59,9 @@ impl Default for StepSchedulerConfig {
             enable_prefix_cache: true,
             max_overtakes: 64,
             max_prefix_wait_steps: 64,
+            num_host_blocks: 0,
+            // 328 kB per token (70 billion parameters) over 4 links of 25 GB/s take 3.3 µs one way, its prefill 70 µs.
+            swap_cost_permille: 100,
             eos_token_ids: Vec::new(),
         }
     }
@@ -91,6 +98,10 @@ impl StepSchedulerConfig {
                 self.max_num_batched_tokens, self.max_num_seqs
             );
             issues.push(ConfigIssue::new("max_num_batched_tokens", message));
+        }
+        if i32::try_from(self.num_host_blocks).is_err() {
+            let message = format!("at most {}, got {}", i32::MAX, self.num_host_blocks);
+            issues.push(ConfigIssue::new("num_host_blocks", message));
         }
         let slots = u64::from(self.num_blocks) * u64::from(self.block_size);
         if i32::try_from(slots).is_err() {

@@ -25,6 +25,9 @@ impl StepScheduler {
         }
         self.check_requests();
         self.check_slots();
+        let kept = self.preempted.values();
+        self.host
+            .check_integrity(kept.filter_map(|it| it.swapped.as_ref()));
     }
 
     fn check_running(&self, running: &Running) {
@@ -76,7 +79,7 @@ impl StepScheduler {
         );
         let running = self.running.iter().map(|running| &running.sequence);
         let all: Vec<&Sequence> = running
-            .chain(self.preempted.values())
+            .chain(self.preempted.values().map(|it| &it.sequence))
             .chain(waiting.iter().copied())
             .collect();
         let ids: FxHashSet<_> = all.iter().map(|sequence| sequence.id).collect();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::{
     hash::{BlockHash, HashSeed},
-    ids::{RequestId, TokenId},
+    ids::{BlockId, RequestId, TokenId},
     sampling::SamplingParams,
 };
 
@@ -55,10 +55,30 @@ pub struct StepPlan {
     pub update_columns: Vec<u32>,
     /// `[U]` the block's id.
     pub update_blocks: Vec<u32>,
+    /// Blocks to copy to host memory, before everything else.
+    pub swap_out: BlockCopies,
+    /// Blocks to copy from host memory, after those and before anything is computed.
+    pub swap_in: BlockCopies,
     /// `[N]` who draws a token.
     pub samples: Vec<Sample>,
     /// Sequences that take a slot with this step, before anything is drawn.
     pub starts: Vec<SequenceStart>,
+}
+
+/// KV to copy between a block of the device and one of host memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BlockCopies {
+    /// `[C]` blocks of the device.
+    pub blocks: Vec<u32>,
+    /// `[C]` blocks of host memory.
+    pub host_blocks: Vec<u32>,
+}
+
+impl BlockCopies {
+    pub(super) fn push(&mut self, block: BlockId, host_block: u32) {
+        self.blocks.push(block.0);
+        self.host_blocks.push(host_block);
+    }
 }
 
 /// One sequence that draws a token in this step.

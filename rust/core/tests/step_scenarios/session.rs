@@ -67,6 +67,7 @@ impl Session {
                 "max_waiting" => config.max_num_waiting = value,
                 "max_overtakes" => config.max_overtakes = value,
                 "max_prefix_wait" => config.max_prefix_wait_steps = value,
+                "host_blocks" => config.num_host_blocks = value,
                 "prefix_cache" => config.enable_prefix_cache = value > 0,
                 "max_model_len" => config.max_model_len = value,
                 _ => panic!("no setting {key}"),
@@ -156,6 +157,12 @@ impl Session {
             self.block_tables.insert(place, plan.update_blocks[index]);
         }
         let mut text = self.heading(&plan);
+        for (what, copies) in [("out", &plan.swap_out), ("in", &plan.swap_in)] {
+            if !copies.blocks.is_empty() {
+                let (blocks, hosts) = (&copies.blocks, &copies.host_blocks);
+                let _ = writeln!(text, "  swap {what}: blocks {blocks:?}, host {hosts:?}");
+            }
+        }
         let mut named = Vec::new();
         let row_texts: Vec<[String; 4]> = (0..plan.context_lens.len())
             .map(|row| self.describe_row(&plan, row, &mut named))
