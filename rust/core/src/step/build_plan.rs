@@ -1,5 +1,7 @@
 //! Writes what was decided as flat arrays.
 
+use std::ops::Range;
+
 use super::{
     commit::Executing,
     plan::{Sample, StepPlan},
@@ -63,7 +65,11 @@ fn push_row(plan: &mut StepPlan, executing: &mut Executing, row: &mut Running, b
         row.num_computed_tokens,
         row.num_computed_tokens + row.num_scheduled_tokens,
     );
-    let num_blocks = push_tokens(plan, row, start as u32..end as u32, block_size);
+    let num_blocks = if row.is_decode() {
+        push_last_token(plan, row, block_size)
+    } else {
+        push_tokens(plan, row, start as u32..end as u32, block_size)
+    };
     plan.block_table_width = plan.block_table_width.max(num_blocks);
     push_table_updates(plan, row);
 
@@ -84,22 +90,27 @@ fn push_row(plan: &mut StepPlan, executing: &mut Executing, row: &mut Running, b
     }
 }
 
-/// Adds the tokens at these positions. Returns in how many blocks the sequence has its KV after the step; its table
-/// may reach further, to tokens of later steps.
-fn push_tokens(
-    plan: &mut StepPlan,
-    row: &Running,
-    positions: std::ops::Range<u32>,
-    block_size: u32,
-) -> u32 {
+/// Adds the one token of a decode. It is the last one known, and the table ends with its block: so this needs no
+/// division and no loop, which most rows of most steps would pay for. Returns in how many blocks the sequence has its
+/// KV after the step.
+fn push_last_token(plan: &mut StepPlan, row: &Running, block_size: u32) -> u32 {
+    let position = row.num_computed_tokens as u32;
+    let column = row.block_table.len() - 1;
+    let offset = position - column as u32 * block_size;
+    plan.token_ids
+        .push(row.sequence.token_ids[position as usize]);
+    plan.positions.push(position);
+    plan.slot_mapping
+        .push(row.block_table[column].0 * block_size + offset);
+    column as u32 + 1
+}
+
+/// Adds the tokens of a prefill at these positions, and returns the same. The table may reach further, to tokens of
+/// later steps.
+fn push_tokens(plan: &mut StepPlan, row: &Running, positions: Range<u32>, block_size: u32) -> u32 {
     let token_ids = &row.sequence.token_ids[positions.start as usize..positions.end as usize];
     plan.token_ids.extend_from_slice(token_ids);
-    // The token of a decode is the last one known, and the table ends with its block: no division is needed.
-    let mut column = if row.is_decode() {
-        row.block_table.len() as u32 - 1
-    } else {
-        positions.start / block_size
-    };
+    let mut column = positions.start / block_size;
     let mut position = positions.start;
     while position < positions.end {
         let block_end = positions.end.min((column + 1) * block_size);
