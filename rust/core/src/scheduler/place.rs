@@ -1,9 +1,8 @@
 //! Placing gangs: `num_gpus` GPUs of one domain, with memory on each.
 //!
-//! Address-ordered first fit from two ends: narrow gangs take the first domain that fits, wide ones the last; in it the
-//! GPUs with the least room that is enough, and there the tightest free run. Between the two ends long runs and whole
-//! domains stay free: in domains of eight GPUs at 90 % memory load this rejects a third to two fifths of what best fit
-//! does. `docs/placement.md` has the figures, also those where best fit is the better rule.
+//! From two ends: narrow gangs take the first domain that fits, wide ones the tightest, from the last; in it the GPUs
+//! with the least room that is enough, and there the tightest free run. Between the two ends long runs and whole
+//! domains stay free: in domains of eight GPUs at 90 % memory load this rejects a third of what best fit does. `docs/placement.md` has the figures, also those where best fit is the better rule.
 //!
 //! Properties (tested): the GPUs of a placement are distinct and of one domain; memory is never given out twice; a
 //! request is refused only if no domain has room for it, all memory of lower priority counted; victims are of lower

@@ -30,31 +30,28 @@ proptest! {
 }
 
 #[test]
-fn wide_gangs_take_the_high_end_and_narrow_ones_the_low_end() {
+fn narrow_gangs_take_the_low_end_and_wide_ones_the_tightest_domain() {
     let mut pair = Pair::new();
-    for gpu in 0..16 {
+    for gpu in 0..24 {
         pair.add_gpu(gpu / 8, 16);
     }
-    let gang = |num_gpus| PlaceRequest {
-        num_gpus,
-        bytes_per_gpu: 4 * EXTENT,
-        ..PlaceRequest::default()
+    let mut place = |num_gpus, extents| {
+        let request = PlaceRequest {
+            num_gpus,
+            bytes_per_gpu: extents * EXTENT,
+            ..PlaceRequest::default()
+        };
+        let first = pair.real.place(&request).unwrap().gpus[0];
+        let gpu = pair.gpus.iter().position(|gpu| gpu.id == first.gpu);
+        (gpu.unwrap(), first.extent.offset_bytes / EXTENT)
     };
-    let narrow = pair.real.place(&gang(1)).unwrap().gpus;
-    let wide = pair.real.place(&gang(8)).unwrap().gpus;
-    assert_eq!(
-        (narrow[0].gpu, narrow[0].extent.offset_bytes),
-        (pair.gpus[0].id, 0)
-    );
-    assert!(
-        wide.iter()
-            .zip(&pair.gpus[8..])
-            .all(|(placed, gpu)| placed.gpu == gpu.id)
-    );
-    assert!(
-        wide.iter()
-            .all(|placed| placed.extent.offset_bytes == 12 * EXTENT)
-    );
+    assert_eq!(place(1, 4), (0, 0));
+    // Too much for the first domain; of the other two, both empty, the last.
+    assert_eq!(place(8, 14), (16, 2));
+    // Two extents are left on each GPU there, and that is enough.
+    assert_eq!(place(8, 2), (16, 0));
+    // The eighth GPU of the first domain has less room than that of the second.
+    assert_eq!(place(8, 2), (0, 14));
 }
 
 #[test]

@@ -29,7 +29,7 @@ impl GpuPool {
                 "a piece ends behind the memory"
             );
             assert!(
-                !gpu.is_failed || gpu.memory.pieces().is_empty(),
+                !gpu.is_failed || gpu.memory.num_pieces() == 0,
                 "a failed GPU is in use"
             );
         }

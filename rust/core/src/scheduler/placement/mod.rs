@@ -269,12 +269,7 @@ impl GpuPool {
     pub(super) fn bytes(&self) -> (u64, u64) {
         let usable = self.gpus.iter().flatten().filter(|gpu| !gpu.is_failed);
         let sum = usable.fold((0, 0), |(total, free), gpu| {
-            let held: u64 = gpu
-                .memory
-                .pieces()
-                .iter()
-                .map(|p| u64::from(p.length))
-                .sum();
+            let held: u64 = gpu.memory.pieces().map(|p| u64::from(p.length)).sum();
             let capacity = u64::from(gpu.memory.capacity());
             (total + capacity, free + capacity - held)
         });

@@ -104,15 +104,15 @@ impl GpuPool {
     /// Moving a window down until its start meets the end of a piece, or of its run, adds no victim; so only such
     /// starts are tried, and the cheapest of them is the optimum.
     fn cheapest_run(&self, memory: &GpuMemory, ask: &Ask) -> Option<(Run, Vec<PlacementId>)> {
-        let ends = memory.pieces().iter().map(Piece::stop);
+        let ends = memory.pieces().map(|piece| piece.stop());
         let starts = ends.chain([0]);
         let window = |offset: u32| {
             let stop = offset.checked_add(ask.units)?;
             if stop > memory.capacity() {
                 return None;
             }
-            let inside = |piece: &&Piece| piece.offset < stop && piece.stop() > offset;
-            let pieces = memory.pieces().iter().filter(inside);
+            let inside = |piece: &Piece| piece.offset < stop && piece.stop() > offset;
+            let pieces = memory.pieces().filter(inside);
             if pieces.clone().any(|piece| piece.priority >= ask.priority) {
                 return None;
             }
@@ -131,7 +131,7 @@ impl GpuPool {
     fn cheapest_pages(&self, memory: &GpuMemory, ask: &Ask) -> Option<(Run, Vec<PlacementId>)> {
         let free: u32 = memory.free_runs().map(|run| run.length).sum();
         let mut candidates: Vec<(PlacementId, u32, u64)> = Vec::new();
-        for piece in memory.pieces().iter().filter(|p| p.priority < ask.priority) {
+        for piece in memory.pieces().filter(|p| p.priority < ask.priority) {
             let mut known = candidates.iter_mut();
             if let Some(candidate) = known.find(|c| c.0 == piece.placement) {
                 candidate.1 += piece.length;
@@ -182,13 +182,13 @@ impl GpuPool {
         for &victim in victims {
             memory.remove(victim);
         }
-        for Run { offset, length } in memory.pages(pick.length, End::Low) {
-            picks.push(Pick {
-                offset,
-                length,
-                ..pick
-            });
-        }
+        let mut runs = Vec::new();
+        memory.pages(pick.length, End::Low, &mut runs);
+        picks.extend(runs.into_iter().map(|Run { offset, length }| Pick {
+            offset,
+            length,
+            ..pick
+        }));
     }
 
     fn cost(&self, victims: &[PlacementId]) -> u64 {

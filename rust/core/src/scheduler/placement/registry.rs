@@ -204,8 +204,8 @@ impl GpuPool {
 
     /// Releases every placement with memory on the GPU; ascending.
     fn evict(&mut self, slot: u32) -> Vec<PlacementId> {
-        let pieces = self.memory(slot).map_or(&[][..], GpuMemory::pieces);
-        let mut lost: Vec<PlacementId> = pieces.iter().map(|piece| piece.placement).collect();
+        let pieces = self.memory(slot).into_iter().flat_map(GpuMemory::pieces);
+        let mut lost: Vec<PlacementId> = pieces.map(|piece| piece.placement).collect();
         lost.sort_unstable();
         lost.dedup();
         for &placement in &lost {
