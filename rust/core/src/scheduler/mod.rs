@@ -16,6 +16,7 @@ mod pick;
 pub mod place;
 mod placement;
 mod policy;
+mod replica;
 mod reservation;
 mod ring;
 pub mod route;
@@ -33,9 +34,13 @@ pub use self::{
     config::SchedulerConfig,
     error::SchedulerError,
     loras::Lora,
-    place::{Extent, GpuId, GpuSpec, Layout, PlaceRequest, PlacedGpu, Placement, PlacementId},
+    place::{
+        Extent, GpuId, GpuSpec, Layout, NodeLimits, PlaceRequest, PlacedGpu, Placement,
+        PlacementId, Shares,
+    },
     placement::{DomainMemory, GpuMemoryUse},
     policy::RoutePolicy,
+    replica::ReplicaShape,
     reservation::{Reservation, ReservationId},
     route::{Candidate, Explanation, HashedPrompt, Ineligible, RouteRequest},
     stats::{SchedulerStats, WorkerSnapshot},

@@ -2,9 +2,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod closeness;
 mod model;
+mod ops;
 
-use model::{EXTENT, Pair, op};
+use model::{EXTENT, Pair};
+use ops::op;
 use orchestra_core::{
     Time,
     scheduler::{GpuId, PlaceRequest},
@@ -33,7 +36,7 @@ proptest! {
 fn narrow_gangs_take_the_low_end_and_wide_ones_the_tightest_domain() {
     let mut pair = Pair::new();
     for gpu in 0..24 {
-        pair.add_gpu(gpu / 8, 16);
+        pair.add_gpu(gpu / 8, 0, 16);
     }
     let mut place = |num_gpus, extents| {
         let request = PlaceRequest {
@@ -59,7 +62,7 @@ fn a_wide_gang_skips_domains_that_only_look_large_enough() {
     // 5 and 6 extents are of one size class: the index has to count to tell them apart.
     let mut pair = Pair::new();
     for (domain, extents) in [(0, 6), (0, 5), (1, 6), (1, 6), (2, 6), (2, 5)] {
-        pair.add_gpu(domain, extents);
+        pair.add_gpu(domain, 0, extents);
     }
     let gang = |num_gpus| PlaceRequest {
         num_gpus,
@@ -77,7 +80,7 @@ fn a_wide_gang_skips_domains_that_only_look_large_enough() {
 fn a_domain_of_72_grows_and_shrinks() {
     let mut pair = Pair::new();
     for _ in 0..72 {
-        pair.add_gpu(0, 20);
+        pair.add_gpu(0, 0, 20);
     }
     pair.place(&PlaceRequest {
         num_gpus: 72,
@@ -95,7 +98,7 @@ fn a_domain_of_72_grows_and_shrinks() {
 #[test]
 fn stranded_memory_is_weighed_by_what_was_asked_for() {
     let mut pair = Pair::new();
-    pair.add_gpu(0, 16);
+    pair.add_gpu(0, 0, 16);
     let gang = |extents| PlaceRequest {
         num_gpus: 1,
         bytes_per_gpu: extents * EXTENT,

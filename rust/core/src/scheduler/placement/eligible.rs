@@ -176,25 +176,16 @@ impl EligibleDomains {
         &self.bits[start..start + self.shape.num_words()]
     }
 
-    /// Every domain with at least `num_gpus` GPUs that have room for `units`, ascending. For preemption.
-    pub(super) fn domains<'a>(
-        &'a self,
-        num_gpus: usize,
-        units: u32,
-        classes: &SizeClasses,
-    ) -> impl Iterator<Item = u32> + 'a {
+    /// The domains that may have `num_gpus` GPUs with room for `units`, as bits: all that have, and some that have
+    /// nearly so much. Empty where there is none.
+    pub(super) fn candidates(&self, num_gpus: usize, units: u32, classes: &SizeClasses) -> &[u64] {
         let (class, is_exact) = classes.round_up(units);
         let class = if is_exact {
             class
         } else {
             class.saturating_sub(1)
         };
-        let words = self.row(class, num_gpus).iter().enumerate();
-        let bits = words.flat_map(|(word, &bits)| {
-            let set = (0..64).filter(move |bit| bits >> bit & 1 == 1);
-            set.map(move |bit| word as u32 * 64 + bit)
-        });
-        bits.filter(move |&domain| self.count(domain, units) >= num_gpus)
+        self.row(class, num_gpus)
     }
 
     /// Asserts that counts and bitmaps say what the rooms say.
@@ -209,6 +200,29 @@ impl EligibleDomains {
         assert_eq!(rebuilt.bits, self.bits, "domains by count");
         assert_eq!(rebuilt.num_domains, self.num_domains, "numbers of domains");
     }
+}
+
+/// The bits set in both, from the end.
+pub(super) fn set_bits<'a>(a: &'a [u64], b: &'a [u64], end: End) -> impl Iterator<Item = u32> + 'a {
+    let num_words = a.len().min(b.len());
+    let words = (0..num_words).map(move |step| match end {
+        End::Low => step,
+        End::High => num_words - 1 - step,
+    });
+    words.flat_map(move |word| {
+        let mut left = a[word] & b[word];
+        std::iter::from_fn(move || {
+            let bit = match end {
+                End::Low => left.trailing_zeros(),
+                End::High => left.checked_ilog2()?,
+            };
+            if left == 0 {
+                return None;
+            }
+            left &= !(1 << bit);
+            Some(word as u32 * 64 + bit)
+        })
+    })
 }
 
 fn is_set(words: &[u64], bit: u32) -> bool {

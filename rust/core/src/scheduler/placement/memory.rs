@@ -42,6 +42,17 @@ impl Run {
         self.offset + self.length
     }
 
+    /// What lies before and behind `inner`; all of it where `inner` lies elsewhere.
+    fn without(self, inner: Self) -> [Self; 2] {
+        let run = |offset: u32, stop: u32| Self {
+            offset,
+            length: stop.saturating_sub(offset),
+        };
+        let cut = inner.offset.clamp(self.offset, self.stop());
+        let resume = inner.stop().clamp(self.offset, self.stop());
+        [run(self.offset, cut), run(resume, self.stop())]
+    }
+
     /// Its first or last `length` units.
     pub(super) fn at_end(self, length: u32, end: End) -> Self {
         let offset = match end {
@@ -164,12 +175,18 @@ impl GpuMemory {
         best.map(|run| run.at_end(length, end).offset)
     }
 
-    /// Adds to `out` free pieces of `length` units in all, as few as can be: see [`pages_of`].
-    pub(super) fn pages(&self, length: u32, end: End, out: &mut Vec<Run>) {
-        match self.best_offset(length, end) {
-            Some(offset) => out.push(Run { offset, length }),
-            None => pages_of(self.free_runs().collect(), length, end, out),
-        }
+    /// Adds to `out` free pieces of `length` units in all, as few as can be and none in the free run `beside`.
+    pub(super) fn pages(&self, length: u32, beside: Option<Run>, end: End, out: &mut Vec<Run>) {
+        let Some(beside) = beside else {
+            match self.best_offset(length, end) {
+                Some(offset) => out.push(Run { offset, length }),
+                None => pages_of(self.free_runs().collect(), length, end, out),
+            }
+            return;
+        };
+        let runs = self.free_runs().flat_map(|run| run.without(beside));
+        let runs = runs.filter(|run| run.length > 0);
+        pages_of(runs.collect(), length, end, out);
     }
 
     pub(super) fn insert(&mut self, piece: Piece) {
@@ -276,7 +293,7 @@ mod tests {
         let run = |offset, length| Run { offset, length };
         let pages = |length, end| {
             let mut pages = Vec::new();
-            memory.pages(length, end, &mut pages);
+            memory.pages(length, None, end, &mut pages);
             pages
         };
         assert_eq!(pages(3, End::Low), [run(7, 3)]);
@@ -284,5 +301,8 @@ mod tests {
         assert_eq!(pages(6, End::Low), [run(0, 5), run(12, 1)]);
         assert_eq!(pages(6, End::High), [run(0, 5), run(19, 1)]);
         assert_eq!(pages(9, End::High), [run(0, 5), run(7, 3), run(19, 1)]);
+        let mut beside = Vec::new();
+        memory.pages(5, Some(run(1, 2)), End::Low, &mut beside); // free: [0,1) [3,5) [7,10) [12,14) [18,20)
+        assert_eq!(beside, [run(7, 3), run(3, 2)]);
     }
 }
