@@ -1,10 +1,10 @@
-//! Whether the stages of a pipeline are as close to each other as the model says they can be.
+//! Whether the stages of a pipeline are as close to each other as the model says they can be, and limits are kept.
 
 use std::collections::BTreeSet;
 
-use orchestra_core::scheduler::{GpuId, PlaceRequest, Placement};
+use orchestra_core::scheduler::{GpuId, PlaceRequest, PlacedGpu, Placement, Shares};
 
-use crate::model::{NUM_DOMAINS, Pair, RACKS};
+use crate::model::{ModelGpu, NUM_DOMAINS, Pair, RACKS, placed_on};
 
 impl Pair {
     /// A stage is in one domain; stages of one domain follow each other, and so do those of one rack. Without victims
@@ -61,6 +61,30 @@ impl Pair {
             let rooms = (0..NUM_DOMAINS).filter(|&domain| rack(domain) == name);
             let rooms: Vec<u32> = rooms.map(|domain| room[domain]).collect();
             assert_eq!(num_distinct(&here), num_needed(&rooms, here.len() as u32));
+        }
+    }
+
+    /// Where a GPU with shares was just placed, what all placements hold is within the limits.
+    pub(crate) fn check_limits(&self, gpus: &[PlacedGpu], shares: &Shares) {
+        let held = |here: &dyn Fn(&ModelGpu) -> bool, share: fn(&Shares) -> u64| -> u64 {
+            let here = self.gpus.iter().filter(|gpu| here(gpu)).flat_map(placed_on);
+            here.map(|id| share(&self.placements[&id].shares_per_gpu)).sum()
+        };
+        let is_kept = |limit: u64, share: u64, held: u64| limit == 0 || share == 0 || held <= limit;
+        for placed in gpus {
+            let gpu = self.gpus.iter().find(|gpu| gpu.id == placed.gpu).unwrap();
+            let (domain, node) = (gpu.domain, gpu.node);
+            let on_node = |gpu: &ModelGpu| (gpu.domain, gpu.node) == (domain, node);
+            let in_domain = |gpu: &ModelGpu| gpu.domain == domain;
+            let limits = self.limits[domain][node];
+            let cores = held(&on_node, |shares| shares.cpu_milli);
+            assert!(is_kept(limits.cpu_milli, shares.cpu_milli, cores));
+            let host = held(&on_node, |shares| shares.host_memory_bytes);
+            assert!(is_kept(limits.host_memory_bytes, shares.host_memory_bytes, host));
+            let nic = held(&on_node, |shares| shares.nic_mbps);
+            assert!(is_kept(limits.nic_mbps, shares.nic_mbps, nic));
+            let watts = held(&in_domain, |shares| shares.power_watts);
+            assert!(is_kept(self.watts[domain], shares.power_watts, watts));
         }
     }
 }

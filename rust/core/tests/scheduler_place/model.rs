@@ -20,7 +20,7 @@ pub(crate) struct ModelGpu {
     pub(crate) id: GpuId,
     pub(crate) domain: usize,
     /// One of two in the domain.
-    node: usize,
+    pub(crate) node: usize,
     is_failed: bool,
     /// Who holds each extent.
     extents: Vec<Option<PlacementId>>,
@@ -31,8 +31,8 @@ pub(crate) struct Pair {
     pub(crate) gpus: Vec<ModelGpu>,
     draining: [bool; NUM_DOMAINS],
     /// `[domain][node]`.
-    limits: [[NodeLimits; 2]; NUM_DOMAINS],
-    watts: [u64; NUM_DOMAINS],
+    pub(crate) limits: [[NodeLimits; 2]; NUM_DOMAINS],
+    pub(crate) watts: [u64; NUM_DOMAINS],
     pub(crate) placements: BTreeMap<PlacementId, PlaceRequest>,
     num_named: usize,
 }
@@ -313,6 +313,7 @@ impl Pair {
         assert_eq!(runs, if run > 0 { num_gpus } else { 0 });
         assert!(sizes.values().all(|&size| size == total));
         self.placements.insert(placement.id, *request);
+        self.check_limits(&placement.gpus, &request.shares_per_gpu);
     }
 
     fn check_outcome(
@@ -435,7 +436,7 @@ impl Pair {
     }
 }
 
-fn placed_on(gpu: &ModelGpu) -> Vec<PlacementId> {
+pub(crate) fn placed_on(gpu: &ModelGpu) -> Vec<PlacementId> {
     let mut placed: Vec<PlacementId> = gpu.extents.iter().flatten().copied().collect();
     placed.sort_unstable();
     placed.dedup();
