@@ -126,7 +126,9 @@ impl From<SchedulerError> for Failure {
             | SchedulerError::NoWorkers { .. }
             | SchedulerError::LimitReached { .. }
             | SchedulerError::GangTooLarge { .. }
-            | SchedulerError::NoGpuRoom { .. } => {}
+            | SchedulerError::NoGpuRoom { .. }
+            | SchedulerError::PipelineTooLarge { .. }
+            | SchedulerError::NoStageRoom { .. } => {}
         }
         failure
     }

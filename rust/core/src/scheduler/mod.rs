@@ -19,6 +19,7 @@ mod pick;
 pub mod place;
 mod placement;
 mod policy;
+mod replica;
 mod reservation;
 mod ring;
 pub mod route;
@@ -36,9 +37,13 @@ pub use self::{
     error::SchedulerError,
     kv_feed::KvFeed,
     loras::Lora,
-    place::{Extent, GpuId, GpuSpec, Layout, PlaceRequest, PlacedGpu, Placement, PlacementId},
+    place::{
+        Extent, GpuId, GpuSpec, Layout, NodeLimits, PlaceRequest, PlacedGpu, Placement,
+        PlacementId, Shares,
+    },
     placement::{DomainMemory, GpuMemoryUse},
     policy::RoutePolicy,
+    replica::ReplicaShape,
     reservation::{Reservation, ReservationId},
     route::{Candidate, Explanation, HashedPrompt, Ineligible, RouteRequest},
     stats::{SchedulerStats, WorkerSnapshot},
