@@ -115,7 +115,7 @@ impl Stage {
             "explain" => self.explain(command),
             "prefill_done" => {
                 let id = self.reservations[command.number(0) as usize - 1];
-                answer(self.scheduler.prefill_done(id))
+                answer(self.scheduler.prefill_done(id, Time::ZERO))
             }
             "release" => {
                 let id = self.reservations[command.number(0) as usize - 1];

@@ -234,7 +234,7 @@ impl Fleet {
             match next {
                 Next::Prefilled => {
                     worker.queued -= live.prefill;
-                    assert!(self.scheduler.prefill_done(live.reservation.id));
+                    assert!(self.scheduler.prefill_done(live.reservation.id, Time::ZERO));
                     for event in worker.store(std::mem::take(&mut live.chain)) {
                         let id = self.ids[live.worker];
                         self.scheduler.apply_kv_event(id, &event).unwrap();

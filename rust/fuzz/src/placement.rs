@@ -64,6 +64,7 @@ fn apply(scheduler: &mut Scheduler, held: &mut Vec<PlacementId>, op: &Op) {
                 name: gpu(name),
                 domain: format!("domain-{}", domain % 3),
                 node: "node".to_owned(),
+                rack: (domain % 3 > 0).then(|| "rack".to_owned()),
                 // Small enough that the books fit a test, large enough to be refused now and then.
                 memory_bytes: memory_bytes % 5000,
             };

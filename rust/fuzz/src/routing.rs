@@ -104,7 +104,7 @@ fn apply(scheduler: &mut Scheduler, held: &mut Vec<ReservationId>, op: Op) {
         }
         Op::PrefillDone(pick) => {
             if let Some(&id) = held.get(usize::from(pick)) {
-                scheduler.prefill_done(id);
+                scheduler.prefill_done(id, Time::ZERO);
             }
         }
         Op::Release(pick) => {

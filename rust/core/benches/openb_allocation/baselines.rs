@@ -86,7 +86,9 @@ impl<'a> Baseline<'a> {
         let tightest = || {
             let gpus = node.gpus.iter().enumerate();
             let enough = gpus.filter(|(_, left)| **left >= pod.gpu_milli);
-            enough.min_by_key(|(_, left)| **left).map_or(0, |(gpu, _)| gpu)
+            enough
+                .min_by_key(|(_, left)| **left)
+                .map_or(0, |(gpu, _)| gpu)
         };
         let cost = match self.rule {
             Rule::Random => self.draws.next() as f64,
@@ -112,7 +114,11 @@ impl<'a> Baseline<'a> {
     /// The least growth of fragmentation, and the GPU where it is had.
     fn least_growth(&self, node: &Node, pod: &Pod) -> (f64, usize) {
         let before = self.fragmentation(node);
-        let gpus = if pod.is_share() { 0..node.gpus.len() } else { 0..1 };
+        let gpus = if pod.is_share() {
+            0..node.gpus.len()
+        } else {
+            0..1
+        };
         let enough = gpus.filter(|&gpu| !pod.is_share() || node.gpus[gpu] >= pod.gpu_milli);
         let growths = enough.map(|gpu| {
             let mut after = node.clone();

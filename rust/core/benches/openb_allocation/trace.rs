@@ -37,7 +37,11 @@ impl Node {
     }
 
     pub(crate) fn fits(&self, pod: &Pod) -> bool {
-        let enough = self.gpus.iter().filter(|&&left| left >= pod.gpu_milli).count() as u64;
+        let enough = self
+            .gpus
+            .iter()
+            .filter(|&&left| left >= pod.gpu_milli)
+            .count() as u64;
         self.cpu_milli >= pod.cpu_milli
             && self.memory_mib >= pod.memory_mib
             && (pod.num_gpus == 0 || enough >= pod.num_gpus)

@@ -1,5 +1,7 @@
 //! Why the scheduler refused. A refusal changes nothing.
 
+use std::time::Duration;
+
 use crate::error::ErrorCode;
 
 /// Why the scheduler refused. Messages name limits and fields, never what a client wrote.
@@ -62,6 +64,32 @@ pub enum SchedulerError {
         current: u32,
         /// How many there may be.
         limit: u32,
+    },
+    /// As many requests wait as may.
+    #[error("there are {current} {kind}, the limit is {limit}")]
+    QueueFull {
+        /// Whose requests are counted.
+        kind: &'static str,
+        /// How many wait.
+        current: u32,
+        /// How many may.
+        limit: u32,
+        /// How long the request would have waited for a worker, where that can be predicted.
+        retry_after: Option<Duration>,
+    },
+    /// The deadline passed before a worker had room.
+    #[error("the deadline passed before a worker had room")]
+    DeadlineExceeded,
+    /// The first token would come after the deadline.
+    #[error(
+        "the first token is predicted in {} ms, the deadline is in {} ms",
+        .predicted.as_millis(), .left.as_millis()
+    )]
+    DeadlineHopeless {
+        /// Predicted time to the first token.
+        predicted: Duration,
+        /// Time to the deadline.
+        left: Duration,
     },
     /// The gang could not be placed on these GPUs even if all their memory were free.
     #[error(
@@ -143,7 +171,8 @@ impl SchedulerError {
             Self::NoWorkers { .. } | Self::NoGpuRoom { .. } | Self::NoStageRoom { .. } => {
                 ErrorCode::NoWorkers
             }
-            Self::LimitReached { .. } => ErrorCode::QueueFull,
+            Self::LimitReached { .. } | Self::QueueFull { .. } => ErrorCode::QueueFull,
+            Self::DeadlineExceeded | Self::DeadlineHopeless { .. } => ErrorCode::DeadlineExceeded,
             Self::TooManyBlocks { .. } => ErrorCode::WorkerFailed,
         }
     }
@@ -152,9 +181,9 @@ impl SchedulerError {
     pub fn limit(&self) -> Option<u64> {
         match *self {
             Self::ContextTooLong { limit, .. } | Self::KvTooLarge { limit, .. } => Some(limit),
-            Self::LimitReached { limit, .. } | Self::TooManyBlocks { limit, .. } => {
-                Some(limit.into())
-            }
+            Self::LimitReached { limit, .. }
+            | Self::QueueFull { limit, .. }
+            | Self::TooManyBlocks { limit, .. } => Some(limit.into()),
             Self::GangTooLarge { num_gpus_max, .. } | Self::NoGpuRoom { num_gpus_max, .. } => {
                 Some(num_gpus_max.into())
             }
@@ -165,7 +194,9 @@ impl SchedulerError {
             | Self::UnknownWorker
             | Self::ModelNotFound
             | Self::NotServed { .. }
-            | Self::NoWorkers { .. } => None,
+            | Self::NoWorkers { .. }
+            | Self::DeadlineExceeded
+            | Self::DeadlineHopeless { .. } => None,
         }
     }
 
@@ -175,7 +206,9 @@ impl SchedulerError {
             Self::ContextTooLong { requested, .. } | Self::KvTooLarge { requested, .. } => {
                 Some(requested)
             }
-            Self::LimitReached { current, .. } => Some(current.into()),
+            Self::LimitReached { current, .. } | Self::QueueFull { current, .. } => {
+                Some(current.into())
+            }
             Self::GangTooLarge { num_gpus, .. } | Self::NoGpuRoom { num_gpus, .. } => {
                 Some(num_gpus.into())
             }
@@ -188,7 +221,17 @@ impl SchedulerError {
             | Self::ModelNotFound
             | Self::NotServed { .. }
             | Self::NoWorkers { .. }
+            | Self::DeadlineExceeded
+            | Self::DeadlineHopeless { .. }
             | Self::TooManyBlocks { .. } => None,
+        }
+    }
+
+    /// When to ask again, where that can be predicted.
+    pub const fn retry_after(&self) -> Option<Duration> {
+        match *self {
+            Self::QueueFull { retry_after, .. } => retry_after,
+            _ => None,
         }
     }
 }

@@ -67,6 +67,8 @@ pub struct WorkerSnapshot {
     pub kv_feed: KvFeed,
     /// Live reservations.
     pub num_reservations: u32,
+    /// Prompt tokens that it computes in a second, learned from [`prefill_done`](Scheduler::prefill_done); 0: unknown.
+    pub prefill_tokens_per_s: u64,
 }
 
 impl Scheduler {
@@ -82,6 +84,7 @@ impl Scheduler {
                 num_cached_blocks: worker.num_cached_blocks,
                 kv_feed: worker.kv_feed,
                 num_reservations: worker.reserved.num_seqs,
+                prefill_tokens_per_s: worker.prefill_pace.per_second(),
             };
             (id, snapshot)
         })
@@ -172,5 +175,11 @@ impl Scheduler {
         self.groups.check_integrity(self.workers.standings());
         self.gpus.check_integrity();
         self.waiting.check_integrity();
+        for &id in self.charges.keys() {
+            assert!(
+                self.reservations.contains(id),
+                "a charge outlived its reservation"
+            );
+        }
     }
 }

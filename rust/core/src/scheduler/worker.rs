@@ -2,8 +2,11 @@
 
 use std::{fmt, sync::Arc};
 
-use super::{error::SchedulerError, index::HolderId, kv_feed::KvFeed, loras::Lora};
-use crate::hash::{HashSeed, SeedParts};
+use super::{error::SchedulerError, index::HolderId, kv_feed::KvFeed, loras::Lora, pace::Pace};
+use crate::{
+    hash::{HashSeed, SeedParts},
+    time::Time,
+};
 
 /// Longest worker, GPU, model, domain or node name, in bytes.
 pub const NAME_BYTES_MAX: usize = 128;
@@ -182,6 +185,10 @@ pub(super) struct Worker {
     /// The number that its next message of KV events is to have; `None` before the first one.
     pub(super) kv_sequence: Option<u64>,
     pub(super) kv_feed: KvFeed,
+    /// Prompt tokens computed, and the time that they took.
+    pub(super) prefill_pace: Pace,
+    /// When it had computed the last of them.
+    pub(super) prefill_done_at: Time,
 }
 
 impl Worker {
@@ -201,6 +208,8 @@ impl Worker {
             loras: Vec::new(),
             kv_sequence: None,
             kv_feed: KvFeed::InStep,
+            prefill_pace: Pace::default(),
+            prefill_done_at: Time::ZERO,
         }
     }
 

@@ -199,7 +199,10 @@ impl Pair {
             .iter_mut()
             .flat_map(|worker| &mut worker.reservations);
         let model = all.find(|kept| kept.id == held[index]).unwrap();
-        assert_eq!(self.real.prefill_done(held[index]), model.prefill > 0);
+        assert_eq!(
+            self.real.prefill_done(held[index], Time::ZERO),
+            model.prefill > 0
+        );
         model.prefill = 0;
     }
 

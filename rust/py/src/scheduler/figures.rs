@@ -21,6 +21,7 @@ pub(crate) struct WorkerRow {
     num_cached_blocks: u32,
     is_kv_in_step: bool,
     num_reservations: u32,
+    prefill_tokens_per_s: u64,
 }
 
 impl From<&WorkerSnapshot> for WorkerRow {
@@ -36,6 +37,7 @@ impl From<&WorkerSnapshot> for WorkerRow {
             num_cached_blocks: worker.num_cached_blocks,
             is_kv_in_step: worker.kv_feed == KvFeed::InStep,
             num_reservations: worker.num_reservations,
+            prefill_tokens_per_s: worker.prefill_tokens_per_s,
         }
     }
 }
