@@ -157,6 +157,7 @@ fn gangs_wait_in_order_too() {
             name: name.to_owned(),
             domain,
             node,
+            rack: None,
             memory_bytes: 10,
         };
         scheduler.add_gpu(spec).unwrap();

@@ -134,7 +134,9 @@ impl From<SchedulerError> for Failure {
             | SchedulerError::DeadlineExceeded
             | SchedulerError::DeadlineHopeless { .. }
             | SchedulerError::GangTooLarge { .. }
-            | SchedulerError::NoGpuRoom { .. } => {}
+            | SchedulerError::NoGpuRoom { .. }
+            | SchedulerError::PipelineTooLarge { .. }
+            | SchedulerError::NoStageRoom { .. } => {}
         }
         failure
     }

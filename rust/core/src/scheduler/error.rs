@@ -106,7 +106,7 @@ pub enum SchedulerError {
     },
     /// The gang does not fit now.
     #[error(
-        "{num_gpus} GPUs with {bytes_per_gpu} free bytes in one piece were asked for; \
+        "{num_gpus} GPUs with room for {bytes_per_gpu} bytes each were asked for; \
          the best domain has {num_gpus_max} now"
     )]
     NoGpuRoom {
@@ -114,8 +114,38 @@ pub enum SchedulerError {
         num_gpus: u32,
         /// Bytes asked for on each.
         bytes_per_gpu: u64,
-        /// GPUs with such a piece free in the domain that has most of them.
+        /// GPUs with such room, shares of node and domain counted, in the domain that has most of them.
         num_gpus_max: u32,
+    },
+    /// The pipeline could not be placed on these GPUs even if all their memory were free.
+    #[error(
+        "{num_stages} stages of {num_gpus} GPUs with {bytes_per_gpu} bytes each were asked for; \
+         all domains together can hold {num_stages_max}"
+    )]
+    PipelineTooLarge {
+        /// Stages asked for.
+        num_stages: u32,
+        /// GPUs of each.
+        num_gpus: u32,
+        /// Bytes asked for on each GPU.
+        bytes_per_gpu: u64,
+        /// Stages that all domains together could hold.
+        num_stages_max: u32,
+    },
+    /// The pipeline does not fit now.
+    #[error(
+        "{num_stages} stages of {num_gpus} GPUs with room for {bytes_per_gpu} bytes each were \
+         asked for; there is room for {num_stages_max} now"
+    )]
+    NoStageRoom {
+        /// Stages asked for.
+        num_stages: u32,
+        /// GPUs of each.
+        num_gpus: u32,
+        /// Bytes asked for on each GPU.
+        bytes_per_gpu: u64,
+        /// Stages that there is room for.
+        num_stages_max: u32,
     },
     /// A worker reported more cached blocks than it has.
     #[error("worker {worker} reported more cached blocks than the {limit} it has")]
@@ -134,10 +164,13 @@ impl SchedulerError {
             Self::InvalidField { .. }
             | Self::DuplicateName { .. }
             | Self::UnknownWorker
-            | Self::GangTooLarge { .. } => ErrorCode::InvalidRequest,
+            | Self::GangTooLarge { .. }
+            | Self::PipelineTooLarge { .. } => ErrorCode::InvalidRequest,
             Self::ModelNotFound | Self::NotServed { .. } => ErrorCode::ModelNotFound,
             Self::ContextTooLong { .. } | Self::KvTooLarge { .. } => ErrorCode::ContextTooLong,
-            Self::NoWorkers { .. } | Self::NoGpuRoom { .. } => ErrorCode::NoWorkers,
+            Self::NoWorkers { .. } | Self::NoGpuRoom { .. } | Self::NoStageRoom { .. } => {
+                ErrorCode::NoWorkers
+            }
             Self::LimitReached { .. } | Self::QueueFull { .. } => ErrorCode::QueueFull,
             Self::DeadlineExceeded | Self::DeadlineHopeless { .. } => ErrorCode::DeadlineExceeded,
             Self::TooManyBlocks { .. } => ErrorCode::WorkerFailed,
@@ -154,6 +187,8 @@ impl SchedulerError {
             Self::GangTooLarge { num_gpus_max, .. } | Self::NoGpuRoom { num_gpus_max, .. } => {
                 Some(num_gpus_max.into())
             }
+            Self::PipelineTooLarge { num_stages_max, .. }
+            | Self::NoStageRoom { num_stages_max, .. } => Some(num_stages_max.into()),
             Self::InvalidField { .. }
             | Self::DuplicateName { .. }
             | Self::UnknownWorker
@@ -176,6 +211,9 @@ impl SchedulerError {
             }
             Self::GangTooLarge { num_gpus, .. } | Self::NoGpuRoom { num_gpus, .. } => {
                 Some(num_gpus.into())
+            }
+            Self::PipelineTooLarge { num_stages, .. } | Self::NoStageRoom { num_stages, .. } => {
+                Some(num_stages.into())
             }
             Self::InvalidField { .. }
             | Self::DuplicateName { .. }

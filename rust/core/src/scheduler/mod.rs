@@ -1,11 +1,12 @@
 //! Chooses among replicas and GPUs: which worker takes a request, and which memory a model gets.
 //!
 //! [`mod@route`] holds the routing decision, [`mod@place`] the placement of gangs of GPUs, [`waiting`] the queues of
-//! those that found no room. What they know is fed from outside: specs, KV events, load reports. One owner holds the
-//! [`Scheduler`]; callers with threads put it behind a mutex.
+//! those that found no room, [`cells`] one decision over several schedulers. What they know is fed from outside: specs,
+//! KV events, load reports. One owner holds the [`Scheduler`]; callers with threads put it behind a mutex.
 
 mod admission;
 mod bits;
+pub mod cells;
 mod charge;
 mod config;
 mod error;
@@ -24,6 +25,7 @@ pub mod place;
 mod placement;
 mod policy;
 mod predict;
+mod replica;
 mod reservation;
 mod ring;
 pub mod route;
@@ -43,13 +45,18 @@ use rustc_hash::FxHashMap;
 
 pub use self::{
     admission::AdmissionClass,
+    cells::{CellId, Cells},
     config::SchedulerConfig,
     error::SchedulerError,
     kv_feed::KvFeed,
     loras::Lora,
-    place::{Extent, GpuId, GpuSpec, Layout, PlaceRequest, PlacedGpu, Placement, PlacementId},
+    place::{
+        Extent, GpuId, GpuSpec, Layout, NodeLimits, PlaceRequest, PlacedGpu, Placement,
+        PlacementId, Shares,
+    },
     placement::{DomainMemory, GpuMemoryUse},
     policy::RoutePolicy,
+    replica::ReplicaShape,
     reservation::{Reservation, ReservationId},
     route::{Candidate, Explanation, HashedPrompt, Ineligible, RouteRequest},
     stats::{SchedulerStats, WorkerSnapshot},

@@ -52,7 +52,7 @@ impl Scheduler {
             .workers
             .get_mut(chosen.worker)
             .ok_or(SchedulerError::UnknownWorker)?;
-        let cached_blocks = chosen.num_cached_tokens / worker.spec.block_size;
+        let cached_blocks = chosen.num_cached_tokens / chosen.block_size;
         let demand = Demand {
             num_seqs: 1,
             num_blocks: u64::from(chosen.num_blocks - cached_blocks),

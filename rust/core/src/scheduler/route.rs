@@ -131,6 +131,8 @@ pub struct Candidate {
     pub kv_blocks_free: u64,
     /// What loading the request's adapter there costs, in tokens of prefill; 0 where it is there, or none is wanted.
     pub lora_load_tokens: u64,
+    /// Of the worker.
+    pub(super) block_size: u32,
     /// Number of the decision that last chose the worker; 0: none.
     last_chosen: u64,
 }
@@ -406,6 +408,7 @@ impl Scheduler {
             num_blocks: num_blocks as u32,
             kv_blocks_free: standing.kv_blocks_free.into(),
             lora_load_tokens: load_tokens,
+            block_size,
             last_chosen: worker.last_chosen,
         })
     }

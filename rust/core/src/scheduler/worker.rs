@@ -162,6 +162,8 @@ impl Demand {
 #[derive(Clone, Debug)]
 pub(super) struct Worker {
     pub(super) spec: Arc<WorkerSpec>,
+    /// The specification's: decisions read it, and that is elsewhere in memory.
+    num_blocks: u32,
     pub(super) is_draining: bool,
     pub(super) load: WorkerLoad,
     /// Counts load reports, so that a reservation knows whether one came after it.
@@ -192,6 +194,7 @@ pub(super) struct Worker {
 impl Worker {
     pub(super) fn new(spec: WorkerSpec, holder: HolderId, group: u32) -> Self {
         Self {
+            num_blocks: spec.num_blocks,
             spec: Arc::new(spec),
             is_draining: false,
             load: WorkerLoad::default(),
@@ -233,6 +236,6 @@ impl Worker {
             .reserved
             .num_blocks
             .max(reported + self.unreported.num_blocks);
-        u64::from(self.spec.num_blocks).saturating_sub(used)
+        u64::from(self.num_blocks).saturating_sub(used)
     }
 }

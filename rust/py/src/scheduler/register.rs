@@ -196,6 +196,7 @@ impl Scheduler {
             name,
             domain,
             node,
+            rack: None,
             memory_bytes,
         };
         let added = self

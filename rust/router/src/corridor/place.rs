@@ -87,6 +87,8 @@ impl CheckedRequest {
             | SchedulerError::DuplicateName { .. }
             | SchedulerError::GangTooLarge { .. }
             | SchedulerError::NoGpuRoom { .. }
+            | SchedulerError::PipelineTooLarge { .. }
+            | SchedulerError::NoStageRoom { .. }
             | SchedulerError::TooManyBlocks { .. } => {
                 ApiError::new(ErrorCode::Internal, "the request could not be placed")
             }
