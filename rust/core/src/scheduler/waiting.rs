@@ -2,9 +2,8 @@
 //!
 //! Requests wait in one queue for each model and kind: of a kind are those that the same workers take by their terms
 //! (weights epoch, taints, service classes, adapters), so that a queue whose workers are full does not hold up
-//! requests for others. The order within a queue is [`fair_queue`](super::fair_queue)'s; between the queues of a
-//! model, the one with the oldest request is served first. [`serve`](super::serve) says what happens where the next
-//! one finds no room.
+//! requests for others. `fair_queue` has the order within a queue; between the queues of a model, the one with the
+//! oldest request is served first. `serve` says what happens where the next one finds no room.
 //!
 //! Gangs wait in one queue, strictly in order.
 //!
