@@ -1,6 +1,6 @@
 """The compiled core of `orchestra`. Private: use `orchestra` itself."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Protocol, TypedDict, final, type_check_only
 
@@ -63,11 +63,21 @@ class _CandidateRow(TypedDict):
     batch: int
     num_blocks: int
     kv_blocks_free: int
+    lora_load_tokens: int
 
 @type_check_only
 class _IneligibleRow(TypedDict):
     worker: str
-    reason: Literal["excluded", "draining", "context_too_long", "kv_too_large"]
+    reason: Literal[
+        "excluded",
+        "draining",
+        "other_weights_epoch",
+        "tainted",
+        "other_slo_class",
+        "no_loras",
+        "context_too_long",
+        "kv_too_large",
+    ]
     requested: int | None
     limit: int | None
 
@@ -81,7 +91,9 @@ class _WorkerRow(TypedDict):
     kv_blocks_free: int
     kv_blocks_total: int
     num_cached_blocks: int
+    is_kv_in_step: bool
     num_reservations: int
+    prefill_tokens_per_s: int
 
 @type_check_only
 class _WorkerSpec(Protocol):
@@ -100,8 +112,14 @@ class _WorkerSpec(Protocol):
     def max_num_seqs(self) -> int: ...
     @property
     def max_model_len(self) -> int: ...
+    @property
+    def taints(self) -> Iterable[str]: ...
+    @property
+    def slo_classes(self) -> Iterable[str]: ...
+    @property
+    def max_loras(self) -> int: ...
 
-def default_scheduler_config() -> dict[str, int]:
+def default_scheduler_config() -> dict[str, Any]:
     """The settings of a scheduler, with their defaults."""
 
 @final
@@ -111,16 +129,25 @@ class RouteRequest:
     `token_ids` is a sequence of integers, or the bytes of little-endian 32-bit integers.
 
     Raises:
-        InvalidRequestError: A token id is outside 0 to 2^31 - 1.
+        InvalidRequestError: A token id is outside 0 to 2^31 - 1, or there is no such admission class.
     """
 
     def __new__(
         cls,
-        model: str,
         token_ids: Sequence[int] | bytes,
-        max_tokens: int,
-        salt: str,
-        exclude: Sequence[str],
+        *,
+        model: str,
+        max_tokens: int = 16,
+        salt: str = "",
+        lora: str | None = None,
+        lora_version: int = 0,
+        weights_epoch: int | None = None,
+        slo_class: str = "",
+        tolerations: Iterable[str] = ...,
+        exclude: Iterable[str] = ...,
+        session_key: str = "",
+        tenant: str = "",
+        admission_class: str = "standard",
     ) -> RouteRequest: ...
 
 @final
@@ -145,8 +172,17 @@ class Reservation:
     def prefill_done(self) -> bool:
         """Tells that the prompt is computed: its tokens no longer queue on the worker.
 
+        How long that took teaches the scheduler how fast the worker is, which predictions need.
+
         Returns:
             `False` where that was told before, or the reservation is gone.
+        """
+
+    def finish(self, num_output_tokens: int) -> bool:
+        """Gives the room back, and charges the tenant for the output that came instead of for `max_tokens`.
+
+        Returns:
+            `False` where it is gone already: released before, or its worker was removed.
         """
 
     def release(self) -> bool:
@@ -209,14 +245,36 @@ class Scheduler:
     def route(self, request: RouteRequest) -> Reservation:
         """Places the request on the best worker, whether or not that has room now."""
 
+    def decide_batch(
+        self,
+        request: RouteRequest,
+        prompts: Sequence[int] | bytes,
+        ends: Sequence[int],
+    ) -> list[Reservation | Exception]:
+        """Places many requests in order under one lock, without the interpreter.
+
+        `prompts` lie end to end, each beginning where the one before it ends in `ends`; their other fields come from
+        `request`, whose own prompt is not used. Each gets a reservation, or the exception that refuses it.
+        """
+
     def acquire(
-        self, request: RouteRequest, on_outcome: Callable[[Reservation | Exception], None]
+        self,
+        request: RouteRequest,
+        on_outcome: Callable[[Reservation | Exception], None],
+        deadline_us: int | None,
     ) -> Reservation | Ticket:
         """A worker that has room for the request now, or a ticket.
 
         With a ticket, `on_outcome` is called once, from any thread, with the reservation or with the exception that
-        ends the wait. Should it raise, the reservation is taken back.
+        ends the wait. Should it raise, the reservation is taken back. The first token is wanted within `deadline_us`
+        microseconds; a wait that is longer ends when anything happens to the scheduler.
         """
+
+    def predict_ttft(self, request: RouteRequest) -> int | None:
+        """Predicted time to the request's first token, microseconds; `None` where it is not known."""
+
+    def set_tenant_weight(self, tenant: str, weight: int) -> None:
+        """Gives a tenant another share than the weight 100 that every tenant has."""
 
     def explain(
         self, request: RouteRequest, k: int
@@ -254,7 +312,16 @@ class Scheduler:
     ) -> None:
         """Takes a worker's load report."""
 
-    def block_hashes(self, worker: str, token_ids: Sequence[int] | bytes, salt: str) -> list[int]:
+    def set_loras(self, worker: str, loras: Sequence[tuple[str, int]]) -> None:
+        """Takes a worker's report of the adapters, by id and version, that it has in memory."""
+
+    def block_hashes(
+        self,
+        worker: str,
+        token_ids: Sequence[int] | bytes,
+        salt: str,
+        adapter: tuple[str, int] | None,
+    ) -> list[int]:
         """Hashes of the full KV blocks of `token_ids` on this worker."""
 
     def kv_stored(self, worker: str, hashes: Sequence[int]) -> None:
@@ -266,6 +333,14 @@ class Scheduler:
     def kv_cleared(self, worker: str) -> None:
         """The worker's prefix cache is empty from now on."""
 
+    def apply_kv_events(
+        self, worker: str, sequence: int, events: Sequence[tuple[str, Sequence[int]]]
+    ) -> bool:
+        """Takes a worker's message number `sequence`: KV events by kind. Whether no message is missing."""
+
+    def resync_kv(self, worker: str, sequence: int, hashes: Sequence[int]) -> None:
+        """Takes all that the worker's prefix cache holds after its message number `sequence`."""
+
     def add_gpu(self, name: str, domain: str, node: str, memory_bytes: int) -> None:
         """Registers a GPU, all of its memory free."""
 
@@ -274,6 +349,9 @@ class Scheduler:
 
     def workers(self) -> list[_WorkerRow]:
         """Every worker's figures, in order of registration."""
+
+    def snapshot(self, max_age_us: int) -> tuple[int, dict[str, int], list[_WorkerRow]]:
+        """How old the figures are, microseconds, then what `stats` and `workers` say."""
 
     def stats(self) -> dict[str, int]:
         """Figures, by name."""

@@ -13,210 +13,55 @@ uvloop included, and from several at once.
 """
 
 import asyncio
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestra import _core
 from orchestra._core import Placement, Reservation
-from orchestra.errors import DeadlineExceededError
+from orchestra.errors import DeadlineExceededError, InvalidRequestError, OrchestraError
+from orchestra.scheduler_registry import Registry, encode_token_ids
 from orchestra.scheduler_types import (
+    AdmissionClass,
     Candidate,
     Explanation,
     Ineligible,
+    KvEvent,
+    RouteOptions,
+    RoutePolicy,
     SchedulerConfig,
     SchedulerStats,
+    Snapshot,
     TokenIds,
     WorkerSpec,
     WorkerStats,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = [
+    "AdmissionClass",
     "AsyncScheduler",
     "Candidate",
     "Explanation",
     "Ineligible",
+    "KvEvent",
     "Placement",
     "Reservation",
+    "RouteOptions",
+    "RoutePolicy",
     "Scheduler",
     "SchedulerConfig",
     "SchedulerStats",
+    "Snapshot",
     "TokenIds",
     "WorkerSpec",
     "WorkerStats",
 ]
 
 
-class _Registry:
-    """What both schedulers share: registering workers and GPUs, their reports, and reading state."""
-
-    def __init__(
-        self, config: SchedulerConfig | Mapping[str, int] | None, core: _core.Scheduler | None
-    ) -> None:
-        if isinstance(config, SchedulerConfig):
-            config = dataclasses.asdict(config)
-        self._core = _core.Scheduler(dict(config or {})) if core is None else core
-
-    def add_worker(
-        self,
-        name: str,
-        *,
-        model: str,
-        num_blocks: int,
-        max_model_len: int,
-        block_size: int = WorkerSpec.block_size,
-        max_num_seqs: int = WorkerSpec.max_num_seqs,
-        weights_epoch: int = WorkerSpec.weights_epoch,
-    ) -> None:
-        """Registers a worker with an empty prefix cache and no load; see `WorkerSpec`.
-
-        Raises:
-            InvalidRequestError: A value is out of range, or the name is taken.
-            OverloadedError: As many workers are registered as may be.
-        """
-        self._core.add_worker(
-            WorkerSpec(
-                name=name,
-                model=model,
-                num_blocks=num_blocks,
-                max_model_len=max_model_len,
-                block_size=block_size,
-                max_num_seqs=max_num_seqs,
-                weights_epoch=weights_epoch,
-            )
-        )
-
-    def remove_worker(self, name: str) -> bool:
-        """Forgets a worker, what it cached, and every reservation on it; `False` if it is not registered."""
-        return self._core.remove_worker(name)
-
-    def set_draining(self, worker: str, *, is_draining: bool = True) -> None:
-        """A draining worker takes no new requests and keeps its reservations.
-
-        Raises:
-            InvalidRequestError: No worker of this name is registered.
-        """
-        self._core.set_draining(worker, is_draining)
-
-    def update_load(
-        self,
-        worker: str,
-        *,
-        num_running: int,
-        num_waiting: int,
-        kv_blocks_used: int,
-        queued_prefill_tokens: int,
-    ) -> None:
-        """Takes a worker's own report of its load; without any, the reservations made here are what counts.
-
-        Args:
-            worker: Its name.
-            num_running: Sequences in its running batch.
-            num_waiting: Sequences accepted and not yet running.
-            kv_blocks_used: KV blocks that sequences hold; blocks that are only cached count as free.
-            queued_prefill_tokens: Prompt tokens accepted and not yet computed.
-
-        Raises:
-            InvalidRequestError: No worker of this name is registered.
-        """
-        self._core.update_load(
-            worker,
-            num_running=num_running,
-            num_waiting=num_waiting,
-            kv_blocks_used=kv_blocks_used,
-            queued_prefill_tokens=queued_prefill_tokens,
-        )
-
-    def block_hashes(self, worker: str, token_ids: TokenIds, *, salt: str = "") -> list[int]:
-        """Identities of the full KV blocks of `token_ids` on this worker, for `kv_stored` and `kv_removed`.
-
-        Raises:
-            InvalidRequestError: No worker of this name is registered, or a token id is out of range.
-        """
-        return self._core.block_hashes(worker, _encode(token_ids), salt)
-
-    def kv_stored(self, worker: str, hashes: list[int]) -> None:
-        """The worker's prefix cache holds these blocks from now on.
-
-        Raises:
-            InvalidRequestError: No worker of this name is registered.
-            WorkerFailedError: It would hold more blocks than it has. Nothing changes.
-        """
-        self._core.kv_stored(worker, hashes)
-
-    def kv_removed(self, worker: str, hashes: list[int]) -> None:
-        """The worker's prefix cache holds these blocks no longer.
-
-        Raises:
-            InvalidRequestError: No worker of this name is registered.
-        """
-        self._core.kv_removed(worker, hashes)
-
-    def kv_cleared(self, worker: str) -> None:
-        """The worker's prefix cache is empty from now on.
-
-        Raises:
-            InvalidRequestError: No worker of this name is registered.
-        """
-        self._core.kv_cleared(worker)
-
-    def add_gpu(self, name: str, *, domain: str, node: str, memory_bytes: int) -> None:
-        """Registers a GPU, all of its memory free.
-
-        Args:
-            name: Unique among the registered GPUs, 1 to 128 bytes.
-            domain: GPUs of one domain reach each other at full speed (an NVSwitch island).
-            node: The machine that it is in.
-            memory_bytes: Memory that may be given out; rounded down to whole extents.
-
-        Raises:
-            InvalidRequestError: A value is out of range, or the name is taken.
-            OverloadedError: As many GPUs are registered as may be.
-        """
-        self._core.add_gpu(name, domain, node, memory_bytes)
-
-    def remove_gpu(self, name: str) -> bool:
-        """Forgets a GPU and every placement that it was part of; `False` if it is not registered."""
-        return self._core.remove_gpu(name)
-
-    def explain(
-        self,
-        token_ids: TokenIds,
-        *,
-        model: str,
-        max_tokens: int = 16,
-        salt: str = "",
-        exclude: Iterable[str] = (),
-        k: int = 8,
-    ) -> Explanation:
-        """The best `k` workers for a request and what each would cost. Reserves nothing; arguments as for `route`.
-
-        Raises:
-            InvalidRequestError: The prompt is empty or a value is out of range.
-            ModelNotFoundError: No worker serves the model.
-        """
-        request = _request(token_ids, model, max_tokens, salt, exclude)
-        candidates, num_more_candidates, ineligible = self._core.explain(request, k)
-        return Explanation(
-            candidates=tuple(Candidate(**row) for row in candidates),
-            num_more_candidates=num_more_candidates,
-            ineligible=tuple(Ineligible(**row) for row in ineligible),
-        )
-
-    def workers(self) -> list[WorkerStats]:
-        """Every worker's figures, in order of registration."""
-        return [WorkerStats(**row) for row in self._core.workers()]
-
-    def stats(self) -> SchedulerStats:
-        """Figures of the scheduler."""
-        return SchedulerStats(**self._core.stats())
-
-    def check_integrity(self) -> None:
-        """Asserts every invariant of the state; for tests, it walks all of it."""
-        self._core.check_integrity()
-
-
-class Scheduler(_Registry):
+class Scheduler(Registry):
     """Chooses workers for requests and GPUs for gangs.
 
     Args:
@@ -226,38 +71,49 @@ class Scheduler(_Registry):
         ConfigError: A setting is wrong; `key` names it.
     """
 
-    def __init__(self, config: SchedulerConfig | Mapping[str, int] | None = None) -> None:
+    def __init__(self, config: SchedulerConfig | Mapping[str, int | str] | None = None) -> None:
         super().__init__(config, None)
 
-    def route(
-        self,
-        token_ids: TokenIds,
-        *,
-        model: str,
-        max_tokens: int = 16,
-        salt: str = "",
-        exclude: Iterable[str] = (),
-    ) -> Reservation:
-        """Places a request on the worker of least cost and reserves for it.
+    def route(self, token_ids: TokenIds, **options: "Unpack[RouteOptions]") -> Reservation:
+        """Places a request on the worker that the policy chooses and reserves for it.
 
         Workers that have room now come first; where none has, the best one takes the request all the same and
         queues it. `AsyncScheduler.acquire` waits for room instead.
 
         Args:
             token_ids: The prompt.
-            model: The model.
-            max_tokens: Most output tokens.
-            salt: Isolates the prefix cache: requests share KV only where it is equal.
-            exclude: Names of workers that may not take it, for example because they failed it before.
+            **options: `RouteOptions`: `model`, which must be given, `max_tokens`, `salt`, `lora`, `exclude` and others.
 
         Raises:
             InvalidRequestError: The prompt is empty or a value is out of range.
-            ModelNotFoundError: No worker serves the model.
+            ModelNotFoundError: No worker serves the model on the request's terms; `key` names the term.
             ContextTooLongError: No worker could ever hold prompt and output.
             WorkerUnavailableError: Every worker of the model is draining or excluded.
             OverloadedError: As many reservations are held as may be.
         """
-        return self._core.route(_request(token_ids, model, max_tokens, salt, exclude))
+        return self._core.route(_core.RouteRequest(encode_token_ids(token_ids), **options))
+
+    def decide_batch(
+        self, prompts: TokenIds, ends: Sequence[int], **options: "Unpack[RouteOptions]"
+    ) -> list[Reservation | OrchestraError]:
+        """Routes many requests at once: in order, each seeing the reservations of those before it.
+
+        The interpreter's lock is free meanwhile, and prompts in one 32-bit buffer are not looked at token by token in
+        Python.
+
+        Args:
+            prompts: The token ids of all prompts, end to end.
+            ends: Where each prompt ends in `prompts`; the last one is its length.
+            **options: As for `route`, for all of them.
+
+        Returns:
+            For each a reservation, or the error that refuses it.
+
+        Raises:
+            InvalidRequestError: `ends` does not fit `prompts`, or a token id is out of range. Nothing was decided.
+        """
+        request = _core.RouteRequest((), **options)
+        return self._core.decide_batch(request, encode_token_ids(prompts), ends)  # type: ignore[return-value]  # only these
 
     def place(self, *, num_gpus: int, bytes_per_gpu: int) -> Placement:
         """Takes a contiguous piece of memory on each of `num_gpus` GPUs of one domain.
@@ -273,11 +129,12 @@ class Scheduler(_Registry):
 _Held = TypeVar("_Held", Reservation, Placement)
 
 
-class AsyncScheduler(_Registry):
-    """`Scheduler` for asyncio: `acquire` and `place` wait for room, first come first served.
+class AsyncScheduler(Registry):
+    """`Scheduler` for asyncio: `acquire` and `place` wait for room.
 
-    Requests for one model wait in one queue, gangs in another; nobody overtakes, so nobody starves. Room comes from
-    anything that happens to the scheduler, in any thread; nothing polls.
+    Requests for one model share its workers by admission class and tenant, and none is overtaken more often than the
+    configuration allows; docs/admission.md has the order. Gangs wait first come first served. Room comes from anything
+    that happens to the scheduler, in any thread; nothing polls.
 
     Args:
         config: Limits, as a `SchedulerConfig` or as a mapping with some of its fields.
@@ -289,7 +146,7 @@ class AsyncScheduler(_Registry):
 
     def __init__(
         self,
-        config: SchedulerConfig | Mapping[str, int] | None = None,
+        config: SchedulerConfig | Mapping[str, int | str] | None = None,
         *,
         scheduler: Scheduler | None = None,
     ) -> None:
@@ -297,41 +154,43 @@ class AsyncScheduler(_Registry):
             raise TypeError("give config or scheduler: a shared scheduler has its configuration")
         super().__init__(config, None if scheduler is None else scheduler._core)
 
-    async def route(
-        self,
-        token_ids: TokenIds,
-        *,
-        model: str,
-        max_tokens: int = 16,
-        salt: str = "",
-        exclude: Iterable[str] = (),
-    ) -> Reservation:
+    async def route(self, token_ids: TokenIds, **options: "Unpack[RouteOptions]") -> Reservation:
         """As `Scheduler.route`: decides at once, which takes microseconds."""
-        return self._core.route(_request(token_ids, model, max_tokens, salt, exclude))
+        return self._core.route(_core.RouteRequest(encode_token_ids(token_ids), **options))
 
     async def acquire(
         self,
         token_ids: TokenIds,
         *,
-        model: str,
-        max_tokens: int = 16,
-        salt: str = "",
-        exclude: Iterable[str] = (),
         timeout: float | None = None,
+        deadline_s: float | None = None,
+        **options: "Unpack[RouteOptions]",
     ) -> Reservation:
-        """Waits until a worker has room for the request, and reserves it; arguments as for `Scheduler.route`.
+        """Waits until a worker has room for the request, and reserves it.
 
         Cancelling the wait leaves the queue and holds nothing.
 
+        Args:
+            token_ids: The prompt.
+            timeout: Seconds to wait at most.
+            deadline_s: Seconds in which the first token is wanted. The wait ends then; with `refuse_hopeless` it
+                does not begin where the first token is predicted to come later.
+            **options: As for `Scheduler.route`. `admission_class` and `tenant` say whose turn it is.
+
         Raises:
-            DeadlineExceededError: There was no room within `timeout` seconds.
-            OverloadedError: As many requests wait as may.
+            DeadlineExceededError: There was no room within `timeout` or `deadline_s`, or none is expected.
+            OverloadedError: As many requests wait as may; `retry_after_ms` says for how long, where that is known.
             InvalidRequestError: The prompt is empty or a value is out of range.
             ModelNotFoundError: No worker serves the model, or the last one was removed meanwhile.
             ContextTooLongError: No worker could ever hold prompt and output.
         """
-        request = _request(token_ids, model, max_tokens, salt, exclude)
-        return await _wait(lambda on_outcome: self._core.acquire(request, on_outcome), timeout)
+        request = _core.RouteRequest(encode_token_ids(token_ids), **options)
+        deadline_us = None if deadline_s is None else _micros(deadline_s)
+        limits = [limit for limit in (timeout, deadline_s) if limit is not None]
+        return await _wait(
+            lambda on_outcome: self._core.acquire(request, on_outcome, deadline_us),
+            min(limits, default=None),
+        )
 
     async def place(
         self,
@@ -352,6 +211,13 @@ class AsyncScheduler(_Registry):
         return await _wait(
             lambda on_outcome: self._core.acquire_gpus(num_gpus, bytes_per_gpu, on_outcome), timeout
         )
+
+
+def _micros(deadline_s: float) -> int:
+    """A deadline as the core takes it; one that is past is now, one that never comes is in a thousand years."""
+    if math.isnan(deadline_s):
+        raise InvalidRequestError("deadline_s must be a number of seconds", key="deadline_s")
+    return int(min(max(deadline_s, 0.0), 3.2e10) * 1_000_000)
 
 
 async def _wait(
@@ -401,22 +267,3 @@ def _settle(future: "asyncio.Future[_Held]", outcome: _Held | Exception) -> None
 def _expire(future: "asyncio.Future[Any]", timeout: float) -> None:
     if not future.done():
         future.set_exception(DeadlineExceededError(f"there was no room within {timeout} s"))
-
-
-def _request(
-    token_ids: TokenIds, model: str, max_tokens: int, salt: str, exclude: Iterable[str]
-) -> _core.RouteRequest:
-    return _core.RouteRequest(model, _encode(token_ids), max_tokens, salt, list(exclude))
-
-
-def _encode(token_ids: TokenIds) -> Sequence[int] | bytes:
-    """Buffers of 32-bit integers travel as bytes; everything else as it is."""
-    if isinstance(token_ids, (list, tuple)):
-        return token_ids
-    try:
-        view = memoryview(token_ids)  # type: ignore[arg-type]  # Buffer has no type before Python 3.12
-    except TypeError:
-        return token_ids  # type: ignore[return-value]  # a sequence, or refused by the core
-    if view.ndim == 1 and view.itemsize == 4 and view.format in ("i", "I", "l", "L"):
-        return view.tobytes()
-    return view.tolist()

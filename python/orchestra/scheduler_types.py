@@ -1,17 +1,22 @@
 """What goes into a scheduler and what it tells: settings, specs and figures."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal, Protocol, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol, TypeAlias, TypedDict
 
 from orchestra import _core
 
 __all__ = [
+    "AdmissionClass",
     "Candidate",
     "Explanation",
     "Ineligible",
+    "KvEvent",
+    "RouteOptions",
+    "RoutePolicy",
     "SchedulerConfig",
     "SchedulerStats",
+    "Snapshot",
     "TokenIds",
     "WorkerSpec",
     "WorkerStats",
@@ -28,6 +33,26 @@ class _Buffer(Protocol):
 TokenIds: TypeAlias = Sequence[int] | _Buffer
 """A sequence of token ids, or a one-dimensional buffer of them; 32-bit buffers are the fastest."""
 
+RoutePolicy: TypeAlias = Literal[
+    "product",
+    "prefix_sum",
+    "load_only",
+    "transfer_aware",
+    "round_robin",
+    "random",
+    "power_of_two",
+    "least_requests",
+    "least_tokens",
+    "consistent_hash",
+]
+"""How a worker is chosen; docs/routing.md has each one's formula and use."""
+
+AdmissionClass: TypeAlias = Literal["interactive", "standard", "batch"]
+"""How urgent a request is while it waits; docs/admission.md says what each gets."""
+
+KvEvent: TypeAlias = tuple[Literal["stored", "removed", "cleared"], Sequence[int]]
+"""A change of what a worker's prefix cache holds: its kind and the blocks' hashes, none where all is gone."""
+
 _DEFAULTS = _core.default_scheduler_config()
 
 
@@ -40,14 +65,46 @@ class SchedulerConfig:
         max_num_gpus: Most GPUs that may be registered.
         max_num_reservations: Most reservations and placements held at once, counted apart.
         max_num_waiting: Most requests that may wait for room, for workers and for GPUs counted apart.
+        max_num_waiting_per_tenant: Most requests of one tenant that may wait for a worker.
+        max_num_tenants: Most tenants that are remembered while they wait for nothing, and most with a weight.
+        max_overtakes: Most later requests that leave the queue before an earlier one gets its turn.
+        max_tenant_overtakes: Most later requests of one tenant that go before an earlier one because they are shorter.
+        max_bypasses: Most requests served elsewhere, beyond `max_overtakes`, while an overdue one finds no room.
+        interactive_weight: Share of the grants for class `interactive`, 1 to 1,000.
+        standard_weight: The same for class `standard`.
+        batch_weight: The same for class `batch`.
+        input_token_weight: What a prompt token that has to be computed counts towards its tenant's share, 1 to 100.
+        output_token_weight: What an output token counts, 1 to 100.
+        refuse_hopeless: Refuse a request at once that is predicted to miss its deadline.
         extent_bytes: GPU memory is given out in multiples of this; a power of two.
+        policy: How a request's worker is chosen.
+        seq_cost_tokens: What a sequence in the batch weighs under `prefix_sum`, in tokens of prefill.
+        fetch_cost_permille: What fetching a token's KV costs under `transfer_aware`, in thousandths of computing it.
+        lora_load_tokens: What loading a LoRA adapter costs, in tokens of prefill.
+        seed: Start of the random numbers of `random` and `power_of_two`.
     """
 
     max_num_workers: int = _DEFAULTS["max_num_workers"]
     max_num_gpus: int = _DEFAULTS["max_num_gpus"]
     max_num_reservations: int = _DEFAULTS["max_num_reservations"]
     max_num_waiting: int = _DEFAULTS["max_num_waiting"]
+    max_num_waiting_per_tenant: int = _DEFAULTS["max_num_waiting_per_tenant"]
+    max_num_tenants: int = _DEFAULTS["max_num_tenants"]
+    max_overtakes: int = _DEFAULTS["max_overtakes"]
+    max_tenant_overtakes: int = _DEFAULTS["max_tenant_overtakes"]
+    max_bypasses: int = _DEFAULTS["max_bypasses"]
+    interactive_weight: int = _DEFAULTS["interactive_weight"]
+    standard_weight: int = _DEFAULTS["standard_weight"]
+    batch_weight: int = _DEFAULTS["batch_weight"]
+    input_token_weight: int = _DEFAULTS["input_token_weight"]
+    output_token_weight: int = _DEFAULTS["output_token_weight"]
+    refuse_hopeless: bool = _DEFAULTS["refuse_hopeless"]
     extent_bytes: int = _DEFAULTS["extent_bytes"]
+    policy: RoutePolicy = _DEFAULTS["policy"]
+    seq_cost_tokens: int = _DEFAULTS["seq_cost_tokens"]
+    fetch_cost_permille: int = _DEFAULTS["fetch_cost_permille"]
+    lora_load_tokens: int = _DEFAULTS["lora_load_tokens"]
+    seed: int = _DEFAULTS["seed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +119,9 @@ class WorkerSpec:
         block_size: Tokens per KV block.
         max_num_seqs: Most sequences in one step.
         weights_epoch: Version of the weights; part of every KV block's identity.
+        taints: It takes only requests that tolerate every one of these; at most 16.
+        slo_classes: It takes only requests of one of these service classes; any where there are none. At most 16.
+        max_loras: LoRA adapters that it holds at a time; 0: it serves none.
     """
 
     name: str
@@ -71,6 +131,44 @@ class WorkerSpec:
     block_size: int = 16
     max_num_seqs: int = 256
     weights_epoch: int = 0
+    taints: Sequence[str] = ()
+    slo_classes: Sequence[str] = ()
+    max_loras: int = 0
+
+
+class _Model(TypedDict):
+    model: str
+
+
+class RouteOptions(_Model, total=False):
+    """Everything about a request but its prompt.
+
+    Attributes:
+        model: The model; required.
+        max_tokens: Most output tokens; 16 unless given.
+        salt: Isolates the prefix cache: requests share KV only where it is equal.
+        lora: The adapter that it runs with. A worker without it costs `lora_load_tokens` more.
+        lora_version: The adapter's version; part of its KV blocks' identity.
+        weights_epoch: Only workers with this version of the weights.
+        slo_class: Its service class; workers reserved for others do not take it.
+        tolerations: Taints that do not keep it away; at most 64.
+        exclude: Names of workers that may not take it, for example because they failed it before.
+        session_key: What `consistent_hash` keeps together; where it is not given, prompts of one first block.
+        tenant: Whose request it is, at most 128 bytes; tenants share what `acquire` grants.
+        admission_class: How urgent it is while it waits in `acquire`; `standard` unless given.
+    """
+
+    max_tokens: int
+    salt: str
+    lora: str | None
+    lora_version: int
+    weights_epoch: int | None
+    slo_class: str
+    tolerations: Iterable[str]
+    exclude: Iterable[str]
+    session_key: str
+    tenant: str
+    admission_class: AdmissionClass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +177,14 @@ class Candidate:
 
     Attributes:
         worker: Its name.
-        cost: (prefill tokens left to compute there + prefill tokens queued there) x (batch there + 1).
+        cost: The policy's formula; that of `load_only` where the policy has none.
         has_room: Whether it could start the request now: free KV for all of it and a place in the batch.
         num_cached_tokens: Prompt tokens whose KV it holds already.
         queued_prefill_tokens: Prompt tokens that wait to be computed there.
         batch: Sequences that run or wait there.
         num_blocks: KV blocks of prompt and output together, in its block size.
         kv_blocks_free: KV blocks that nothing holds and nothing was promised.
+        lora_load_tokens: What loading the request's adapter there costs, in tokens of prefill.
     """
 
     worker: str
@@ -96,6 +195,7 @@ class Candidate:
     batch: int
     num_blocks: int
     kv_blocks_free: int
+    lora_load_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +210,16 @@ class Ineligible:
     """
 
     worker: str
-    reason: Literal["excluded", "draining", "context_too_long", "kv_too_large"]
+    reason: Literal[
+        "excluded",
+        "draining",
+        "other_weights_epoch",
+        "tainted",
+        "other_slo_class",
+        "no_loras",
+        "context_too_long",
+        "kv_too_large",
+    ]
     requested: int | None
     limit: int | None
 
@@ -143,7 +252,9 @@ class WorkerStats:
         kv_blocks_free: KV blocks that nothing holds and nothing was promised.
         kv_blocks_total: KV blocks in all.
         num_cached_blocks: Blocks of its prefix cache that the scheduler knows.
+        is_kv_in_step: Whether none of its numbered KV events is missing; see `Scheduler.apply_kv_events`.
         num_reservations: Reservations held on it.
+        prefill_tokens_per_s: Prompt tokens that it computes in a second, learned from `prefill_done`; 0: unknown.
     """
 
     name: str
@@ -154,7 +265,9 @@ class WorkerStats:
     kv_blocks_free: int
     kv_blocks_total: int
     num_cached_blocks: int
+    is_kv_in_step: bool
     num_reservations: int
+    prefill_tokens_per_s: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +280,7 @@ class SchedulerStats:
         num_index_blocks: Distinct KV blocks in the prefix index.
         num_index_entries: (block, holder) pairs in the prefix index.
         index_bytes: Memory of the prefix index.
+        num_kv_gaps: Times that messages of a worker's numbered KV events were missing.
         num_reservations: Reservations held.
         reservation_age_us_max: Age of the oldest one, microseconds: without end, it was never released.
         num_waiting_requests: Requests that wait for a worker.
@@ -183,6 +297,7 @@ class SchedulerStats:
     num_index_blocks: int
     num_index_entries: int
     index_bytes: int
+    num_kv_gaps: int
     num_reservations: int
     reservation_age_us_max: int
     num_waiting_requests: int
@@ -192,3 +307,18 @@ class SchedulerStats:
     num_placements: int
     gpu_bytes_total: int
     gpu_bytes_free: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """Figures of a moment ago.
+
+    Attributes:
+        age_s: How long ago, seconds.
+        stats: What `stats` said.
+        workers: What `workers` said.
+    """
+
+    age_s: float
+    stats: SchedulerStats
+    workers: tuple[WorkerStats, ...]

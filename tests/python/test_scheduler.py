@@ -20,7 +20,7 @@ EXTENT = 64 << 20
 
 def add_worker(scheduler: Scheduler, name: str, **changes: int) -> None:
     sizes = {"num_blocks": 1000, "max_model_len": 4096, **changes}
-    scheduler.add_worker(name, model=MODEL, **sizes)
+    scheduler.add_worker(name, model=MODEL, **sizes)  # type: ignore[arg-type]  # sizes only
 
 
 @pytest.fixture

@@ -16,14 +16,14 @@
 )]
 #![expect(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
 
-use std::{
-    collections::VecDeque,
-    fs::File,
-    io::{BufRead, BufReader, Read},
-    path::Path,
-    rc::Rc,
-    time::Instant,
-};
+#[path = "route_latency/cache.rs"]
+mod cache;
+#[path = "route_latency/scan.rs"]
+mod scan;
+#[path = "route_latency/trace.rs"]
+mod trace;
+
+use std::{collections::VecDeque, rc::Rc, time::Instant};
 
 use orchestra_core::{
     BlockHash, HashSeed, Time, block_hashes,
@@ -35,8 +35,9 @@ use orchestra_core::{
 };
 use rustc_hash::FxHashMap;
 
-const TRACE_BLOCK: u32 = 512;
-const MAX_NUM_SEQS: u32 = 256;
+use cache::Cache;
+use scan::{MAX_NUM_SEQS, Scan};
+use trace::{TRACE_BLOCK, TraceRow, read_trace};
 
 struct Options {
     trace: String,
@@ -68,132 +69,6 @@ impl Options {
             }
         }
         (!options.trace.is_empty()).then_some(options)
-    }
-}
-
-struct TraceRow {
-    input: u32,
-    output: u32,
-    hash_ids: Vec<u64>,
-}
-
-fn read_trace(path: &str) -> Vec<TraceRow> {
-    let file = File::open(path).unwrap();
-    let reader: Box<dyn Read> = if Path::new(path)
-        .extension()
-        .is_some_and(|extension| extension == "gz")
-    {
-        Box::new(flate2::read::GzDecoder::new(file))
-    } else {
-        Box::new(file)
-    };
-    let row = |line: std::io::Result<String>| {
-        let row: serde_json::Value = serde_json::from_str(&line.unwrap()).unwrap();
-        let ids = row["hash_ids"].as_array().unwrap().iter();
-        TraceRow {
-            input: row["input_length"].as_u64().unwrap().max(1) as u32,
-            output: row["output_length"].as_u64().unwrap().max(1) as u32,
-            hash_ids: ids.map(|id| id.as_u64().unwrap()).collect(),
-        }
-    };
-    BufReader::new(reader).lines().map(row).collect()
-}
-
-/// A well-spread number: a block's hash from its id, replay and place in the 512 tokens.
-fn mix(mut value: u64) -> u64 {
-    value = (value ^ (value >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    value = (value ^ (value >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    value ^ (value >> 31)
-}
-
-/// What a simulated worker caches.
-#[derive(Default)]
-struct Cache {
-    /// Chains that have the block.
-    uses: FxHashMap<BlockHash, u32>,
-    chains: VecDeque<Rc<[BlockHash]>>,
-}
-
-impl Cache {
-    /// Takes a chain in and evicts the oldest ones down to `limit` blocks, leaves first: what was stored and removed.
-    fn store(&mut self, chain: Rc<[BlockHash]>, limit: usize) -> (Vec<BlockHash>, Vec<BlockHash>) {
-        let (mut stored, mut removed) = (Vec::new(), Vec::new());
-        for &hash in &*chain {
-            let uses = self.uses.entry(hash).or_default();
-            *uses += 1;
-            if *uses == 1 {
-                stored.push(hash);
-            }
-        }
-        self.chains.push_back(chain);
-        while self.uses.len() > limit {
-            let Some(oldest) = self.chains.pop_front() else {
-                break;
-            };
-            for hash in oldest.iter().rev() {
-                let uses = self.uses.get_mut(hash).unwrap();
-                *uses -= 1;
-                if *uses == 0 {
-                    self.uses.remove(hash);
-                    removed.push(*hash);
-                }
-            }
-        }
-        (stored, removed)
-    }
-}
-
-/// The full scan: a hash map from block to holders, loads as arrays, every worker judged.
-struct Scan {
-    holders: FxHashMap<BlockHash, Vec<u32>>,
-    queued: Vec<u64>,
-    batch: Vec<u32>,
-    kv_used: Vec<u64>,
-    num_blocks: u64,
-    depths: Vec<u32>,
-}
-
-impl Scan {
-    fn apply(&mut self, worker: u32, stored: &[BlockHash], removed: &[BlockHash]) {
-        for &hash in stored {
-            self.holders.entry(hash).or_default().push(worker);
-        }
-        for &hash in removed {
-            let holders = self.holders.get_mut(&hash).unwrap();
-            let position = holders.iter().position(|&holder| holder == worker).unwrap();
-            holders.swap_remove(position);
-            if holders.is_empty() {
-                self.holders.remove(&hash);
-            }
-        }
-    }
-
-    /// The least `(no room, cost)`.
-    fn best(&mut self, request: &RouteRequest<'_>, block: u32, chain: &[BlockHash]) -> (bool, u64) {
-        self.depths.fill(0);
-        for (depth, hash) in (0_u32..).zip(chain) {
-            let Some(holders) = self.holders.get(hash) else {
-                break;
-            };
-            for &holder in holders {
-                let held = &mut self.depths[holder as usize];
-                *held += u32::from(*held == depth);
-            }
-        }
-        (0..self.queued.len())
-            .map(|worker| self.cost(request, block, worker))
-            .min()
-            .unwrap()
-    }
-
-    fn cost(&self, request: &RouteRequest<'_>, block: u32, worker: usize) -> (bool, u64) {
-        let prompt = request.token_ids.len() as u64;
-        let needed = (prompt + u64::from(request.max_tokens)).div_ceil(block.into());
-        let (depth, batch) = (u64::from(self.depths[worker]), self.batch[worker]);
-        let is_full = batch >= MAX_NUM_SEQS
-            || needed - depth + self.kv_used[worker].min(self.num_blocks) > self.num_blocks;
-        let left = prompt - depth * u64::from(block) + self.queued[worker];
-        (is_full, left * (u64::from(batch) + 1))
     }
 }
 
@@ -255,6 +130,7 @@ impl Fleet {
             num_blocks,
             max_num_seqs: MAX_NUM_SEQS,
             max_model_len: 1 << 20,
+            ..WorkerSpec::default()
         };
         let mut scheduler = Scheduler::new(SchedulerConfig::default()).unwrap();
         let start = Instant::now();
@@ -265,19 +141,12 @@ impl Fleet {
         println!("{} workers registered in {millis:.1} ms", options.workers);
         let size = options.workers;
         Self {
-            seed: spec(0).hash_seed(""),
+            seed: spec(0).hash_seed("", None),
             by_id: ids.iter().copied().zip(0..).collect(),
             ids,
             scheduler,
             caches: (0..size).map(|_| Cache::default()).collect(),
-            scan: Scan {
-                holders: FxHashMap::default(),
-                queued: vec![0; size],
-                batch: vec![0; size],
-                kv_used: vec![0; size],
-                num_blocks: num_blocks.into(),
-                depths: vec![0; size],
-            },
+            scan: Scan::new(size, num_blocks.into()),
             prefilling: VecDeque::new(),
             decoding: VecDeque::new(),
             tokens: vec![0; 1 << 20],
@@ -285,17 +154,6 @@ impl Fleet {
             times: Times::default(),
             options,
         }
-    }
-
-    /// Hashes of the row's full blocks. All replays share the first 512 tokens, as all rows of the trace do.
-    fn chain(&self, row: &TraceRow, replay: u64) -> Rc<[BlockHash]> {
-        let parts = u64::from(TRACE_BLOCK / self.options.block);
-        let of_id = |&id: &u64| {
-            let replay = if id == 0 { 0 } else { replay };
-            (0..parts).map(move |part| BlockHash(mix(mix(id * 64 + part) ^ mix(replay))))
-        };
-        let num_full = (row.input / self.options.block) as usize;
-        row.hash_ids.iter().flat_map(of_id).take(num_full).collect()
     }
 
     fn step(&mut self, row: &TraceRow, chain: Rc<[BlockHash]>, phase: Phase) {
@@ -315,7 +173,8 @@ impl Fleet {
         };
         let usable = &chain[..chain.len().min((row.input as usize - 1) / block as usize)];
         let start = Instant::now();
-        let expected = (phase == Phase::Checked).then(|| self.scan.best(&request, block, usable));
+        let expected =
+            (phase == Phase::Checked).then(|| self.scan.best(&request, block, usable, 0).0);
         let scanned = start.elapsed();
         let start = Instant::now();
         let reservation = self.scheduler.route(&request, Time::ZERO).unwrap();
@@ -378,7 +237,7 @@ impl Fleet {
             && let Some(live) = self.prefilling.pop_front()
         {
             let start = Instant::now();
-            self.scheduler.prefill_done(live.reservation.id);
+            self.scheduler.prefill_done(live.reservation.id, Time::ZERO);
             record(&mut self.times.prefill_done, start, is_timed);
             self.scan.queued[live.worker as usize] -= live.prefill;
             self.report(live.worker as usize, is_timed);
@@ -475,20 +334,21 @@ fn main() {
         return;
     };
     let trace = read_trace(&options.trace);
-    let (decisions, target) = (options.decisions, options.entries * 9 / 10);
+    let (decisions, block) = (options.decisions, options.block);
+    let target = options.entries * 9 / 10;
     let mut fleet = Fleet::new(options);
     let mut replays = (0_u64..).flat_map(|replay| trace.iter().map(move |row| (row, replay)));
     let mut num_warm = 0;
     while fleet.num_entries < target {
         let (row, replay) = replays.next().unwrap();
-        let chain = fleet.chain(row, replay);
+        let chain = row.chain(block, replay);
         fleet.step(row, chain, Phase::Warming);
         num_warm += 1;
     }
     println!("warm after {num_warm} decisions; {decisions} are checked, then {decisions} timed");
     let phases = [Phase::Checked, Phase::Timed].map(|phase| std::iter::repeat_n(phase, decisions));
     for (phase, (row, replay)) in phases.into_iter().flatten().zip(replays) {
-        let chain = fleet.chain(row, replay);
+        let chain = row.chain(block, replay);
         fleet.step(row, chain, phase);
     }
     fleet.print();

@@ -38,6 +38,7 @@ fn spec(name: usize, num_blocks: u32) -> WorkerSpec {
         num_blocks,
         max_num_seqs: 12,
         max_model_len: 4096,
+        ..WorkerSpec::default()
     }
 }
 
@@ -87,7 +88,7 @@ impl Fleet {
 
     fn route(&mut self) {
         let token_ids = self.prompt();
-        let seed = spec(0, 1).hash_seed("");
+        let seed = spec(0, 1).hash_seed("", None);
         let blocks = block_hashes(seed, &token_ids, BLOCK_SIZE as usize);
         let hashed = HashedPrompt {
             seed,
@@ -136,7 +137,7 @@ impl Fleet {
             self.scheduler.release(id);
         }
         let index = self.random.below(self.held.len());
-        self.scheduler.prefill_done(self.held[index]);
+        self.scheduler.prefill_done(self.held[index], Time::ZERO);
         let index = self.random.below(self.workers.len());
         match self.random.below(40) {
             0 => {
@@ -156,7 +157,7 @@ impl Fleet {
             }
             3..30 => {
                 let prompt = self.prompt();
-                let seed = spec(0, 1).hash_seed("");
+                let seed = spec(0, 1).hash_seed("", None);
                 let blocks = block_hashes(seed, &prompt, BLOCK_SIZE as usize);
                 self.store(self.workers[index], blocks);
             }

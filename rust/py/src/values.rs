@@ -29,7 +29,7 @@ pub(crate) fn config_from<T: DeserializeOwned>(dict: &Bound<'_, PyDict>) -> PyRe
     })
 }
 
-/// A flat struct of numbers and flags as a dictionary.
+/// A flat struct of numbers, flags and names as a dictionary.
 pub(crate) fn to_dict<'py, T: Serialize>(
     py: Python<'py>,
     figures: &T,
@@ -41,6 +41,7 @@ pub(crate) fn to_dict<'py, T: Serialize>(
     for (name, value) in fields {
         match value {
             serde_json::Value::Bool(flag) => dict.set_item(name, flag)?,
+            serde_json::Value::String(text) => dict.set_item(name, text)?,
             serde_json::Value::Number(number) => match number.as_u64() {
                 Some(count) => dict.set_item(name, count)?,
                 None => dict.set_item(name, number.as_f64())?,
@@ -123,9 +124,23 @@ impl<'de> Deserializer<'de> for Value {
         }
     }
 
+    fn deserialize_enum<V: Visitor<'de>>(
+        self,
+        name: &'static str,
+        variants: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Error> {
+        match self {
+            Self::Text(value) => value
+                .into_deserializer()
+                .deserialize_enum(name, variants, visitor),
+            value => value.deserialize_any(visitor),
+        }
+    }
+
     forward_to_deserialize_any! {
         bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit unit_struct
-        newtype_struct seq tuple tuple_struct map struct enum identifier ignored_any
+        newtype_struct seq tuple tuple_struct map struct identifier ignored_any
     }
 }
 

@@ -1,5 +1,7 @@
 //! Why the scheduler refused. A refusal changes nothing.
 
+use std::time::Duration;
+
 use crate::error::ErrorCode;
 
 /// Why the scheduler refused. Messages name limits and fields, never what a client wrote.
@@ -41,8 +43,14 @@ pub enum SchedulerError {
         /// Blocks of the worker that came closest.
         limit: u64,
     },
-    /// Workers serve the model, and every one is draining or excluded.
-    #[error("all {registered} workers of this model are draining or excluded")]
+    /// Workers serve the model, and none of them on the request's terms.
+    #[error("no worker of this model takes requests with this {field}")]
+    NotServed {
+        /// The field of the request that none of them meets.
+        field: &'static str,
+    },
+    /// Workers serve the model, and every one is draining, excluded or kept for other requests.
+    #[error("all {registered} workers of this model are draining, excluded or kept for others")]
     NoWorkers {
         /// Workers that serve the model.
         registered: u32,
@@ -56,6 +64,32 @@ pub enum SchedulerError {
         current: u32,
         /// How many there may be.
         limit: u32,
+    },
+    /// As many requests wait as may.
+    #[error("there are {current} {kind}, the limit is {limit}")]
+    QueueFull {
+        /// Whose requests are counted.
+        kind: &'static str,
+        /// How many wait.
+        current: u32,
+        /// How many may.
+        limit: u32,
+        /// How long the request would have waited for a worker, where that can be predicted.
+        retry_after: Option<Duration>,
+    },
+    /// The deadline passed before a worker had room.
+    #[error("the deadline passed before a worker had room")]
+    DeadlineExceeded,
+    /// The first token would come after the deadline.
+    #[error(
+        "the first token is predicted in {} ms, the deadline is in {} ms",
+        .predicted.as_millis(), .left.as_millis()
+    )]
+    DeadlineHopeless {
+        /// Predicted time to the first token.
+        predicted: Duration,
+        /// Time to the deadline.
+        left: Duration,
     },
     /// The gang could not be placed on these GPUs even if all their memory were free.
     #[error(
@@ -72,7 +106,7 @@ pub enum SchedulerError {
     },
     /// The gang does not fit now.
     #[error(
-        "{num_gpus} GPUs with {bytes_per_gpu} free bytes in one piece were asked for; \
+        "{num_gpus} GPUs with room for {bytes_per_gpu} bytes each were asked for; \
          the best domain has {num_gpus_max} now"
     )]
     NoGpuRoom {
@@ -80,8 +114,38 @@ pub enum SchedulerError {
         num_gpus: u32,
         /// Bytes asked for on each.
         bytes_per_gpu: u64,
-        /// GPUs with such a piece free in the domain that has most of them.
+        /// GPUs with such room, shares of node and domain counted, in the domain that has most of them.
         num_gpus_max: u32,
+    },
+    /// The pipeline could not be placed on these GPUs even if all their memory were free.
+    #[error(
+        "{num_stages} stages of {num_gpus} GPUs with {bytes_per_gpu} bytes each were asked for; \
+         all domains together can hold {num_stages_max}"
+    )]
+    PipelineTooLarge {
+        /// Stages asked for.
+        num_stages: u32,
+        /// GPUs of each.
+        num_gpus: u32,
+        /// Bytes asked for on each GPU.
+        bytes_per_gpu: u64,
+        /// Stages that all domains together could hold.
+        num_stages_max: u32,
+    },
+    /// The pipeline does not fit now.
+    #[error(
+        "{num_stages} stages of {num_gpus} GPUs with room for {bytes_per_gpu} bytes each were \
+         asked for; there is room for {num_stages_max} now"
+    )]
+    NoStageRoom {
+        /// Stages asked for.
+        num_stages: u32,
+        /// GPUs of each.
+        num_gpus: u32,
+        /// Bytes asked for on each GPU.
+        bytes_per_gpu: u64,
+        /// Stages that there is room for.
+        num_stages_max: u32,
     },
     /// A worker reported more cached blocks than it has.
     #[error("worker {worker} reported more cached blocks than the {limit} it has")]
@@ -100,11 +164,15 @@ impl SchedulerError {
             Self::InvalidField { .. }
             | Self::DuplicateName { .. }
             | Self::UnknownWorker
-            | Self::GangTooLarge { .. } => ErrorCode::InvalidRequest,
-            Self::ModelNotFound => ErrorCode::ModelNotFound,
+            | Self::GangTooLarge { .. }
+            | Self::PipelineTooLarge { .. } => ErrorCode::InvalidRequest,
+            Self::ModelNotFound | Self::NotServed { .. } => ErrorCode::ModelNotFound,
             Self::ContextTooLong { .. } | Self::KvTooLarge { .. } => ErrorCode::ContextTooLong,
-            Self::NoWorkers { .. } | Self::NoGpuRoom { .. } => ErrorCode::NoWorkers,
-            Self::LimitReached { .. } => ErrorCode::QueueFull,
+            Self::NoWorkers { .. } | Self::NoGpuRoom { .. } | Self::NoStageRoom { .. } => {
+                ErrorCode::NoWorkers
+            }
+            Self::LimitReached { .. } | Self::QueueFull { .. } => ErrorCode::QueueFull,
+            Self::DeadlineExceeded | Self::DeadlineHopeless { .. } => ErrorCode::DeadlineExceeded,
             Self::TooManyBlocks { .. } => ErrorCode::WorkerFailed,
         }
     }
@@ -113,17 +181,22 @@ impl SchedulerError {
     pub fn limit(&self) -> Option<u64> {
         match *self {
             Self::ContextTooLong { limit, .. } | Self::KvTooLarge { limit, .. } => Some(limit),
-            Self::LimitReached { limit, .. } | Self::TooManyBlocks { limit, .. } => {
-                Some(limit.into())
-            }
+            Self::LimitReached { limit, .. }
+            | Self::QueueFull { limit, .. }
+            | Self::TooManyBlocks { limit, .. } => Some(limit.into()),
             Self::GangTooLarge { num_gpus_max, .. } | Self::NoGpuRoom { num_gpus_max, .. } => {
                 Some(num_gpus_max.into())
             }
+            Self::PipelineTooLarge { num_stages_max, .. }
+            | Self::NoStageRoom { num_stages_max, .. } => Some(num_stages_max.into()),
             Self::InvalidField { .. }
             | Self::DuplicateName { .. }
             | Self::UnknownWorker
             | Self::ModelNotFound
-            | Self::NoWorkers { .. } => None,
+            | Self::NotServed { .. }
+            | Self::NoWorkers { .. }
+            | Self::DeadlineExceeded
+            | Self::DeadlineHopeless { .. } => None,
         }
     }
 
@@ -133,16 +206,32 @@ impl SchedulerError {
             Self::ContextTooLong { requested, .. } | Self::KvTooLarge { requested, .. } => {
                 Some(requested)
             }
-            Self::LimitReached { current, .. } => Some(current.into()),
+            Self::LimitReached { current, .. } | Self::QueueFull { current, .. } => {
+                Some(current.into())
+            }
             Self::GangTooLarge { num_gpus, .. } | Self::NoGpuRoom { num_gpus, .. } => {
                 Some(num_gpus.into())
+            }
+            Self::PipelineTooLarge { num_stages, .. } | Self::NoStageRoom { num_stages, .. } => {
+                Some(num_stages.into())
             }
             Self::InvalidField { .. }
             | Self::DuplicateName { .. }
             | Self::UnknownWorker
             | Self::ModelNotFound
+            | Self::NotServed { .. }
             | Self::NoWorkers { .. }
+            | Self::DeadlineExceeded
+            | Self::DeadlineHopeless { .. }
             | Self::TooManyBlocks { .. } => None,
+        }
+    }
+
+    /// When to ask again, where that can be predicted.
+    pub const fn retry_after(&self) -> Option<Duration> {
+        match *self {
+            Self::QueueFull { retry_after, .. } => retry_after,
+            _ => None,
         }
     }
 }

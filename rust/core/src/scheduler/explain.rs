@@ -3,7 +3,7 @@
 use super::{
     Scheduler,
     error::SchedulerError,
-    route::{Candidate, RouteRequest},
+    route::{Candidate, Chain, RouteRequest},
     worker::{Worker, WorkerId},
 };
 
@@ -14,6 +14,14 @@ pub enum Ineligible {
     Excluded,
     /// It takes no new requests.
     Draining,
+    /// It has other weights than the request demands.
+    OtherWeightsEpoch,
+    /// It has a taint that the request does not tolerate.
+    Tainted,
+    /// It is reserved for other service classes.
+    OtherSloClass,
+    /// It serves no LoRA adapters.
+    NoLoras,
     /// Prompt and output exceed its context.
     ContextTooLong {
         /// Prompt plus output tokens.
@@ -31,11 +39,30 @@ pub enum Ineligible {
 }
 
 impl Ineligible {
+    /// The field of the request that does not meet the worker's terms, after the number of those before it that do;
+    /// `None` where it is not about terms.
+    const fn unmet_term(self) -> Option<(u32, &'static str)> {
+        match self {
+            Self::OtherWeightsEpoch => Some((0, "weights_epoch")),
+            Self::Tainted => Some((1, "tolerations")),
+            Self::OtherSloClass => Some((2, "slo_class")),
+            Self::NoLoras => Some((3, "lora")),
+            Self::Excluded
+            | Self::Draining
+            | Self::ContextTooLong { .. }
+            | Self::KvTooLarge { .. } => None,
+        }
+    }
+
     /// The reason as metrics and Python spell it.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Excluded => "excluded",
             Self::Draining => "draining",
+            Self::OtherWeightsEpoch => "other_weights_epoch",
+            Self::Tainted => "tainted",
+            Self::OtherSloClass => "other_slo_class",
+            Self::NoLoras => "no_loras",
             Self::ContextTooLong { .. } => "context_too_long",
             Self::KvTooLarge { .. } => "kv_too_large",
         }
@@ -67,21 +94,27 @@ impl Survey {
             .copied()
     }
 
-    /// Why there is no candidate: size first, because waiting does not help against it.
+    /// Why there is no candidate: what waiting does not help against goes first, a lack of size before other terms.
     pub(super) fn refusal(&self) -> SchedulerError {
         let reasons = self.ineligible.iter().map(|&(_, reason)| reason);
         let kv = reasons.clone().filter_map(|reason| match reason {
             Ineligible::KvTooLarge { requested, limit } => Some((limit, requested)),
             _ => None,
         });
-        let context = reasons.filter_map(|reason| match reason {
+        let context = reasons.clone().filter_map(|reason| match reason {
             Ineligible::ContextTooLong { requested, limit } => Some((limit, requested)),
             _ => None,
         });
-        match (kv.max(), context.max()) {
-            (Some((limit, requested)), _) => SchedulerError::KvTooLarge { requested, limit },
-            (None, Some((limit, requested))) => SchedulerError::ContextTooLong { requested, limit },
-            (None, None) => SchedulerError::NoWorkers {
+        // Of the worker that comes closest.
+        let terms: Option<Vec<_>> = reasons.map(Ineligible::unmet_term).collect();
+        let unmet = terms.and_then(|terms| terms.into_iter().max());
+        match (kv.max(), context.max(), unmet) {
+            (Some((limit, requested)), ..) => SchedulerError::KvTooLarge { requested, limit },
+            (None, Some((limit, requested)), _) => {
+                SchedulerError::ContextTooLong { requested, limit }
+            }
+            (None, None, Some((_, field))) => SchedulerError::NotServed { field },
+            (None, None, _) => SchedulerError::NoWorkers {
                 registered: self.ineligible.len() as u32,
             },
         }
@@ -122,27 +155,37 @@ impl Scheduler {
             candidates: Vec::new(),
             ineligible: Vec::new(),
         };
-        for chain in self.chains(model, request) {
-            let depths = self.index.depths(&chain.blocks, self.workers.num_slots());
-            let mut costs = self.cost_model(request, &chain);
-            let members = &self.groups.get(chain.group).members;
-            let held = members.iter().map(|&slot| depths[slot as usize]);
-            costs.deepest = held.max().unwrap_or(0).into();
-            for &slot in members {
-                let Some((worker, standing)) = self.workers.at(slot) else {
-                    continue;
-                };
-                if let Some(reason) = judge(standing.id, worker, request) {
-                    survey.ineligible.push((standing.id, reason));
-                    continue;
-                }
-                let depth = depths[slot as usize] as usize;
-                let candidate = self.candidate(request, slot, depth, &costs);
-                survey.candidates.extend(candidate);
+        for (key, &group) in &model.groups {
+            if let Some(reason) = key.refusal(request) {
+                let members = self.groups.get(group).members.iter();
+                let ids = members.map(|&slot| (self.workers.standing(slot).id, reason));
+                survey.ineligible.extend(ids);
             }
+        }
+        for chain in self.chains(model, request) {
+            self.survey_group(request, &chain, &mut survey);
         }
         survey.ineligible.sort_unstable_by_key(|&(id, _)| id);
         Ok(survey)
+    }
+
+    fn survey_group(&self, request: &RouteRequest<'_>, chain: &Chain<'_>, survey: &mut Survey) {
+        let depths = self.index.depths(&chain.blocks, self.workers.num_slots());
+        let mut costs = self.cost_model(request, chain);
+        // KV can be fetched from a worker that would not take the request itself.
+        costs.deepest = depths.iter().copied().max().unwrap_or(0).into();
+        for &slot in &self.groups.get(chain.group).members {
+            let Some((worker, standing)) = self.workers.at(slot) else {
+                continue;
+            };
+            if let Some(reason) = judge(standing.id, worker, request) {
+                survey.ineligible.push((standing.id, reason));
+                continue;
+            }
+            let depth = depths[slot as usize] as usize;
+            let candidate = self.candidate(request, chain, slot, depth, &costs);
+            survey.candidates.extend(candidate);
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Workers that hash alike: one model, weights epoch and block size.
+//! Workers that are alike in a request's eyes: one model, weights epoch, block size, and the same terms.
 
 use std::collections::BTreeMap;
 
@@ -9,18 +9,20 @@ use super::{
     load_grid::LoadGrid,
     ring::Ring,
     standing::{NIL, NUM_ROOM_CLASSES, Standing},
+    terms::Terms,
     worker::WorkerSpec,
 };
 use crate::hash::HashSeed;
 
-/// What the hashes of a model's blocks depend on besides tokens and salt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// What tells the groups of a model apart.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct GroupKey {
     pub(super) weights_epoch: u64,
     pub(super) block_size: u32,
+    pub(super) terms: Terms,
 }
 
-/// Workers that share hash chains, so that one search serves them all.
+/// Workers that share hash chains and take the same requests, so that one search serves them all.
 #[derive(Debug)]
 pub(super) struct Group {
     pub(super) key: GroupKey,
@@ -102,7 +104,7 @@ impl Group {
 /// A model's groups.
 #[derive(Debug, Default)]
 pub(super) struct Model {
-    /// By what their hashes depend on: the group's number.
+    /// The numbers of its groups.
     pub(super) groups: BTreeMap<GroupKey, u32>,
     /// For consistent hashing; empty under any other policy.
     pub(super) ring: Ring,
@@ -128,6 +130,18 @@ impl Groups {
         self.models.get_mut(name)
     }
 
+    /// Workers of the model whose blocks have the identities that this group's have.
+    pub(super) fn num_sharers(&self, model: &Model, key: &GroupKey) -> usize {
+        let identity = |key: &GroupKey| (key.weights_epoch, key.block_size);
+        let alike = model
+            .groups
+            .iter()
+            .filter(|(other, _)| identity(other) == identity(key));
+        alike
+            .map(|(_, &number)| self.get(number).members.len())
+            .sum()
+    }
+
     pub(super) fn get(&self, number: u32) -> &Group {
         &self.by_number[number as usize]
     }
@@ -141,10 +155,11 @@ impl Groups {
         let key = GroupKey {
             weights_epoch: spec.weights_epoch,
             block_size: spec.block_size,
+            terms: Terms::of(spec),
         };
         let model = self.models.entry(spec.model.clone()).or_default();
-        let number = *model.groups.entry(key).or_insert_with(|| {
-            let group = Group::new(key, spec.hash_seed(""));
+        let number = *model.groups.entry(key.clone()).or_insert_with(|| {
+            let group = Group::new(key, spec.hash_seed("", None));
             if let Some(number) = self.free.pop() {
                 self.by_number[number as usize] = group;
                 return number;

@@ -1,38 +1,62 @@
 //! Chooses among replicas and GPUs: which worker takes a request, and which memory a model gets.
 //!
 //! [`mod@route`] holds the routing decision, [`mod@place`] the placement of gangs of GPUs, [`waiting`] the queues of
-//! those that found no room. What they know is fed from outside: specs, KV events, load reports. One owner holds the
-//! [`Scheduler`]; callers with threads put it behind a mutex.
+//! those that found no room, [`cells`] one decision over several schedulers. What they know is fed from outside: specs,
+//! KV events, load reports. One owner holds the [`Scheduler`]; callers with threads put it behind a mutex.
 
+mod admission;
 mod bits;
+pub mod cells;
+mod charge;
 mod config;
 mod error;
 mod explain;
+mod fair_queue;
+mod fair_share;
 mod group;
+mod held;
 mod index;
+mod kv_feed;
 mod load_grid;
+mod loras;
+mod pace;
 mod pick;
 pub mod place;
 mod placement;
 mod policy;
+mod predict;
+mod replica;
 mod reservation;
 mod ring;
 pub mod route;
 mod search;
+mod serve;
 mod standing;
 mod stats;
+mod terms;
+mod wait_queues;
 pub mod waiting;
 mod worker;
 mod workers;
 
 use std::collections::BTreeMap;
 
+use rustc_hash::FxHashMap;
+
 pub use self::{
+    admission::AdmissionClass,
+    cells::{CellId, Cells},
     config::SchedulerConfig,
     error::SchedulerError,
-    place::{Extent, GpuId, GpuSpec, Layout, PlaceRequest, PlacedGpu, Placement, PlacementId},
+    kv_feed::KvFeed,
+    loras::Lora,
+    place::{
+        Extent, GpuId, GpuSpec, Layout, NodeLimits, PlaceRequest, PlacedGpu, Placement,
+        PlacementId, Shares,
+    },
     placement::{DomainMemory, GpuMemoryUse},
     policy::RoutePolicy,
+    replica::ReplicaShape,
     reservation::{Reservation, ReservationId},
     route::{Candidate, Explanation, HashedPrompt, Ineligible, RouteRequest},
     stats::{SchedulerStats, WorkerSnapshot},
@@ -40,16 +64,19 @@ pub use self::{
     worker::{NAME_BYTES_MAX, WorkerId, WorkerLoad, WorkerSpec},
 };
 use self::{
+    admission::Rules,
+    charge::Charge,
     group::Groups,
+    held::HeldReservations,
     index::PrefixIndex,
+    loras::Loras,
     placement::GpuPool,
-    reservation::Held,
     standing::NIL,
-    waiting::WaitQueues,
+    wait_queues::WaitQueues,
     worker::{Demand, Worker},
     workers::Workers,
 };
-use crate::{config::ConfigIssue, hash::BlockHash, step::KvEvent};
+use crate::config::ConfigIssue;
 
 /// Chooses workers for requests and GPUs for gangs.
 #[derive(Debug)]
@@ -58,12 +85,19 @@ pub struct Scheduler {
     workers: Workers,
     groups: Groups,
     index: PrefixIndex,
-    /// Ordered by age.
-    reservations: BTreeMap<ReservationId, Held>,
+    loras: Loras,
+    reservations: HeldReservations,
     /// Reservations made so far.
     num_decisions: u64,
+    /// Times that a worker's KV events were lost.
+    num_kv_gaps: u64,
     gpus: GpuPool,
     waiting: WaitQueues,
+    rules: Rules,
+    /// Of the reservations that were acquired.
+    charges: FxHashMap<ReservationId, Charge>,
+    /// Of the tenants that have one of their own.
+    tenant_weights: BTreeMap<String, u32>,
 }
 
 impl Scheduler {
@@ -71,15 +105,21 @@ impl Scheduler {
     pub fn new(config: SchedulerConfig) -> Result<Self, Vec<ConfigIssue>> {
         config.validate()?;
         let gpus = GpuPool::new(&config);
+        let rules = Rules::new(&config);
         Ok(Self {
             config,
             workers: Workers::default(),
             groups: Groups::default(),
             index: PrefixIndex::default(),
-            reservations: BTreeMap::new(),
+            loras: Loras::default(),
+            reservations: HeldReservations::default(),
             num_decisions: 0,
+            num_kv_gaps: 0,
             gpus,
             waiting: WaitQueues::default(),
+            rules,
+            charges: FxHashMap::default(),
+            tenant_weights: BTreeMap::new(),
         })
     }
 
@@ -124,7 +164,12 @@ impl Scheduler {
             .remove_member(&worker.spec, worker.group, id.slot);
         self.index
             .remove_holder(worker.holder, worker.num_cached_blocks);
-        self.reservations.retain(|_, held| held.worker != id);
+        self.loras.remove(&worker.loras, id.slot);
+        let lost = self.reservations.remove_worker(id);
+        self.refund_lost(&lost);
+        if self.groups.model(&worker.spec.model).is_none() {
+            self.waiting.forget_model(&worker.spec.model);
+        }
         true
     }
 
@@ -181,41 +226,6 @@ impl Scheduler {
         }
     }
 
-    /// Takes a change of what a worker's prefix cache holds.
-    ///
-    /// A worker that reports more blocks than it has is refused before anything changes; so is one that is gone.
-    pub fn apply_kv_event(&mut self, id: WorkerId, event: &KvEvent) -> Result<(), SchedulerError> {
-        let worker = self.workers.get_mut(id);
-        let worker = worker.ok_or(SchedulerError::UnknownWorker)?;
-        match event {
-            KvEvent::Stored(hashes) => {
-                let limit = worker.spec.num_blocks;
-                let room = limit - worker.num_cached_blocks;
-                let holder = worker.holder;
-                // What is stored already takes no room; mostly there is enough without counting that.
-                let is_new = |hash: &&BlockHash| !self.index.contains(**hash, holder);
-                if hashes.len() > room as usize
-                    && hashes.iter().filter(is_new).count() > room as usize
-                {
-                    let worker = worker.spec.name.clone();
-                    return Err(SchedulerError::TooManyBlocks { worker, limit });
-                }
-                worker.num_cached_blocks += self.index.insert_all(hashes, holder);
-            }
-            KvEvent::Removed(hashes) => {
-                worker.num_cached_blocks -= self.index.remove_all(hashes, worker.holder);
-            }
-            KvEvent::Cleared => {
-                self.index
-                    .remove_holder(worker.holder, worker.num_cached_blocks);
-                worker.num_cached_blocks = 0;
-                worker.holder = self.index.add_holder(id.slot);
-                self.refresh(id.slot);
-            }
-        }
-        Ok(())
-    }
-
     /// The worker of this name.
     pub fn worker_by_name(&self, name: &str) -> Option<WorkerId> {
         self.workers.by_name(name)
@@ -223,6 +233,6 @@ impl Scheduler {
 
     /// What the worker was registered as.
     pub fn worker_spec(&self, id: WorkerId) -> Option<&WorkerSpec> {
-        self.workers.get(id).map(|worker| &worker.spec)
+        self.workers.get(id).map(|worker| &*worker.spec)
     }
 }

@@ -69,7 +69,8 @@ impl Pick<'_> {
             }
         }
         let costs = self.scheduler.cost_model(self.request, chain);
-        let cost = costs.cost(costs.prompt_tokens, standing.queued, standing.batch.into());
+        let prompt = costs.prompt_tokens + self.scheduler.load_tokens(chain, slot);
+        let cost = costs.cost(prompt, standing.queued, standing.batch.into());
         let depth = 0;
         Some((Found { cost, slot, depth }, number, costs))
     }

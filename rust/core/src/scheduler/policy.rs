@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 ///
 /// Under every policy the workers that have room for the request now come before those that have not.
 /// `miss` are the prompt tokens that the worker would have to compute, `queued` those that wait there already,
-/// `batch` the sequences that run or wait there, `prompt` all tokens of the prompt.
+/// `batch` the sequences that run or wait there, `prompt` all tokens of the prompt. To `miss` and `prompt` comes
+/// `lora_load_tokens` where the request's LoRA adapter is not on the worker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RoutePolicy {
@@ -63,15 +64,21 @@ pub(super) struct CostModel {
     pub(super) policy: RoutePolicy,
     pub(super) prompt_tokens: u64,
     pub(super) block_size: u64,
-    /// Leading blocks that the deepest holder has; blocks are fetched from it.
+    /// Leading blocks that the deepest holder has, of any terms; blocks are fetched from it.
     pub(super) deepest: u64,
     pub(super) seq_cost_tokens: u64,
     pub(super) fetch_cost_permille: u64,
+    /// What must be done before the prompt, in tokens of prefill: loading an adapter.
+    pub(super) load_tokens: u64,
 }
 
 impl CostModel {
-    /// What a worker that has `depth` leading blocks would have to do for the prompt, in tokens of prefill.
+    /// What a worker that has `depth` leading blocks would have to do for the request, in tokens of prefill.
     pub(super) fn prefill(&self, depth: u64) -> u64 {
+        self.prompt_left(depth).saturating_add(self.load_tokens)
+    }
+
+    fn prompt_left(&self, depth: u64) -> u64 {
         let missing = |depth: u64| self.prompt_tokens - depth * self.block_size;
         match self.policy {
             RoutePolicy::Product | RoutePolicy::PrefixSum => missing(depth),

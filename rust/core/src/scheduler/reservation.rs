@@ -3,6 +3,7 @@
 use super::{
     Scheduler,
     error::SchedulerError,
+    held::Held,
     policy::RoutePolicy,
     route::{Candidate, RouteRequest},
     worker::{Demand, WorkerId},
@@ -11,7 +12,12 @@ use crate::time::Time;
 
 /// Names a reservation. Never used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ReservationId(pub(super) u64);
+pub struct ReservationId {
+    /// Counts decisions; first, so that ids are ordered by it.
+    pub(super) number: u64,
+    /// Where the reservation is found, if what is there has this number.
+    pub(super) slot: u32,
+}
 
 /// Room on a worker, held until [`Scheduler::release`] or until the worker is removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,16 +30,6 @@ pub struct Reservation {
     pub num_cached_tokens: u32,
     /// KV blocks of prompt and output together, cached ones included.
     pub num_blocks: u32,
-}
-
-/// What the scheduler remembers of a reservation.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Held {
-    pub(super) worker: WorkerId,
-    pub(super) demand: Demand,
-    /// `Worker::num_reports` when it was made.
-    pub(super) num_reports: u64,
-    pub(super) reserved_at: Time,
 }
 
 impl Scheduler {
@@ -56,7 +52,7 @@ impl Scheduler {
             .workers
             .get_mut(chosen.worker)
             .ok_or(SchedulerError::UnknownWorker)?;
-        let cached_blocks = chosen.num_cached_tokens / worker.spec.block_size;
+        let cached_blocks = chosen.num_cached_tokens / chosen.block_size;
         let demand = Demand {
             num_seqs: 1,
             num_blocks: u64::from(chosen.num_blocks - cached_blocks),
@@ -66,7 +62,6 @@ impl Scheduler {
         worker.last_chosen = self.num_decisions;
         worker.reserved.add(demand);
         worker.unreported.add(demand);
-        let id = ReservationId(self.num_decisions);
         let num_reports = worker.num_reports;
         let held = Held {
             worker: chosen.worker,
@@ -74,8 +69,11 @@ impl Scheduler {
             num_reports,
             reserved_at: now,
         };
-        self.reservations.insert(id, held);
+        let id = self.reservations.insert(self.num_decisions, held);
         self.refresh(chosen.worker.slot);
+        if let Some(lora) = request.lora {
+            self.expect_lora(chosen.worker, lora);
+        }
         if self.config.policy == RoutePolicy::RoundRobin
             && let Some(model) = self.groups.model_mut(request.model)
         {
@@ -91,8 +89,11 @@ impl Scheduler {
 
     /// The prompt is computed: its tokens no longer queue on the worker. `false` where the reservation is gone or
     /// its prompt was done before.
-    pub fn prefill_done(&mut self, id: ReservationId) -> bool {
-        let Some(held) = self.reservations.get_mut(&id) else {
+    ///
+    /// The time that it took teaches how fast the worker computes prompts: since the reservation, or since the last
+    /// prompt that the worker computed if that was later.
+    pub fn prefill_done(&mut self, id: ReservationId, now: Time) -> bool {
+        let Some(held) = self.reservations.get_mut(id) else {
             return false;
         };
         let prefill = Demand {
@@ -102,14 +103,24 @@ impl Scheduler {
         held.demand.subtract(prefill);
         let held = *held;
         self.give_back(&held, prefill);
-        prefill.prefill_tokens > 0
+        let is_first = prefill.prefill_tokens > 0;
+        if is_first && let Some(worker) = self.workers.get_mut(held.worker) {
+            let started = held.reserved_at.max(worker.prefill_done_at);
+            worker.prefill_done_at = worker.prefill_done_at.max(now);
+            let tokens = prefill.prefill_tokens;
+            worker.prefill_pace.sample(tokens, now - started);
+        }
+        is_first
     }
 
     /// Gives a reservation back. `false` where it is gone already.
+    ///
+    /// Its tenant stays charged for all of `max_tokens`; [`finish`](Self::finish) settles that.
     pub fn release(&mut self, id: ReservationId) -> bool {
-        let Some(held) = self.reservations.remove(&id) else {
+        let Some(held) = self.reservations.remove(id) else {
             return false;
         };
+        self.charges.remove(&id);
         self.give_back(&held, held.demand);
         true
     }

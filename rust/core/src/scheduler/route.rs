@@ -13,23 +13,29 @@
 //! Properties (tested): the choice has the least cost of a full scan; a request is never placed on a worker whose
 //! KV could not hold it even when empty; a refusal changes nothing.
 
-use std::{borrow::Cow, cmp::Reverse};
+use std::{cmp::Reverse, ops::Deref, rc::Rc};
 
 pub use super::explain::{Explanation, Ineligible};
 use super::{
     Scheduler,
+    admission::AdmissionClass,
+    bits::Bits,
     error::SchedulerError,
-    group::Model,
+    group::{GroupKey, Model},
+    loras::Lora,
     policy::CostModel,
     reservation::Reservation,
     search::{Found, Needs, Search},
-    worker::WorkerId,
+    worker::{NAME_BYTES_MAX, WorkerId, hash_seed, validate_name},
 };
 use crate::{
-    hash::{BlockHash, HashSeed, SeedParts, block_hashes},
+    hash::{BlockHash, HashSeed, block_hashes},
     ids::TokenId,
     time::Time,
 };
+
+/// Most tolerations of a request.
+const TOLERATIONS_MAX: usize = 64;
 
 /// A request that wants a worker.
 #[derive(Clone, Copy, Debug, Default)]
@@ -42,10 +48,25 @@ pub struct RouteRequest<'a> {
     pub max_tokens: u32,
     /// Isolates the prefix cache; requests share KV only where it is equal.
     pub salt: &'a str,
+    /// The adapter that it runs with.
+    pub lora: Option<Lora<'a>>,
+    /// Only workers with this version of the weights; any where `None`.
+    pub weights_epoch: Option<u64>,
+    /// Its service class, where it has one; at most 128 bytes. Workers reserved for other classes do not take it.
+    pub slo_class: &'a str,
+    /// Taints of workers that do not keep it away; at most 64.
+    pub tolerations: &'a [&'a str],
     /// Workers that may not take it, for example because they failed it before.
     pub exclude: &'a [WorkerId],
     /// What `consistent_hash` keeps together; where it is empty, prompts of one first block.
     pub session_key: &'a str,
+    /// Whose request it is, at most 128 bytes; the empty name is the tenant of all who give none. Tenants share what
+    /// [`acquire`](Scheduler::acquire) grants.
+    pub tenant: &'a str,
+    /// How urgent it is while it waits.
+    pub class: AdmissionClass,
+    /// By when the first token is wanted. A request that still waits then is refused.
+    pub deadline: Option<Time>,
     /// The prompt's hashes, where the caller has them already.
     pub hashed: Option<HashedPrompt<'a>>,
 }
@@ -68,19 +89,24 @@ impl RouteRequest<'_> {
     }
 
     pub(super) fn validate(&self) -> Result<(), SchedulerError> {
+        let refuse = |field, expected| Err(SchedulerError::InvalidField { field, expected });
         if self.token_ids.is_empty() {
-            return Err(SchedulerError::InvalidField {
-                field: "token_ids",
-                expected: "not empty",
-            });
+            return refuse("token_ids", "not empty");
         }
         if self.max_tokens == 0 {
-            return Err(SchedulerError::InvalidField {
-                field: "max_tokens",
-                expected: "at least 1",
-            });
+            return refuse("max_tokens", "at least 1");
         }
-        Ok(())
+        if self.slo_class.len() > NAME_BYTES_MAX {
+            return refuse("slo_class", "at most 128 bytes long");
+        }
+        if self.tenant.len() > NAME_BYTES_MAX {
+            return refuse("tenant", "at most 128 bytes long");
+        }
+        if self.tolerations.len() > TOLERATIONS_MAX {
+            return refuse("tolerations", "at most 64 names");
+        }
+        self.lora
+            .map_or(Ok(()), |lora| validate_name("lora.id", lora.id))
     }
 }
 
@@ -103,6 +129,10 @@ pub struct Candidate {
     pub num_blocks: u32,
     /// KV blocks that nothing holds and nothing was promised.
     pub kv_blocks_free: u64,
+    /// What loading the request's adapter there costs, in tokens of prefill; 0 where it is there, or none is wanted.
+    pub lora_load_tokens: u64,
+    /// Of the worker.
+    pub(super) block_size: u32,
     /// Number of the decision that last chose the worker; 0: none.
     last_chosen: u64,
 }
@@ -123,7 +153,30 @@ impl Candidate {
 pub(super) struct Chain<'a> {
     pub(super) group: u32,
     pub(super) block_size: u32,
-    pub(super) blocks: Cow<'a, [BlockHash]>,
+    seed: HashSeed,
+    pub(super) blocks: Blocks<'a>,
+    /// Workers that may hold these blocks: those of the groups that differ in terms alone.
+    pub(super) num_sharers: usize,
+    /// Slots of the workers that have the request's adapter; `None` where it wants none.
+    pub(super) residents: Option<&'a Bits>,
+}
+
+/// Hashes that the caller had, or that groups with the same chain share.
+#[derive(Clone)]
+pub(super) enum Blocks<'a> {
+    Given(&'a [BlockHash]),
+    Hashed(Rc<[BlockHash]>),
+}
+
+impl Deref for Blocks<'_> {
+    type Target = [BlockHash];
+
+    fn deref(&self) -> &[BlockHash] {
+        match self {
+            Self::Given(blocks) => blocks,
+            Self::Hashed(blocks) => blocks,
+        }
+    }
 }
 
 impl Scheduler {
@@ -141,19 +194,7 @@ impl Scheduler {
 
     /// The best worker for the request, whether or not it has room now. Reserves nothing.
     pub(super) fn choose(&self, request: &RouteRequest<'_>) -> Result<Candidate, SchedulerError> {
-        request.validate()?;
-        let model = self.groups.model(request.model);
-        let model = model.ok_or(SchedulerError::ModelNotFound)?;
-        let chains = self.chains(model, request);
-        let found = if self.config.policy.is_least_cost() {
-            self.least_cost(request, &chains)
-        } else {
-            self.pick(model, request, &chains)
-        };
-        if let Some(candidate) = found.and_then(|(found, chain, costs)| {
-            let candidate = self.verified(request, found, &chains[chain], &costs)?;
-            Some(candidate)
-        }) {
+        if let Some(candidate) = self.find(request)? {
             return Ok(candidate);
         }
         // Nobody may take it, or a holder lacks a block that it should have: rare enough to judge everybody.
@@ -161,33 +202,85 @@ impl Scheduler {
         survey.best().ok_or_else(|| survey.refusal())
     }
 
-    /// The request's hashes for each group of its model.
-    pub(super) fn chains<'a>(&self, model: &Model, request: &RouteRequest<'a>) -> Vec<Chain<'a>> {
-        let of_group = |&group: &u32| {
-            let (key, seed) = (self.groups.get(group).key, self.groups.get(group).seed);
-            let seed = match request.salt {
-                "" => seed,
-                salt => SeedParts {
-                    model: request.model,
-                    weights_epoch: key.weights_epoch,
-                    salt,
-                    ..SeedParts::default()
-                }
-                .seed(),
-            };
-            Chain {
-                group,
-                block_size: key.block_size,
-                blocks: usable_chain(request, seed, key.block_size),
-            }
+    /// As [`choose`](Self::choose), and gives up where that would judge everybody.
+    pub(super) fn find(
+        &self,
+        request: &RouteRequest<'_>,
+    ) -> Result<Option<Candidate>, SchedulerError> {
+        self.find_among(request, &[true, false])
+    }
+
+    /// As [`find`](Self::find), among the workers that have room now.
+    pub(super) fn find_room(&self, request: &RouteRequest<'_>) -> Option<Candidate> {
+        let found = self.find_among(request, &[true]).ok().flatten();
+        found.filter(|candidate| candidate.has_room)
+    }
+
+    /// The best of those that have room or have none, whichever comes first in `rooms` and is there.
+    fn find_among(
+        &self,
+        request: &RouteRequest<'_>,
+        rooms: &[bool],
+    ) -> Result<Option<Candidate>, SchedulerError> {
+        request.validate()?;
+        let model = self.groups.model(request.model);
+        let model = model.ok_or(SchedulerError::ModelNotFound)?;
+        let chains = self.chains(model, request);
+        let found = if self.config.policy.is_least_cost() {
+            self.least_cost(request, &chains, rooms)
+        } else {
+            self.pick(model, request, &chains)
         };
-        model.groups.values().map(of_group).collect()
+        Ok(found.and_then(|(found, chain, costs)| {
+            self.verified(request, found, &chains[chain], &costs)
+        }))
+    }
+
+    /// The request's hashes for each group of its model whose workers may take it.
+    pub(super) fn chains<'a>(
+        &'a self,
+        model: &Model,
+        request: &RouteRequest<'a>,
+    ) -> Vec<Chain<'a>> {
+        let residents = request
+            .lora
+            .map(|lora| self.loras.residents(request.model, lora));
+        let mut chains: Vec<Chain<'a>> = Vec::with_capacity(model.groups.len());
+        for (key, &group) in &model.groups {
+            if key.refusal(request).is_some() {
+                continue;
+            }
+            let block_size = key.block_size;
+            let seed = match (request.salt, request.lora) {
+                ("", None) => self.groups.get(group).seed,
+                (salt, lora) => hash_seed(request.model, key.weights_epoch, salt, lora),
+            };
+            let same = chains
+                .iter()
+                .find(|other| (other.seed, other.block_size) == (seed, block_size));
+            let (blocks, num_sharers) = match same {
+                Some(other) => (other.blocks.clone(), other.num_sharers),
+                None => (
+                    usable_chain(request, seed, block_size),
+                    self.groups.num_sharers(model, key),
+                ),
+            };
+            chains.push(Chain {
+                group,
+                block_size,
+                seed,
+                blocks,
+                num_sharers,
+                residents,
+            });
+        }
+        chains
     }
 
     /// What a request asks of a chain's workers.
     pub(super) fn needs<'a>(
         request: &RouteRequest<'a>,
-        chain: &Chain<'_>,
+        chain: &Chain<'a>,
         room: bool,
     ) -> Needs<'a> {
         let num_tokens = request.num_tokens();
@@ -196,6 +289,7 @@ impl Scheduler {
             num_blocks: num_tokens.div_ceil(u64::from(chain.block_size)),
             exclude: request.exclude,
             room,
+            only: None,
         }
     }
 
@@ -207,33 +301,56 @@ impl Scheduler {
             deepest: 0,
             seq_cost_tokens: self.config.seq_cost_tokens.into(),
             fetch_cost_permille: self.config.fetch_cost_permille.into(),
+            load_tokens: 0,
+        }
+    }
+
+    /// What loading the request's adapter onto the worker in this slot costs, in tokens of prefill.
+    pub(super) fn load_tokens(&self, chain: &Chain<'_>, slot: u32) -> u64 {
+        match chain.residents {
+            Some(residents) if !residents.contains(slot) => self.config.lora_load_tokens.into(),
+            _ => 0,
         }
     }
 
     /// A worker of least cost, and which chain is its own.
-    fn least_cost(
+    fn least_cost<'a>(
         &self,
-        request: &RouteRequest<'_>,
-        chains: &[Chain<'_>],
+        request: &RouteRequest<'a>,
+        chains: &[Chain<'a>],
+        rooms: &[bool],
     ) -> Option<(Found, usize, CostModel)> {
-        [true, false].into_iter().find_map(|room| {
+        rooms.iter().find_map(|&room| {
             let mut best: Option<(Found, usize, CostModel)> = None;
             for (number, chain) in chains.iter().enumerate() {
-                let before = best.map(|(found, ..)| found);
-                let mut search = Search {
-                    index: &self.index,
-                    standings: self.workers.standings(),
-                    group: self.groups.get(chain.group),
-                    group_number: chain.group,
-                    chain: &chain.blocks,
-                    needs: Self::needs(request, chain, room),
-                    costs: self.cost_model(request, chain),
-                    best: before,
-                };
-                search.run();
-                let is_better = |found: &Found| before.is_none_or(|old| found.cost < old.cost);
-                if let Some(found) = search.best.filter(is_better) {
-                    best = Some((found, number, search.costs));
+                // Those that have the adapter, then all as if they had to load it: no resident wins by the latter.
+                let residents = chain.residents.map(|residents| (Some(residents), 0));
+                let load_tokens = residents.map_or(0, |_| self.config.lora_load_tokens.into());
+                for (only, load_tokens) in residents.into_iter().chain([(None, load_tokens)]) {
+                    let mut search = Search {
+                        index: &self.index,
+                        standings: self.workers.standings(),
+                        group: self.groups.get(chain.group),
+                        group_number: chain.group,
+                        chain: &chain.blocks,
+                        num_sharers: chain.num_sharers,
+                        needs: Needs {
+                            only,
+                            ..Self::needs(request, chain, room)
+                        },
+                        costs: CostModel {
+                            load_tokens,
+                            ..self.cost_model(request, chain)
+                        },
+                        best: best.map(|(found, ..)| found),
+                    };
+                    search.run();
+                    let old = best.map_or(u64::MAX, |(found, ..)| found.cost);
+                    if let Some(found) = search.best
+                        && (best.is_none() || found.cost < old)
+                    {
+                        best = Some((found, number, search.costs));
+                    }
                 }
             }
             best
@@ -257,7 +374,7 @@ impl Scheduler {
         };
         let depth = self.index.depth_of(claimed, standing.holder);
         (depth >= found.depth)
-            .then(|| self.candidate(request, found.slot, depth, costs))
+            .then(|| self.candidate(request, chain, found.slot, depth, costs))
             .flatten()
     }
 
@@ -265,12 +382,18 @@ impl Scheduler {
     pub(super) fn candidate(
         &self,
         request: &RouteRequest<'_>,
+        chain: &Chain<'_>,
         slot: u32,
         depth: usize,
         costs: &CostModel,
     ) -> Option<Candidate> {
         let (worker, standing) = self.workers.at(slot)?;
-        let block_size = worker.spec.block_size;
+        let load_tokens = self.load_tokens(chain, slot);
+        let costs = CostModel {
+            load_tokens,
+            ..*costs
+        };
+        let block_size = chain.block_size;
         let num_blocks = request.num_tokens().div_ceil(u64::from(block_size));
         let prefill = costs.prefill(depth as u64);
         Some(Candidate {
@@ -284,24 +407,33 @@ impl Scheduler {
             // Fits in u32: it was held against the worker's blocks.
             num_blocks: num_blocks as u32,
             kv_blocks_free: standing.kv_blocks_free.into(),
+            lora_load_tokens: load_tokens,
+            block_size,
             last_chosen: worker.last_chosen,
         })
     }
 }
 
+impl GroupKey {
+    /// Why the workers of the group do not take the request; `None`: they do.
+    pub(super) fn refusal(&self, request: &RouteRequest<'_>) -> Option<Ineligible> {
+        let demanded = request.weights_epoch;
+        if demanded.is_some_and(|epoch| epoch != self.weights_epoch) {
+            return Some(Ineligible::OtherWeightsEpoch);
+        }
+        self.terms.refusal(request)
+    }
+}
+
 /// Hashes of the prompt's blocks that a prefix hit can use: at least one token is always computed, because the first
 /// output token is drawn from its logits.
-fn usable_chain<'a>(
-    request: &RouteRequest<'a>,
-    seed: HashSeed,
-    block_size: u32,
-) -> Cow<'a, [BlockHash]> {
+fn usable_chain<'a>(request: &RouteRequest<'a>, seed: HashSeed, block_size: u32) -> Blocks<'a> {
     let (_last, usable) = request.token_ids.split_last().unwrap_or((&0, &[]));
     match request.hashed {
         Some(hashed) if hashed.seed == seed && hashed.block_size == block_size => {
             let num_usable = (usable.len() / block_size as usize).min(hashed.blocks.len());
-            Cow::Borrowed(&hashed.blocks[..num_usable])
+            Blocks::Given(&hashed.blocks[..num_usable])
         }
-        _ => Cow::Owned(block_hashes(seed, usable, block_size as usize)),
+        _ => Blocks::Hashed(block_hashes(seed, usable, block_size as usize).into()),
     }
 }

@@ -28,7 +28,7 @@
 use super::{
     bits::Bits,
     group::Group,
-    index::{Holders, PrefixIndex},
+    index::{Holders, PrefixIndex, Probed},
     policy::CostModel,
     standing::{NIL, Standing, room_class},
     worker::WorkerId,
@@ -56,12 +56,15 @@ pub(super) struct Needs<'a> {
     pub(super) exclude: &'a [WorkerId],
     /// Only workers that could start now.
     pub(super) room: bool,
+    /// Only the workers in these slots.
+    pub(super) only: Option<&'a Bits>,
 }
 
 impl Needs<'_> {
     /// Whether the worker may take the request, as a holder of `depth` blocks.
     pub(super) fn allow(&self, standing: &Standing, depth: usize) -> bool {
         standing.cell != NIL
+            && self.only.is_none_or(|only| only.contains(standing.id.slot))
             && self.num_tokens <= u64::from(standing.max_model_len)
             && self.num_blocks <= u64::from(standing.num_blocks)
             && (!self.room || self.has_room(standing, depth))
@@ -82,6 +85,8 @@ pub(super) struct Search<'a> {
     pub(super) group: &'a Group,
     pub(super) group_number: u32,
     pub(super) chain: &'a [BlockHash],
+    /// Workers that may hold blocks of the chain: those of this group, and of others that it is shared with.
+    pub(super) num_sharers: usize,
     pub(super) needs: Needs<'a>,
     pub(super) costs: CostModel,
     /// The best so far, that of other groups included.
@@ -98,7 +103,8 @@ impl Search<'_> {
             self.judge_level(0, None); // neither cost nor room depends on the depth
             return;
         }
-        let (mut depth, mut count) = self.index.deepest_above(self.chain, 0);
+        let mut probed = Probed::new(self.index, self.chain);
+        let (mut depth, mut count) = probed.deepest_above(self.chain.len(), 0);
         self.costs.deepest = depth as u64;
         loop {
             if !self.may_improve(depth, queued, batch) {
@@ -110,10 +116,10 @@ impl Search<'_> {
             };
             self.judge_level(depth, Some(self.index.holders_of(self.chain[last])));
             // Nobody else is left, or nobody at any smaller depth can beat the best.
-            if count >= self.group.members.len() || !self.may_improve(last, queued, batch) {
+            if count >= self.num_sharers || !self.may_improve(last, queued, batch) {
                 return;
             }
-            (depth, count) = match self.index.deepest_above(&self.chain[..last], count) {
+            (depth, count) = match probed.deepest_above(last, count) {
                 (0, _) => (0, count),
                 deeper => deeper,
             };
@@ -137,24 +143,23 @@ impl Search<'_> {
         let blocks_left = self.needs.num_blocks.saturating_sub(depth as u64);
         let class = room_class(u32::try_from(blocks_left).unwrap_or(u32::MAX));
         let with_room = self.needs.room.then(|| group.room(class));
-        if with_room.is_some_and(|room| room.len() == 0) {
-            return;
-        }
+        let slots = [with_room, self.needs.only].into_iter().flatten();
+        let slots = slots.min_by_key(|slots| slots.len());
+        let num_slots = slots.map_or(usize::MAX, Bits::len);
         let num_holders = holders.map_or(usize::MAX, |holders| holders.len());
-        let num_with_room = with_room.map_or(usize::MAX, Bits::len);
-        let fewest = num_holders.min(num_with_room);
+        let fewest = num_holders.min(num_slots);
         if fewest > FEW_HOLDERS && self.walk(depth, holders, fewest) {
             return;
         }
         let (index, standings) = (self.index, self.standings);
-        match (holders, with_room) {
-            (Some(holders), _) if num_holders <= num_with_room => holders.for_each(|id| {
+        match (holders, slots) {
+            (Some(holders), _) if num_holders <= num_slots => holders.for_each(|id| {
                 if let Some(slot) = index.slot_of(id) {
                     self.judge(slot, depth);
                 }
             }),
-            (_, Some(room)) => {
-                for slot in room.iter() {
+            (_, Some(slots)) => {
+                for slot in slots.iter() {
                     let holder = standings[slot as usize].holder;
                     if holders.is_none_or(|holders| holders.contains(holder)) {
                         self.judge(slot, depth);

@@ -1,10 +1,13 @@
 //! What the scheduler tells about itself, and the check of its invariants.
 
+use std::sync::Arc;
+
 use rustc_hash::FxHashMap;
 use serde::Serialize;
 
 use super::{
     Scheduler,
+    kv_feed::KvFeed,
     standing::NIL,
     worker::{Demand, WorkerId, WorkerSpec},
 };
@@ -23,6 +26,8 @@ pub struct SchedulerStats {
     pub num_index_entries: u64,
     /// Memory of the prefix index.
     pub index_bytes: u64,
+    /// Times that messages of a worker's numbered KV events were missing.
+    pub num_kv_gaps: u64,
     /// Live reservations.
     pub num_reservations: u64,
     /// Age of the oldest live reservation, µs: one that grows without end was never released.
@@ -47,7 +52,7 @@ pub struct SchedulerStats {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkerSnapshot {
     /// What it is.
-    pub spec: WorkerSpec,
+    pub spec: Arc<WorkerSpec>,
     /// Whether it takes no new requests.
     pub is_draining: bool,
     /// Sequences that run or wait there.
@@ -58,8 +63,12 @@ pub struct WorkerSnapshot {
     pub kv_blocks_free: u64,
     /// Blocks of its prefix cache that the index knows.
     pub num_cached_blocks: u32,
+    /// Whether its numbered KV events are in step; where they are lost, its cache counts as empty.
+    pub kv_feed: KvFeed,
     /// Live reservations.
     pub num_reservations: u32,
+    /// Prompt tokens that it computes in a second, learned from [`prefill_done`](Scheduler::prefill_done); 0: unknown.
+    pub prefill_tokens_per_s: u64,
 }
 
 impl Scheduler {
@@ -67,13 +76,15 @@ impl Scheduler {
     pub fn workers(&self) -> impl Iterator<Item = (WorkerId, WorkerSnapshot)> + '_ {
         self.workers.in_order().into_iter().map(|(id, worker)| {
             let snapshot = WorkerSnapshot {
-                spec: worker.spec.clone(),
+                spec: Arc::clone(&worker.spec),
                 is_draining: worker.is_draining,
                 batch: worker.batch(),
                 queued_prefill_tokens: worker.queued_prefill_tokens(),
                 kv_blocks_free: worker.kv_blocks_free(),
                 num_cached_blocks: worker.num_cached_blocks,
+                kv_feed: worker.kv_feed,
                 num_reservations: worker.reserved.num_seqs,
+                prefill_tokens_per_s: worker.prefill_pace.per_second(),
             };
             (id, snapshot)
         })
@@ -83,7 +94,7 @@ impl Scheduler {
     pub fn stats(&self, now: Time) -> SchedulerStats {
         let workers = self.workers.iter().map(|(_, worker)| worker);
         let (num_waiting_requests, num_waiting_gangs) = self.waiting.lengths();
-        let oldest = self.reservations.first_key_value();
+        let oldest = self.reservations.oldest();
         let (gpu_bytes_total, gpu_bytes_free) = self.gpus.bytes();
         SchedulerStats {
             num_workers: self.workers.len() as u32,
@@ -93,9 +104,10 @@ impl Scheduler {
                 .map(|worker| u64::from(worker.num_cached_blocks))
                 .sum(),
             index_bytes: self.index.heap_bytes() as u64,
+            num_kv_gaps: self.num_kv_gaps,
             num_reservations: self.reservations.len() as u64,
             reservation_age_us_max: oldest
-                .map_or(0, |(_, held)| now.0.saturating_sub(held.reserved_at.0)),
+                .map_or(0, |held| now.0.saturating_sub(held.reserved_at.0)),
             num_waiting_requests: num_waiting_requests as u64,
             num_waiting_gangs: num_waiting_gangs as u64,
             num_decisions: self.num_decisions,
@@ -113,7 +125,7 @@ impl Scheduler {
     pub fn check_integrity(&self) {
         let mut reserved: FxHashMap<WorkerId, Demand> = FxHashMap::default();
         let mut unreported: FxHashMap<WorkerId, Demand> = FxHashMap::default();
-        for held in self.reservations.values() {
+        for held in self.reservations.iter() {
             let worker = self.workers.get(held.worker);
             assert!(worker.is_some(), "a reservation outlived its worker");
             reserved.entry(held.worker).or_default().add(held.demand);
@@ -125,6 +137,7 @@ impl Scheduler {
         for (_, slot) in self.index.entries() {
             *cached.entry(slot).or_default() += 1;
         }
+        let mut num_loras = 0;
         for (id, worker) in self.workers.iter() {
             assert_eq!(
                 worker.reserved,
@@ -151,11 +164,22 @@ impl Scheduler {
             );
             assert_eq!(u64::from(standing.kv_blocks_free), worker.kv_blocks_free());
             assert_eq!(standing.cell == NIL, worker.is_draining);
+            num_loras += worker.loras.len();
+            for &key in &worker.loras {
+                assert!(self.loras.contains(key, id.slot), "{id} lost an adapter");
+            }
         }
+        assert_eq!(self.loras.len(), num_loras, "residents of adapters");
         assert!(cached.is_empty(), "a holder is not registered");
         self.workers.check_integrity();
         self.groups.check_integrity(self.workers.standings());
         self.gpus.check_integrity();
         self.waiting.check_integrity();
+        for &id in self.charges.keys() {
+            assert!(
+                self.reservations.contains(id),
+                "a charge outlived its reservation"
+            );
+        }
     }
 }

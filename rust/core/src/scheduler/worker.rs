@@ -1,12 +1,17 @@
 //! A worker as the scheduler sees it: what it is, what it last reported, and what was promised to it since.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
-use super::{error::SchedulerError, index::HolderId};
-use crate::hash::{HashSeed, SeedParts};
+use super::{error::SchedulerError, index::HolderId, kv_feed::KvFeed, loras::Lora, pace::Pace};
+use crate::{
+    hash::{HashSeed, SeedParts},
+    time::Time,
+};
 
 /// Longest worker, GPU, model, domain or node name, in bytes.
 pub const NAME_BYTES_MAX: usize = 128;
+/// Most taints, and most service classes, of one worker.
+const NAMES_MAX: usize = 16;
 
 /// Names a registered worker. Never used again once the worker is removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -24,7 +29,7 @@ impl fmt::Display for WorkerId {
 }
 
 /// What a worker is; fixed while it is registered.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WorkerSpec {
     /// Unique among the registered workers, 1 to 128 bytes.
     pub name: String,
@@ -40,6 +45,13 @@ pub struct WorkerSpec {
     pub max_num_seqs: u32,
     /// Most prompt and output tokens of one sequence, at least 1.
     pub max_model_len: u32,
+    /// Takes only requests that tolerate every one of these; at most 16, each 1 to 128 bytes.
+    pub taints: Vec<String>,
+    /// Takes only requests of one of these service classes, or any where there are none; at most 16, each 1 to 128
+    /// bytes.
+    pub slo_classes: Vec<String>,
+    /// LoRA adapters that it holds at a time; 0: it serves none.
+    pub max_loras: u32,
 }
 
 impl WorkerSpec {
@@ -52,25 +64,46 @@ impl WorkerSpec {
             ("max_num_seqs", self.max_num_seqs),
             ("max_model_len", self.max_model_len),
         ];
-        match counts.into_iter().find(|&(_, value)| value == 0) {
-            Some((field, _)) => Err(SchedulerError::InvalidField {
+        if let Some((field, _)) = counts.into_iter().find(|&(_, value)| value == 0) {
+            return Err(SchedulerError::InvalidField {
                 field,
                 expected: "at least 1",
-            }),
-            None => Ok(()),
+            });
         }
+        for (field, names) in [("taints", &self.taints), ("slo_classes", &self.slo_classes)] {
+            if names.len() > NAMES_MAX {
+                let expected = "at most 16 names";
+                return Err(SchedulerError::InvalidField { field, expected });
+            }
+            for name in names {
+                validate_name(field, name)?;
+            }
+        }
+        Ok(())
     }
 
-    /// Start of the hash chain of a request with this salt on this worker.
-    pub fn hash_seed(&self, salt: &str) -> HashSeed {
-        let parts = SeedParts {
-            model: &self.model,
-            weights_epoch: self.weights_epoch,
-            salt,
-            ..SeedParts::default()
-        };
-        parts.seed()
+    /// Start of the hash chain of a request with this salt and adapter on this worker.
+    pub fn hash_seed(&self, salt: &str, lora: Option<Lora<'_>>) -> HashSeed {
+        hash_seed(&self.model, self.weights_epoch, salt, lora)
     }
+}
+
+/// Start of the hash chain of a request on the workers of one model and weights epoch.
+pub(super) fn hash_seed(
+    model: &str,
+    weights_epoch: u64,
+    salt: &str,
+    lora: Option<Lora<'_>>,
+) -> HashSeed {
+    let (lora_id, lora_version) = lora.map_or(("", 0), |lora| (lora.id, lora.version));
+    let parts = SeedParts {
+        model,
+        weights_epoch,
+        lora_id,
+        lora_version,
+        salt,
+    };
+    parts.seed()
 }
 
 pub(super) fn validate_name(field: &'static str, name: &str) -> Result<(), SchedulerError> {
@@ -128,7 +161,9 @@ impl Demand {
 /// burst does not herd between two reports, and never counting a reservation twice once it is reported.
 #[derive(Clone, Debug)]
 pub(super) struct Worker {
-    pub(super) spec: WorkerSpec,
+    pub(super) spec: Arc<WorkerSpec>,
+    /// The specification's: decisions read it, and that is elsewhere in memory.
+    num_blocks: u32,
     pub(super) is_draining: bool,
     pub(super) load: WorkerLoad,
     /// Counts load reports, so that a reservation knows whether one came after it.
@@ -145,12 +180,22 @@ pub(super) struct Worker {
     pub(super) holder: HolderId,
     /// Number of its group.
     pub(super) group: u32,
+    /// Adapters that it has or was chosen for, each once.
+    pub(super) loras: Vec<HashSeed>,
+    /// The number that its next message of KV events is to have; `None` before the first one.
+    pub(super) kv_sequence: Option<u64>,
+    pub(super) kv_feed: KvFeed,
+    /// Prompt tokens computed, and the time that they took.
+    pub(super) prefill_pace: Pace,
+    /// When it had computed the last of them.
+    pub(super) prefill_done_at: Time,
 }
 
 impl Worker {
     pub(super) fn new(spec: WorkerSpec, holder: HolderId, group: u32) -> Self {
         Self {
-            spec,
+            num_blocks: spec.num_blocks,
+            spec: Arc::new(spec),
             is_draining: false,
             load: WorkerLoad::default(),
             num_reports: 0,
@@ -160,6 +205,11 @@ impl Worker {
             num_cached_blocks: 0,
             holder,
             group,
+            loras: Vec::new(),
+            kv_sequence: None,
+            kv_feed: KvFeed::InStep,
+            prefill_pace: Pace::default(),
+            prefill_done_at: Time::ZERO,
         }
     }
 
@@ -186,6 +236,6 @@ impl Worker {
             .reserved
             .num_blocks
             .max(reported + self.unreported.num_blocks);
-        u64::from(self.spec.num_blocks).saturating_sub(used)
+        u64::from(self.num_blocks).saturating_sub(used)
     }
 }

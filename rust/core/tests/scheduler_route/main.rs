@@ -9,176 +9,24 @@
     reason = "a test fails by panicking"
 )]
 
+mod model;
 mod ops;
 
 use std::collections::BTreeSet;
 
-use ops::{Op, op, prompt};
+use model::{LORA_LOAD_TOKENS, Model, ModelWorker};
+use ops::{LORAS, NUM_FAMILIES, Op, Terms, op, prompt};
 use orchestra_core::{
-    BlockHash, ErrorCode, Time, block_hashes,
+    BlockHash, Time, block_hashes,
     scheduler::{
-        Reservation, ReservationId, RoutePolicy, RouteRequest, Scheduler, SchedulerConfig,
-        WorkerId, WorkerLoad, WorkerSpec,
+        Lora, RoutePolicy, RouteRequest, Scheduler, SchedulerConfig, WorkerId, WorkerLoad,
+        WorkerSpec,
     },
     step::KvEvent,
 };
 use proptest::prelude::*;
 
 const MODELS: [&str; 2] = ["small", "large"];
-
-/// A worker with everything recomputed from lists when asked.
-struct ModelWorker {
-    id: WorkerId,
-    spec: WorkerSpec,
-    is_draining: bool,
-    cached: BTreeSet<BlockHash>,
-    load: WorkerLoad,
-    reservations: Vec<ModelReservation>,
-    /// Number of the decision that last chose it.
-    last_chosen: usize,
-}
-
-struct ModelReservation {
-    id: ReservationId,
-    is_reported: bool,
-    blocks: u64,
-    prefill: u64,
-}
-
-impl ModelWorker {
-    /// `max(all reservations, report + reservations since)` of one quantity.
-    fn estimate(&self, reported: u64, of: impl Fn(&ModelReservation) -> u64) -> u64 {
-        let all: u64 = self.reservations.iter().map(&of).sum();
-        let since: u64 = self
-            .reservations
-            .iter()
-            .filter(|held| !held.is_reported)
-            .map(&of)
-            .sum();
-        all.max(reported + since)
-    }
-
-    fn depth(&self, request: &RouteRequest<'_>) -> u32 {
-        let size = self.spec.block_size as usize;
-        let chain = block_hashes(self.spec.hash_seed(request.salt), request.token_ids, size);
-        // One token is always computed.
-        let usable = (request.token_ids.len() - 1) / size;
-        chain[..usable]
-            .iter()
-            .take_while(|hash| self.cached.contains(hash))
-            .count() as u32
-    }
-
-    /// Ascending rank: room, cost, age of the last choice. `deepest` are the blocks of the deepest holder.
-    fn rank(
-        &self,
-        policy: RoutePolicy,
-        request: &RouteRequest<'_>,
-        deepest: u32,
-    ) -> (bool, u64, usize) {
-        let depth = self.depth(request);
-        let batch = self.estimate(
-            u64::from(self.load.num_running) + u64::from(self.load.num_waiting),
-            |_| 1,
-        );
-        let queued = self.estimate(self.load.queued_prefill_tokens, |held| held.prefill);
-        let used = self.estimate(self.load.kv_blocks_used.into(), |held| held.blocks);
-        let needed = u64::from(self.blocks(request) - depth);
-        let left = request.token_ids.len() as u64 - u64::from(depth * self.spec.block_size);
-        let has_room = batch < u64::from(self.spec.max_num_seqs)
-            && used + needed <= u64::from(self.spec.num_blocks);
-        let prompt = request.token_ids.len() as u64;
-        let fetched = u64::from((deepest - depth) * self.spec.block_size);
-        let fetch = prompt - u64::from(deepest * self.spec.block_size) + fetched.div_ceil(4);
-        let cost = match policy {
-            RoutePolicy::Product => (left + queued) * (batch + 1),
-            RoutePolicy::PrefixSum => left + queued + 3 * batch,
-            RoutePolicy::TransferAware => (left.min(fetch) + queued) * (batch + 1),
-            RoutePolicy::LeastRequests => batch,
-            RoutePolicy::LeastTokens => queued,
-            _ => (prompt + queued) * (batch + 1),
-        };
-        (!has_room, cost, self.last_chosen)
-    }
-
-    fn blocks(&self, request: &RouteRequest<'_>) -> u32 {
-        let tokens = request.token_ids.len() as u32 + request.max_tokens;
-        tokens.div_ceil(self.spec.block_size)
-    }
-}
-
-/// The router's view, kept in lists.
-struct Model {
-    policy: RoutePolicy,
-    workers: Vec<ModelWorker>,
-    num_decisions: usize,
-}
-
-impl Model {
-    fn worker(&self, id: WorkerId) -> &ModelWorker {
-        self.workers.iter().find(|worker| worker.id == id).unwrap()
-    }
-
-    fn rank(&self, worker: &ModelWorker, request: &RouteRequest<'_>) -> (bool, u64, usize) {
-        let key = |worker: &ModelWorker| {
-            let spec = &worker.spec;
-            (spec.model.clone(), spec.weights_epoch, spec.block_size)
-        };
-        let alike = self
-            .workers
-            .iter()
-            .filter(|other| key(other) == key(worker));
-        let deepest = alike.map(|other| other.depth(request)).max().unwrap();
-        worker.rank(self.policy, request, deepest)
-    }
-
-    /// The best rank, or why there is none.
-    fn route(&self, request: &RouteRequest<'_>) -> Result<(bool, u64), ErrorCode> {
-        let of_model = || {
-            self.workers
-                .iter()
-                .filter(|worker| worker.spec.model == request.model)
-        };
-        if of_model().next().is_none() {
-            return Err(ErrorCode::ModelNotFound);
-        }
-        let tokens = request.token_ids.len() as u32 + request.max_tokens;
-        let fits = |worker: &&ModelWorker| {
-            tokens <= worker.spec.max_model_len && worker.blocks(request) <= worker.spec.num_blocks
-        };
-        let is_open =
-            |worker: &&ModelWorker| !worker.is_draining && !request.exclude.contains(&worker.id);
-        let ranks = of_model()
-            .filter(is_open)
-            .filter(fits)
-            .map(|worker| self.rank(worker, request));
-        match ranks.min() {
-            Some((room, cost, _)) => Ok((room, cost)),
-            None if of_model().any(|worker| is_open(&worker)) => Err(ErrorCode::ContextTooLong),
-            None => Err(ErrorCode::NoWorkers),
-        }
-    }
-
-    fn commit(&mut self, reservation: &Reservation, prompt_len: usize) {
-        self.num_decisions += 1;
-        let id = reservation.worker;
-        let worker = self.workers.iter_mut().find(|worker| worker.id == id);
-        let worker = worker.unwrap();
-        worker.last_chosen = self.num_decisions;
-        let cached = reservation.num_cached_tokens;
-        worker.reservations.push(ModelReservation {
-            id: reservation.id,
-            is_reported: false,
-            blocks: u64::from(reservation.num_blocks - cached / worker.spec.block_size),
-            prefill: prompt_len as u64 - u64::from(cached),
-        });
-    }
-
-    fn held(&self) -> Vec<ReservationId> {
-        let held = self.workers.iter().flat_map(|worker| &worker.reservations);
-        held.map(|held| held.id).collect()
-    }
-}
 
 struct Pair {
     real: Scheduler,
@@ -194,6 +42,7 @@ impl Pair {
             policy,
             seq_cost_tokens: 3,
             fetch_cost_permille: 250,
+            lora_load_tokens: LORA_LOAD_TOKENS as u32,
             ..SchedulerConfig::default()
         };
         Self {
@@ -215,14 +64,17 @@ impl Pair {
 
     fn chain(&self, worker: usize, family: u32) -> Vec<BlockHash> {
         let spec = &self.model.workers[worker].spec;
+        // The last family is the first one's text under an adapter.
+        let lora = (family == NUM_FAMILIES).then_some(LORAS[0]);
+        let token_ids = prompt(family % NUM_FAMILIES, 64);
         block_hashes(
-            spec.hash_seed(""),
-            &prompt(family, 64),
+            spec.hash_seed("", lora),
+            &token_ids,
             spec.block_size as usize,
         )
     }
 
-    fn add_worker(&mut self, model: usize, epoch: u64, sizes: [u32; 3]) {
+    fn add_worker(&mut self, model: usize, epoch: u64, sizes: [u32; 3], terms: &Terms) {
         let [block_size, num_blocks, max_num_seqs] = sizes;
         self.names += 1;
         let spec = WorkerSpec {
@@ -233,6 +85,9 @@ impl Pair {
             num_blocks,
             max_num_seqs,
             max_model_len: 90,
+            taints: terms.taints(),
+            slo_classes: terms.slo_classes(),
+            max_loras: terms.max_loras,
         };
         let id = self.real.add_worker(spec.clone()).unwrap();
         self.model.workers.push(ModelWorker {
@@ -240,6 +95,7 @@ impl Pair {
             spec,
             is_draining: false,
             cached: BTreeSet::new(),
+            loras: BTreeSet::new(),
             load: WorkerLoad::default(),
             reservations: Vec::new(),
             last_chosen: 0,
@@ -256,6 +112,18 @@ impl Pair {
         assert_eq!(outcome.is_ok(), fits);
         if fits {
             model.cached = after;
+        }
+    }
+
+    fn set_loras(&mut self, worker: usize, loras: &[usize]) {
+        let loras: Vec<Lora<'_>> = loras.iter().map(|&index| LORAS[index]).collect();
+        let model = &mut self.model.workers[worker];
+        let outcome = self.real.set_loras(model.id, &loras);
+        let fits = loras.len() <= model.spec.max_loras as usize;
+        assert_eq!(outcome.is_ok(), fits);
+        if fits {
+            let owned = loras.iter().map(|lora| (lora.id.to_owned(), lora.version));
+            model.loras = owned.collect();
         }
     }
 
@@ -305,7 +173,7 @@ impl Pair {
             }
             assert_eq!(room, best.0, "room goes first under every policy");
         }
-        self.model.commit(&reservation, request.token_ids.len());
+        self.model.commit(&reservation, request);
     }
 
     fn release(&mut self, pick: usize) {
@@ -331,7 +199,10 @@ impl Pair {
             .iter_mut()
             .flat_map(|worker| &mut worker.reservations);
         let model = all.find(|kept| kept.id == held[index]).unwrap();
-        assert_eq!(self.real.prefill_done(held[index]), model.prefill > 0);
+        assert_eq!(
+            self.real.prefill_done(held[index], Time::ZERO),
+            model.prefill > 0
+        );
         model.prefill = 0;
     }
 
@@ -340,6 +211,7 @@ impl Pair {
         | Op::SetDraining(pick, _)
         | Op::Cleared(pick)
         | Op::Load(pick, _)
+        | Op::SetLoras(pick, _)
         | Op::Removed { worker: pick, .. }
         | Op::Stored { worker: pick, .. }) = *op
         else {
@@ -377,6 +249,7 @@ impl Pair {
                 self.real.apply_kv_event(id, &KvEvent::Cleared).unwrap();
                 self.model.workers[index].cached.clear();
             }
+            Op::SetLoras(_, ref loras) => self.set_loras(index, loras),
             Op::Load(_, load) => {
                 assert!(self.real.update_load(id, load));
                 let worker = &mut self.model.workers[index];
@@ -395,18 +268,18 @@ impl Pair {
             Op::AddWorker {
                 model,
                 epoch,
-                block_size,
-                num_blocks,
-                max_num_seqs,
-            } => {
-                self.add_worker(model, epoch, [block_size, num_blocks, max_num_seqs]);
-            }
+                sizes,
+                ref terms,
+            } => self.add_worker(model, epoch, sizes, terms),
             Op::Route {
                 model,
                 family,
                 len,
                 max_tokens,
                 exclude,
+                lora,
+                weights_epoch,
+                ref terms,
             } => {
                 let token_ids = prompt(family, len);
                 let excluded = exclude.and_then(|pick| self.pick(pick));
@@ -419,6 +292,10 @@ impl Pair {
                     token_ids: &token_ids,
                     max_tokens,
                     exclude: &exclude,
+                    lora: lora.map(|index| LORAS[index]),
+                    weights_epoch,
+                    slo_class: if terms.is_batch { "batch" } else { "" },
+                    tolerations: if terms.is_tainted { &["spot"] } else { &[] },
                     ..RouteRequest::default()
                 });
             }
@@ -462,8 +339,6 @@ fn run(policy: RoutePolicy, is_nested: bool, ops: &[Op]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
-
     #[test]
     fn every_decision_costs_what_the_full_scan_s_does(ops in prop::collection::vec(op(), 1..120)) {
         run(RoutePolicy::Product, true, &ops);

@@ -1,16 +1,54 @@
 //! The operations that the property test draws.
 
-use orchestra_core::scheduler::WorkerLoad;
+use orchestra_core::scheduler::{Lora, WorkerLoad};
 use proptest::prelude::*;
+
+pub(crate) const LORAS: [Lora<'static>; 3] = [
+    Lora {
+        id: "poet",
+        version: 0,
+    },
+    Lora {
+        id: "poet",
+        version: 1,
+    },
+    Lora {
+        id: "coder",
+        version: 0,
+    },
+];
+
+/// Prompts of different prefixes.
+pub(crate) const NUM_FAMILIES: u32 = 3;
+
+/// Of a worker: what it demands. Of a request: what it meets.
+#[derive(Clone, Debug)]
+pub(crate) struct Terms {
+    pub(crate) is_tainted: bool,
+    pub(crate) is_batch: bool,
+    pub(crate) max_loras: u32,
+}
+
+impl Terms {
+    pub(crate) fn taints(&self) -> Vec<String> {
+        let taint = self.is_tainted.then(|| "spot".to_owned());
+        taint.into_iter().collect()
+    }
+
+    pub(crate) fn slo_classes(&self) -> Vec<String> {
+        let class = self.is_batch.then(|| "batch".to_owned());
+        class.into_iter().collect()
+    }
+}
 
 #[derive(Clone, Debug)]
 pub(crate) enum Op {
     AddWorker {
         model: usize,
         epoch: u64,
-        block_size: u32,
-        num_blocks: u32,
-        max_num_seqs: u32,
+        /// `block_size`, `num_blocks`, `max_num_seqs`.
+        sizes: [u32; 3],
+        terms: Terms,
     },
     RemoveWorker(usize),
     SetDraining(usize, bool),
@@ -26,12 +64,16 @@ pub(crate) enum Op {
     },
     Cleared(usize),
     Load(usize, WorkerLoad),
+    SetLoras(usize, Vec<usize>),
     Route {
         model: usize,
         family: u32,
         len: usize,
         max_tokens: u32,
         exclude: Option<usize>,
+        lora: Option<usize>,
+        weights_epoch: Option<u64>,
+        terms: Terms,
     },
     PrefillDone(usize),
     Release(usize),
@@ -47,27 +89,51 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
             queued_prefill_tokens,
         },
     );
+    let block_size = prop_oneof![4 => Just(4_u32), 1 => Just(8)];
+    let sizes = (block_size, 4_u32..40, 1_u32..6).prop_map(<[u32; 3]>::from);
     prop_oneof![
-        2 => (model(), prop_oneof![4 => Just(0_u64), 1 => Just(1)],
-            prop_oneof![4 => Just(4_u32), 1 => Just(8)], 4_u32..40, 1_u32..6)
-            .prop_map(|(model, epoch, block_size, num_blocks, max_num_seqs)| Op::AddWorker {
-                model, epoch, block_size, num_blocks, max_num_seqs,
-            }),
+        2 => (model(), epoch(), sizes, terms()).prop_map(|(model, epoch, sizes, terms)| {
+            Op::AddWorker { model, epoch, sizes, terms }
+        }),
         1 => pick.clone().prop_map(Op::RemoveWorker),
         1 => (pick.clone(), any::<bool>()).prop_map(|(worker, on)| Op::SetDraining(worker, on)),
-        6 => (pick.clone(), 0_u32..3, 1_usize..8)
+        6 => (pick.clone(), 0..=NUM_FAMILIES, 1_usize..8)
             .prop_map(|(worker, family, blocks)| Op::Stored { worker, family, blocks }),
-        3 => (pick.clone(), 0_u32..3, 0_usize..8)
+        3 => (pick.clone(), 0..=NUM_FAMILIES, 0_usize..8)
             .prop_map(|(worker, family, block)| Op::Removed { worker, family, block }),
         1 => pick.clone().prop_map(Op::Cleared),
         2 => (pick.clone(), load).prop_map(|(worker, load)| Op::Load(worker, load)),
-        8 => (model(), 0_u32..3, 1_usize..60, 1_u32..40, prop::option::weighted(0.2, pick.clone()))
-            .prop_map(|(model, family, len, max_tokens, exclude)| Op::Route {
-                model, family, len, max_tokens, exclude,
+        1 => (pick.clone(), prop::collection::vec(0..LORAS.len(), 0..4))
+            .prop_map(|(worker, loras)| Op::SetLoras(worker, loras)),
+        8 => (
+            (model(), 0..NUM_FAMILIES, 1_usize..60, 1_u32..40),
+            prop::option::weighted(0.2, pick.clone()),
+            prop::option::weighted(0.4, 0..LORAS.len()),
+            prop::option::weighted(0.1, epoch()),
+            terms(),
+        )
+            .prop_map(|((model, family, len, max_tokens), exclude, lora, weights_epoch, terms)| {
+                Op::Route {
+                    model, family, len, max_tokens, exclude, lora, weights_epoch, terms,
+                }
             }),
         3 => pick.clone().prop_map(Op::PrefillDone),
         4 => pick.prop_map(Op::Release),
     ]
+}
+
+fn epoch() -> impl Strategy<Value = u64> {
+    prop_oneof![4 => Just(0_u64), 1 => Just(1)]
+}
+
+fn terms() -> impl Strategy<Value = Terms> {
+    let flag = || prop::bool::weighted(0.2);
+    let max_loras = prop_oneof![1 => Just(0_u32), 2 => Just(2)];
+    (flag(), flag(), max_loras).prop_map(|(is_tainted, is_batch, max_loras)| Terms {
+        is_tainted,
+        is_batch,
+        max_loras,
+    })
 }
 
 /// Mostly the same one, so that workers compete.

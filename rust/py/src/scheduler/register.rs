@@ -1,14 +1,20 @@
-//! Registering workers and GPUs, what they report, and what there is: the part of the class that is not a decision.
+//! Registering workers and GPUs, and what they report.
 
 use orchestra_core::{
     BlockHash, block_hashes,
-    scheduler::{self as core, GpuSpec, SchedulerError, WorkerId, WorkerLoad, WorkerSpec},
+    scheduler::{
+        self as core, GpuSpec, KvFeed, Lora, SchedulerError, WorkerId, WorkerLoad, WorkerSpec,
+    },
     step::KvEvent,
 };
-use pyo3::{prelude::*, types::PyDict};
+use pyo3::prelude::*;
 
-use super::{Scheduler, request::TokenIds, shared::State};
-use crate::{errors::Failure, values::to_dict};
+use super::{
+    Scheduler,
+    request::{Names, TokenIds},
+    shared::State,
+};
+use crate::errors::Failure;
 
 /// The attributes of a worker, from any object that has them.
 #[derive(FromPyObject)]
@@ -20,6 +26,9 @@ struct WorkerSpecArg {
     num_blocks: u32,
     max_num_seqs: u32,
     max_model_len: u32,
+    taints: Names,
+    slo_classes: Names,
+    max_loras: u32,
 }
 
 impl From<WorkerSpecArg> for WorkerSpec {
@@ -32,22 +41,11 @@ impl From<WorkerSpecArg> for WorkerSpec {
             num_blocks: spec.num_blocks,
             max_num_seqs: spec.max_num_seqs,
             max_model_len: spec.max_model_len,
+            taints: spec.taints.0,
+            slo_classes: spec.slo_classes.0,
+            max_loras: spec.max_loras,
         }
     }
-}
-
-/// A worker's figures as a dictionary.
-#[derive(IntoPyObject)]
-pub(crate) struct WorkerRow {
-    name: String,
-    model: String,
-    is_draining: bool,
-    batch: u32,
-    queued_prefill_tokens: u64,
-    kv_blocks_free: u64,
-    kv_blocks_total: u32,
-    num_cached_blocks: u32,
-    num_reservations: u32,
 }
 
 #[pymethods]
@@ -102,6 +100,18 @@ impl Scheduler {
         })
     }
 
+    /// Takes a worker's report of the adapters, by id and version, that it has in memory.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "extracted from Python by value"
+    )]
+    fn set_loras(&self, py: Python<'_>, worker: &str, loras: Vec<(String, u64)>) -> PyResult<()> {
+        self.change_worker(py, worker, |scheduler, id| {
+            let loras: Vec<_> = loras.iter().map(lora).collect();
+            scheduler.set_loras(id, &loras)
+        })
+    }
+
     /// Hashes of the full KV blocks of `token_ids` on this worker.
     #[expect(
         clippy::needless_pass_by_value,
@@ -113,12 +123,16 @@ impl Scheduler {
         worker: &str,
         token_ids: TokenIds,
         salt: &str,
+        adapter: Option<(String, u64)>,
     ) -> PyResult<Vec<u64>> {
         let hashes = self.decide(py, |State { scheduler, .. }| {
             let id = scheduler.worker_by_name(worker);
             let spec = id.and_then(|id| scheduler.worker_spec(id));
             let spec = spec.ok_or(SchedulerError::UnknownWorker)?;
-            let (seed, block_size) = (spec.hash_seed(salt), spec.block_size as usize);
+            let (seed, block_size) = (
+                spec.hash_seed(salt, adapter.as_ref().map(lora)),
+                spec.block_size as usize,
+            );
             Ok(block_hashes(seed, &token_ids.0, block_size))
         })?;
         Ok(hashes.into_iter().map(|hash| hash.0).collect())
@@ -139,6 +153,36 @@ impl Scheduler {
         self.apply_kv_event(py, worker, &KvEvent::Cleared)
     }
 
+    /// Takes a worker's message number `sequence`: KV events by kind. Whether no message is missing.
+    fn apply_kv_events(
+        &self,
+        py: Python<'_>,
+        worker: &str,
+        sequence: u64,
+        events: Vec<(String, Vec<u64>)>,
+    ) -> PyResult<bool> {
+        let events: Vec<KvEvent> = events.into_iter().map(kv_event).collect::<PyResult<_>>()?;
+        let feed = self.shared.change(py, |State { scheduler, .. }| {
+            let id = scheduler.worker_by_name(worker);
+            scheduler.apply_kv_events(id.ok_or(SchedulerError::UnknownWorker)?, sequence, &events)
+        });
+        Ok(feed.map_err(Failure::from)? == KvFeed::InStep)
+    }
+
+    /// Takes all that the worker's prefix cache holds after its message number `sequence`.
+    fn resync_kv(
+        &self,
+        py: Python<'_>,
+        worker: &str,
+        sequence: u64,
+        hashes: Vec<u64>,
+    ) -> PyResult<()> {
+        let blocks = to_hashes(hashes);
+        self.change_worker(py, worker, |scheduler, id| {
+            scheduler.resync_kv(id, sequence, &blocks)
+        })
+    }
+
     /// Registers a GPU, all of its memory free.
     fn add_gpu(
         &self,
@@ -152,6 +196,7 @@ impl Scheduler {
             name,
             domain,
             node,
+            rack: None,
             memory_bytes,
         };
         let added = self
@@ -167,32 +212,6 @@ impl Scheduler {
             let id = state.scheduler.gpu_by_name(name);
             id.is_some_and(|id| state.scheduler.remove_gpu(id).is_some())
         })
-    }
-
-    /// Every worker's figures, in order of registration.
-    fn workers(&self, py: Python<'_>) -> Vec<WorkerRow> {
-        py.detach(|| {
-            let scheduler = &self.shared.lock().scheduler;
-            let row = |(_, worker): (WorkerId, core::WorkerSnapshot)| WorkerRow {
-                kv_blocks_total: worker.spec.num_blocks,
-                name: worker.spec.name,
-                model: worker.spec.model,
-                is_draining: worker.is_draining,
-                batch: worker.batch,
-                queued_prefill_tokens: worker.queued_prefill_tokens,
-                kv_blocks_free: worker.kv_blocks_free,
-                num_cached_blocks: worker.num_cached_blocks,
-                num_reservations: worker.num_reservations,
-            };
-            scheduler.workers().map(row).collect()
-        })
-    }
-
-    /// Figures, by name.
-    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let now = self.shared.now();
-        let stats = py.detach(|| self.shared.lock().scheduler.stats(now));
-        to_dict(py, &stats)
     }
 }
 
@@ -217,6 +236,26 @@ impl Scheduler {
     }
 }
 
+fn lora((id, version): &(String, u64)) -> Lora<'_> {
+    Lora {
+        id,
+        version: *version,
+    }
+}
+
 fn to_hashes(hashes: Vec<u64>) -> Vec<BlockHash> {
     hashes.into_iter().map(BlockHash).collect()
+}
+
+fn kv_event((kind, hashes): (String, Vec<u64>)) -> PyResult<KvEvent> {
+    match (kind.as_str(), hashes.is_empty()) {
+        ("stored", _) => Ok(KvEvent::Stored(to_hashes(hashes))),
+        ("removed", _) => Ok(KvEvent::Removed(to_hashes(hashes))),
+        ("cleared", true) => Ok(KvEvent::Cleared),
+        _ => {
+            let message =
+                "an event is (\"stored\", hashes), (\"removed\", hashes) or (\"cleared\", [])";
+            Err(Failure::invalid("events", message).into())
+        }
+    }
 }

@@ -2,60 +2,159 @@
 
 use orchestra_core::{
     TokenId,
-    scheduler::{self as core, Candidate, Ineligible, Scheduler, WorkerId},
+    scheduler::{self as core, AdmissionClass, Candidate, Ineligible, Lora, Scheduler, WorkerId},
 };
-use pyo3::{exceptions::PyOverflowError, prelude::*, types::PyBytes};
+use pyo3::{
+    exceptions::{PyOverflowError, PyTypeError},
+    prelude::*,
+    types::{PyBytes, PyString},
+};
 
 use crate::errors::Failure;
 
 /// A request that wants a worker; may be used again.
 #[pyclass(frozen, module = "orchestra._core")]
 pub(crate) struct RouteRequest {
-    model: String,
     token_ids: Vec<TokenId>,
+    options: RouteOptions,
+}
+
+/// Everything but the prompt.
+pub(super) struct RouteOptions {
+    model: String,
     max_tokens: u32,
     salt: String,
+    lora: Option<String>,
+    lora_version: u64,
+    weights_epoch: Option<u64>,
+    slo_class: String,
+    tolerations: Vec<String>,
     exclude: Vec<String>,
+    session_key: String,
+    tenant: String,
+    class: AdmissionClass,
 }
 
 #[pymethods]
 impl RouteRequest {
     #[new]
+    #[pyo3(signature = (
+        token_ids, *, model, max_tokens=16, salt="", lora=None, lora_version=0, weights_epoch=None,
+        slo_class="", tolerations=Names::default(), exclude=Names::default(), session_key="",
+        tenant="", admission_class="standard"
+    ))]
+    #[expect(clippy::too_many_arguments, reason = "a request's fields, by keyword")]
     fn new(
-        model: String,
         token_ids: TokenIds,
+        model: String,
         max_tokens: u32,
-        salt: String,
-        exclude: Vec<String>,
-    ) -> Self {
-        Self {
+        salt: &str,
+        lora: Option<String>,
+        lora_version: u64,
+        weights_epoch: Option<u64>,
+        slo_class: &str,
+        tolerations: Names,
+        exclude: Names,
+        session_key: &str,
+        tenant: &str,
+        admission_class: &str,
+    ) -> PyResult<Self> {
+        let class = AdmissionClass::parse(admission_class).ok_or_else(|| {
+            let message = "admission_class must be interactive, standard or batch";
+            Failure::invalid("admission_class", message)
+        })?;
+        let options = RouteOptions {
             model,
-            token_ids: token_ids.0,
             max_tokens,
-            salt,
-            exclude,
-        }
+            salt: salt.to_owned(),
+            lora,
+            lora_version,
+            weights_epoch,
+            slo_class: slo_class.to_owned(),
+            tolerations: tolerations.0,
+            exclude: exclude.0,
+            session_key: session_key.to_owned(),
+            tenant: tenant.to_owned(),
+            class,
+        };
+        Ok(Self {
+            token_ids: token_ids.0,
+            options,
+        })
     }
 }
 
 impl RouteRequest {
-    /// The ids of the excluded workers; a name that is not registered excludes nobody.
-    pub(super) fn exclude(&self, scheduler: &Scheduler) -> Vec<WorkerId> {
-        let names = self.exclude.iter();
-        names
-            .filter_map(|name| scheduler.worker_by_name(name))
-            .collect()
+    /// Asks with the request as the core has it.
+    pub(super) fn ask<R>(
+        &self,
+        scheduler: &mut Scheduler,
+        ask: impl FnOnce(&mut Scheduler, &core::RouteRequest<'_>) -> R,
+    ) -> R {
+        self.options.ask(scheduler, |scheduler, request| {
+            let token_ids = &self.token_ids;
+            ask(
+                scheduler,
+                &core::RouteRequest {
+                    token_ids,
+                    ..*request
+                },
+            )
+        })
     }
 
-    pub(super) fn as_core<'a>(&'a self, exclude: &'a [WorkerId]) -> core::RouteRequest<'a> {
-        core::RouteRequest {
+    /// For many prompts alike.
+    pub(super) const fn options(&self) -> &RouteOptions {
+        &self.options
+    }
+}
+
+impl RouteOptions {
+    /// Asks with a request that has everything but a prompt. A name that is not registered excludes nobody.
+    pub(super) fn ask<R>(
+        &self,
+        scheduler: &mut Scheduler,
+        ask: impl FnOnce(&mut Scheduler, &core::RouteRequest<'_>) -> R,
+    ) -> R {
+        let names = self.exclude.iter();
+        let exclude: Vec<WorkerId> = names
+            .filter_map(|name| scheduler.worker_by_name(name))
+            .collect();
+        let tolerations: Vec<&str> = self.tolerations.iter().map(String::as_str).collect();
+        let request = core::RouteRequest {
             model: &self.model,
-            token_ids: &self.token_ids,
             max_tokens: self.max_tokens,
             salt: &self.salt,
-            exclude,
+            lora: self.lora.as_deref().map(|id| Lora {
+                id,
+                version: self.lora_version,
+            }),
+            weights_epoch: self.weights_epoch,
+            slo_class: &self.slo_class,
+            tolerations: &tolerations,
+            exclude: &exclude,
+            session_key: &self.session_key,
+            tenant: &self.tenant,
+            class: self.class,
             ..core::RouteRequest::default()
+        };
+        ask(scheduler, &request)
+    }
+}
+
+/// Names from any iterable but a string, whose letters are no names.
+#[derive(Default)]
+pub(super) struct Names(pub(super) Vec<String>);
+
+impl<'py> FromPyObject<'_, 'py> for Names {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        if object.is_instance_of::<PyString>() {
+            return Err(PyTypeError::new_err("names come in a list, not as one str"));
         }
+        let names = object.try_iter()?.map(|name| name?.extract());
+        Ok(Self(names.collect::<PyResult<_>>()?))
     }
 }
 
@@ -99,6 +198,7 @@ pub(crate) struct CandidateRow {
     batch: u32,
     num_blocks: u32,
     kv_blocks_free: u64,
+    lora_load_tokens: u64,
 }
 
 impl CandidateRow {
@@ -112,6 +212,7 @@ impl CandidateRow {
             batch: candidate.batch,
             num_blocks: candidate.num_blocks,
             kv_blocks_free: candidate.kv_blocks_free,
+            lora_load_tokens: candidate.lora_load_tokens,
         }
     }
 }
@@ -128,9 +229,14 @@ pub(crate) struct IneligibleRow {
 impl IneligibleRow {
     pub(super) fn new(scheduler: &Scheduler, worker: WorkerId, why: Ineligible) -> Self {
         let (requested, limit) = match why {
-            Ineligible::Excluded | Ineligible::Draining => (None, None),
             Ineligible::ContextTooLong { requested, limit }
             | Ineligible::KvTooLarge { requested, limit } => (Some(requested), Some(limit)),
+            Ineligible::Excluded
+            | Ineligible::Draining
+            | Ineligible::OtherWeightsEpoch
+            | Ineligible::Tainted
+            | Ineligible::OtherSloClass
+            | Ineligible::NoLoras => (None, None),
         };
         Self {
             worker: name_of(scheduler, worker),

@@ -52,6 +52,7 @@ impl Hello {
                 num_blocks: hello.num_blocks,
                 max_num_seqs: hello.max_num_seqs,
                 max_model_len: hello.max_model_len,
+                ..WorkerSpec::default()
             },
             vocab_size: hello.vocab_size,
             model_files_digest: hello.model_files_digest,
