@@ -73,6 +73,7 @@ def empty_stats() -> dict[str, int]:
         "kv_blocks_used",
         "kv_blocks_total",
         "preemptions",
+        "swaps",
         "prefix_hit_tokens",
     )
     return dict.fromkeys(names, 0)

@@ -302,5 +302,6 @@ def test_metrics_page_shows_loop_and_agent(metrics: WorkerMetrics) -> None:
     assert "orchestra_kv_cache_usage_ratio 0.25" in lines
     assert 'orchestra_cache_config_info{block_size="16",num_blocks="20"} 1.0' in lines
     assert "orchestra_preemptions_total 0.0" in lines
+    assert "orchestra_swaps_total 0.0" in lines
     # Two workers in one process do not share a registry.
     assert metrics.registry is not page.registry

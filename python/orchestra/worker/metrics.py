@@ -82,6 +82,7 @@ class _AgentCollector(Collector):
             yield GaugeMetricFamily(f"orchestra_{name}", text, value)
         counters = {
             "preemptions": ("Times a sequence lost its KV blocks.", stats["preemptions"]),
+            "swaps": ("Those of them whose KV host memory kept.", stats["swaps"]),
             "prefix_cache_hit_tokens": (
                 "Prompt tokens that the prefix cache gave.",
                 stats["prefix_hit_tokens"],

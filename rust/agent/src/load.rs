@@ -24,6 +24,8 @@ pub struct AgentStats {
     pub steps: u64,
     /// Times that a running sequence lost its KV blocks to another.
     pub preemptions: u64,
+    /// Those of them whose KV host memory kept.
+    pub swaps: u64,
     /// Prompt tokens that the prefix cache gave.
     pub prefix_hit_tokens: u64,
     /// Prompt tokens that the prefix cache was asked for.
@@ -65,6 +67,7 @@ impl AgentStats {
         self.queued_prefill_tokens = stats.queued_prefill_tokens;
         self.steps = stats.steps;
         self.preemptions = stats.preemptions;
+        self.swaps = stats.swaps;
         self.prefix_hit_tokens = stats.prefix_hit_tokens;
         self.prefix_query_tokens = stats.prefix_query_tokens;
     }

@@ -1,10 +1,13 @@
 //! How long the step scheduler takes to plan a step and to commit it.
 //!
 //! `cargo bench -p orchestra-core --bench step_time` prints the median and the 99th percentile of each case.
+//! With `-- SEQUENCES PROMPT_TOKENS UNMEASURED_STEPS STEPS` it measures so many decodes and prints their medians as
+//! JSON, for `benches/step_planner`.
 
 #![expect(
     clippy::print_stdout,
     clippy::unwrap_used,
+    clippy::panic,
     reason = "a benchmark prints, or fails loudly"
 )]
 #![expect(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
@@ -19,6 +22,53 @@ use orchestra_core::{
 const NUM_STEPS: usize = 400;
 
 fn main() {
+    // Cargo adds a flag of its own.
+    let numbers: Vec<u32> = std::env::args()
+        .skip(1)
+        .filter(|argument| !argument.starts_with("--"))
+        .map(|argument| argument.parse().unwrap())
+        .collect();
+    match numbers[..] {
+        [] => measure_all(),
+        [num_seqs, num_tokens, num_unmeasured, num_steps] => {
+            let config = StepSchedulerConfig {
+                max_num_seqs: 1024,
+                ..config()
+            };
+            let mut scheduler = decoding(config, num_seqs, num_tokens);
+            for _ in 0..num_unmeasured {
+                step(&mut scheduler);
+            }
+            assert_eq!(
+                scheduler.stats().num_running,
+                num_seqs,
+                "all of them decode"
+            );
+            print_medians((0..num_steps).map(|_| step(&mut scheduler)).collect());
+        }
+        _ => panic!("SEQUENCES PROMPT_TOKENS UNMEASURED_STEPS STEPS"),
+    }
+}
+
+fn print_medians(times: Vec<(Duration, Duration)>) {
+    let median = |mut times: Vec<Duration>| {
+        times.sort_unstable();
+        times[times.len() / 2].as_secs_f64() * 1e6
+    };
+    let both = times
+        .iter()
+        .map(|(schedule, commit)| *schedule + *commit)
+        .collect();
+    let (schedule, commit) = times.into_iter().unzip();
+    println!(
+        "{{\"schedule_us\": {}, \"commit_us\": {}, \"step_us\": {}}}",
+        median(schedule),
+        median(commit),
+        median(both)
+    );
+}
+
+fn measure_all() {
     println!(
         "{:44} {:>22} {:>22}",
         "case", "schedule p50 / p99 µs", "commit p50 / p99 µs"

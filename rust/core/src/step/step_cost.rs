@@ -184,17 +184,19 @@ mod tests {
 
     #[test]
     fn finds_the_prices_of_steps_that_differ() {
-        let mut cost = StepCost::default();
-        for step in 0..200 {
-            let (decodes, prefill) = (20 + step % 7 * 10, 100 + step % 5 * 50);
-            cost.observe(decodes, prefill, true_cost(decodes, prefill));
-        }
-        for decodes in [10, 50, 200] {
-            let exact = (30_000 - 2000 - 50 * decodes) / 70;
-            assert!(
-                allowance(&cost, decodes).abs_diff(exact) <= exact / 50,
-                "{decodes} decodes"
-            );
+        // Apart from each other, and more prefill where there are more decodes.
+        for together in [0, 40] {
+            let mut cost = StepCost::default();
+            for step in 0..300 {
+                let decodes = 20 + step % 7 * 10;
+                let prefill = 100 + step % 5 * 50 + step % 7 * together;
+                cost.observe(decodes, prefill, true_cost(decodes, prefill));
+            }
+            for decodes in [10, 50, 200] {
+                let exact = (30_000 - 2000 - 50 * decodes) / 70;
+                let off = allowance(&cost, decodes).abs_diff(exact);
+                assert!(off <= exact / 50, "{decodes} decodes: {off} of {exact}");
+            }
         }
     }
 

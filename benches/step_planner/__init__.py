@@ -1,0 +1,1 @@
+"""Planning a step: orchestra's scheduler beside vLLM's own."""
