@@ -2,10 +2,20 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Literal, Protocol, TypedDict, final, type_check_only
+from typing import Any, final
+
+from orchestra._core_types import (
+    CandidateRow,
+    DomainRow,
+    GpuSpec,
+    IneligibleRow,
+    WorkerRow,
+    WorkerSpec,
+)
 
 __all__ = [
     "Agent",
+    "PlaceRequest",
     "Placement",
     "Reservation",
     "RouteRequest",
@@ -53,72 +63,6 @@ def run_router(argv: Sequence[str]) -> int:
 
 # === scheduler ===
 
-@type_check_only
-class _CandidateRow(TypedDict):
-    worker: str
-    cost: int
-    has_room: bool
-    num_cached_tokens: int
-    queued_prefill_tokens: int
-    batch: int
-    num_blocks: int
-    kv_blocks_free: int
-    lora_load_tokens: int
-
-@type_check_only
-class _IneligibleRow(TypedDict):
-    worker: str
-    reason: Literal[
-        "excluded",
-        "draining",
-        "other_weights_epoch",
-        "tainted",
-        "other_slo_class",
-        "no_loras",
-        "context_too_long",
-        "kv_too_large",
-    ]
-    requested: int | None
-    limit: int | None
-
-@type_check_only
-class _WorkerRow(TypedDict):
-    name: str
-    model: str
-    is_draining: bool
-    batch: int
-    queued_prefill_tokens: int
-    kv_blocks_free: int
-    kv_blocks_total: int
-    num_cached_blocks: int
-    is_kv_in_step: bool
-    num_reservations: int
-    prefill_tokens_per_s: int
-
-@type_check_only
-class _WorkerSpec(Protocol):
-    # What `add_worker` reads from its argument.
-    @property
-    def name(self) -> str: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def weights_epoch(self) -> int: ...
-    @property
-    def block_size(self) -> int: ...
-    @property
-    def num_blocks(self) -> int: ...
-    @property
-    def max_num_seqs(self) -> int: ...
-    @property
-    def max_model_len(self) -> int: ...
-    @property
-    def taints(self) -> Iterable[str]: ...
-    @property
-    def slo_classes(self) -> Iterable[str]: ...
-    @property
-    def max_loras(self) -> int: ...
-
 def default_scheduler_config() -> dict[str, Any]:
     """The settings of a scheduler, with their defaults."""
 
@@ -149,6 +93,31 @@ class RouteRequest:
         tenant: str = "",
         admission_class: str = "standard",
     ) -> RouteRequest: ...
+
+@final
+class PlaceRequest:
+    """A gang that wants memory; may be used again.
+
+    Raises:
+        InvalidRequestError: The layout is none of those that there are.
+    """
+
+    def __new__(
+        cls,
+        *,
+        num_gpus: int,
+        bytes_per_gpu: int,
+        num_stages: int = 1,
+        layout: str = "contiguous",
+        paged_bytes_per_gpu: int = 0,
+        priority: int = 0,
+        replay_cost: int = 0,
+        expires_in_us: int | None = None,
+        cpu_milli: int = 0,
+        host_memory_bytes: int = 0,
+        nic_mbps: int = 0,
+        power_watts: int = 0,
+    ) -> PlaceRequest: ...
 
 @final
 class Reservation:
@@ -206,8 +175,23 @@ class Placement:
     """
 
     @property
+    def id(self) -> int:
+        """Names it in the `preempted` of those that displaced it."""
+
+    @property
     def gpus(self) -> tuple[tuple[str, int, int], ...]:
-        """`(name, offset_bytes, length_bytes)` of each GPU, in order of registration; all are of one domain."""
+        """`(name, offset_bytes, length_bytes)` of each GPU, by stage and then in order of registration.
+
+        All of a stage are of one domain. A GPU with paged memory is named once for each piece.
+        """
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The stage of each of `gpus`."""
+
+    @property
+    def preempted(self) -> tuple[int, ...]:
+        """The placements of lower priority whose memory it took; their `release()` answers `False`."""
 
     def release(self) -> bool:
         """Gives the memory back.
@@ -278,21 +262,29 @@ class Scheduler:
 
     def explain(
         self, request: RouteRequest, k: int
-    ) -> tuple[list[_CandidateRow], int, list[_IneligibleRow]]:
+    ) -> tuple[list[CandidateRow], int, list[IneligibleRow]]:
         """The best `k` workers for the request, how many more there are, and why the others may not take it."""
 
-    def place(self, num_gpus: int, bytes_per_gpu: int) -> Placement:
+    def place(self, request: PlaceRequest) -> Placement:
         """Finds and takes memory for a gang."""
+
+    def place_batch(self, requests: Sequence[PlaceRequest]) -> list[Placement | Exception]:
+        """Places gangs that arrived together, the largest first.
+
+        Each gets a placement, or the exception that refuses it.
+        """
 
     def acquire_gpus(
         self,
-        num_gpus: int,
-        bytes_per_gpu: int,
+        request: PlaceRequest,
         on_outcome: Callable[[Placement | Exception], None],
     ) -> Placement | Ticket:
         """Memory for a gang, or a ticket; then `on_outcome` is called once, as by `acquire`."""
 
-    def add_worker(self, spec: _WorkerSpec) -> None:
+    def expire_placements(self) -> list[int]:
+        """Releases the placements whose time has come; their ids."""
+
+    def add_worker(self, spec: WorkerSpec) -> None:
         """Registers a worker with an empty prefix cache and no load."""
 
     def remove_worker(self, name: str) -> bool:
@@ -341,16 +333,36 @@ class Scheduler:
     def resync_kv(self, worker: str, sequence: int, hashes: Sequence[int]) -> None:
         """Takes all that the worker's prefix cache holds after its message number `sequence`."""
 
-    def add_gpu(self, name: str, domain: str, node: str, memory_bytes: int) -> None:
+    def add_gpu(self, spec: GpuSpec) -> None:
         """Registers a GPU, all of its memory free."""
 
     def remove_gpu(self, name: str) -> bool:
         """Forgets a GPU and every placement that it was part of; `False` if it is not registered."""
 
-    def workers(self) -> list[_WorkerRow]:
+    def fail_gpu(self, name: str) -> list[int]:
+        """Takes a GPU out of use; the ids of the placements that it was part of, which are released."""
+
+    def restore_gpu(self, name: str) -> None:
+        """Puts a failed GPU back into use, all of its memory free."""
+
+    def set_domain_draining(self, domain: str, is_draining: bool) -> list[int]:
+        """A draining domain takes no new gangs; the ids of those that it has."""
+
+    def set_node_limits(
+        self, node: str, cpu_milli: int, host_memory_bytes: int, nic_mbps: int
+    ) -> None:
+        """Limits what the GPUs of a node share; 0 is no limit."""
+
+    def set_domain_power(self, domain: str, watts: int) -> None:
+        """Limits the power that the GPUs of a domain share, watts; 0 is no limit."""
+
+    def domain_memory(self, domain: str) -> DomainRow:
+        """How a domain's memory is used, and how usable the rest is."""
+
+    def workers(self) -> list[WorkerRow]:
         """Every worker's figures, in order of registration."""
 
-    def snapshot(self, max_age_us: int) -> tuple[int, dict[str, int], list[_WorkerRow]]:
+    def snapshot(self, max_age_us: int) -> tuple[int, dict[str, int], list[WorkerRow]]:
         """How old the figures are, microseconds, then what `stats` and `workers` say."""
 
     def stats(self) -> dict[str, int]:

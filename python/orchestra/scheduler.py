@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from orchestra import _core
 from orchestra._core import Placement, Reservation
 from orchestra.errors import DeadlineExceededError, InvalidRequestError, OrchestraError
+from orchestra.scheduler_gpus import DomainMemory, GpuSpec, PlaceOptions, place_request
 from orchestra.scheduler_registry import Registry, encode_token_ids
 from orchestra.scheduler_types import (
     AdmissionClass,
@@ -44,9 +45,12 @@ __all__ = [
     "AdmissionClass",
     "AsyncScheduler",
     "Candidate",
+    "DomainMemory",
     "Explanation",
+    "GpuSpec",
     "Ineligible",
     "KvEvent",
+    "PlaceOptions",
     "Placement",
     "Reservation",
     "RouteOptions",
@@ -115,15 +119,28 @@ class Scheduler(Registry):
         request = _core.RouteRequest((), **options)
         return self._core.decide_batch(request, encode_token_ids(prompts), ends)  # type: ignore[return-value]  # only these
 
-    def place(self, *, num_gpus: int, bytes_per_gpu: int) -> Placement:
-        """Takes a contiguous piece of memory on each of `num_gpus` GPUs of one domain.
+    def place(self, **options: "Unpack[PlaceOptions]") -> Placement:
+        """Takes memory on a gang of GPUs, all or nothing.
+
+        Args:
+            **options: `PlaceOptions`: `num_gpus` and `bytes_per_gpu`, which must be given, `num_stages`, `layout`,
+                `priority` and others.
 
         Raises:
             InvalidRequestError: A value is out of range, or the gang would not fit if all memory were free.
             WorkerUnavailableError: It does not fit now.
             OverloadedError: As many placements are held as may be.
         """
-        return self._core.place(num_gpus, bytes_per_gpu)
+        return self._core.place(place_request(options))
+
+    def place_batch(self, requests: Sequence[PlaceOptions]) -> list[Placement | OrchestraError]:
+        """Places gangs that arrived together: by priority, then the largest first, which packs better.
+
+        Returns:
+            For each, in the order of the requests, a placement or the error that refuses it.
+        """
+        batch = [place_request(options) for options in requests]
+        return self._core.place_batch(batch)  # type: ignore[return-value]  # only these
 
 
 _Held = TypeVar("_Held", Reservation, Placement)
@@ -195,9 +212,8 @@ class AsyncScheduler(Registry):
     async def place(
         self,
         *,
-        num_gpus: int,
-        bytes_per_gpu: int,
         timeout: float | None = None,
+        **options: "Unpack[PlaceOptions]",
     ) -> Placement:
         """Waits until the gang fits, and takes its memory; arguments as for `Scheduler.place`.
 
@@ -208,9 +224,8 @@ class AsyncScheduler(Registry):
             OverloadedError: As many gangs wait as may.
             InvalidRequestError: A value is out of range, or the gang would not fit if all memory were free.
         """
-        return await _wait(
-            lambda on_outcome: self._core.acquire_gpus(num_gpus, bytes_per_gpu, on_outcome), timeout
-        )
+        request = place_request(options)
+        return await _wait(lambda on_outcome: self._core.acquire_gpus(request, on_outcome), timeout)
 
 
 def _micros(deadline_s: float) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from orchestra import _core
+from orchestra.scheduler_gpus import GpuRegistry
 from orchestra.scheduler_types import (
     Candidate,
     Explanation,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Registry", "encode_token_ids"]
 
 
-class Registry:
+class Registry(GpuRegistry):
     """Everything but decisions; the base of both schedulers."""
 
     def __init__(
@@ -197,25 +198,6 @@ class Registry:
             WorkerFailedError: It would hold more blocks than it has. Nothing changes.
         """
         self._core.resync_kv(worker, sequence, hashes)
-
-    def add_gpu(self, name: str, *, domain: str, node: str, memory_bytes: int) -> None:
-        """Registers a GPU, all of its memory free.
-
-        Args:
-            name: Unique among the registered GPUs, 1 to 128 bytes.
-            domain: GPUs of one domain reach each other at full speed (an NVSwitch island).
-            node: The machine that it is in.
-            memory_bytes: Memory that may be given out; rounded down to whole extents.
-
-        Raises:
-            InvalidRequestError: A value is out of range, or the name is taken.
-            OverloadedError: As many GPUs are registered as may be.
-        """
-        self._core.add_gpu(name, domain, node, memory_bytes)
-
-    def remove_gpu(self, name: str) -> bool:
-        """Forgets a GPU and every placement that it was part of; `False` if it is not registered."""
-        return self._core.remove_gpu(name)
 
     def set_tenant_weight(self, tenant: str, weight: int) -> None:
         """Gives a tenant another share of what `AsyncScheduler.acquire` grants than the weight 100 that all have.

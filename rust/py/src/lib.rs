@@ -29,7 +29,8 @@ mod _core {
         process::{die_with_parent, init_logging},
         router::run_router,
         scheduler::{
-            Placement, Reservation, RouteRequest, Scheduler, Ticket, default_scheduler_config,
+            PlaceRequest, Placement, Reservation, RouteRequest, Scheduler, Ticket,
+            default_scheduler_config,
         },
     };
 

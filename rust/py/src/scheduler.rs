@@ -2,6 +2,7 @@
 
 mod figures;
 mod held;
+mod placing;
 mod register;
 mod request;
 mod shared;
@@ -10,17 +11,18 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use orchestra_core::{
     TokenId,
-    scheduler::{self as core, PlaceRequest, SchedulerConfig, SchedulerError, Wait},
+    scheduler::{self as core, SchedulerConfig, SchedulerError, Wait},
 };
 use pyo3::{IntoPyObjectExt, prelude::*, types::PyDict};
 
 use self::{
-    held::{HeldPlacement, HeldReservation},
+    held::HeldReservation,
     request::{CandidateRow, IneligibleRow, TokenIds},
     shared::{Shared, State},
 };
 pub(crate) use self::{
     held::{Placement, Reservation, Ticket},
+    placing::PlaceRequest,
     request::RouteRequest,
 };
 use crate::{
@@ -185,50 +187,6 @@ impl Scheduler {
         self.decide(py, |State { scheduler, .. }| {
             scheduler.set_tenant_weight(tenant, weight)
         })
-    }
-
-    /// Finds and takes memory for a gang.
-    fn place(&self, py: Python<'_>, num_gpus: u32, bytes_per_gpu: u64) -> PyResult<Placement> {
-        let request = PlaceRequest {
-            num_gpus,
-            bytes_per_gpu,
-            ..PlaceRequest::default()
-        };
-        let held = self.decide(py, |State { scheduler, .. }| {
-            let placement = scheduler.place(&request)?;
-            Ok(HeldPlacement::new(scheduler, &placement))
-        })?;
-        Placement::new(py, &self.shared, held)
-    }
-
-    /// Memory for a gang, or a ticket; then `on_outcome` is called once, as by `acquire`.
-    fn acquire_gpus(
-        &self,
-        py: Python<'_>,
-        num_gpus: u32,
-        bytes_per_gpu: u64,
-        on_outcome: Py<PyAny>,
-    ) -> PyResult<Py<PyAny>> {
-        let request = PlaceRequest {
-            num_gpus,
-            bytes_per_gpu,
-            ..PlaceRequest::default()
-        };
-        let answer = self.decide(py, |state| {
-            Ok(match state.scheduler.acquire_gpus(&request)? {
-                Wait::Granted(placement) => {
-                    Wait::Granted(HeldPlacement::new(&state.scheduler, &placement))
-                }
-                Wait::Waiting(ticket) => {
-                    state.callbacks.insert(ticket, on_outcome);
-                    Wait::Waiting(ticket)
-                }
-            })
-        })?;
-        match answer {
-            Wait::Granted(held) => Placement::new(py, &self.shared, held)?.into_py_any(py),
-            Wait::Waiting(ticket) => Ticket::new(&self.shared, ticket).into_py_any(py),
-        }
     }
 
     /// Asserts every invariant; for tests. Walks all state.

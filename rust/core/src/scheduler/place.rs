@@ -29,6 +29,13 @@ pub struct GpuId(pub(super) u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PlacementId(pub(super) u64);
 
+impl PlacementId {
+    /// The number that it has in logs and other languages.
+    pub const fn number(self) -> u64 {
+        self.0
+    }
+}
+
 /// What a GPU is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GpuSpec {

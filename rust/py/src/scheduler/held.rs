@@ -38,6 +38,8 @@ pub(super) struct HeldPlacement {
     id: PlacementId,
     /// Name, offset, length.
     gpus: Vec<(String, u64, u64)>,
+    stages: Vec<u32>,
+    preempted: Vec<u64>,
 }
 
 impl HeldPlacement {
@@ -50,6 +52,8 @@ impl HeldPlacement {
         Self {
             id: placement.id,
             gpus: placement.gpus.iter().map(row).collect(),
+            stages: placement.gpus.iter().map(|placed| placed.stage).collect(),
+            preempted: placement.preempted.iter().map(|id| id.number()).collect(),
         }
     }
 }
@@ -198,6 +202,8 @@ impl Reservation {
 pub(crate) struct Placement {
     id: PlacementId,
     gpus: Py<PyTuple>,
+    stages: Vec<u32>,
+    preempted: Vec<u64>,
     lease: Lease,
 }
 
@@ -210,6 +216,8 @@ impl Placement {
             Ok(gpus) => Ok(Self {
                 id,
                 gpus: gpus.unbind(),
+                stages: held.stages,
+                preempted: held.preempted,
                 lease,
             }),
             Err(error) => {
@@ -237,7 +245,25 @@ impl Drop for Placement {
 
 #[pymethods]
 impl Placement {
-    /// `(name, offset_bytes, length_bytes)` of each GPU, in order of registration; all are of one domain.
+    /// Names it in the `preempted` of those that displaced it.
+    #[getter]
+    fn id(&self) -> u64 {
+        self.id.number()
+    }
+
+    /// The stage of each of `gpus`.
+    #[getter]
+    fn stages<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, &self.stages)
+    }
+
+    /// The placements of lower priority whose memory it took.
+    #[getter]
+    fn preempted<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, &self.preempted)
+    }
+
+    /// `(name, offset_bytes, length_bytes)` of each GPU or piece of one, by stage and then in order of registration.
     #[getter]
     fn gpus(&self, py: Python<'_>) -> Py<PyTuple> {
         self.gpus.clone_ref(py)

@@ -1,10 +1,8 @@
-//! Registering workers and GPUs, and what they report.
+//! Registering workers, and what they report.
 
 use orchestra_core::{
     BlockHash, block_hashes,
-    scheduler::{
-        self as core, GpuSpec, KvFeed, Lora, SchedulerError, WorkerId, WorkerLoad, WorkerSpec,
-    },
+    scheduler::{self as core, KvFeed, Lora, SchedulerError, WorkerId, WorkerLoad, WorkerSpec},
     step::KvEvent,
 };
 use pyo3::prelude::*;
@@ -180,37 +178,6 @@ impl Scheduler {
         let blocks = to_hashes(hashes);
         self.change_worker(py, worker, |scheduler, id| {
             scheduler.resync_kv(id, sequence, &blocks)
-        })
-    }
-
-    /// Registers a GPU, all of its memory free.
-    fn add_gpu(
-        &self,
-        py: Python<'_>,
-        name: String,
-        domain: String,
-        node: String,
-        memory_bytes: u64,
-    ) -> PyResult<()> {
-        let spec = GpuSpec {
-            name,
-            domain,
-            node,
-            rack: None,
-            memory_bytes,
-        };
-        let added = self
-            .shared
-            .change(py, |state| state.scheduler.add_gpu(spec));
-        added.map_err(Failure::from)?;
-        Ok(())
-    }
-
-    /// Forgets a GPU and every placement that it was part of. `False` where it is not registered.
-    fn remove_gpu(&self, py: Python<'_>, name: &str) -> bool {
-        self.shared.change(py, |state| {
-            let id = state.scheduler.gpu_by_name(name);
-            id.is_some_and(|id| state.scheduler.remove_gpu(id).is_some())
         })
     }
 }
