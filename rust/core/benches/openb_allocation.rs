@@ -51,7 +51,9 @@ fn main() {
     let marks = MARKS.map(|mark| format!("{mark:>22} %")).join("");
     println!("{:24}{marks} demanded", "rule");
     for rule in Rule::ALL {
-        row(rule.name(), &trace, num_seeds, |seed| Baseline::new(&trace, rule, seed));
+        row(rule.name(), &trace, num_seeds, |seed| {
+            Baseline::new(&trace, rule, seed)
+        });
     }
     row("Orchestra", &trace, num_seeds, |_| Orchestra::new(&trace));
 }

@@ -59,9 +59,12 @@ impl<'a> Orchestra<'a> {
     }
 
     fn place_without_gpus(&mut self, pod: &Pod) -> bool {
-        let fits = self.nodes.iter().enumerate().filter(|(_, node)| node.fits(pod));
-        let spare = |node: &Node| node.cpu_milli * 1000 / (node.gpus_left() + 1);
-        let Some((index, _)) = fits.max_by_key(|(_, node)| spare(node)) else {
+        let fits = self
+            .nodes
+            .iter()
+            .enumerate()
+            .filter(|(_, node)| node.fits(pod));
+        let Some((index, _)) = fits.max_by_key(|(_, node)| node.cpus_per_gpu()) else {
             return false;
         };
         self.nodes[index].take(pod, 0);
@@ -69,7 +72,9 @@ impl<'a> Orchestra<'a> {
         // One more than nothing: a limit of 0 would be none.
         limits.cpu_milli = (limits.cpu_milli - pod.cpu_milli).max(1);
         limits.host_memory_bytes = (limits.host_memory_bytes - pod.memory_mib * MIB).max(1);
-        self.scheduler.set_node_limits(&format!("node-{index}"), limits).unwrap();
+        self.scheduler
+            .set_node_limits(&format!("node-{index}"), limits)
+            .unwrap();
         true
     }
 }
@@ -100,7 +105,13 @@ impl Placer for Orchestra<'_> {
         node.cpu_milli -= request.shares_per_gpu.cpu_milli * pod.num_gpus;
         node.memory_mib -= pod.memory_mib;
         for placed in placed.gpus {
-            let (_, gpu) = self.scheduler.gpu_spec(placed.gpu).unwrap().name.split_once('/').unwrap();
+            let (_, gpu) = self
+                .scheduler
+                .gpu_spec(placed.gpu)
+                .unwrap()
+                .name
+                .split_once('/')
+                .unwrap();
             node.gpus[gpu.parse::<usize>().unwrap()] -= placed.extent.length_bytes / MIB;
         }
         true

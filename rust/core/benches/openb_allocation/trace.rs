@@ -36,8 +36,17 @@ impl Node {
         self.gpus.iter().sum()
     }
 
+    /// Thousandths of CPUs for each thousand thousandths of GPUs that are left.
+    pub(crate) fn cpus_per_gpu(&self) -> u64 {
+        self.cpu_milli * 1000 / (self.gpus_left() + 1)
+    }
+
     pub(crate) fn fits(&self, pod: &Pod) -> bool {
-        let enough = self.gpus.iter().filter(|&&left| left >= pod.gpu_milli).count() as u64;
+        let enough = self
+            .gpus
+            .iter()
+            .filter(|&&left| left >= pod.gpu_milli)
+            .count() as u64;
         self.cpu_milli >= pod.cpu_milli
             && self.memory_mib >= pod.memory_mib
             && (pod.num_gpus == 0 || enough >= pod.num_gpus)

@@ -68,7 +68,8 @@ impl Pair {
     pub(crate) fn check_limits(&self, gpus: &[PlacedGpu], shares: &Shares) {
         let held = |here: &dyn Fn(&ModelGpu) -> bool, share: fn(&Shares) -> u64| -> u64 {
             let here = self.gpus.iter().filter(|gpu| here(gpu)).flat_map(placed_on);
-            here.map(|id| share(&self.placements[&id].shares_per_gpu)).sum()
+            here.map(|id| share(&self.placements[&id].shares_per_gpu))
+                .sum()
         };
         let is_kept = |limit: u64, share: u64, held: u64| limit == 0 || share == 0 || held <= limit;
         for placed in gpus {
@@ -80,7 +81,11 @@ impl Pair {
             let cores = held(&on_node, |shares| shares.cpu_milli);
             assert!(is_kept(limits.cpu_milli, shares.cpu_milli, cores));
             let host = held(&on_node, |shares| shares.host_memory_bytes);
-            assert!(is_kept(limits.host_memory_bytes, shares.host_memory_bytes, host));
+            assert!(is_kept(
+                limits.host_memory_bytes,
+                shares.host_memory_bytes,
+                host
+            ));
             let nic = held(&on_node, |shares| shares.nic_mbps);
             assert!(is_kept(limits.nic_mbps, shares.nic_mbps, nic));
             let watts = held(&in_domain, |shares| shares.power_watts);

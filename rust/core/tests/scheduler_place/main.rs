@@ -10,7 +10,7 @@ use model::{EXTENT, Pair};
 use ops::op;
 use orchestra_core::{
     Time,
-    scheduler::{GpuId, PlaceRequest},
+    scheduler::{GpuId, NodeLimits, PlaceRequest, Shares},
 };
 use proptest::prelude::*;
 
@@ -74,6 +74,42 @@ fn a_wide_gang_skips_domains_that_only_look_large_enough() {
     assert_eq!(gpus, [pair.gpus[2].id, pair.gpus[3].id]);
     let refused = pair.real.place(&gang(2)).unwrap_err();
     assert_eq!(refused.limit(), Some(1));
+}
+
+#[test]
+fn shares_are_taken_where_they_strand_least_memory() {
+    let mut pair = Pair::new();
+    for domain in [0, 0, 1, 1] {
+        pair.add_gpu(domain, 0, 16);
+    }
+    for (domain, cpu_milli) in [(0, 8), (1, 100)] {
+        let limits = NodeLimits {
+            cpu_milli,
+            ..NodeLimits::default()
+        };
+        pair.limit_node(domain, 0, &limits);
+    }
+    let mut domain = |cpu_milli| {
+        let shares_per_gpu = Shares {
+            cpu_milli,
+            ..Shares::default()
+        };
+        let request = PlaceRequest {
+            num_gpus: 1,
+            bytes_per_gpu: 8 * EXTENT,
+            shares_per_gpu,
+            ..PlaceRequest::default()
+        };
+        let placed = pair.real.place(&request).unwrap().gpus[0].gpu;
+        let spec = pair.real.gpu_spec(placed).unwrap();
+        spec.domain.clone()
+    };
+    // Nothing is known of requests yet: first fit.
+    assert_eq!(domain(2), "domain-0");
+    // 2 of the 8 are gone, and 6 would leave none for the 16 extents that stay free there.
+    assert_eq!(domain(6), "domain-1");
+    // 2 for 8 extents is below the mean of 4, so memory there becomes useful again.
+    assert_eq!(domain(2), "domain-0");
 }
 
 #[test]

@@ -161,14 +161,19 @@ impl GpuPool {
         })
     }
 
-    /// The domain for `width` GPUs. Where the index alone cannot answer it is the first one, seen from the gang's end.
+    /// The domain for `width` GPUs. Where the index alone cannot answer it is the first one, seen from the gang's end;
+    /// for requests with shares the one where least memory becomes useless.
     fn domain_for(&self, ask: &Ask, width: usize) -> Option<u32> {
         if ask.is_plain() {
             let index = self.index(ask, Counting::Below(0));
             return index.domain(width, ask.total, ask.end, &self.classes);
         }
-        let mut candidates = self.candidates(ask, width, Counting::Below(0));
-        candidates.find(|&domain| self.num_usable(domain, ask, Counting::Below(0)) >= width)
+        let candidates = self.candidates(ask, width, Counting::Below(0));
+        let mut fits = candidates.filter(|&d| self.num_usable(d, ask, Counting::Below(0)) >= width);
+        if ask.shares.is_none() {
+            return fits.next();
+        }
+        fits.min_by_key(|&domain| self.stranding(domain, ask))
     }
 
     /// The index that knows one number of the request: its run where it wants one, else its total.
