@@ -175,18 +175,19 @@ impl GpuMemory {
         best.map(|run| run.at_end(length, end).offset)
     }
 
-    /// Adds to `out` free pieces of `length` units in all, as few as can be and none in the free run `beside`.
-    pub(super) fn pages(&self, length: u32, beside: Option<Run>, end: End, out: &mut Vec<Run>) {
-        let Some(beside) = beside else {
-            match self.best_offset(length, end) {
-                Some(offset) => out.push(Run { offset, length }),
-                None => pages_of(self.free_runs().collect(), length, end, out),
-            }
+    /// Puts into `runs` free pieces of `length` units in all, as few as can be and none in the free run `beside`.
+    pub(super) fn pages(&self, length: u32, beside: Option<Run>, end: End, runs: &mut Vec<Run>) {
+        runs.clear();
+        if let Some(beside) = beside {
+            let free = self.free_runs().flat_map(|run| run.without(beside));
+            runs.extend(free.filter(|run| run.length > 0));
+        } else if let Some(offset) = self.best_offset(length, end) {
+            runs.push(Run { offset, length });
             return;
-        };
-        let runs = self.free_runs().flat_map(|run| run.without(beside));
-        let runs = runs.filter(|run| run.length > 0);
-        pages_of(runs.collect(), length, end, out);
+        } else {
+            runs.extend(self.free_runs());
+        }
+        keep_pages(runs, length, end);
     }
 
     pub(super) fn insert(&mut self, piece: Piece) {
@@ -221,9 +222,9 @@ impl GpuMemory {
     }
 }
 
-/// Adds to `out` parts of the runs, of `length` units in all and as few as can be: the longest runs, and for what is
-/// left then the tightest one that is enough, so that long runs stay long. O(runs log runs).
-pub(super) fn pages_of(mut runs: Vec<Run>, length: u32, end: End, out: &mut Vec<Run>) {
+/// Keeps parts of the runs, of `length` units in all and as few as can be: the longest runs, and for what is left then
+/// the tightest one that is enough, so that long runs stay long. O(runs log runs).
+fn keep_pages(runs: &mut Vec<Run>, length: u32, end: End) {
     // The longest first; of equal ones the nearest to the end last.
     runs.sort_unstable_by_key(|run| {
         let distance = match end {
@@ -233,13 +234,14 @@ pub(super) fn pages_of(mut runs: Vec<Run>, length: u32, end: End, out: &mut Vec<
         Reverse((run.length, distance))
     });
     let mut left = length;
-    for (index, &run) in runs.iter().enumerate() {
+    for index in 0..runs.len() {
+        let run = runs[index];
         if run.length >= left {
             let num_enough = runs[index..].partition_point(|run| run.length >= left);
-            out.push(runs[index + num_enough - 1].at_end(left, end));
+            runs[index] = runs[index + num_enough - 1].at_end(left, end);
+            runs.truncate(index + 1);
             return;
         }
-        out.push(run);
         left -= run.length;
     }
     debug_assert_eq!(left, 0, "the runs are too short in sum");
