@@ -156,7 +156,7 @@ impl GpuMemory {
     pub(super) fn best_offset(&self, length: u32, end: End) -> Option<u32> {
         let mut best: Option<Run> = None;
         let mut start = 0;
-        // Written out rather than over `free_runs`: this is the hottest loop of placement.
+        // Written out rather than over `free_runs`: the hottest loop of placing in one piece.
         let stops = self.spans.iter().map(|span| (span.offset, span.stop()));
         for (offset, stop) in stops.chain([(self.capacity, self.capacity)]) {
             let run = Run {
@@ -181,9 +181,6 @@ impl GpuMemory {
         if let Some(beside) = beside {
             let free = self.free_runs().flat_map(|run| run.without(beside));
             runs.extend(free.filter(|run| run.length > 0));
-        } else if let Some(offset) = self.best_offset(length, end) {
-            runs.push(Run { offset, length });
-            return;
         } else {
             runs.extend(self.free_runs());
         }
@@ -222,27 +219,34 @@ impl GpuMemory {
     }
 }
 
+/// So many of the longest runs are looked for one by one; sorting pays when a gang needs more.
+const SELECTED_MAX: usize = 4;
+
 /// Keeps parts of the runs, of `length` units in all and as few as can be: the longest runs, and for what is left then
-/// the tightest one that is enough, so that long runs stay long. O(runs log runs).
+/// the tightest one that is enough, so that long runs stay long. Of equal ones the nearest to the end is the tightest.
+/// O(runs log runs).
 fn keep_pages(runs: &mut Vec<Run>, length: u32, end: End) {
-    // The longest first; of equal ones the nearest to the end last.
-    runs.sort_unstable_by_key(|run| {
-        let distance = match end {
-            End::Low => run.offset,
-            End::High => u32::MAX - run.offset,
-        };
-        Reverse((run.length, distance))
-    });
+    let distance = |run: &Run| match end {
+        End::Low => run.offset,
+        End::High => u32::MAX - run.offset,
+    };
     let mut left = length;
     for index in 0..runs.len() {
-        let run = runs[index];
-        if run.length >= left {
-            let num_enough = runs[index..].partition_point(|run| run.length >= left);
-            runs[index] = runs[index + num_enough - 1].at_end(left, end);
+        let rest = &mut runs[index..];
+        if index < SELECTED_MAX {
+            let longest = (0..rest.len()).max_by_key(|&at| rest[at].length);
+            rest.swap(0, longest.unwrap_or(0));
+        } else if index == SELECTED_MAX {
+            rest.sort_unstable_by_key(|run| Reverse(run.length));
+        }
+        if rest[0].length >= left {
+            let enough = rest.iter().filter(|run| run.length >= left);
+            let tightest = enough.min_by_key(|run| (run.length, distance(run)));
+            rest[0] = tightest.map_or(rest[0], |run| run.at_end(left, end));
             runs.truncate(index + 1);
             return;
         }
-        left -= run.length;
+        left -= rest[0].length;
     }
     debug_assert_eq!(left, 0, "the runs are too short in sum");
 }
