@@ -1,9 +1,9 @@
 """`python -m benches.placement.cp_sat`: how much of the optimum the scheduler places when gangs arrive together.
 
 Needs `pip install ortools`. Each instance has eight GPUs of 32 extents, in one domain or in two, and more gangs than
-fit. CP-SAT chooses the gangs with most memory in all, with a proof; the scheduler gets the same gangs one by one and as
-one batch, through `cargo run --release -p orchestra-core --example place_batch`. Nothing ends, so where memory lies on a
-GPU does not matter to the optimum: sizes that fit in sum can be laid one behind the other.
+fit. CP-SAT chooses the gangs with most memory in all, with a proof; the scheduler gets the same gangs one by one and
+as one batch, through `cargo run --release -p orchestra-core --example place_batch`. Nothing ends, so where memory lies
+on a GPU does not matter to the optimum: sizes that fit in sum can be laid one behind the other.
 """
 
 from __future__ import annotations

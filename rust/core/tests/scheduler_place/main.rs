@@ -77,6 +77,31 @@ fn a_wide_gang_skips_domains_that_only_look_large_enough() {
 }
 
 #[test]
+fn gpus_in_use_that_bytes_do_not_need_could_be_emptied() {
+    let mut pair = Pair::new();
+    for extents in [16, 16, 8, 16] {
+        pair.add_gpu(0, 0, extents);
+    }
+    pair.place(&PlaceRequest {
+        num_gpus: 3,
+        bytes_per_gpu: 6 * EXTENT,
+        ..PlaceRequest::default()
+    });
+    pair.place(&PlaceRequest {
+        num_gpus: 1,
+        bytes_per_gpu: EXTENT,
+        ..PlaceRequest::default()
+    });
+    // 19 extents on three GPUs, of 16, 16 and 8: two would do.
+    let domain = pair.real.domain_memory("domain-0").unwrap();
+    assert_eq!((domain.num_gpus, domain.num_gpus_empty), (4, 1));
+    assert!((domain.emptiable_ratio - 1.0 / 3.0).abs() < f64::EPSILON);
+    // Of 37 free extents one lies alone: enough for the median of the requests, and not for their 90th percentile.
+    assert!(domain.unusable_p50_ratio.abs() < f64::EPSILON);
+    assert!((domain.unusable_p90_ratio - 1.0 / 37.0).abs() < 1e-9);
+}
+
+#[test]
 fn shares_are_taken_where_they_strand_least_memory() {
     let mut pair = Pair::new();
     for domain in [0, 0, 1, 1] {
@@ -155,7 +180,9 @@ fn stranded_memory_is_weighed_by_what_was_asked_for() {
         (left.bytes_free, left.bytes_stranded),
         (2 * EXTENT, 3 * EXTENT / 2)
     );
-    assert!((left.unusable_ratio - 1.0).abs() < f64::EPSILON);
+    // Half of the requests were of 4 extents or more, and so were nine of ten.
+    let is = |ratio: f64, expected: f64| (ratio - expected).abs() < f64::EPSILON;
+    assert!(is(left.unusable_p50_ratio, 1.0) && is(left.unusable_p90_ratio, 1.0));
     let domain = pair.real.domain_memory("domain-0").unwrap();
     assert_eq!(
         (domain.num_gpus, domain.bytes_stranded),
