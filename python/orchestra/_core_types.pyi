@@ -49,7 +49,9 @@ class DomainRow(TypedDict):
     bytes_total: int
     bytes_free: int
     bytes_stranded: int
-    unusable_ratio: float
+    unusable_p50_ratio: float
+    unusable_p90_ratio: float
+    emptiable_ratio: float
 
 class GpuSpec(Protocol):
     # What `add_gpu` reads from its argument.

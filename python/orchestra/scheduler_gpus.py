@@ -73,7 +73,9 @@ class DomainMemory:
         bytes_total: Memory that may be given out.
         bytes_free: Of it, how much is free.
         bytes_stranded: Free bytes times the probability that a request does not fit its GPU's longest run.
-        unusable_ratio: The share of the free memory in runs shorter than the 90th percentile of the requests.
+        unusable_p50_ratio: The share of the free memory in runs shorter than the median request.
+        unusable_p90_ratio: The same for the 90th percentile of the requests.
+        emptiable_ratio: The share of the GPUs in use that are more than the placed bytes need.
     """
 
     num_gpus: int
@@ -82,7 +84,9 @@ class DomainMemory:
     bytes_total: int
     bytes_free: int
     bytes_stranded: int
-    unusable_ratio: float
+    unusable_p50_ratio: float
+    unusable_p90_ratio: float
+    emptiable_ratio: float
 
 
 class GpuRegistry:

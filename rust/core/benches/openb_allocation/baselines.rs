@@ -7,7 +7,9 @@
 //! * dot product: the product of the node's free CPUs and GPUs with the pod's, in the same units; the least, as FGD's
 //!   authors compare it, and the most, as Tetris has it (Grandl et al., SIGCOMM'14);
 //! * FGD: the growth of `F(node) = Σ P(class) · GPUs of the node that the class cannot use`. A class can use none where
-//!   the node lacks its CPUs, memory or GPUs, else those GPUs with at least its share free.
+//!   the node lacks its CPUs, memory or GPUs, else those GPUs with at least its share free;
+//! * FGD with the bench's rule for pods without GPUs, to see what that rule alone does: the node with most CPUs for each
+//!   GPU that is left.
 //!
 //! Parts of a GPU come from the one with least left that is enough; FGD takes the one whose use costs least.
 
@@ -24,16 +26,18 @@ pub(crate) enum Rule {
     DotProductLeast,
     DotProductMost,
     Fgd,
+    FgdSpareCpus,
 }
 
 impl Rule {
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::Random,
         Self::FirstFit,
         Self::BestFit,
         Self::DotProductLeast,
         Self::DotProductMost,
         Self::Fgd,
+        Self::FgdSpareCpus,
     ];
 
     pub(crate) fn name(self) -> &'static str {
@@ -44,6 +48,7 @@ impl Rule {
             Self::DotProductLeast => "dot product, least",
             Self::DotProductMost => "dot product, most",
             Self::Fgd => "FGD",
+            Self::FgdSpareCpus => "FGD, spare CPUs",
         }
     }
 }
@@ -100,7 +105,8 @@ impl<'a> Baseline<'a> {
             }
             Rule::DotProductLeast => self.dot_product(node, pod),
             Rule::DotProductMost => -self.dot_product(node, pod),
-            Rule::Fgd => return Some(self.least_growth(node, pod)),
+            Rule::FgdSpareCpus if pod.num_gpus == 0 => -(node.cpus_per_gpu() as f64),
+            Rule::Fgd | Rule::FgdSpareCpus => return Some(self.least_growth(node, pod)),
         };
         Some((cost, tightest()))
     }

@@ -64,8 +64,7 @@ impl<'a> Orchestra<'a> {
             .iter()
             .enumerate()
             .filter(|(_, node)| node.fits(pod));
-        let spare = |node: &Node| node.cpu_milli * 1000 / (node.gpus_left() + 1);
-        let Some((index, _)) = fits.max_by_key(|(_, node)| spare(node)) else {
+        let Some((index, _)) = fits.max_by_key(|(_, node)| node.cpus_per_gpu()) else {
             return false;
         };
         self.nodes[index].take(pod, 0);

@@ -36,6 +36,11 @@ impl Node {
         self.gpus.iter().sum()
     }
 
+    /// Thousandths of CPUs for each thousand thousandths of GPUs that are left.
+    pub(crate) fn cpus_per_gpu(&self) -> u64 {
+        self.cpu_milli * 1000 / (self.gpus_left() + 1)
+    }
+
     pub(crate) fn fits(&self, pod: &Pod) -> bool {
         let enough = self
             .gpus

@@ -10,7 +10,7 @@ use model::{EXTENT, Pair};
 use ops::op;
 use orchestra_core::{
     Time,
-    scheduler::{GpuId, PlaceRequest},
+    scheduler::{GpuId, NodeLimits, PlaceRequest, Shares},
 };
 use proptest::prelude::*;
 
@@ -75,6 +75,67 @@ fn a_wide_gang_skips_domains_that_only_look_large_enough() {
 }
 
 #[test]
+fn gpus_in_use_that_bytes_do_not_need_could_be_emptied() {
+    let mut pair = Pair::new();
+    for extents in [16, 16, 8, 16] {
+        pair.add_gpu(0, 0, extents);
+    }
+    pair.place(&PlaceRequest {
+        num_gpus: 3,
+        bytes_per_gpu: 6 * EXTENT,
+        ..PlaceRequest::default()
+    });
+    pair.place(&PlaceRequest {
+        num_gpus: 1,
+        bytes_per_gpu: EXTENT,
+        ..PlaceRequest::default()
+    });
+    // 19 extents on three GPUs, of 16, 16 and 8: two would do.
+    let domain = pair.real.domain_memory("domain-0").unwrap();
+    assert_eq!((domain.num_gpus, domain.num_gpus_empty), (4, 1));
+    assert!((domain.emptiable_ratio - 1.0 / 3.0).abs() < f64::EPSILON);
+    // Of 37 free extents one lies alone: enough for the median of the requests, and not for their 90th percentile.
+    assert!(domain.unusable_p50_ratio.abs() < f64::EPSILON);
+    assert!((domain.unusable_p90_ratio - 1.0 / 37.0).abs() < 1e-9);
+}
+
+#[test]
+fn shares_are_taken_where_they_strand_least_memory() {
+    let mut pair = Pair::new();
+    for domain in [0, 0, 1, 1] {
+        pair.add_gpu(domain, 0, 16);
+    }
+    for (domain, cpu_milli) in [(0, 8), (1, 100)] {
+        let limits = NodeLimits {
+            cpu_milli,
+            ..NodeLimits::default()
+        };
+        pair.limit_node(domain, 0, &limits);
+    }
+    let mut domain = |cpu_milli| {
+        let shares_per_gpu = Shares {
+            cpu_milli,
+            ..Shares::default()
+        };
+        let request = PlaceRequest {
+            num_gpus: 1,
+            bytes_per_gpu: 8 * EXTENT,
+            shares_per_gpu,
+            ..PlaceRequest::default()
+        };
+        let placed = pair.real.place(&request).unwrap().gpus[0].gpu;
+        let spec = pair.real.gpu_spec(placed).unwrap();
+        spec.domain.clone()
+    };
+    // Nothing is known of requests yet: first fit.
+    assert_eq!(domain(2), "domain-0");
+    // 2 of the 8 are gone, and 6 would leave none for the 16 extents that stay free there.
+    assert_eq!(domain(6), "domain-1");
+    // 2 for 8 extents is below the mean of 4, so memory there becomes useful again.
+    assert_eq!(domain(2), "domain-0");
+}
+
+#[test]
 fn a_domain_of_72_grows_and_shrinks() {
     let mut pair = Pair::new();
     for _ in 0..72 {
@@ -117,7 +178,9 @@ fn stranded_memory_is_weighed_by_what_was_asked_for() {
         (left.bytes_free, left.bytes_stranded),
         (2 * EXTENT, 3 * EXTENT / 2)
     );
-    assert!((left.unusable_ratio - 1.0).abs() < f64::EPSILON);
+    // Half of the requests were of 4 extents or more, and so were nine of ten.
+    let is = |ratio: f64, expected: f64| (ratio - expected).abs() < f64::EPSILON;
+    assert!(is(left.unusable_p50_ratio, 1.0) && is(left.unusable_p90_ratio, 1.0));
     let domain = pair.real.domain_memory("domain-0").unwrap();
     assert_eq!(
         (domain.num_gpus, domain.bytes_stranded),

@@ -103,7 +103,9 @@ pub(crate) struct DomainRow {
     bytes_total: u64,
     bytes_free: u64,
     bytes_stranded: u64,
-    unusable_ratio: f64,
+    unusable_p50_ratio: f64,
+    unusable_p90_ratio: f64,
+    emptiable_ratio: f64,
 }
 
 #[pymethods]
@@ -208,7 +210,9 @@ impl Scheduler {
             bytes_total: memory.bytes_total,
             bytes_free: memory.bytes_free,
             bytes_stranded: memory.bytes_stranded,
-            unusable_ratio: memory.unusable_ratio,
+            unusable_p50_ratio: memory.unusable_p50_ratio,
+            unusable_p90_ratio: memory.unusable_p90_ratio,
+            emptiable_ratio: memory.emptiable_ratio,
         })
     }
 

@@ -44,6 +44,14 @@ pub(super) struct Pick {
     pub(super) layout: Layout,
 }
 
+/// Pieces while they are being picked.
+#[derive(Debug, Default)]
+pub(super) struct Picks {
+    pub(super) list: Vec<Pick>,
+    /// Room to work in, kept from GPU to GPU.
+    runs: Vec<Run>,
+}
+
 /// What a gang would take.
 #[derive(Debug)]
 pub(super) struct Gang {
@@ -143,7 +151,10 @@ impl GpuPool {
     /// The gang that free memory has room for.
     fn free_gang(&self, ask: &Ask) -> Option<Gang> {
         let width = ask.num_gpus.saturating_mul(ask.num_stages);
-        let mut picks = Vec::with_capacity(ask.num_gpus.min(DOMAIN_GPUS_MAX));
+        let mut picks = Picks {
+            list: Vec::with_capacity(ask.num_gpus.min(DOMAIN_GPUS_MAX)),
+            ..Picks::default()
+        };
         if let Some(domain) = self.domain_for(ask, width) {
             self.pick_stages(domain, 0..ask.num_stages, ask, &mut picks);
         } else if ask.num_stages > 1 {
@@ -156,19 +167,24 @@ impl GpuPool {
             return None;
         }
         Some(Gang {
-            picks,
+            picks: picks.list,
             victims: Vec::new(),
         })
     }
 
-    /// The domain for `width` GPUs. Where the index alone cannot answer it is the first one, seen from the gang's end.
+    /// The domain for `width` GPUs. Where the index alone cannot answer it is the first one, seen from the gang's end;
+    /// for requests with shares the one where least memory becomes useless.
     fn domain_for(&self, ask: &Ask, width: usize) -> Option<u32> {
         if ask.is_plain() {
             let index = self.index(ask, Counting::Below(0));
             return index.domain(width, ask.total, ask.end, &self.classes);
         }
-        let mut candidates = self.candidates(ask, width, Counting::Below(0));
-        candidates.find(|&domain| self.num_usable(domain, ask, Counting::Below(0)) >= width)
+        let candidates = self.candidates(ask, width, Counting::Below(0));
+        let mut fits = candidates.filter(|&d| self.num_usable(d, ask, Counting::Below(0)) >= width);
+        if ask.shares.is_none() {
+            return fits.next();
+        }
+        fits.min_by_key(|&domain| self.stranding(domain, ask))
     }
 
     /// The index that knows one number of the request: its run where it wants one, else its total.
@@ -240,11 +256,11 @@ impl GpuPool {
     }
 
     /// Picks the GPUs of some stages in a domain where they fit.
-    fn pick_stages(&self, domain: u32, stages: Range<usize>, ask: &Ask, picks: &mut Vec<Pick>) {
+    fn pick_stages(&self, domain: u32, stages: Range<usize>, ask: &Ask, picks: &mut Picks) {
         let num = ask.num_gpus * stages.len();
-        let from = picks.len();
+        let from = picks.list.len();
         self.pick_members(domain, num, ask, picks);
-        let picks = &mut picks[from..];
+        let picks = &mut picks.list[from..];
         picks.sort_unstable_by_key(|pick| (pick.id, pick.offset));
         if ask.num_stages > 1 {
             // Neighbours in order of registration share a stage.
@@ -258,7 +274,7 @@ impl GpuPool {
     }
 
     /// Picks the `num` members with the least room that is enough; ties by address as seen from the end.
-    fn pick_members(&self, domain: u32, num: usize, ask: &Ask, picks: &mut Vec<Pick>) {
+    fn pick_members(&self, domain: u32, num: usize, ask: &Ask, picks: &mut Picks) {
         let rooms = self.index(ask, Counting::Below(0)).domain_rooms(domain);
         let rank = |member: usize| match ask.end {
             End::Low => member,
@@ -304,7 +320,7 @@ impl GpuPool {
     }
 
     /// Adds the pieces that the request takes of a GPU.
-    fn pick(&self, slot: u32, ask: &Ask, picks: &mut Vec<Pick>) {
+    fn pick(&self, slot: u32, ask: &Ask, picks: &mut Picks) {
         let Some(gpu) = self.gpus[slot as usize].as_ref() else {
             debug_assert!(false, "the index names a GPU that is gone");
             return;
@@ -326,7 +342,7 @@ impl GpuPool {
         memory: &GpuMemory,
         run: Option<Run>,
         ask: &Ask,
-        picks: &mut Vec<Pick>,
+        picks: &mut Picks,
     ) {
         let Some(id) = self.gpus[slot as usize].as_ref().map(|gpu| gpu.id) else {
             return;
@@ -339,11 +355,11 @@ impl GpuPool {
             length: run.length,
             layout,
         };
-        picks.extend(run.map(|run| pick(run, Layout::Contiguous)));
+        let Picks { list, runs } = picks;
+        list.extend(run.map(|run| pick(run, Layout::Contiguous)));
         if ask.total > ask.run {
-            let mut pages = Vec::new();
-            memory.pages(ask.total - ask.run, run, ask.end, &mut pages);
-            picks.extend(pages.into_iter().map(|run| pick(run, Layout::Paged)));
+            memory.pages(ask.total - ask.run, run, ask.end, runs);
+            list.extend(runs.iter().map(|&run| pick(run, Layout::Paged)));
         }
     }
 }

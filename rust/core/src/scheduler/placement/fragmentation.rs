@@ -6,9 +6,13 @@
 //!
 //! * stranded bytes `F = free · P(size class of a request > longest run)`: free memory, weighed by how probable it is
 //!   that a request cannot use it;
-//! * `unusable(s)`: the share of free memory in runs shorter than `s`, with `s` the 90th percentile of the requests.
+//! * `F_alloc(s)`: the share of free memory in runs shorter than `s`, with `s` the median and the 90th percentile of the
+//!   requests;
+//! * `F_slab` of a domain: the share of the GPUs in use that could be emptied if what is placed could be moved freely.
 //!
 //! They are reported, and choose nothing.
+
+use std::cmp::Reverse;
 
 use super::{super::place::GpuId, GpuPool, classes::SizeClasses, registry::Gpu};
 
@@ -23,8 +27,10 @@ pub struct GpuMemoryUse {
     pub longest_run_bytes: u64,
     /// Free bytes × the probability that a request's size class exceeds the longest run.
     pub bytes_stranded: u64,
-    /// The share of the free memory in runs shorter than the 90th percentile of the requests.
-    pub unusable_ratio: f64,
+    /// `F_alloc(p50)`: the share of the free memory in runs shorter than the median of the requests.
+    pub unusable_p50_ratio: f64,
+    /// `F_alloc(p90)`: the same for their 90th percentile.
+    pub unusable_p90_ratio: f64,
     /// Pieces that placements hold.
     pub num_pieces: u32,
     /// Whether it is out of use: failed, or of a draining domain.
@@ -47,7 +53,12 @@ pub struct DomainMemory {
     /// Sum of the GPUs' stranded bytes.
     pub bytes_stranded: u64,
     /// The share of the free memory in runs that are too short, as for a GPU.
-    pub unusable_ratio: f64,
+    pub unusable_p50_ratio: f64,
+    /// The same for the 90th percentile.
+    pub unusable_p90_ratio: f64,
+    /// `F_slab`: the share of the GPUs in use that are more than the placed bytes need, the largest taken first. What
+    /// moving all placements could gain at most: gangs and extents that stay whole may need more.
+    pub emptiable_ratio: f64,
 }
 
 /// How large the contiguous requests were: placed requests by class, rounded up.
@@ -76,12 +87,12 @@ impl SizeMix {
         above.sum::<u64>() as f64 / self.num as f64
     }
 
-    /// The threshold of the class that the 90th percentile is in; 0 before the first request.
-    fn p90(&self, classes: &SizeClasses) -> u32 {
+    /// The threshold of the class that the percentile is in; 0 before the first request.
+    fn percentile(&self, percent: u64, classes: &SizeClasses) -> u32 {
         let mut seen = 0;
         for (class, num) in self.by_class.iter().enumerate() {
             seen += num;
-            if seen * 10 >= self.num * 9 && self.num > 0 {
+            if seen * 100 >= self.num * percent && self.num > 0 {
                 return classes.threshold(class);
             }
         }
@@ -97,13 +108,18 @@ impl GpuPool {
 
     fn gpu_use(&self, gpu: &Gpu) -> GpuMemoryUse {
         let unit = self.extent_bytes;
-        let p90 = self.asked.p90(&self.classes);
-        let (mut free, mut longest, mut short) = (0_u64, 0, 0_u64);
+        let percentile = |percent| self.asked.percentile(percent, &self.classes);
+        let (p50, p90) = (percentile(50), percentile(90));
+        let (mut free, mut longest) = (0_u64, 0);
+        let (mut below_p50, mut below_p90) = (0_u64, 0_u64);
         for run in gpu.memory.free_runs() {
             free += u64::from(run.length);
             longest = run.length.max(longest);
+            if run.length < p50 {
+                below_p50 += u64::from(run.length);
+            }
             if run.length < p90 {
-                short += u64::from(run.length);
+                below_p90 += u64::from(run.length);
             }
         }
         let stranded = free as f64 * self.asked.share_above(longest, &self.classes);
@@ -112,7 +128,8 @@ impl GpuPool {
             bytes_free: free * unit,
             longest_run_bytes: u64::from(longest) * unit,
             bytes_stranded: (stranded * unit as f64) as u64,
-            unusable_ratio: ratio(short, free),
+            unusable_p50_ratio: ratio(below_p50, free),
+            unusable_p90_ratio: ratio(below_p90, free),
             num_pieces: gpu.memory.num_pieces() as u32,
             is_out_of_use: !gpu.is_usable(),
         }
@@ -122,7 +139,8 @@ impl GpuPool {
     pub(in super::super) fn domain_memory(&self, name: &str) -> Option<DomainMemory> {
         let domain = self.domain(name)?;
         let mut sum = DomainMemory::default();
-        let mut bytes_unusable = 0.0;
+        let (mut below_p50, mut below_p90) = (0.0, 0.0);
+        let mut capacities = Vec::with_capacity(domain.members.len());
         for slot in domain.members.iter().flatten() {
             let Some(gpu) = self.gpus[*slot as usize].as_ref() else {
                 continue;
@@ -134,13 +152,33 @@ impl GpuPool {
             sum.bytes_total += gpu.bytes_total;
             sum.bytes_free += gpu.bytes_free;
             sum.bytes_stranded += gpu.bytes_stranded;
-            bytes_unusable += gpu.unusable_ratio * gpu.bytes_free as f64;
+            below_p50 += gpu.unusable_p50_ratio * gpu.bytes_free as f64;
+            below_p90 += gpu.unusable_p90_ratio * gpu.bytes_free as f64;
+            if gpu.num_pieces > 0 {
+                capacities.push(gpu.bytes_total);
+            }
         }
         if sum.bytes_free > 0 {
-            sum.unusable_ratio = bytes_unusable / sum.bytes_free as f64;
+            sum.unusable_p50_ratio = below_p50 / sum.bytes_free as f64;
+            sum.unusable_p90_ratio = below_p90 / sum.bytes_free as f64;
         }
+        let num_needed = num_needed(&mut capacities, sum.bytes_total - sum.bytes_free);
+        let num_used = capacities.len() as u64;
+        sum.emptiable_ratio = ratio(num_used - num_needed, num_used);
         Some(sum)
     }
+}
+
+/// The fewest of the GPUs that could hold so many bytes.
+fn num_needed(capacities: &mut [u64], bytes: u64) -> u64 {
+    capacities.sort_unstable_by_key(|&capacity| Reverse(capacity));
+    let mut left = bytes;
+    let needed = capacities.iter().take_while(|&&capacity| {
+        let is_needed = left > 0;
+        left = left.saturating_sub(capacity);
+        is_needed
+    });
+    needed.count() as u64
 }
 
 fn ratio(part: u64, whole: u64) -> f64 {

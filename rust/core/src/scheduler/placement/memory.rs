@@ -156,7 +156,7 @@ impl GpuMemory {
     pub(super) fn best_offset(&self, length: u32, end: End) -> Option<u32> {
         let mut best: Option<Run> = None;
         let mut start = 0;
-        // Written out rather than over `free_runs`: this is the hottest loop of placement.
+        // Written out rather than over `free_runs`: the hottest loop of placing in one piece.
         let stops = self.spans.iter().map(|span| (span.offset, span.stop()));
         for (offset, stop) in stops.chain([(self.capacity, self.capacity)]) {
             let run = Run {
@@ -175,18 +175,16 @@ impl GpuMemory {
         best.map(|run| run.at_end(length, end).offset)
     }
 
-    /// Adds to `out` free pieces of `length` units in all, as few as can be and none in the free run `beside`.
-    pub(super) fn pages(&self, length: u32, beside: Option<Run>, end: End, out: &mut Vec<Run>) {
-        let Some(beside) = beside else {
-            match self.best_offset(length, end) {
-                Some(offset) => out.push(Run { offset, length }),
-                None => pages_of(self.free_runs().collect(), length, end, out),
-            }
-            return;
-        };
-        let runs = self.free_runs().flat_map(|run| run.without(beside));
-        let runs = runs.filter(|run| run.length > 0);
-        pages_of(runs.collect(), length, end, out);
+    /// Puts into `runs` free pieces of `length` units in all, as few as can be and none in the free run `beside`.
+    pub(super) fn pages(&self, length: u32, beside: Option<Run>, end: End, runs: &mut Vec<Run>) {
+        runs.clear();
+        if let Some(beside) = beside {
+            let free = self.free_runs().flat_map(|run| run.without(beside));
+            runs.extend(free.filter(|run| run.length > 0));
+        } else {
+            runs.extend(self.free_runs());
+        }
+        keep_pages(runs, length, end);
     }
 
     pub(super) fn insert(&mut self, piece: Piece) {
@@ -221,26 +219,34 @@ impl GpuMemory {
     }
 }
 
-/// Adds to `out` parts of the runs, of `length` units in all and as few as can be: the longest runs, and for what is
-/// left then the tightest one that is enough, so that long runs stay long. O(runs log runs).
-pub(super) fn pages_of(mut runs: Vec<Run>, length: u32, end: End, out: &mut Vec<Run>) {
-    // The longest first; of equal ones the nearest to the end last.
-    runs.sort_unstable_by_key(|run| {
-        let distance = match end {
-            End::Low => run.offset,
-            End::High => u32::MAX - run.offset,
-        };
-        Reverse((run.length, distance))
-    });
+/// So many of the longest runs are looked for one by one; sorting pays when a gang needs more.
+const SELECTED_MAX: usize = 4;
+
+/// Keeps parts of the runs, of `length` units in all and as few as can be: the longest runs, and for what is left then
+/// the tightest one that is enough, so that long runs stay long. Of equal ones the nearest to the end is the tightest.
+/// O(runs log runs).
+fn keep_pages(runs: &mut Vec<Run>, length: u32, end: End) {
+    let distance = |run: &Run| match end {
+        End::Low => run.offset,
+        End::High => u32::MAX - run.offset,
+    };
     let mut left = length;
-    for (index, &run) in runs.iter().enumerate() {
-        if run.length >= left {
-            let num_enough = runs[index..].partition_point(|run| run.length >= left);
-            out.push(runs[index + num_enough - 1].at_end(left, end));
+    for index in 0..runs.len() {
+        let rest = &mut runs[index..];
+        if index < SELECTED_MAX {
+            let longest = (0..rest.len()).max_by_key(|&at| rest[at].length);
+            rest.swap(0, longest.unwrap_or(0));
+        } else if index == SELECTED_MAX {
+            rest.sort_unstable_by_key(|run| Reverse(run.length));
+        }
+        if rest[0].length >= left {
+            let enough = rest.iter().filter(|run| run.length >= left);
+            let tightest = enough.min_by_key(|run| (run.length, distance(run)));
+            rest[0] = tightest.map_or(rest[0], |run| run.at_end(left, end));
+            runs.truncate(index + 1);
             return;
         }
-        out.push(run);
-        left -= run.length;
+        left -= rest[0].length;
     }
     debug_assert_eq!(left, 0, "the runs are too short in sum");
 }

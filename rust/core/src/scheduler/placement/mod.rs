@@ -28,7 +28,7 @@ use self::{
     fragmentation::SizeMix,
     memory::{GpuMemory, Piece, Rooms},
     registry::{Domain, Gpu},
-    shares::Node,
+    shares::{Node, ShareMix},
 };
 use super::{
     SchedulerConfig,
@@ -86,7 +86,10 @@ pub(super) struct GpuPool {
     held: FxHashMap<PlacementId, Held>,
     expiries: BTreeSet<(Time, PlacementId)>,
     num_placed: u64,
+    /// Of the contiguous requests placed so far.
     asked: SizeMix,
+    /// Of the requests with shares placed so far.
+    mix: ShareMix,
 }
 
 impl GpuPool {
@@ -116,6 +119,7 @@ impl GpuPool {
             expiries: BTreeSet::new(),
             num_placed: 0,
             asked: SizeMix::default(),
+            mix: ShareMix::default(),
         }
     }
 
@@ -133,6 +137,11 @@ impl GpuPool {
         if request.layout == Layout::Contiguous {
             let units = request.bytes_per_gpu.div_ceil(self.extent_bytes);
             self.asked.add(units as u32, &self.classes);
+        }
+        if !request.shares_per_gpu.is_none() {
+            let units = |bytes: u64| bytes.div_ceil(self.extent_bytes);
+            let total = units(request.bytes_per_gpu) + units(request.paged_bytes_per_gpu);
+            self.mix.add(total, &request.shares_per_gpu);
         }
         Ok(self.commit(gang, request))
     }

@@ -13,7 +13,7 @@
 use super::{
     super::place::PlacementId,
     Gang, GpuPool,
-    find::{Ask, Counting},
+    find::{Ask, Counting, Picks},
     memory::{GpuMemory, Piece, Run},
 };
 
@@ -36,34 +36,34 @@ impl GpuPool {
             self.cheapest_stages(ask)?
         };
         let victims = distinct(stages.iter().flatten());
-        let mut gang = Gang {
-            picks: Vec::with_capacity(ask.num_gpus),
-            victims,
-        };
+        let mut picks = Picks::default();
         for (stage, windows) in stages.iter().enumerate() {
-            let from = gang.picks.len();
+            let from = picks.list.len();
             for window in windows {
-                self.pick_window(window, ask, &mut gang);
+                self.pick_window(window, &victims, ask, &mut picks);
             }
-            let picks = &mut gang.picks[from..];
+            let picks = &mut picks.list[from..];
             picks.sort_unstable_by_key(|pick| (pick.id, pick.offset));
             for pick in picks {
                 pick.stage = stage as u32;
             }
         }
-        Some(gang)
+        Some(Gang {
+            picks: picks.list,
+            victims,
+        })
     }
 
     /// Adds what the gang takes of a GPU once its victims are gone.
-    fn pick_window(&self, window: &Window, ask: &Ask, gang: &mut Gang) {
+    fn pick_window(&self, window: &Window, victims: &[PlacementId], ask: &Ask, picks: &mut Picks) {
         let Some(memory) = self.memory(window.slot) else {
             return;
         };
         let mut memory = memory.clone();
-        for &victim in &gang.victims {
+        for &victim in victims {
             memory.remove(victim);
         }
-        self.pick_pieces(window.slot, &memory, window.run, ask, &mut gang.picks);
+        self.pick_pieces(window.slot, &memory, window.run, ask, picks);
     }
 
     /// The windows of the domain whose distinct victims cost least.

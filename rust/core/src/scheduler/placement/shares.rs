@@ -1,6 +1,11 @@
 //! What GPUs share: cores, memory and network of their node, power of their domain.
 //!
 //! A limit of 0 is none. Requests that name no shares never come here, so they cost what they did.
+//!
+//! Those that do go where least free memory becomes useless: a domain's free memory is useless as far as it exceeds what
+//! its scarcest share would suffice for if all requests were the mean of those placed so far. It is the idea of FGD
+//! (Weng et al., ATC'23: go where fragmentation grows least) with the mean in place of every class of requests, and it
+//! takes O(G) for a domain instead of O(classes · G).
 
 use super::{
     super::{
@@ -8,7 +13,7 @@ use super::{
         place::{NodeLimits, Shares},
     },
     GpuPool,
-    find::Counting,
+    find::{Ask, Counting},
 };
 
 /// A limit, and how much of it placements hold.
@@ -43,6 +48,40 @@ impl Quota {
     }
 }
 
+impl Quota {
+    fn left(self) -> Option<u128> {
+        let limit = u128::from(self.limit);
+        (limit > 0).then(|| limit.saturating_sub(self.held))
+    }
+}
+
+/// What the requests with shares took together: how much of each kind goes with an extent of memory.
+#[derive(Debug, Default)]
+pub(super) struct ShareMix {
+    extents: u128,
+    shares: [u128; 4],
+}
+
+impl ShareMix {
+    /// Counts a request: the extents and the shares of one of its GPUs.
+    pub(super) fn add(&mut self, extents: u64, shares: &Shares) {
+        self.extents += u128::from(extents);
+        for (sum, share) in self.shares.iter_mut().zip(shares.all()) {
+            *sum += u128::from(share);
+        }
+    }
+
+    /// Free extents beyond those that the scarcest kind suffices for, `takers` gone from what is left.
+    fn useless(&self, free: u128, left: &[Option<u128>; 4], takers: u128, shares: &Shares) -> i128 {
+        let kinds = left.iter().zip(shares.all()).zip(self.shares);
+        let usable = kinds.filter_map(|((left, share), asked)| {
+            let left = (*left)?.saturating_sub(takers * u128::from(share));
+            left.saturating_mul(self.extents).checked_div(asked)
+        });
+        free.saturating_sub(usable.min().unwrap_or(free)) as i128
+    }
+}
+
 impl Node {
     pub(super) fn is_limited(&self) -> bool {
         self.quotas.iter().any(|quota| quota.limit > 0)
@@ -52,6 +91,11 @@ impl Node {
 impl Shares {
     pub(super) fn is_none(&self) -> bool {
         *self == Self::default()
+    }
+
+    fn all(&self) -> [u64; 4] {
+        let [cores, memory, network] = self.of_node();
+        [cores, memory, network, self.power_watts]
     }
 
     pub(super) fn of_node(&self) -> [u64; 3] {
@@ -163,6 +207,44 @@ impl GpuPool {
         let takers = node.quotas.iter().zip(shares.of_node());
         let takers = takers.map(|(quota, share)| quota.num_takers(share, counting));
         takers.min().unwrap_or(u64::MAX)
+    }
+
+    /// By how many extents a gang in this domain makes more of its free memory useless, for want of shares.
+    pub(super) fn stranding(&self, domain: u32, ask: &Ask) -> i128 {
+        let free = self
+            .rooms(domain, Counting::Below(0))
+            .map(|(_, total)| u128::from(total));
+        let free: u128 = free.sum();
+        let num_gpus = (ask.num_gpus * ask.num_stages) as u128;
+        let left = self.shares_left(domain);
+        let before = self.mix.useless(free, &left, 0, &ask.shares);
+        let free = free.saturating_sub(num_gpus * u128::from(ask.total));
+        self.mix.useless(free, &left, num_gpus, &ask.shares) - before
+    }
+
+    /// What is left of each kind in the domain; `None` where one is not limited.
+    fn shares_left(&self, domain: u32) -> [Option<u128>; 4] {
+        let mut left = [Some(0_u128); 4];
+        let Some(domain) = self.domains[domain as usize].as_ref() else {
+            return left;
+        };
+        let mut nodes: Vec<u32> = Vec::with_capacity(4);
+        for &gpu in domain.members.iter().flatten() {
+            let node = self.gpus[gpu as usize].as_ref().map(|gpu| gpu.node);
+            if node.is_some_and(|node| !nodes.contains(&node)) {
+                nodes.extend(node);
+            }
+        }
+        for node in nodes {
+            let Some(node) = self.nodes[node as usize].as_ref() else {
+                continue;
+            };
+            for (left, quota) in left.iter_mut().zip(node.quotas) {
+                *left = left.zip(quota.left()).map(|(sum, left)| sum + left);
+            }
+        }
+        left[3] = domain.power.left();
+        left
     }
 
     /// Books one GPU's shares, or gives them back.

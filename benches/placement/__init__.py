@@ -1,0 +1,1 @@
+"""Placement beside proven optima."""
