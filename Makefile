@@ -3,6 +3,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 MODEL ?= examples/models/demo
 ARGS ?=
+CASES ?= 20000
+TARGET ?= routing
+FUZZ_SECONDS ?= 60
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -11,8 +14,14 @@ RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust proto -type f)
 PROTOS := orchestra/v1/types.proto orchestra/v1/inference.proto
 LINT_GATES := check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-docs check-tidy
 
+# Coverage counters for libFuzzer. For our target alone, so that build scripts link without it.
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+FUZZ_FLAGS := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+	--cfg fuzzing -Cdebug-assertions
+
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench gpu proto docs clean
+.PHONY: help setup serve test lint bench soak fuzz gpu proto docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +39,15 @@ lint: setup ## Run the gates that execute no product code: format, clippy, ruff,
 
 bench: setup ## Measure serving on this machine; benches/README.md says how to read the table
 	$(PY) -m benches.serving $(ARGS)
+
+soak: ## Run the Rust property tests on CASES random histories each: some 10^6 operations, many minutes
+	PROPTEST_CASES=$(CASES) cargo test --release --locked -p orchestra-core
+
+fuzz: ## Fuzz TARGET (routing, placement, wire) for FUZZ_SECONDS with libFuzzer
+	RUSTFLAGS="$(FUZZ_FLAGS)" cargo build --release --locked -p orchestra-fuzz --features libfuzzer --bin $(TARGET) \
+		--target $(HOST) --target-dir target/fuzz
+	mkdir -p target/fuzz/corpus/$(TARGET)
+	target/fuzz/$(HOST)/release/$(TARGET) -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=target/fuzz/ target/fuzz/corpus/$(TARGET)
 
 gpu: setup ## Run the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu

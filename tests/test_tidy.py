@@ -21,6 +21,7 @@ CRATE_LAYERS = {
     "orchestra-agent": 2,
     "orchestra-router": 2,
     "orchestra-py": 3,
+    "orchestra-fuzz": 3,
 }
 # Crates that would drag a layer's job to where it does not belong.
 CRATES_ONLY_IN = {

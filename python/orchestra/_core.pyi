@@ -93,6 +93,7 @@ class _WorkerRow(TypedDict):
     num_cached_blocks: int
     is_kv_in_step: bool
     num_reservations: int
+    prefill_tokens_per_s: int
 
 @type_check_only
 class _WorkerSpec(Protocol):
@@ -128,7 +129,7 @@ class RouteRequest:
     `token_ids` is a sequence of integers, or the bytes of little-endian 32-bit integers.
 
     Raises:
-        InvalidRequestError: A token id is outside 0 to 2^31 - 1.
+        InvalidRequestError: A token id is outside 0 to 2^31 - 1, or there is no such admission class.
     """
 
     def __new__(
@@ -145,6 +146,8 @@ class RouteRequest:
         tolerations: Iterable[str] = ...,
         exclude: Iterable[str] = ...,
         session_key: str = "",
+        tenant: str = "",
+        admission_class: str = "standard",
     ) -> RouteRequest: ...
 
 @final
@@ -169,8 +172,17 @@ class Reservation:
     def prefill_done(self) -> bool:
         """Tells that the prompt is computed: its tokens no longer queue on the worker.
 
+        How long that took teaches the scheduler how fast the worker is, which predictions need.
+
         Returns:
             `False` where that was told before, or the reservation is gone.
+        """
+
+    def finish(self, num_output_tokens: int) -> bool:
+        """Gives the room back, and charges the tenant for the output that came instead of for `max_tokens`.
+
+        Returns:
+            `False` where it is gone already: released before, or its worker was removed.
         """
 
     def release(self) -> bool:
@@ -246,13 +258,23 @@ class Scheduler:
         """
 
     def acquire(
-        self, request: RouteRequest, on_outcome: Callable[[Reservation | Exception], None]
+        self,
+        request: RouteRequest,
+        on_outcome: Callable[[Reservation | Exception], None],
+        deadline_us: int | None,
     ) -> Reservation | Ticket:
         """A worker that has room for the request now, or a ticket.
 
         With a ticket, `on_outcome` is called once, from any thread, with the reservation or with the exception that
-        ends the wait. Should it raise, the reservation is taken back.
+        ends the wait. Should it raise, the reservation is taken back. The first token is wanted within `deadline_us`
+        microseconds; a wait that is longer ends when anything happens to the scheduler.
         """
+
+    def predict_ttft(self, request: RouteRequest) -> int | None:
+        """Predicted time to the request's first token, microseconds; `None` where it is not known."""
+
+    def set_tenant_weight(self, tenant: str, weight: int) -> None:
+        """Gives a tenant another share than the weight 100 that every tenant has."""
 
     def explain(
         self, request: RouteRequest, k: int
@@ -327,6 +349,9 @@ class Scheduler:
 
     def workers(self) -> list[_WorkerRow]:
         """Every worker's figures, in order of registration."""
+
+    def snapshot(self, max_age_us: int) -> tuple[int, dict[str, int], list[_WorkerRow]]:
+        """How old the figures are, microseconds, then what `stats` and `workers` say."""
 
     def stats(self) -> dict[str, int]:
         """Figures, by name."""

@@ -13,14 +13,16 @@ uvloop included, and from several at once.
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestra import _core
 from orchestra._core import Placement, Reservation
-from orchestra.errors import DeadlineExceededError, OrchestraError
+from orchestra.errors import DeadlineExceededError, InvalidRequestError, OrchestraError
 from orchestra.scheduler_registry import Registry, encode_token_ids
 from orchestra.scheduler_types import (
+    AdmissionClass,
     Candidate,
     Explanation,
     Ineligible,
@@ -29,6 +31,7 @@ from orchestra.scheduler_types import (
     RoutePolicy,
     SchedulerConfig,
     SchedulerStats,
+    Snapshot,
     TokenIds,
     WorkerSpec,
     WorkerStats,
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = [
+    "AdmissionClass",
     "AsyncScheduler",
     "Candidate",
     "Explanation",
@@ -50,6 +54,7 @@ __all__ = [
     "Scheduler",
     "SchedulerConfig",
     "SchedulerStats",
+    "Snapshot",
     "TokenIds",
     "WorkerSpec",
     "WorkerStats",
@@ -125,10 +130,11 @@ _Held = TypeVar("_Held", Reservation, Placement)
 
 
 class AsyncScheduler(Registry):
-    """`Scheduler` for asyncio: `acquire` and `place` wait for room, first come first served.
+    """`Scheduler` for asyncio: `acquire` and `place` wait for room.
 
-    Requests for one model wait in one queue, gangs in another; nobody overtakes, so nobody starves. Room comes from
-    anything that happens to the scheduler, in any thread; nothing polls.
+    Requests for one model share its workers by admission class and tenant, and none is overtaken more often than the
+    configuration allows; docs/admission.md has the order. Gangs wait first come first served. Room comes from anything
+    that happens to the scheduler, in any thread; nothing polls.
 
     Args:
         config: Limits, as a `SchedulerConfig` or as a mapping with some of its fields.
@@ -157,21 +163,34 @@ class AsyncScheduler(Registry):
         token_ids: TokenIds,
         *,
         timeout: float | None = None,
+        deadline_s: float | None = None,
         **options: "Unpack[RouteOptions]",
     ) -> Reservation:
-        """Waits until a worker has room for the request, and reserves it; arguments as for `Scheduler.route`.
+        """Waits until a worker has room for the request, and reserves it.
 
         Cancelling the wait leaves the queue and holds nothing.
 
+        Args:
+            token_ids: The prompt.
+            timeout: Seconds to wait at most.
+            deadline_s: Seconds in which the first token is wanted. The wait ends then; with `refuse_hopeless` it
+                does not begin where the first token is predicted to come later.
+            **options: As for `Scheduler.route`. `admission_class` and `tenant` say whose turn it is.
+
         Raises:
-            DeadlineExceededError: There was no room within `timeout` seconds.
-            OverloadedError: As many requests wait as may.
+            DeadlineExceededError: There was no room within `timeout` or `deadline_s`, or none is expected.
+            OverloadedError: As many requests wait as may; `retry_after_ms` says for how long, where that is known.
             InvalidRequestError: The prompt is empty or a value is out of range.
             ModelNotFoundError: No worker serves the model, or the last one was removed meanwhile.
             ContextTooLongError: No worker could ever hold prompt and output.
         """
         request = _core.RouteRequest(encode_token_ids(token_ids), **options)
-        return await _wait(lambda on_outcome: self._core.acquire(request, on_outcome), timeout)
+        deadline_us = None if deadline_s is None else _micros(deadline_s)
+        limits = [limit for limit in (timeout, deadline_s) if limit is not None]
+        return await _wait(
+            lambda on_outcome: self._core.acquire(request, on_outcome, deadline_us),
+            min(limits, default=None),
+        )
 
     async def place(
         self,
@@ -192,6 +211,13 @@ class AsyncScheduler(Registry):
         return await _wait(
             lambda on_outcome: self._core.acquire_gpus(num_gpus, bytes_per_gpu, on_outcome), timeout
         )
+
+
+def _micros(deadline_s: float) -> int:
+    """A deadline as the core takes it; one that is past is now, one that never comes is in a thousand years."""
+    if math.isnan(deadline_s):
+        raise InvalidRequestError("deadline_s must be a number of seconds", key="deadline_s")
+    return int(min(max(deadline_s, 0.0), 3.2e10) * 1_000_000)
 
 
 async def _wait(

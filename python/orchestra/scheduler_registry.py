@@ -13,6 +13,7 @@ from orchestra.scheduler_types import (
     RouteOptions,
     SchedulerConfig,
     SchedulerStats,
+    Snapshot,
     TokenIds,
     WorkerSpec,
     WorkerStats,
@@ -216,6 +217,32 @@ class Registry:
         """Forgets a GPU and every placement that it was part of; `False` if it is not registered."""
         return self._core.remove_gpu(name)
 
+    def set_tenant_weight(self, tenant: str, weight: int) -> None:
+        """Gives a tenant another share of what `AsyncScheduler.acquire` grants than the weight 100 that all have.
+
+        Args:
+            tenant: Its name, at most 128 bytes.
+            weight: 1 to 10,000; 200 is twice the usual share. 100 takes the weight back.
+
+        Raises:
+            InvalidRequestError: A value is out of range.
+            OverloadedError: As many tenants have a weight as may.
+        """
+        self._core.set_tenant_weight(tenant, weight)
+
+    def predict_ttft(self, token_ids: TokenIds, **options: "Unpack[RouteOptions]") -> float | None:
+        """Predicted seconds from now to a request's first token; arguments as for `route`.
+
+        Returns:
+            `None` where no worker takes it, or nothing is known yet: `Reservation.prefill_done` teaches speeds.
+
+        Raises:
+            InvalidRequestError: A token id is out of range.
+        """
+        request = _core.RouteRequest(encode_token_ids(token_ids), **options)
+        micros = self._core.predict_ttft(request)
+        return None if micros is None else micros / 1_000_000
+
     def explain(
         self, token_ids: TokenIds, *, k: int = 8, **options: "Unpack[RouteOptions]"
     ) -> Explanation:
@@ -240,6 +267,16 @@ class Registry:
     def stats(self) -> SchedulerStats:
         """Figures of the scheduler."""
         return SchedulerStats(**self._core.stats())
+
+    def snapshot(self, *, max_age_s: float = 0.01) -> Snapshot:
+        """`stats` and `workers` as they were at most `max_age_s` seconds ago, for dashboards and metrics.
+
+        All readers share one copy, so however many there are and however often they read, decisions wait for at most
+        one copy in that time.
+        """
+        age_us, stats, rows = self._core.snapshot(int(max_age_s * 1e6))
+        workers = tuple(WorkerStats(**row) for row in rows)
+        return Snapshot(age_s=age_us / 1e6, stats=SchedulerStats(**stats), workers=workers)
 
     def check_integrity(self) -> None:
         """Asserts every invariant of the state; for tests, it walks all of it."""

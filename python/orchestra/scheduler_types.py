@@ -7,6 +7,7 @@ from typing import Literal, Protocol, TypeAlias, TypedDict
 from orchestra import _core
 
 __all__ = [
+    "AdmissionClass",
     "Candidate",
     "Explanation",
     "Ineligible",
@@ -15,6 +16,7 @@ __all__ = [
     "RoutePolicy",
     "SchedulerConfig",
     "SchedulerStats",
+    "Snapshot",
     "TokenIds",
     "WorkerSpec",
     "WorkerStats",
@@ -45,6 +47,9 @@ RoutePolicy: TypeAlias = Literal[
 ]
 """How a worker is chosen; docs/routing.md has each one's formula and use."""
 
+AdmissionClass: TypeAlias = Literal["interactive", "standard", "batch"]
+"""How urgent a request is while it waits; docs/admission.md says what each gets."""
+
 KvEvent: TypeAlias = tuple[Literal["stored", "removed", "cleared"], Sequence[int]]
 """A change of what a worker's prefix cache holds: its kind and the blocks' hashes, none where all is gone."""
 
@@ -60,6 +65,17 @@ class SchedulerConfig:
         max_num_gpus: Most GPUs that may be registered.
         max_num_reservations: Most reservations and placements held at once, counted apart.
         max_num_waiting: Most requests that may wait for room, for workers and for GPUs counted apart.
+        max_num_waiting_per_tenant: Most requests of one tenant that may wait for a worker.
+        max_num_tenants: Most tenants that are remembered while they wait for nothing, and most with a weight.
+        max_overtakes: Most later requests that leave the queue before an earlier one gets its turn.
+        max_tenant_overtakes: Most later requests of one tenant that go before an earlier one because they are shorter.
+        max_bypasses: Most requests served elsewhere, beyond `max_overtakes`, while an overdue one finds no room.
+        interactive_weight: Share of the grants for class `interactive`, 1 to 1,000.
+        standard_weight: The same for class `standard`.
+        batch_weight: The same for class `batch`.
+        input_token_weight: What a prompt token that has to be computed counts towards its tenant's share, 1 to 100.
+        output_token_weight: What an output token counts, 1 to 100.
+        refuse_hopeless: Refuse a request at once that is predicted to miss its deadline.
         extent_bytes: GPU memory is given out in multiples of this; a power of two.
         policy: How a request's worker is chosen.
         seq_cost_tokens: What a sequence in the batch weighs under `prefix_sum`, in tokens of prefill.
@@ -72,6 +88,17 @@ class SchedulerConfig:
     max_num_gpus: int = _DEFAULTS["max_num_gpus"]
     max_num_reservations: int = _DEFAULTS["max_num_reservations"]
     max_num_waiting: int = _DEFAULTS["max_num_waiting"]
+    max_num_waiting_per_tenant: int = _DEFAULTS["max_num_waiting_per_tenant"]
+    max_num_tenants: int = _DEFAULTS["max_num_tenants"]
+    max_overtakes: int = _DEFAULTS["max_overtakes"]
+    max_tenant_overtakes: int = _DEFAULTS["max_tenant_overtakes"]
+    max_bypasses: int = _DEFAULTS["max_bypasses"]
+    interactive_weight: int = _DEFAULTS["interactive_weight"]
+    standard_weight: int = _DEFAULTS["standard_weight"]
+    batch_weight: int = _DEFAULTS["batch_weight"]
+    input_token_weight: int = _DEFAULTS["input_token_weight"]
+    output_token_weight: int = _DEFAULTS["output_token_weight"]
+    refuse_hopeless: bool = _DEFAULTS["refuse_hopeless"]
     extent_bytes: int = _DEFAULTS["extent_bytes"]
     policy: RoutePolicy = _DEFAULTS["policy"]
     seq_cost_tokens: int = _DEFAULTS["seq_cost_tokens"]
@@ -127,6 +154,8 @@ class RouteOptions(_Model, total=False):
         tolerations: Taints that do not keep it away; at most 64.
         exclude: Names of workers that may not take it, for example because they failed it before.
         session_key: What `consistent_hash` keeps together; where it is not given, prompts of one first block.
+        tenant: Whose request it is, at most 128 bytes; tenants share what `acquire` grants.
+        admission_class: How urgent it is while it waits in `acquire`; `standard` unless given.
     """
 
     max_tokens: int
@@ -138,6 +167,8 @@ class RouteOptions(_Model, total=False):
     tolerations: Iterable[str]
     exclude: Iterable[str]
     session_key: str
+    tenant: str
+    admission_class: AdmissionClass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +254,7 @@ class WorkerStats:
         num_cached_blocks: Blocks of its prefix cache that the scheduler knows.
         is_kv_in_step: Whether none of its numbered KV events is missing; see `Scheduler.apply_kv_events`.
         num_reservations: Reservations held on it.
+        prefill_tokens_per_s: Prompt tokens that it computes in a second, learned from `prefill_done`; 0: unknown.
     """
 
     name: str
@@ -235,6 +267,7 @@ class WorkerStats:
     num_cached_blocks: int
     is_kv_in_step: bool
     num_reservations: int
+    prefill_tokens_per_s: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,3 +307,18 @@ class SchedulerStats:
     num_placements: int
     gpu_bytes_total: int
     gpu_bytes_free: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """Figures of a moment ago.
+
+    Attributes:
+        age_s: How long ago, seconds.
+        stats: What `stats` said.
+        workers: What `workers` said.
+    """
+
+    age_s: float
+    stats: SchedulerStats
+    workers: tuple[WorkerStats, ...]

@@ -277,3 +277,16 @@ def test_port_in_use_is_said_in_one_line(checkpoint: Path) -> None:
     assert done.returncode == 1
     expected = rf"orchestra serve: cannot listen on 127\.0\.0\.1 port {port}: .*--port\n"
     assert re.fullmatch(expected, done.stderr)
+
+
+def test_a_router_alone_leaves_cleanly_on_interrupt() -> None:
+    flags = [f"--{name}=127.0.0.1:0" for name in ("http", "grpc", "workers")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "orchestra", "router", *flags, "--print-addresses"],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as router:
+        assert router.stdout is not None
+        router.stdout.readline()  # listening, so its signal handlers are there
+        router.send_signal(signal.SIGINT)
+        assert router.wait(60) == 0

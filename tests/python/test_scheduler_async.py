@@ -10,6 +10,7 @@ import pytest
 import uvloop
 
 from orchestra import AsyncScheduler, Reservation, Scheduler, errors
+from orchestra.scheduler import AdmissionClass
 
 MODEL = "demo"
 GIB = 1 << 30
@@ -277,3 +278,153 @@ def test_a_grant_to_a_closed_loop_goes_to_the_next(
 def test_config_and_scheduler_exclude_each_other() -> None:
     with pytest.raises(TypeError):
         AsyncScheduler({}, scheduler=Scheduler())
+
+
+# === whose turn it is ===
+
+
+async def wait_in_turn(
+    scheduler: AsyncScheduler, *waits: tuple[str, AdmissionClass], max_tokens: int = 16
+) -> list[int]:
+    """Lets the waits begin in this order while the worker is busy; the order in which they were served."""
+    served: list[int] = []
+
+    async def wait(number: int, tenant: str, admission_class: AdmissionClass) -> None:
+        with await scheduler.acquire(
+            [1],
+            model=MODEL,
+            max_tokens=max_tokens,
+            tenant=tenant,
+            admission_class=admission_class,
+        ):
+            served.append(number)
+
+    with await scheduler.acquire([1], model=MODEL):
+        tasks = []
+        for number, (tenant, admission_class) in enumerate(waits):
+            tasks.append(asyncio.ensure_future(wait(number, tenant, admission_class)))
+            await until(lambda: scheduler.stats().num_waiting_requests == len(tasks))
+    await asyncio.gather(*tasks)
+    return served
+
+
+def test_urgent_requests_go_first(run: Run, scheduler: AsyncScheduler) -> None:
+    async def main() -> None:
+        waits = [("", "batch"), ("", "standard"), ("", "interactive")]
+        assert await wait_in_turn(scheduler, *waits) == [2, 1, 0]  # type: ignore[arg-type]  # these are literals
+
+    run(main())
+
+
+def test_tenants_take_turns_by_weight(run: Run, scheduler: AsyncScheduler) -> None:
+    async def main() -> None:
+        flood: tuple[str, AdmissionClass] = ("flood", "standard")
+        calm: tuple[str, AdmissionClass] = ("calm", "standard")
+        assert await wait_in_turn(scheduler, flood, flood, flood, calm) == [0, 3, 1, 2]
+        scheduler.set_tenant_weight("heavy", 10_000)
+        heavy: tuple[str, AdmissionClass] = ("heavy", "standard")
+        light: tuple[str, AdmissionClass] = ("light", "standard")
+        assert await wait_in_turn(scheduler, light, light, heavy, heavy) == [0, 2, 3, 1]
+
+    run(main())
+    with pytest.raises(errors.InvalidRequestError) as wrong:
+        scheduler.set_tenant_weight("heavy", 0)
+    assert wrong.value.key == "weight"
+
+
+def test_finish_settles_what_a_request_used(run: Run) -> None:
+    scheduler = AsyncScheduler()
+    scheduler.add_worker("w", model=MODEL, num_blocks=100, max_model_len=1000, max_num_seqs=1)
+    served: list[int] = []
+
+    async def wait(number: int, tenant: str) -> None:
+        held = await scheduler.acquire([1], model=MODEL, max_tokens=900, tenant=tenant)
+        served.append(number)
+        if tenant == "modest":
+            assert held.finish(1)
+        assert held.release() == (tenant == "greedy"), "finished is released"
+
+    async def main() -> None:
+        tasks = []
+        with await scheduler.acquire([1], model=MODEL):
+            for number, tenant in enumerate(["modest"] * 3 + ["greedy"] * 2):
+                tasks.append(asyncio.ensure_future(wait(number, tenant)))
+                await until(lambda: scheduler.stats().num_waiting_requests == len(tasks))
+        await asyncio.gather(*tasks)
+
+    run(main())
+    # Had the modest one kept silent too, the two would have taken turns to the end.
+    assert served == [0, 3, 1, 2, 4]
+
+
+def test_a_deadline_ends_the_wait_and_a_past_one_refuses_it(
+    run: Run, scheduler: AsyncScheduler
+) -> None:
+    async def main() -> None:
+        for deadline_s in (0, -1.5):
+            with pytest.raises(errors.DeadlineExceededError):
+                await scheduler.acquire([1], model=MODEL, deadline_s=deadline_s)
+        with pytest.raises(errors.InvalidRequestError) as wrong:
+            await scheduler.acquire([1], model=MODEL, deadline_s=float("nan"))
+        assert wrong.value.key == "deadline_s"
+        with await scheduler.acquire([1], model=MODEL, deadline_s=float("inf")):
+            with pytest.raises(errors.DeadlineExceededError):
+                await scheduler.acquire([1], model=MODEL, deadline_s=0.01, timeout=60)
+            assert scheduler.stats().num_waiting_requests == 0
+
+    run(main())
+
+
+def test_a_prediction_refuses_what_would_come_too_late(run: Run) -> None:
+    scheduler = AsyncScheduler({"refuse_hopeless": True})
+    scheduler.add_worker("w", model=MODEL, num_blocks=100, max_model_len=1000, max_num_seqs=1)
+
+    async def main() -> None:
+        assert scheduler.predict_ttft([1], model=MODEL) is None
+        with await scheduler.acquire([1] * 100, model=MODEL) as first:
+            await asyncio.sleep(0.001)  # so that the prompt has taken some time
+            assert first.prefill_done()
+        assert scheduler.workers()[0].prefill_tokens_per_s > 0
+        predicted = scheduler.predict_ttft([1] * 900, model=MODEL)
+        assert predicted is not None
+        assert predicted > 0.005
+        with pytest.raises(errors.DeadlineExceededError, match="predicted"):
+            await scheduler.acquire([1] * 900, model=MODEL, deadline_s=predicted / 2)
+        (await scheduler.acquire([1] * 900, model=MODEL, deadline_s=60 + predicted)).release()
+
+    run(main())
+    scheduler.check_integrity()
+
+
+def test_an_admission_class_that_is_none_is_refused(run: Run, scheduler: AsyncScheduler) -> None:
+    async def main() -> None:
+        with pytest.raises(errors.InvalidRequestError) as wrong:
+            await scheduler.acquire([1], model=MODEL, admission_class="urgent")  # type: ignore[arg-type]  # that it is wrong
+        assert wrong.value.key == "admission_class"
+        with pytest.raises(errors.InvalidRequestError) as wrong:
+            await scheduler.acquire([1], model=MODEL, tenant="x" * 129)
+        assert wrong.value.key == "tenant"
+
+    run(main())
+
+
+def test_small_requests_go_on_beside_a_large_one_that_waits(run: Run) -> None:
+    scheduler = AsyncScheduler()
+    for name in ("a", "b"):
+        scheduler.add_worker(name, model=MODEL, num_blocks=40, max_model_len=1000)
+
+    async def main() -> None:
+        def acquire(blocks: int) -> Coroutine[Any, Any, Reservation]:
+            return scheduler.acquire([1], model=MODEL, max_tokens=16 * blocks - 1)
+
+        running = [await acquire(30), await acquire(30)]
+        large = asyncio.ensure_future(acquire(40))
+        await until(lambda: scheduler.stats().num_waiting_requests == 1)
+        small = [await acquire(5), await acquire(5)]
+        assert small[0].worker == small[1].worker, "the other one is held for the large request"
+        for reservation in running + small:
+            reservation.release()
+        (await large).release()
+
+    run(main())
+    scheduler.check_integrity()

@@ -172,3 +172,20 @@ def test_a_lost_message_costs_hits_until_the_resync() -> None:
     with pytest.raises(errors.InvalidRequestError) as refusal:
         scheduler.apply_kv_events("a", 9, [("evicted", hashes)])  # type: ignore[list-item]
     assert refusal.value.key == "events"
+
+
+# === snapshots ===
+
+
+def test_readers_share_a_snapshot_until_it_is_too_old() -> None:
+    scheduler = Scheduler()
+    add_worker(scheduler, "a")
+    with scheduler.route([1], model=MODEL):
+        first = scheduler.snapshot()
+        assert (first.stats.num_reservations, first.workers[0].batch) == (1, 1)
+    shared = scheduler.snapshot(max_age_s=1000)
+    assert (shared.stats, shared.workers) == (first.stats, first.workers)
+    assert shared.age_s >= first.age_s
+    fresh = scheduler.snapshot(max_age_s=0)
+    assert (fresh.stats.num_reservations, fresh.workers[0].batch) == (0, 0)
+    assert scheduler.snapshot(max_age_s=1000).stats == fresh.stats

@@ -7,7 +7,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from orchestra.worker.plan import SequenceStart, StepPlan
+from orchestra.worker.plan import BlockCopies, SequenceStart, StepPlan
 
 BLOCK_SIZE = 16
 
@@ -37,9 +37,19 @@ def sampling_start(slot: int, **overrides: Any) -> SequenceStart:
 
 
 def encode_plan(plan: StepPlan) -> bytes:
-    """The message that `decode_plan` reads."""
+    """The message that `PlanReader` reads; it has the whole of each block table, and slots in the order of the rows."""
     fields = {name: _packed(value) for name, value in asdict(plan).items()}
-    fields["block_table_width"] = plan.block_tables.shape[1]
+    del fields["block_tables"]
+    height, width = plan.block_tables.shape
+    slots, columns = _int32(np.arange(height)), _int32(np.arange(width))
+    for name in ("swap_out", "swap_in"):
+        for part, value in fields.pop(name).items():
+            fields[f"{name}_{part}"] = _packed(value)
+    fields["slots"] = _packed(slots)
+    fields["block_table_width"] = width
+    fields["update_slots"] = _packed(slots.repeat(width))
+    fields["update_columns"] = _packed(np.tile(columns, height))
+    fields["update_blocks"] = _packed(plan.block_tables)
     fields["starts"] = [
         {name: _packed(value) for name, value in asdict(start).items()} for start in plan.starts
     ]
@@ -71,6 +81,9 @@ class PlanBuilder:
     def __init__(self, num_blocks: int, seed: int = 0) -> None:
         self._free = [int(block) for block in np.random.default_rng(seed).permutation(num_blocks)]
         self._step_id = 0
+        self._kept: dict[str, list[int]] = {}
+        self._swap_out: list[tuple[int, int]] = []
+        self._swap_in: list[tuple[int, int]] = []
         self.sequences: dict[str, Running] = {}
 
     def add(
@@ -93,6 +106,21 @@ class PlanBuilder:
         sequence.blocks = []
         sequence.num_computed = 0
 
+    def swap_out(self, name: str, host_blocks: Sequence[int]) -> None:
+        """Preempts a sequence: with the next step its blocks go to host memory and back to the pool."""
+        sequence = self.sequences[name]
+        self._swap_out.extend(zip(sequence.blocks, host_blocks, strict=True))
+        self._kept[name] = list(host_blocks)
+        self._free.extend(sequence.blocks)
+        sequence.blocks = []
+
+    def swap_in(self, name: str) -> None:
+        """Gives a preempted sequence other blocks, into which the next step copies what host memory kept."""
+        host_blocks = self._kept.pop(name)
+        blocks = [self._free.pop() for _ in host_blocks]
+        self._swap_in.extend(zip(blocks, host_blocks, strict=True))
+        self.sequences[name].blocks = blocks
+
     def plan(
         self,
         scheduled: Mapping[str, int],
@@ -113,6 +141,8 @@ class PlanBuilder:
             for m, (start, stop) in zip(members, rows, strict=True)
             for position in range(start, stop)
         ]
+        swap_out, swap_in = _copies(self._swap_out), _copies(self._swap_in)
+        self._swap_out, self._swap_in = [], []
         tokens = [m.tokens[start:stop] for m, (start, stop) in zip(members, rows, strict=True)]
         return StepPlan(
             step_id=self._step_id,
@@ -122,6 +152,8 @@ class PlanBuilder:
             query_start=_int32(np.cumsum([0, *(stop - start for start, stop in rows)])),
             context_lens=_int32([stop for _, stop in rows]),
             block_tables=_int32(tables),
+            swap_out=swap_out,
+            swap_in=swap_in,
             sample_sequences=_int32(draws),
             sample_slots=_int32([members[i].slot for i in draws]),
             sample_positions=_int32([len(members[i].tokens) for i in draws]),
@@ -138,6 +170,11 @@ class PlanBuilder:
             sequence.blocks.append(self._free.pop())
         sequence.num_computed = stop
         return start, stop
+
+
+def _copies(pairs: list[tuple[int, int]]) -> BlockCopies:
+    blocks, host_blocks = zip(*pairs, strict=True) if pairs else ((), ())
+    return BlockCopies(_int32(blocks), _int32(host_blocks))
 
 
 def _int32(values: Any) -> Any:

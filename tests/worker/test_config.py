@@ -24,9 +24,9 @@ def test_defaults(tmp_path: Path) -> None:
 def test_every_flag(tmp_path: Path) -> None:
     flags = (
         "--worker-id w --served-model-name m --tp 2 --rank 1 --rendezvous file:///x --dtype bfloat16 "
-        "--device cpu --block-size 32 --kv-cache-memory 1.5GiB --max-num-seqs 9 "
-        "--max-num-batched-tokens 100 --max-model-len 50 --max-prefill-chunk 16 --no-prefix-cache "
-        "--weights-epoch 3 --drain-timeout 1.5 --metrics-host ::1 --metrics-port 90 --parent-pid 7"
+        "--device cpu --block-size 32 --kv-cache-memory 1.5GiB --num-host-blocks 12 "
+        "--max-num-seqs 9 --max-num-batched-tokens 100 --max-model-len 50 --max-prefill-chunk 16 --tpot-target-ms 40 "
+        "--no-prefix-cache --weights-epoch 3 --drain-timeout 1.5 --metrics-host ::1 --metrics-port 90 --parent-pid 7"
     )
     assert parse_arguments([str(tmp_path), *ROUTER, *flags.split()]) == WorkerConfig(
         model_dir=tmp_path,
@@ -39,10 +39,12 @@ def test_every_flag(tmp_path: Path) -> None:
         device="cpu",
         block_size=32,
         kv_cache_memory=3 << 29,
+        num_host_blocks=12,
         max_num_seqs=9,
         max_num_batched_tokens=100,
         max_model_len=50,
         max_prefill_chunk=16,
+        tpot_target_ms=40,
         enable_prefix_cache=False,
         weights_epoch=3,
         drain_timeout_s=1.5,

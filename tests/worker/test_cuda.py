@@ -8,7 +8,7 @@ from orchestra.worker.sampler import Sampler
 from tests.checkpoints import KINDS
 from tests.worker.conftest import MakeRank, Reference
 from tests.worker.plans import sampling_start
-from tests.worker.test_logits import Run, prompt
+from tests.worker.test_logits import Run, prompt, swap_and_come_back
 
 pytestmark = pytest.mark.gpu
 
@@ -25,6 +25,11 @@ def test_logits_agree_with_transformers(
     run.step(whole=1, chunked=4)
     run.step(whole=1, chunked=1)
     assert run.num_compared == 6
+
+
+def test_swapped_sequences_come_back(make_rank: MakeRank, reference: Reference) -> None:
+    rank = make_rank("qwen2", device="cuda", num_host_blocks=6)
+    swap_and_come_back(rank, "qwen2", reference)
 
 
 def test_gpu_draws_what_the_cpu_draws() -> None:

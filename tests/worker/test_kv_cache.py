@@ -10,6 +10,7 @@ from orchestra.worker.kv_cache import (
     KvCache,
     KvCacheBudget,
     KvCacheSpec,
+    check_host_blocks,
     decide_max_model_len,
     decide_num_blocks,
 )
@@ -32,6 +33,12 @@ def test_bytes_per_block_are_those_of_the_slab() -> None:
     assert cache.layer(1).shape == (10, 2, 4, 16, 8)
     assert cache.layer(1).is_contiguous()
     assert not cache.slab.any()
+
+
+def test_host_blocks_are_limited_by_the_free_memory() -> None:
+    check_host_blocks(SPEC, 3, 3 * BLOCK_BYTES)
+    with pytest.raises(ConfigError, match="num_host_blocks: 4 blocks"):
+        check_host_blocks(SPEC, 4, 4 * BLOCK_BYTES - 1)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,29 @@ def test_preempted_sequence_comes_back(make_rank: MakeRank, reference: Reference
     assert run.num_compared == 9
 
 
+def swap_and_come_back(rank: Rank, kind: str, reference: Reference) -> None:
+    """One sequence goes to host memory while the other takes its blocks; then they change places."""
+    run = Run(rank, kind, reference)
+    run.builder.add("a", prompt(20))
+    run.builder.add("b", prompt(33))
+    run.step(a=20, b=33)
+    run.step(a=1, b=1)
+    run.builder.swap_out("a", [5, 2])
+    run.builder.add("c", prompt(40, seed=2))
+    # The blocks that `a` gives up are written in the very step that saves them.
+    run.step(b=1, c=40)
+    run.builder.swap_out("b", [1, 0, 3])
+    run.builder.swap_in("a")
+    run.step(a=1, c=1)
+    run.builder.swap_in("b")
+    run.step(a=1, b=1, c=1)
+    assert run.num_compared == 2 + 2 + 2 + 2 + 3
+
+
+def test_swapped_sequences_come_back(make_rank: MakeRank, reference: Reference) -> None:
+    swap_and_come_back(make_rank("qwen2", num_host_blocks=6), "qwen2", reference)
+
+
 def test_mixed_lengths_are_bucketed(
     make_rank: MakeRank, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:

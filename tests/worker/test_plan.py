@@ -1,14 +1,28 @@
 """Plans as they travel."""
 
 from dataclasses import replace
+from typing import Any
 
 import msgpack
 import numpy as np
 import pytest
 
 from orchestra.errors import InternalError
-from orchestra.worker.plan import StepPlan, decode_plan
+from orchestra.worker.plan import PlanReader, StepPlan
 from tests.worker.plans import PlanBuilder, encode_plan, sampling_start
+
+
+def read(message: bytes) -> StepPlan:
+    """The plan of a first message."""
+    return PlanReader(max_num_seqs=4, max_blocks=8).read(message)
+
+
+def message_with(plan: StepPlan, **changes: Any) -> bytes:
+    """A plan's message with some fields replaced; lists become arrays."""
+    fields = msgpack.unpackb(encode_plan(plan))
+    for name, value in changes.items():
+        fields[name] = np.array(value, "<i4").tobytes() if isinstance(value, list) else value
+    return bytes(msgpack.packb(fields))
 
 
 @pytest.fixture
@@ -34,7 +48,7 @@ def plan() -> StepPlan:
 
 
 def test_round_trip(plan: StepPlan) -> None:
-    decoded = decode_plan(encode_plan(plan))
+    decoded = read(encode_plan(plan))
     assert decoded.step_id == plan.step_id
     assert decoded.num_top_logprobs == 2
     arrays = [name for name, value in vars(plan).items() if isinstance(value, np.ndarray)]
@@ -53,7 +67,7 @@ def test_round_trip(plan: StepPlan) -> None:
 
 
 def test_arrays_are_views_of_the_message(plan: StepPlan) -> None:
-    decoded = decode_plan(encode_plan(plan))
+    decoded = read(encode_plan(plan))
     assert not decoded.token_ids.flags.owndata
     assert not decoded.token_ids.flags.writeable
 
@@ -65,7 +79,7 @@ def test_arrays_are_views_of_the_message(plan: StepPlan) -> None:
 )
 def test_damaged_message_is_refused(message: bytes) -> None:
     with pytest.raises(InternalError, match="cannot be read"):
-        decode_plan(message)
+        read(message)
 
 
 @pytest.mark.parametrize(
@@ -74,10 +88,44 @@ def test_damaged_message_is_refused(message: bytes) -> None:
 def test_arrays_of_different_lengths_are_refused(plan: StepPlan, name: str) -> None:
     damaged = replace(plan, **{name: getattr(plan, name)[:-1]})
     with pytest.raises(InternalError, match="do not fit"):
-        decode_plan(encode_plan(damaged))
+        read(encode_plan(damaged))
 
 
 def test_query_start_must_end_at_the_last_token(plan: StepPlan) -> None:
     damaged = replace(plan, query_start=plan.query_start - 1)
     with pytest.raises(InternalError, match="do not fit"):
-        decode_plan(encode_plan(damaged))
+        read(encode_plan(damaged))
+
+
+def test_a_message_brings_what_changes_of_the_tables(plan: StepPlan) -> None:
+    reader = PlanReader(max_num_seqs=4, max_blocks=8)
+    names = ("update_slots", "update_columns", "update_blocks")
+
+    def tables(slots: list[int], width: int, *updates: list[int]) -> list[list[int]]:
+        changes = dict(zip(names, updates, strict=True))
+        message = message_with(plan, slots=slots, block_table_width=width, **changes)
+        rows: list[list[int]] = reader.read(message).block_tables.tolist()
+        return rows
+
+    assert tables([3, 1], 2, [3, 3, 1], [0, 1, 0], [7, 8, 9]) == [[7, 8], [9, 0]]
+    assert tables([3, 1], 2, [], [], []) == [[7, 8], [9, 0]]
+    assert tables([1, 3], 3, [1, 3], [1, 2], [5, 6]) == [[9, 5, 0], [7, 8, 6]]
+    # A new owner of slot 1: its first block replaces the old one.
+    assert tables([1, 3], 1, [1], [0], [4]) == [[4], [7]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"update_slots": [4]},
+        {"update_columns": [8]},
+        {"update_blocks": [1, 2]},
+        {"slots": [0, 4]},
+        {"block_table_width": 9},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_tables_that_do_not_exist_are_refused(plan: StepPlan, changes: dict[str, Any]) -> None:
+    update = {"update_slots": [0], "update_columns": [0], "update_blocks": [1]}
+    with pytest.raises(InternalError, match="cannot be read"):
+        read(message_with(plan, **{**update, **changes}))

@@ -190,10 +190,12 @@ def test_run_from_flags_to_a_signal(
     assert FakeAgent.config["scheduler"] == {
         "block_size": 16,
         "num_blocks": 8,
+        "num_host_blocks": 0,
         "max_num_seqs": 4,
         "max_num_batched_tokens": 2048,
         "max_model_len": 128,
         "max_prefill_chunk": 0,
+        "tpot_target_us": 0,
         "enable_prefix_cache": True,
         "eos_token_ids": [1],
     }

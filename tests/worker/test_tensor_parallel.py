@@ -21,7 +21,6 @@ from orchestra.worker.assembly import Group, Place, Rank, build_rank
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.loader import WeightReader
 from orchestra.worker.model_config import ModelConfig
-from orchestra.worker.plan import decode_plan
 from orchestra.worker.sharding import Shard
 from tests.worker.conftest import Checkpoints, Reference
 from tests.worker.plans import PlanBuilder, encode_plan, sampling_start
@@ -145,7 +144,7 @@ def script(kind: str, reference: Reference) -> tuple[list[bytes], list[list[int]
 def test_shards_add_up(kind: str, size: int, checkpoint: Checkpoints, reference: Reference) -> None:
     messages, sampled = script(kind, reference)
     ranks = thread_ranks(checkpoint(kind), size)
-    plans = [decode_plan(message) for message in messages]
+    plans = [ranks[0].reader.read(message) for message in messages]
     row = 0
     with ThreadPoolExecutor(size) as pool:
         for plan in plans:

@@ -14,6 +14,7 @@ from orchestra.worker.kv_cache import (
     KvCache,
     KvCacheBudget,
     KvCacheSpec,
+    check_host_blocks,
     decide_max_model_len,
     decide_num_blocks,
 )
@@ -22,6 +23,7 @@ from orchestra.worker.loader import Progress, WeightReader
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.models import LOADERS
 from orchestra.worker.parallel import Communicator, ProcessGroup, SingleRank, rendezvous
+from orchestra.worker.plan import PlanReader
 from orchestra.worker.plan_channel import Follower, Leader
 from orchestra.worker.runner import ModelRunner, warm_up_plan
 from orchestra.worker.sampler import Sampler
@@ -73,6 +75,8 @@ class Rank:
 
     model_config: ModelConfig
     runner: ModelRunner
+    reader: PlanReader
+    """Reads the messages with this rank's plans."""
     group: Group
     num_blocks: int
     """KV blocks, the same on every rank."""
@@ -120,15 +124,17 @@ def build_rank(
     budget = _budget(config, model_config, place, longest)
     num_blocks = group.agree_on_least(decide_num_blocks(spec, budget))
     max_model_len = decide_max_model_len(spec, num_blocks, config.max_model_len, longest)
-    cache = KvCache(spec, num_blocks, place.device)
+    check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(spec, num_blocks, place))
+    cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks)
     attention = TorchPagedAttention(cache, len(heads.heads), place.device)
     sampler = None
     if config.shard.rank == 0:
         sampler = Sampler(model_config.vocab_size, config.max_num_seqs, place.device)
-    runner = ModelRunner(model, attention, sampler, place.device)
+    runner = ModelRunner(model, cache, attention, sampler, place.device)
     for num_tokens in (config.block_size, 1):
         runner.execute(warm_up_plan(num_tokens))
-    return Rank(model_config, runner, group, num_blocks, max_model_len)
+    plans = PlanReader(config.max_num_seqs, -(-max_model_len // config.block_size))
+    return Rank(model_config, runner, plans, group, num_blocks, max_model_len)
 
 
 def _longest_sequence(config: WorkerConfig, model_config: ModelConfig) -> int:
@@ -176,6 +182,13 @@ def _budget(
         useful_tokens=None if is_cuda else config.max_num_seqs * longest,
         share=CUDA_SHARE if is_cuda else CPU_SHARE,
     )
+
+
+def _free_host_bytes(spec: KvCacheSpec, num_blocks: int, place: Place) -> int:
+    """Host memory that this rank has left beside its blocks, where these are in host memory too."""
+    free = devices.free_bytes(torch.device("cpu"), place.local_size)
+    is_cpu = place.device.type == "cpu"
+    return max(0, free - num_blocks * spec.bytes_per_block) if is_cpu else free
 
 
 def _activation_bytes(config: WorkerConfig, model_config: ModelConfig) -> int:

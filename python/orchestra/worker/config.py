@@ -47,6 +47,8 @@ class WorkerConfig:
     """KV blocks; None: as many as the memory allows."""
     kv_cache_memory: int | None = None
     """Bytes of KV cache per rank; None: a share of the free memory."""
+    num_host_blocks: int = 0
+    """KV blocks of host memory, of each rank, that keep what preempted sequences have computed."""
     max_num_seqs: int = 256
     """Most sequences in one step."""
     max_num_batched_tokens: int = 2048
@@ -55,6 +57,8 @@ class WorkerConfig:
     """Longest prompt plus output, tokens; None: what the model and the cache can hold."""
     max_prefill_chunk: int = 0
     """Most prompt tokens of one sequence in one step; 0: only the token budget."""
+    tpot_target_ms: int = 0
+    """How long a step may last while sequences decode; prompts get what is left. 0: no matter how long."""
     enable_prefix_cache: bool = True
     """Whether prompts reuse the KV of equal beginnings."""
     weights_epoch: int = 0
@@ -150,6 +154,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
             help="memory of each rank for KV, like 4GiB; instead of --num-blocks",
         ),
         add(
+            "--num-host-blocks",
+            type=_integer(0),
+            default=default.num_host_blocks,
+            help="KV blocks of host memory for preempted sequences; 0: they compute theirs again",
+        ),
+        add(
             "--max-num-seqs",
             type=_integer(1),
             default=default.max_num_seqs,
@@ -171,6 +181,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
             type=_integer(0),
             default=default.max_prefill_chunk,
             help="most prompt tokens of one sequence in one step; 0: only the token budget",
+        ),
+        add(
+            "--tpot-target-ms",
+            type=_integer(0),
+            default=default.tpot_target_ms,
+            metavar="MS",
+            help="how long a step may last while sequences decode, which sizes the chunks of prompts; 0: no limit",
         ),
         add("--no-prefix-cache", action="store_true", help="compute every prompt from its start"),
         add(

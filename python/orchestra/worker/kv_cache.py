@@ -1,5 +1,6 @@
 """The paged KV cache: one slab, and how large it may be."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from orchestra.errors import ConfigError
+from orchestra.worker.plan import BlockCopies
 
 GIB = 1 << 30
 
@@ -31,7 +33,7 @@ class KvCacheSpec:
 
 
 class KvCache:
-    """Keys and values of every block, in one preallocated slab.
+    """Keys and values of every block, in one preallocated slab; and host memory for those of preempted sequences.
 
     The slab is `[num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]`, keys before values: what a block
     holds of a layer is one run of bytes, which is what a transfer wants; and what it holds of a head is one too, which
@@ -41,9 +43,12 @@ class KvCache:
         spec: the shape.
         num_blocks: how many blocks.
         device: where the slab lives.
+        num_host_blocks: blocks that host memory holds besides.
     """
 
-    def __init__(self, spec: KvCacheSpec, num_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self, spec: KvCacheSpec, num_blocks: int, device: torch.device, num_host_blocks: int = 0
+    ) -> None:
         self.spec = spec
         self.num_blocks = num_blocks
         shape = (
@@ -55,16 +60,36 @@ class KvCache:
             spec.head_dim,
         )
         # Zeros, not garbage: attention multiplies what lies behind a sequence's end by 0, which NaN would survive.
+        # Here a block is one run of bytes, layer after layer: a copy touches host memory once.
+        host_shape = (num_host_blocks, spec.num_layers, *shape[2:])
         if device.type == "cpu":
-            # numpy takes pages that the kernel zeroes when they are first touched: no wait, no memory before use.
-            memory = np.zeros(num_blocks * spec.bytes_per_block, np.uint8)
-            self.slab = torch.from_numpy(memory).view(spec.dtype).view(shape)
+            self.slab = _zeros(spec, shape)
+            self._host = _zeros(spec, host_shape)
         else:
             self.slab = torch.zeros(shape, dtype=spec.dtype, device=device)
+            self._host = torch.zeros(host_shape, dtype=spec.dtype, pin_memory=num_host_blocks > 0)
 
     def layer(self, index: int) -> Tensor:
         """One layer, `[num_blocks, 2, num_kv_heads, block_size, head_dim]`."""
         return self.slab[index]
+
+    def copy_blocks(self, swap_out: BlockCopies, swap_in: BlockCopies) -> None:
+        """Copies blocks to host memory, then others back.
+
+        On a GPU nothing waits: its stream does the copies in their order, before the kernels that come after them.
+        """
+        for block, host_block in zip(swap_out.blocks, swap_out.host_blocks, strict=True):
+            self._host[host_block].copy_(self.slab[:, block], non_blocking=True)
+        for block, host_block in zip(swap_in.blocks, swap_in.host_blocks, strict=True):
+            self.slab[:, block].copy_(self._host[host_block], non_blocking=True)
+
+
+def _zeros(spec: KvCacheSpec, shape: tuple[int, ...]) -> Tensor:
+    """Zeros in pages that the kernel provides when they are first touched: no wait, no memory before use."""
+    if 0 in shape:  # which torch cannot view as other numbers
+        return torch.empty(shape, dtype=spec.dtype)
+    memory = np.zeros(math.prod(shape) * spec.dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(spec.dtype).view(shape)
 
 
 @dataclass(frozen=True)
@@ -106,6 +131,21 @@ def decide_num_blocks(spec: KvCacheSpec, budget: KvCacheBudget) -> int:
             f"but {budget.free_bytes / GIB:.2f} GiB are free"
         )
     return num_blocks
+
+
+def check_host_blocks(spec: KvCacheSpec, num_host_blocks: int, free_bytes: int) -> None:
+    """Compares what host memory is to hold with what is free of it.
+
+    Raises:
+        ConfigError: it is too much.
+    """
+    size = num_host_blocks * spec.bytes_per_block
+    if size > free_bytes:
+        raise ConfigError(
+            f"num_host_blocks: {num_host_blocks} blocks of {spec.bytes_per_block} bytes take "
+            f"{size / GIB:.2f} GiB, but {free_bytes / GIB:.2f} GiB are free",
+            key="num_host_blocks",
+        )
 
 
 def decide_max_model_len(

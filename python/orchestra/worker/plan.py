@@ -50,8 +50,21 @@ class SequenceStart:
 
 
 @dataclass(frozen=True)
+class BlockCopies:
+    """KV to copy between blocks of the device and blocks of host memory."""
+
+    blocks: Int32Array
+    """`[C]`"""
+    host_blocks: Int32Array
+    """`[C]`"""
+
+
+NO_COPIES = BlockCopies(np.empty(0, np.int32), np.empty(0, np.int32))
+
+
+@dataclass(frozen=True)
 class StepPlan:
-    """One step's work. Arrays are read-only views of the message."""
+    """One step's work. Arrays are read-only views of the message, but for the block tables."""
 
     step_id: int
     token_ids: Int32Array
@@ -65,7 +78,11 @@ class StepPlan:
     context_lens: Int32Array
     """`[S]` tokens of KV that each sequence has after this step."""
     block_tables: Int32Array
-    """`[S, W]` block ids, rows padded with 0."""
+    """`[S, W]` block ids. What lies behind a sequence's own blocks names some blocks of others, or block 0."""
+    swap_out: BlockCopies
+    """To host memory, before everything else."""
+    swap_in: BlockCopies
+    """From host memory, after those and before anything is computed."""
     sample_sequences: Int32Array
     """`[N]` who draws a token: rows of the plan."""
     sample_slots: Int32Array
@@ -91,34 +108,59 @@ class StepOutput:
     """`[N, K]`"""
 
 
-def decode_plan(message: bytes) -> StepPlan:
-    """Reads the agent's message.
+class PlanReader:
+    """Reads the agent's messages and keeps the block tables, of which each message brings only what changes.
 
-    Raises:
-        InternalError: the message is damaged or not a plan: its arrays do not fit each other.
+    So every message has to be read, in order.
+
+    Args:
+        max_num_seqs: slots, each with its table.
+        max_blocks: of the longest sequence.
     """
-    try:
-        fields = msgpack.unpackb(message, max_bin_len=ARRAY_BYTES_MAX)
-        tables = _int32(fields["block_tables"])
+
+    def __init__(self, max_num_seqs: int, max_blocks: int) -> None:
+        self._tables = np.zeros((max_num_seqs, max_blocks), np.int32)
+
+    def read(self, message: bytes) -> StepPlan:
+        """Reads the next message.
+
+        Raises:
+            InternalError: the message is damaged or not a plan: its arrays do not fit each other.
+        """
+        try:
+            fields = msgpack.unpackb(message, max_bin_len=ARRAY_BYTES_MAX)
+            plan = StepPlan(
+                step_id=fields["step_id"],
+                token_ids=_int32(fields["token_ids"]),
+                positions=_int32(fields["positions"]),
+                slot_mapping=_int32(fields["slot_mapping"]),
+                query_start=_int32(fields["query_start"]),
+                context_lens=_int32(fields["context_lens"]),
+                block_tables=self._block_tables(fields),
+                swap_out=_copies(fields, "swap_out"),
+                swap_in=_copies(fields, "swap_in"),
+                sample_sequences=_int32(fields["sample_sequences"]),
+                sample_slots=_int32(fields["sample_slots"]),
+                sample_positions=_int32(fields["sample_positions"]),
+                num_top_logprobs=fields["num_top_logprobs"],
+                starts=tuple(map(_start, fields["starts"])),
+            )
+        except (ValueError, KeyError, TypeError, IndexError, msgpack.UnpackException) as error:
+            raise InternalError(f"the step plan cannot be read: {error!r}") from error
+        _check(plan)
+        return plan
+
+    def _block_tables(self, fields: dict[str, Any]) -> Int32Array:
+        """Writes what changes, then gathers the step's rows."""
+        slots, columns = _int32(fields["update_slots"]), _int32(fields["update_columns"])
+        blocks = _int32(fields["update_blocks"])
+        if not len(slots) == len(columns) == len(blocks):
+            raise ValueError("updates of the block tables")
+        self._tables[slots, columns] = blocks
         width = fields["block_table_width"]
-        plan = StepPlan(
-            step_id=fields["step_id"],
-            token_ids=_int32(fields["token_ids"]),
-            positions=_int32(fields["positions"]),
-            slot_mapping=_int32(fields["slot_mapping"]),
-            query_start=_int32(fields["query_start"]),
-            context_lens=_int32(fields["context_lens"]),
-            block_tables=tables.reshape(-1, width) if width else tables.reshape(0, 0),
-            sample_sequences=_int32(fields["sample_sequences"]),
-            sample_slots=_int32(fields["sample_slots"]),
-            sample_positions=_int32(fields["sample_positions"]),
-            num_top_logprobs=fields["num_top_logprobs"],
-            starts=tuple(map(_start, fields["starts"])),
-        )
-    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
-        raise InternalError(f"the step plan cannot be read: {error!r}") from error
-    _check(plan)
-    return plan
+        if width > self._tables.shape[1]:
+            raise ValueError(f"block tables of {width} blocks")
+        return self._tables[_int32(fields["slots"]), :width]
 
 
 def _check(plan: StepPlan) -> None:
@@ -134,11 +176,17 @@ def _check(plan: StepPlan) -> None:
         and len(plan.query_start) == sequences + 1
         and plan.query_start[-1] == tokens
         and len(plan.block_tables) == sequences
+        and len(plan.swap_out.blocks) == len(plan.swap_out.host_blocks)
+        and len(plan.swap_in.blocks) == len(plan.swap_in.host_blocks)
         and len(plan.sample_slots) == samples
         and len(plan.sample_positions) == samples
     )
     if not fits:
         raise InternalError(f"the arrays of step {plan.step_id} do not fit each other")
+
+
+def _copies(fields: dict[str, Any], name: str) -> BlockCopies:
+    return BlockCopies(_int32(fields[f"{name}_blocks"]), _int32(fields[f"{name}_host_blocks"]))
 
 
 def _start(fields: dict[str, Any]) -> SequenceStart:

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from orchestra.worker.attention import AttentionBackend
+from orchestra.worker.kv_cache import KvCache
 from orchestra.worker.models import Model
-from orchestra.worker.plan import StepOutput, StepPlan
+from orchestra.worker.plan import NO_COPIES, StepOutput, StepPlan
 from orchestra.worker.sampler import Sampler
 
 _EMPTY = StepOutput(
@@ -22,6 +23,7 @@ class ModelRunner:
 
     Args:
         model: this rank's part.
+        cache: this rank's.
         attention: over this rank's cache.
         sampler: rank 0's; None on the others.
         device: where the model computes.
@@ -30,11 +32,13 @@ class ModelRunner:
     def __init__(
         self,
         model: Model,
+        cache: KvCache,
         attention: AttentionBackend,
         sampler: Sampler | None,
         device: torch.device,
     ) -> None:
         self._model = model
+        self._cache = cache
         self._attention = attention
         self._sampler = sampler
         self._device = device
@@ -62,6 +66,7 @@ class ModelRunner:
         Returns:
             `[N, vocab_size]` in the order of the plan's samples; None on other ranks than rank 0, and where `N` is 0.
         """
+        self._cache.copy_blocks(plan.swap_out, plan.swap_in)
         # The tokens to sample from: the last of each sequence that draws.
         rows = plan.query_start[plan.sample_sequences + 1] - 1
         tokens = len(plan.token_ids)
@@ -93,6 +98,8 @@ def warm_up_plan(num_tokens: int) -> StepPlan:
         query_start=np.array([0, num_tokens], np.int32),
         context_lens=np.array([num_tokens], np.int32),
         block_tables=zero.reshape(1, 1),
+        swap_out=NO_COPIES,
+        swap_in=NO_COPIES,
         sample_sequences=zero,
         sample_slots=zero,
         sample_positions=zero,

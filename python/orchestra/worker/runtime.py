@@ -14,7 +14,6 @@ from orchestra.errors import ConfigError, UnsupportedError
 from orchestra.worker.assembly import Rank, assemble
 from orchestra.worker.config import EXIT_INVALID_CONFIG, WorkerConfig
 from orchestra.worker.metrics import WorkerMetrics
-from orchestra.worker.plan import decode_plan
 from orchestra.worker.plan_channel import Follower, RankLostError
 
 EXIT_OK = 0
@@ -117,7 +116,7 @@ def follow(rank: Rank, channel: Follower) -> None:
     """
     _write_status("ready")
     while (message := channel.receive()) is not None:
-        rank.runner.execute(decode_plan(message))
+        rank.runner.execute(rank.reader.read(message))
     channel.close()
 
 
@@ -145,7 +144,7 @@ def lead(
         with metrics.execute.time():
             if leader is not None:
                 leader.broadcast(message)
-            plan = decode_plan(message)
+            plan = rank.reader.read(message)
             output = rank.runner.execute(plan)
         with metrics.commit.time():
             agent.commit(
@@ -196,10 +195,12 @@ def agent_config(config: WorkerConfig, rank: Rank) -> dict[str, Any]:
         "scheduler": {
             "block_size": config.block_size,
             "num_blocks": rank.num_blocks,
+            "num_host_blocks": config.num_host_blocks,
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "max_model_len": rank.max_model_len,
             "max_prefill_chunk": config.max_prefill_chunk,
+            "tpot_target_us": config.tpot_target_ms * 1000,
             "enable_prefix_cache": config.enable_prefix_cache,
             "eos_token_ids": list(rank.model_config.eos_token_ids),
         },

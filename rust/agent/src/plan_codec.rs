@@ -23,7 +23,7 @@ impl<T: bytemuck::NoUninit> Serialize for Array<'_, T> {
     }
 }
 
-/// The map, field for field. `T` tokens of `S` sequences run, `N` draw, block tables are `W` wide.
+/// The map, field for field. `T` tokens of `S` sequences run, `N` draw, `U` entries of the block tables change.
 #[derive(Serialize)]
 struct PlanMap<'a> {
     step_id: u64,
@@ -37,9 +37,23 @@ struct PlanMap<'a> {
     query_start: Array<'a, u32>,
     /// `int32[S]`
     context_lens: Array<'a, u32>,
-    /// `int32[S * W]`
-    block_tables: Array<'a, u32>,
+    /// `int32[S]`
+    slots: Array<'a, u32>,
     block_table_width: u32,
+    /// `int32[U]`
+    update_slots: Array<'a, u32>,
+    /// `int32[U]`
+    update_columns: Array<'a, u32>,
+    /// `int32[U]`
+    update_blocks: Array<'a, u32>,
+    /// `int32[C]`: device blocks, and where in host memory they go.
+    swap_out_blocks: Array<'a, u32>,
+    /// `int32[C]`
+    swap_out_host_blocks: Array<'a, u32>,
+    /// `int32[D]`: device blocks, and where in host memory they come from.
+    swap_in_blocks: Array<'a, u32>,
+    /// `int32[D]`
+    swap_in_host_blocks: Array<'a, u32>,
     /// `int32[N]`
     sample_sequences: Array<'a, u32>,
     /// `int32[N]`
@@ -120,8 +134,15 @@ pub fn encode_plan(plan: &StepPlan) -> Result<Vec<u8>, rmp_serde::encode::Error>
         slot_mapping: Array(&plan.slot_mapping),
         query_start: Array(&plan.query_start),
         context_lens: Array(&plan.context_lens),
-        block_tables: Array(&plan.block_tables),
+        slots: Array(&plan.slots),
         block_table_width: plan.block_table_width,
+        update_slots: Array(&plan.update_slots),
+        update_columns: Array(&plan.update_columns),
+        update_blocks: Array(&plan.update_blocks),
+        swap_out_blocks: Array(&plan.swap_out.blocks),
+        swap_out_host_blocks: Array(&plan.swap_out.host_blocks),
+        swap_in_blocks: Array(&plan.swap_in.blocks),
+        swap_in_host_blocks: Array(&plan.swap_in.host_blocks),
         sample_sequences: Array(&sample_sequences),
         sample_slots: Array(&sample_slots),
         sample_positions: Array(&sample_positions),

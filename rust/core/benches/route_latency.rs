@@ -237,7 +237,7 @@ impl Fleet {
             && let Some(live) = self.prefilling.pop_front()
         {
             let start = Instant::now();
-            self.scheduler.prefill_done(live.reservation.id);
+            self.scheduler.prefill_done(live.reservation.id, Time::ZERO);
             record(&mut self.times.prefill_done, start, is_timed);
             self.scan.queued[live.worker as usize] -= live.prefill;
             self.report(live.worker as usize, is_timed);

@@ -137,7 +137,7 @@ impl Fleet {
             self.scheduler.release(id);
         }
         let index = self.random.below(self.held.len());
-        self.scheduler.prefill_done(self.held[index]);
+        self.scheduler.prefill_done(self.held[index], Time::ZERO);
         let index = self.random.below(self.workers.len());
         match self.random.below(40) {
             0 => {

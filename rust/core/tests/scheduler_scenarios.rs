@@ -15,8 +15,9 @@ use std::{
 use orchestra_core::{
     Time, block_hashes,
     scheduler::{
-        GpuSpec, Layout, PlaceRequest, PlacedGpu, Placement, PlacementId, ReservationId,
-        RouteRequest, Scheduler, SchedulerConfig, SchedulerError, WorkerId, WorkerLoad, WorkerSpec,
+        GpuSpec, Layout, NodeLimits, PlaceRequest, PlacedGpu, Placement, PlacementId,
+        ReservationId, RouteRequest, Scheduler, SchedulerConfig, SchedulerError, Shares, WorkerId,
+        WorkerLoad, WorkerSpec,
     },
     step::KvEvent,
 };
@@ -114,13 +115,14 @@ impl Stage {
             "explain" => self.explain(command),
             "prefill_done" => {
                 let id = self.reservations[command.number(0) as usize - 1];
-                answer(self.scheduler.prefill_done(id))
+                answer(self.scheduler.prefill_done(id, Time::ZERO))
             }
             "release" => {
                 let id = self.reservations[command.number(0) as usize - 1];
                 answer(self.scheduler.release(id))
             }
             "gpus" => self.add_gpus(command),
+            "limit" => self.limit(command),
             "place" => self.place(command),
             "preview" => self.preview(command),
             "batch" => self.place_batch(command),
@@ -222,6 +224,7 @@ impl Stage {
         text
     }
 
+    /// `domain num_gpus bytes [rack]`; the domain is one node.
     fn add_gpus(&mut self, command: &Command<'_>) -> String {
         let domain = command.words[0];
         for index in 0..command.number(1) {
@@ -229,11 +232,27 @@ impl Stage {
                 name: format!("{domain}/{index}"),
                 domain: domain.to_owned(),
                 node: domain.to_owned(),
+                rack: command.words.get(3).map(ToString::to_string),
                 memory_bytes: command.number(2).into(),
             };
             self.scheduler.add_gpu(spec).unwrap();
         }
         String::new()
+    }
+
+    /// `node [cpu=] [host=] [nic=] [power=]`; the node's domain has its name.
+    fn limit(&mut self, command: &Command<'_>) -> String {
+        let limits = NodeLimits {
+            cpu_milli: command.setting("cpu", 0).into(),
+            host_memory_bytes: command.setting("host", 0).into(),
+            nic_mbps: command.setting("nic", 0).into(),
+        };
+        let watts = command.setting("power", 0).into();
+        let is_known = self.scheduler.set_domain_power(command.words[0], watts);
+        match self.scheduler.set_node_limits(command.words[0], &limits) {
+            Ok(()) => answer(is_known),
+            Err(error) => refused(error),
+        }
     }
 
     fn place(&mut self, command: &Command<'_>) -> String {
@@ -262,6 +281,9 @@ impl Stage {
     fn gang_text(&self, gpus: &[PlacedGpu], preempted: &[PlacementId]) -> String {
         let mut text = String::new();
         for placed in gpus {
+            if placed.stage > 0 && !text.contains(&format!("| {}:", placed.stage)) {
+                write!(text, " | {}:", placed.stage).unwrap();
+            }
             let name = &self.scheduler.gpu_spec(placed.gpu).unwrap().name;
             let start = placed.extent.offset_bytes;
             let stop = start + placed.extent.length_bytes;
@@ -346,13 +368,21 @@ impl Stage {
     }
 }
 
-/// `num_gpus bytes [paged] [priority=] [cost=] [expires=]`.
+/// `num_gpus bytes [paged] [stages=] [kv=] [cpu=] [host=] [nic=] [power=] [priority=] [cost=] [expires=]`.
 fn gang(command: &Command<'_>) -> PlaceRequest {
     let is_paged = command.words.contains(&"paged");
     let expires = command.setting("expires", 0);
     PlaceRequest {
         num_gpus: command.number(0),
+        num_stages: command.setting("stages", 1),
         bytes_per_gpu: command.number(1).into(),
+        paged_bytes_per_gpu: command.setting("kv", 0).into(),
+        shares_per_gpu: Shares {
+            cpu_milli: command.setting("cpu", 0).into(),
+            host_memory_bytes: command.setting("host", 0).into(),
+            nic_mbps: command.setting("nic", 0).into(),
+            power_watts: command.setting("power", 0).into(),
+        },
         priority: command.setting("priority", 0) as u8,
         layout: if is_paged {
             Layout::Paged
@@ -415,6 +445,11 @@ fn limits() {
 #[test]
 fn place() {
     insta::assert_snapshot!(play(include_str!("testdata/scheduler/place.txt")));
+}
+
+#[test]
+fn place_pipeline() {
+    insta::assert_snapshot!(play(include_str!("testdata/scheduler/place_pipeline.txt")));
 }
 
 #[test]

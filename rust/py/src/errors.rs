@@ -40,6 +40,7 @@ pub(crate) fn error_codes() -> Vec<(&'static str, &'static str, bool)> {
 pub(crate) struct Failure {
     code: ErrorCode,
     message: String,
+    retry_after_ms: Option<u64>,
     limit: Option<u64>,
     current: Option<u64>,
     worker_id: Option<String>,
@@ -51,6 +52,7 @@ impl Failure {
         Self {
             code,
             message: message.into(),
+            retry_after_ms: None,
             limit: None,
             current: None,
             worker_id: None,
@@ -85,6 +87,7 @@ impl Failure {
 
     fn instance(self, py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
         let attributes = PyDict::new(py);
+        attributes.set_item("retry_after_ms", self.retry_after_ms)?;
         attributes.set_item("limit", self.limit)?;
         attributes.set_item("current", self.current)?;
         attributes.set_item("worker_id", self.worker_id)?;
@@ -113,6 +116,8 @@ impl From<SchedulerError> for Failure {
         let mut failure = Self::new(error.code(), error.to_string());
         failure.limit = error.limit();
         failure.current = error.current();
+        let retry_after = error.retry_after();
+        failure.retry_after_ms = retry_after.map(|after| after.as_millis() as u64);
         match error {
             SchedulerError::InvalidField { field, .. } | SchedulerError::NotServed { field } => {
                 failure.key = Some(field.to_owned());
@@ -125,8 +130,13 @@ impl From<SchedulerError> for Failure {
             | SchedulerError::KvTooLarge { .. }
             | SchedulerError::NoWorkers { .. }
             | SchedulerError::LimitReached { .. }
+            | SchedulerError::QueueFull { .. }
+            | SchedulerError::DeadlineExceeded
+            | SchedulerError::DeadlineHopeless { .. }
             | SchedulerError::GangTooLarge { .. }
-            | SchedulerError::NoGpuRoom { .. } => {}
+            | SchedulerError::NoGpuRoom { .. }
+            | SchedulerError::PipelineTooLarge { .. }
+            | SchedulerError::NoStageRoom { .. } => {}
         }
         failure
     }

@@ -9,7 +9,15 @@ mod errors;
 mod process;
 mod router;
 mod scheduler;
+mod snapshot;
 mod values;
+
+/// Where [`snapshot`] takes its locks from; its model check puts others here.
+mod sync {
+    pub(crate) use std::sync::Arc;
+
+    pub(crate) use parking_lot::Mutex;
+}
 
 /// The compiled core of `orchestra`. Private: use `orchestra` itself.
 #[pyo3::pymodule]

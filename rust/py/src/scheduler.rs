@@ -1,11 +1,12 @@
 //! `orchestra_core::scheduler` for Python: workers and GPUs by name, reservations that give themselves back.
 
+mod figures;
 mod held;
 mod register;
 mod request;
 mod shared;
 
-use std::sync::Arc;
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use orchestra_core::{
     TokenId,
@@ -105,27 +106,38 @@ impl Scheduler {
     }
 
     /// A worker that has room for the request now, or a ticket; then `on_outcome` is called once, from any thread,
-    /// with the reservation or with the exception that ends the wait.
+    /// with the reservation or with the exception that ends the wait. The first token is wanted within `deadline_us`.
     fn acquire(
         &self,
         py: Python<'_>,
         request: &Bound<'_, RouteRequest>,
         on_outcome: Py<PyAny>,
+        deadline_us: Option<u64>,
     ) -> PyResult<Py<PyAny>> {
         let (request, now) = (request.get(), self.shared.now());
-        let answer = self.decide(py, |state| {
+        let deadline = deadline_us.map(|micros| now + Duration::from_micros(micros));
+        let (answer, outcomes) = self.decide(py, |state| {
             let scheduler = &mut state.scheduler;
-            let answer = request.ask(scheduler, |core, request| core.acquire(request, now))?;
+            let answer = request.ask(scheduler, |core, request| {
+                let request = core::RouteRequest {
+                    deadline,
+                    ..*request
+                };
+                core.acquire(&request, now)
+            })?;
             Ok(match answer {
                 Wait::Granted(reservation) => {
-                    Wait::Granted(HeldReservation::new(scheduler, reservation))
+                    let held = HeldReservation::new(scheduler, reservation);
+                    (Wait::Granted(held), VecDeque::new())
                 }
                 Wait::Waiting(ticket) => {
                     state.callbacks.insert(ticket, on_outcome);
-                    Wait::Waiting(ticket)
+                    // Its turn may have come before that of others who find no room.
+                    (Wait::Waiting(ticket), state.take_outcomes(now))
                 }
             })
         })?;
+        self.shared.deliver(py, outcomes);
         match answer {
             Wait::Granted(held) => Reservation::new(&self.shared, held).into_py_any(py),
             Wait::Waiting(ticket) => Ticket::new(&self.shared, ticket).into_py_any(py),
@@ -152,6 +164,26 @@ impl Scheduler {
                 explanation.num_more_candidates,
                 ineligible.collect(),
             ))
+        })
+    }
+
+    /// Predicted time to the request's first token, microseconds; `None` where it is not known.
+    fn predict_ttft(
+        &self,
+        py: Python<'_>,
+        request: &Bound<'_, RouteRequest>,
+    ) -> PyResult<Option<u64>> {
+        let request = request.get();
+        let predicted = self.decide(py, |State { scheduler, .. }| {
+            Ok(request.ask(scheduler, |core, request| core.predict_ttft(request)))
+        })?;
+        Ok(predicted.map(|predicted| u64::try_from(predicted.as_micros()).unwrap_or(u64::MAX)))
+    }
+
+    /// Gives a tenant another share than the weight 100 that every tenant has.
+    fn set_tenant_weight(&self, py: Python<'_>, tenant: &str, weight: u32) -> PyResult<()> {
+        self.decide(py, |State { scheduler, .. }| {
+            scheduler.set_tenant_weight(tenant, weight)
         })
     }
 

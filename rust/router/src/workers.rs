@@ -188,8 +188,12 @@ pub(crate) struct Reserved {
 
 impl Reserved {
     /// The prompt is computed: its tokens no longer queue on the worker.
-    pub(crate) fn prefill_done(&self) {
-        self.workers.pool.lock().scheduler.prefill_done(self.id);
+    pub(crate) fn prefill_done(&self, now: Time) {
+        self.workers
+            .pool
+            .lock()
+            .scheduler
+            .prefill_done(self.id, now);
     }
 }
 

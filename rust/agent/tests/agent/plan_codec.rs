@@ -8,7 +8,7 @@ use orchestra_agent::{
 };
 use orchestra_core::{
     RequestId, SamplingParams,
-    step::{Sample, SequenceStart, StepPlan},
+    step::{BlockCopies, Sample, SequenceStart, StepPlan},
 };
 use serde::Deserialize;
 use serde_bytes::ByteBuf;
@@ -23,8 +23,15 @@ struct PlanMap {
     slot_mapping: ByteBuf,
     query_start: ByteBuf,
     context_lens: ByteBuf,
-    block_tables: ByteBuf,
+    slots: ByteBuf,
     block_table_width: u32,
+    update_slots: ByteBuf,
+    update_columns: ByteBuf,
+    update_blocks: ByteBuf,
+    swap_out_blocks: ByteBuf,
+    swap_out_host_blocks: ByteBuf,
+    swap_in_blocks: ByteBuf,
+    swap_in_host_blocks: ByteBuf,
     sample_sequences: ByteBuf,
     sample_slots: ByteBuf,
     sample_positions: ByteBuf,
@@ -75,8 +82,19 @@ fn plan() -> StepPlan {
         slot_mapping: vec![19, 32, 33],
         query_start: vec![0, 1, 3],
         context_lens: vec![4, 2],
-        block_tables: vec![1, 0, 2, 0],
-        block_table_width: 2,
+        slots: vec![7, 6],
+        block_table_width: 1,
+        update_slots: vec![6, 6],
+        update_columns: vec![0, 1],
+        update_blocks: vec![2, 5],
+        swap_out: BlockCopies {
+            blocks: vec![3],
+            host_blocks: vec![8],
+        },
+        swap_in: BlockCopies {
+            blocks: vec![4, 9],
+            host_blocks: vec![1, 0],
+        },
         samples: vec![sample(0, None), sample(1, Some(2))],
         starts: vec![SequenceStart {
             slot: 6,
@@ -104,17 +122,29 @@ fn a_plan_is_one_map_of_little_endian_arrays() {
     let map: PlanMap = rmp_serde::from_slice(&bytes).unwrap();
     assert_eq!(
         (map.step_id, map.block_table_width, map.num_top_logprobs),
-        (9, 2, 2)
+        (9, 1, 2)
     );
-    assert_eq!(int32(&map.token_ids), [5, 6, 70_000]);
-    assert_eq!(int32(&map.positions), [3, 0, 1]);
-    assert_eq!(int32(&map.slot_mapping), [19, 32, 33]);
-    assert_eq!(int32(&map.query_start), [0, 1, 3]);
-    assert_eq!(int32(&map.context_lens), [4, 2]);
-    assert_eq!(int32(&map.block_tables), [1, 0, 2, 0]);
-    assert_eq!(int32(&map.sample_sequences), [0, 1]);
-    assert_eq!(int32(&map.sample_slots), [7, 6]);
-    assert_eq!(int32(&map.sample_positions), [40, 41]);
+    let arrays: [(&ByteBuf, &[i32]); 16] = [
+        (&map.token_ids, &[5, 6, 70_000]),
+        (&map.positions, &[3, 0, 1]),
+        (&map.slot_mapping, &[19, 32, 33]),
+        (&map.query_start, &[0, 1, 3]),
+        (&map.context_lens, &[4, 2]),
+        (&map.slots, &[7, 6]),
+        (&map.update_slots, &[6, 6]),
+        (&map.update_columns, &[0, 1]),
+        (&map.update_blocks, &[2, 5]),
+        (&map.swap_out_blocks, &[3]),
+        (&map.swap_out_host_blocks, &[8]),
+        (&map.swap_in_blocks, &[4, 9]),
+        (&map.swap_in_host_blocks, &[1, 0]),
+        (&map.sample_sequences, &[0, 1]),
+        (&map.sample_slots, &[7, 6]),
+        (&map.sample_positions, &[40, 41]),
+    ];
+    for (found, expected) in arrays {
+        assert_eq!(int32(found), expected);
+    }
 
     let [start] = &map.starts[..] else {
         panic!("one sequence starts");

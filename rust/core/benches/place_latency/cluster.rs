@@ -32,6 +32,7 @@ impl Cluster {
                 name: format!("gpu-{gpu}"),
                 domain: format!("domain-{}", gpu / self.domain_size),
                 node: format!("node-{}", gpu / 8),
+                rack: None,
                 memory_bytes: SLOTS_PER_GPU as u64 * SLOT_BYTES,
             };
             scheduler.add_gpu(spec).unwrap();

@@ -7,6 +7,10 @@ use crate::config::ConfigIssue;
 
 /// Workers of one cell: more belong to several schedulers, by model or region.
 const NUM_WORKERS_MAX: u32 = 16_384;
+/// Largest weight of a class; keeps the products of weights small.
+const CLASS_WEIGHT_MAX: u32 = 1_000;
+/// Largest weight of a token; keeps counters of service from running over.
+const TOKEN_WEIGHT_MAX: u32 = 100;
 
 /// Settings of a [`Scheduler`](super::Scheduler).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,6 +24,33 @@ pub struct SchedulerConfig {
     pub max_num_reservations: u32,
     /// Most requests that may wait for room, route and placement requests counted apart.
     pub max_num_waiting: u32,
+    /// Most requests of one tenant that may wait for a worker.
+    pub max_num_waiting_per_tenant: u32,
+    /// Most tenants without a waiting request whose service each class of a queue remembers; also most tenants with a
+    /// weight of their own.
+    pub max_num_tenants: u32,
+    /// Most later requests that may leave the queue before an earlier one gets its turn, whatever classes and tenants
+    /// say.
+    pub max_overtakes: u32,
+    /// Most later requests of one tenant that may go before an earlier one because less of them is left to compute;
+    /// 0 serves a tenant's requests strictly in order of arrival.
+    pub max_tenant_overtakes: u32,
+    /// Most requests that may be served elsewhere, beyond `max_overtakes`, while an overdue one finds no room; 0 lets
+    /// everybody wait for it.
+    pub max_bypasses: u32,
+    /// Share of the grants that waiting requests of class `interactive` get, against the other classes' weights; 1 to
+    /// 1,000.
+    pub interactive_weight: u32,
+    /// The same for class `standard`.
+    pub standard_weight: u32,
+    /// The same for class `batch`.
+    pub batch_weight: u32,
+    /// What a prompt token that has to be computed counts towards its tenant's share, 1 to 100.
+    pub input_token_weight: u32,
+    /// What an output token counts, 1 to 100.
+    pub output_token_weight: u32,
+    /// Refuse a request at once whose first token is predicted to miss its deadline.
+    pub refuse_hopeless: bool,
     /// GPU memory is given out in multiples of this many bytes; a power of two.
     pub extent_bytes: u64,
     /// How a request's worker is chosen.
@@ -41,6 +72,17 @@ impl Default for SchedulerConfig {
             max_num_gpus: 131_072,
             max_num_reservations: 1_048_576,
             max_num_waiting: 8_192,
+            max_num_waiting_per_tenant: 8_192,
+            max_num_tenants: 4_096,
+            max_overtakes: 16_384,
+            max_tenant_overtakes: 64,
+            max_bypasses: 16_384,
+            interactive_weight: 16,
+            standard_weight: 4,
+            batch_weight: 1,
+            input_token_weight: 1,
+            output_token_weight: 2,
+            refuse_hopeless: false,
             extent_bytes: 64 << 20,
             policy: RoutePolicy::default(),
             seq_cost_tokens: 64,
@@ -59,6 +101,11 @@ impl SchedulerConfig {
             ("max_num_gpus", self.max_num_gpus),
             ("max_num_reservations", self.max_num_reservations),
             ("max_num_waiting", self.max_num_waiting),
+            (
+                "max_num_waiting_per_tenant",
+                self.max_num_waiting_per_tenant,
+            ),
+            ("max_num_tenants", self.max_num_tenants),
         ];
         let mut issues: Vec<ConfigIssue> = counts
             .into_iter()
@@ -72,6 +119,31 @@ impl SchedulerConfig {
         if !self.extent_bytes.is_power_of_two() {
             let message = format!("must be a power of two, got {}", self.extent_bytes);
             issues.push(ConfigIssue::new("extent_bytes", message));
+        }
+        let weights = [
+            (
+                "interactive_weight",
+                self.interactive_weight,
+                CLASS_WEIGHT_MAX,
+            ),
+            ("standard_weight", self.standard_weight, CLASS_WEIGHT_MAX),
+            ("batch_weight", self.batch_weight, CLASS_WEIGHT_MAX),
+            (
+                "input_token_weight",
+                self.input_token_weight,
+                TOKEN_WEIGHT_MAX,
+            ),
+            (
+                "output_token_weight",
+                self.output_token_weight,
+                TOKEN_WEIGHT_MAX,
+            ),
+        ];
+        for (key, value, max) in weights {
+            if !(1..=max).contains(&value) {
+                let message = format!("must be 1 to {max}, got {value}");
+                issues.push(ConfigIssue::new(key, message));
+            }
         }
         if issues.is_empty() {
             Ok(())

@@ -1,5 +1,7 @@
 //! Why the scheduler refused. A refusal changes nothing.
 
+use std::time::Duration;
+
 use crate::error::ErrorCode;
 
 /// Why the scheduler refused. Messages name limits and fields, never what a client wrote.
@@ -63,6 +65,32 @@ pub enum SchedulerError {
         /// How many there may be.
         limit: u32,
     },
+    /// As many requests wait as may.
+    #[error("there are {current} {kind}, the limit is {limit}")]
+    QueueFull {
+        /// Whose requests are counted.
+        kind: &'static str,
+        /// How many wait.
+        current: u32,
+        /// How many may.
+        limit: u32,
+        /// How long the request would have waited for a worker, where that can be predicted.
+        retry_after: Option<Duration>,
+    },
+    /// The deadline passed before a worker had room.
+    #[error("the deadline passed before a worker had room")]
+    DeadlineExceeded,
+    /// The first token would come after the deadline.
+    #[error(
+        "the first token is predicted in {} ms, the deadline is in {} ms",
+        .predicted.as_millis(), .left.as_millis()
+    )]
+    DeadlineHopeless {
+        /// Predicted time to the first token.
+        predicted: Duration,
+        /// Time to the deadline.
+        left: Duration,
+    },
     /// The gang could not be placed on these GPUs even if all their memory were free.
     #[error(
         "{num_gpus} GPUs with {bytes_per_gpu} bytes each were asked for; \
@@ -78,7 +106,7 @@ pub enum SchedulerError {
     },
     /// The gang does not fit now.
     #[error(
-        "{num_gpus} GPUs with {bytes_per_gpu} free bytes in one piece were asked for; \
+        "{num_gpus} GPUs with room for {bytes_per_gpu} bytes each were asked for; \
          the best domain has {num_gpus_max} now"
     )]
     NoGpuRoom {
@@ -86,8 +114,38 @@ pub enum SchedulerError {
         num_gpus: u32,
         /// Bytes asked for on each.
         bytes_per_gpu: u64,
-        /// GPUs with such a piece free in the domain that has most of them.
+        /// GPUs with such room, shares of node and domain counted, in the domain that has most of them.
         num_gpus_max: u32,
+    },
+    /// The pipeline could not be placed on these GPUs even if all their memory were free.
+    #[error(
+        "{num_stages} stages of {num_gpus} GPUs with {bytes_per_gpu} bytes each were asked for; \
+         all domains together can hold {num_stages_max}"
+    )]
+    PipelineTooLarge {
+        /// Stages asked for.
+        num_stages: u32,
+        /// GPUs of each.
+        num_gpus: u32,
+        /// Bytes asked for on each GPU.
+        bytes_per_gpu: u64,
+        /// Stages that all domains together could hold.
+        num_stages_max: u32,
+    },
+    /// The pipeline does not fit now.
+    #[error(
+        "{num_stages} stages of {num_gpus} GPUs with room for {bytes_per_gpu} bytes each were \
+         asked for; there is room for {num_stages_max} now"
+    )]
+    NoStageRoom {
+        /// Stages asked for.
+        num_stages: u32,
+        /// GPUs of each.
+        num_gpus: u32,
+        /// Bytes asked for on each GPU.
+        bytes_per_gpu: u64,
+        /// Stages that there is room for.
+        num_stages_max: u32,
     },
     /// A worker reported more cached blocks than it has.
     #[error("worker {worker} reported more cached blocks than the {limit} it has")]
@@ -106,11 +164,15 @@ impl SchedulerError {
             Self::InvalidField { .. }
             | Self::DuplicateName { .. }
             | Self::UnknownWorker
-            | Self::GangTooLarge { .. } => ErrorCode::InvalidRequest,
+            | Self::GangTooLarge { .. }
+            | Self::PipelineTooLarge { .. } => ErrorCode::InvalidRequest,
             Self::ModelNotFound | Self::NotServed { .. } => ErrorCode::ModelNotFound,
             Self::ContextTooLong { .. } | Self::KvTooLarge { .. } => ErrorCode::ContextTooLong,
-            Self::NoWorkers { .. } | Self::NoGpuRoom { .. } => ErrorCode::NoWorkers,
-            Self::LimitReached { .. } => ErrorCode::QueueFull,
+            Self::NoWorkers { .. } | Self::NoGpuRoom { .. } | Self::NoStageRoom { .. } => {
+                ErrorCode::NoWorkers
+            }
+            Self::LimitReached { .. } | Self::QueueFull { .. } => ErrorCode::QueueFull,
+            Self::DeadlineExceeded | Self::DeadlineHopeless { .. } => ErrorCode::DeadlineExceeded,
             Self::TooManyBlocks { .. } => ErrorCode::WorkerFailed,
         }
     }
@@ -119,18 +181,22 @@ impl SchedulerError {
     pub fn limit(&self) -> Option<u64> {
         match *self {
             Self::ContextTooLong { limit, .. } | Self::KvTooLarge { limit, .. } => Some(limit),
-            Self::LimitReached { limit, .. } | Self::TooManyBlocks { limit, .. } => {
-                Some(limit.into())
-            }
+            Self::LimitReached { limit, .. }
+            | Self::QueueFull { limit, .. }
+            | Self::TooManyBlocks { limit, .. } => Some(limit.into()),
             Self::GangTooLarge { num_gpus_max, .. } | Self::NoGpuRoom { num_gpus_max, .. } => {
                 Some(num_gpus_max.into())
             }
+            Self::PipelineTooLarge { num_stages_max, .. }
+            | Self::NoStageRoom { num_stages_max, .. } => Some(num_stages_max.into()),
             Self::InvalidField { .. }
             | Self::DuplicateName { .. }
             | Self::UnknownWorker
             | Self::ModelNotFound
             | Self::NotServed { .. }
-            | Self::NoWorkers { .. } => None,
+            | Self::NoWorkers { .. }
+            | Self::DeadlineExceeded
+            | Self::DeadlineHopeless { .. } => None,
         }
     }
 
@@ -140,9 +206,14 @@ impl SchedulerError {
             Self::ContextTooLong { requested, .. } | Self::KvTooLarge { requested, .. } => {
                 Some(requested)
             }
-            Self::LimitReached { current, .. } => Some(current.into()),
+            Self::LimitReached { current, .. } | Self::QueueFull { current, .. } => {
+                Some(current.into())
+            }
             Self::GangTooLarge { num_gpus, .. } | Self::NoGpuRoom { num_gpus, .. } => {
                 Some(num_gpus.into())
+            }
+            Self::PipelineTooLarge { num_stages, .. } | Self::NoStageRoom { num_stages, .. } => {
+                Some(num_stages.into())
             }
             Self::InvalidField { .. }
             | Self::DuplicateName { .. }
@@ -150,7 +221,17 @@ impl SchedulerError {
             | Self::ModelNotFound
             | Self::NotServed { .. }
             | Self::NoWorkers { .. }
+            | Self::DeadlineExceeded
+            | Self::DeadlineHopeless { .. }
             | Self::TooManyBlocks { .. } => None,
+        }
+    }
+
+    /// When to ask again, where that can be predicted.
+    pub const fn retry_after(&self) -> Option<Duration> {
+        match *self {
+            Self::QueueFull { retry_after, .. } => retry_after,
+            _ => None,
         }
     }
 }

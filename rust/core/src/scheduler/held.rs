@@ -79,21 +79,31 @@ impl HeldReservations {
         (entry.number == id.number).then_some(&mut entry.held)
     }
 
+    pub(super) fn contains(&self, id: ReservationId) -> bool {
+        let entry = self.entries.get(id.slot as usize);
+        entry.is_some_and(|entry| entry.number == id.number)
+    }
+
     pub(super) fn remove(&mut self, id: ReservationId) -> Option<Held> {
         let held = *self.get_mut(id)?;
         self.vacate(id.slot);
         Some(held)
     }
 
-    /// Forgets what is held on a worker. O(everything held).
-    pub(super) fn remove_worker(&mut self, worker: WorkerId) {
+    /// Forgets what is held on a worker; names it. O(everything held).
+    pub(super) fn remove_worker(&mut self, worker: WorkerId) -> Vec<ReservationId> {
         let entries = self.entries.iter().zip(0_u32..);
-        let of_worker = entries
-            .filter(|(entry, _)| entry.number != 0 && entry.held.worker == worker)
-            .map(|(_, slot)| slot);
-        for slot in of_worker.collect::<Vec<_>>() {
-            self.vacate(slot);
+        let of_worker =
+            entries.filter(|(entry, _)| entry.number != 0 && entry.held.worker == worker);
+        let ids = of_worker.map(|(entry, slot)| ReservationId {
+            number: entry.number,
+            slot,
+        });
+        let ids: Vec<ReservationId> = ids.collect();
+        for id in &ids {
+            self.vacate(id.slot);
         }
+        ids
     }
 
     fn vacate(&mut self, slot: u32) {
@@ -162,8 +172,11 @@ mod tests {
                         prop_assert_eq!(removed, model.remove(&id.number).map(|_| id.number));
                     }
                     _ => {
-                        real.remove_worker(held(worker, 0).worker);
+                        let gone = real.remove_worker(held(worker, 0).worker);
+                        prop_assert!(gone.iter().all(|&id| model.contains_key(&id.number) && !real.contains(id)));
+                        let num_held = model.len();
                         model.retain(|_, of| *of != worker);
+                        prop_assert_eq!(gone.len(), num_held - model.len());
                     }
                 }
                 prop_assert_eq!(real.len(), model.len());

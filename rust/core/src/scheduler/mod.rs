@@ -1,42 +1,62 @@
 //! Chooses among replicas and GPUs: which worker takes a request, and which memory a model gets.
 //!
 //! [`mod@route`] holds the routing decision, [`mod@place`] the placement of gangs of GPUs, [`waiting`] the queues of
-//! those that found no room. What they know is fed from outside: specs, KV events, load reports. One owner holds the
-//! [`Scheduler`]; callers with threads put it behind a mutex.
+//! those that found no room, [`cells`] one decision over several schedulers. What they know is fed from outside: specs,
+//! KV events, load reports. One owner holds the [`Scheduler`]; callers with threads put it behind a mutex.
 
+mod admission;
 mod bits;
+pub mod cells;
+mod charge;
 mod config;
 mod error;
 mod explain;
+mod fair_queue;
+mod fair_share;
 mod group;
 mod held;
 mod index;
 mod kv_feed;
 mod load_grid;
 mod loras;
+mod pace;
 mod pick;
 pub mod place;
 mod placement;
 mod policy;
+mod predict;
+mod replica;
 mod reservation;
 mod ring;
 pub mod route;
 mod search;
+mod serve;
 mod standing;
 mod stats;
 mod terms;
+mod wait_queues;
 pub mod waiting;
 mod worker;
 mod workers;
 
+use std::collections::BTreeMap;
+
+use rustc_hash::FxHashMap;
+
 pub use self::{
+    admission::AdmissionClass,
+    cells::{CellId, Cells},
     config::SchedulerConfig,
     error::SchedulerError,
     kv_feed::KvFeed,
     loras::Lora,
-    place::{Extent, GpuId, GpuSpec, Layout, PlaceRequest, PlacedGpu, Placement, PlacementId},
+    place::{
+        Extent, GpuId, GpuSpec, Layout, NodeLimits, PlaceRequest, PlacedGpu, Placement,
+        PlacementId, Shares,
+    },
     placement::{DomainMemory, GpuMemoryUse},
     policy::RoutePolicy,
+    replica::ReplicaShape,
     reservation::{Reservation, ReservationId},
     route::{Candidate, Explanation, HashedPrompt, Ineligible, RouteRequest},
     stats::{SchedulerStats, WorkerSnapshot},
@@ -44,13 +64,15 @@ pub use self::{
     worker::{NAME_BYTES_MAX, WorkerId, WorkerLoad, WorkerSpec},
 };
 use self::{
+    admission::Rules,
+    charge::Charge,
     group::Groups,
     held::HeldReservations,
     index::PrefixIndex,
     loras::Loras,
     placement::GpuPool,
     standing::NIL,
-    waiting::WaitQueues,
+    wait_queues::WaitQueues,
     worker::{Demand, Worker},
     workers::Workers,
 };
@@ -71,6 +93,11 @@ pub struct Scheduler {
     num_kv_gaps: u64,
     gpus: GpuPool,
     waiting: WaitQueues,
+    rules: Rules,
+    /// Of the reservations that were acquired.
+    charges: FxHashMap<ReservationId, Charge>,
+    /// Of the tenants that have one of their own.
+    tenant_weights: BTreeMap<String, u32>,
 }
 
 impl Scheduler {
@@ -78,6 +105,7 @@ impl Scheduler {
     pub fn new(config: SchedulerConfig) -> Result<Self, Vec<ConfigIssue>> {
         config.validate()?;
         let gpus = GpuPool::new(&config);
+        let rules = Rules::new(&config);
         Ok(Self {
             config,
             workers: Workers::default(),
@@ -89,6 +117,9 @@ impl Scheduler {
             num_kv_gaps: 0,
             gpus,
             waiting: WaitQueues::default(),
+            rules,
+            charges: FxHashMap::default(),
+            tenant_weights: BTreeMap::new(),
         })
     }
 
@@ -134,7 +165,11 @@ impl Scheduler {
         self.index
             .remove_holder(worker.holder, worker.num_cached_blocks);
         self.loras.remove(&worker.loras, id.slot);
-        self.reservations.remove_worker(id);
+        let lost = self.reservations.remove_worker(id);
+        self.refund_lost(&lost);
+        if self.groups.model(&worker.spec.model).is_none() {
+            self.waiting.forget_model(&worker.spec.model);
+        }
         true
     }
 
@@ -198,6 +233,6 @@ impl Scheduler {
 
     /// What the worker was registered as.
     pub fn worker_spec(&self, id: WorkerId) -> Option<&WorkerSpec> {
-        self.workers.get(id).map(|worker| &worker.spec)
+        self.workers.get(id).map(|worker| &*worker.spec)
     }
 }

@@ -52,7 +52,7 @@ impl Scheduler {
             .workers
             .get_mut(chosen.worker)
             .ok_or(SchedulerError::UnknownWorker)?;
-        let cached_blocks = chosen.num_cached_tokens / worker.spec.block_size;
+        let cached_blocks = chosen.num_cached_tokens / chosen.block_size;
         let demand = Demand {
             num_seqs: 1,
             num_blocks: u64::from(chosen.num_blocks - cached_blocks),
@@ -89,7 +89,10 @@ impl Scheduler {
 
     /// The prompt is computed: its tokens no longer queue on the worker. `false` where the reservation is gone or
     /// its prompt was done before.
-    pub fn prefill_done(&mut self, id: ReservationId) -> bool {
+    ///
+    /// The time that it took teaches how fast the worker computes prompts: since the reservation, or since the last
+    /// prompt that the worker computed if that was later.
+    pub fn prefill_done(&mut self, id: ReservationId, now: Time) -> bool {
         let Some(held) = self.reservations.get_mut(id) else {
             return false;
         };
@@ -100,14 +103,24 @@ impl Scheduler {
         held.demand.subtract(prefill);
         let held = *held;
         self.give_back(&held, prefill);
-        prefill.prefill_tokens > 0
+        let is_first = prefill.prefill_tokens > 0;
+        if is_first && let Some(worker) = self.workers.get_mut(held.worker) {
+            let started = held.reserved_at.max(worker.prefill_done_at);
+            worker.prefill_done_at = worker.prefill_done_at.max(now);
+            let tokens = prefill.prefill_tokens;
+            worker.prefill_pace.sample(tokens, now - started);
+        }
+        is_first
     }
 
     /// Gives a reservation back. `false` where it is gone already.
+    ///
+    /// Its tenant stays charged for all of `max_tokens`; [`finish`](Self::finish) settles that.
     pub fn release(&mut self, id: ReservationId) -> bool {
         let Some(held) = self.reservations.remove(id) else {
             return false;
         };
+        self.charges.remove(&id);
         self.give_back(&held, held.demand);
         true
     }

@@ -18,6 +18,7 @@ use std::{cmp::Reverse, ops::Deref, rc::Rc};
 pub use super::explain::{Explanation, Ineligible};
 use super::{
     Scheduler,
+    admission::AdmissionClass,
     bits::Bits,
     error::SchedulerError,
     group::{GroupKey, Model},
@@ -59,6 +60,13 @@ pub struct RouteRequest<'a> {
     pub exclude: &'a [WorkerId],
     /// What `consistent_hash` keeps together; where it is empty, prompts of one first block.
     pub session_key: &'a str,
+    /// Whose request it is, at most 128 bytes; the empty name is the tenant of all who give none. Tenants share what
+    /// [`acquire`](Scheduler::acquire) grants.
+    pub tenant: &'a str,
+    /// How urgent it is while it waits.
+    pub class: AdmissionClass,
+    /// By when the first token is wanted. A request that still waits then is refused.
+    pub deadline: Option<Time>,
     /// The prompt's hashes, where the caller has them already.
     pub hashed: Option<HashedPrompt<'a>>,
 }
@@ -91,6 +99,9 @@ impl RouteRequest<'_> {
         if self.slo_class.len() > NAME_BYTES_MAX {
             return refuse("slo_class", "at most 128 bytes long");
         }
+        if self.tenant.len() > NAME_BYTES_MAX {
+            return refuse("tenant", "at most 128 bytes long");
+        }
         if self.tolerations.len() > TOLERATIONS_MAX {
             return refuse("tolerations", "at most 64 names");
         }
@@ -120,6 +131,8 @@ pub struct Candidate {
     pub kv_blocks_free: u64,
     /// What loading the request's adapter there costs, in tokens of prefill; 0 where it is there, or none is wanted.
     pub lora_load_tokens: u64,
+    /// Of the worker.
+    pub(super) block_size: u32,
     /// Number of the decision that last chose the worker; 0: none.
     last_chosen: u64,
 }
@@ -181,24 +194,46 @@ impl Scheduler {
 
     /// The best worker for the request, whether or not it has room now. Reserves nothing.
     pub(super) fn choose(&self, request: &RouteRequest<'_>) -> Result<Candidate, SchedulerError> {
-        request.validate()?;
-        let model = self.groups.model(request.model);
-        let model = model.ok_or(SchedulerError::ModelNotFound)?;
-        let chains = self.chains(model, request);
-        let found = if self.config.policy.is_least_cost() {
-            self.least_cost(request, &chains)
-        } else {
-            self.pick(model, request, &chains)
-        };
-        if let Some(candidate) = found.and_then(|(found, chain, costs)| {
-            let candidate = self.verified(request, found, &chains[chain], &costs)?;
-            Some(candidate)
-        }) {
+        if let Some(candidate) = self.find(request)? {
             return Ok(candidate);
         }
         // Nobody may take it, or a holder lacks a block that it should have: rare enough to judge everybody.
         let survey = self.survey(request)?;
         survey.best().ok_or_else(|| survey.refusal())
+    }
+
+    /// As [`choose`](Self::choose), and gives up where that would judge everybody.
+    pub(super) fn find(
+        &self,
+        request: &RouteRequest<'_>,
+    ) -> Result<Option<Candidate>, SchedulerError> {
+        self.find_among(request, &[true, false])
+    }
+
+    /// As [`find`](Self::find), among the workers that have room now.
+    pub(super) fn find_room(&self, request: &RouteRequest<'_>) -> Option<Candidate> {
+        let found = self.find_among(request, &[true]).ok().flatten();
+        found.filter(|candidate| candidate.has_room)
+    }
+
+    /// The best of those that have room or have none, whichever comes first in `rooms` and is there.
+    fn find_among(
+        &self,
+        request: &RouteRequest<'_>,
+        rooms: &[bool],
+    ) -> Result<Option<Candidate>, SchedulerError> {
+        request.validate()?;
+        let model = self.groups.model(request.model);
+        let model = model.ok_or(SchedulerError::ModelNotFound)?;
+        let chains = self.chains(model, request);
+        let found = if self.config.policy.is_least_cost() {
+            self.least_cost(request, &chains, rooms)
+        } else {
+            self.pick(model, request, &chains)
+        };
+        Ok(found.and_then(|(found, chain, costs)| {
+            self.verified(request, found, &chains[chain], &costs)
+        }))
     }
 
     /// The request's hashes for each group of its model whose workers may take it.
@@ -283,8 +318,9 @@ impl Scheduler {
         &self,
         request: &RouteRequest<'a>,
         chains: &[Chain<'a>],
+        rooms: &[bool],
     ) -> Option<(Found, usize, CostModel)> {
-        [true, false].into_iter().find_map(|room| {
+        rooms.iter().find_map(|&room| {
             let mut best: Option<(Found, usize, CostModel)> = None;
             for (number, chain) in chains.iter().enumerate() {
                 // Those that have the adapter, then all as if they had to load it: no resident wins by the latter.
@@ -372,6 +408,7 @@ impl Scheduler {
             num_blocks: num_blocks as u32,
             kv_blocks_free: standing.kv_blocks_free.into(),
             lora_load_tokens: load_tokens,
+            block_size,
             last_chosen: worker.last_chosen,
         })
     }

@@ -28,7 +28,7 @@
 use super::{
     bits::Bits,
     group::Group,
-    index::{Holders, PrefixIndex},
+    index::{Holders, PrefixIndex, Probed},
     policy::CostModel,
     standing::{NIL, Standing, room_class},
     worker::WorkerId,
@@ -103,7 +103,8 @@ impl Search<'_> {
             self.judge_level(0, None); // neither cost nor room depends on the depth
             return;
         }
-        let (mut depth, mut count) = self.index.deepest_above(self.chain, 0);
+        let mut probed = Probed::new(self.index, self.chain);
+        let (mut depth, mut count) = probed.deepest_above(self.chain.len(), 0);
         self.costs.deepest = depth as u64;
         loop {
             if !self.may_improve(depth, queued, batch) {
@@ -118,7 +119,7 @@ impl Search<'_> {
             if count >= self.num_sharers || !self.may_improve(last, queued, batch) {
                 return;
             }
-            (depth, count) = match self.index.deepest_above(&self.chain[..last], count) {
+            (depth, count) = match probed.deepest_above(last, count) {
                 (0, _) => (0, count),
                 deeper => deeper,
             };

@@ -1,5 +1,7 @@
 //! What the scheduler tells about itself, and the check of its invariants.
 
+use std::sync::Arc;
+
 use rustc_hash::FxHashMap;
 use serde::Serialize;
 
@@ -50,7 +52,7 @@ pub struct SchedulerStats {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkerSnapshot {
     /// What it is.
-    pub spec: WorkerSpec,
+    pub spec: Arc<WorkerSpec>,
     /// Whether it takes no new requests.
     pub is_draining: bool,
     /// Sequences that run or wait there.
@@ -65,6 +67,8 @@ pub struct WorkerSnapshot {
     pub kv_feed: KvFeed,
     /// Live reservations.
     pub num_reservations: u32,
+    /// Prompt tokens that it computes in a second, learned from [`prefill_done`](Scheduler::prefill_done); 0: unknown.
+    pub prefill_tokens_per_s: u64,
 }
 
 impl Scheduler {
@@ -72,7 +76,7 @@ impl Scheduler {
     pub fn workers(&self) -> impl Iterator<Item = (WorkerId, WorkerSnapshot)> + '_ {
         self.workers.in_order().into_iter().map(|(id, worker)| {
             let snapshot = WorkerSnapshot {
-                spec: worker.spec.clone(),
+                spec: Arc::clone(&worker.spec),
                 is_draining: worker.is_draining,
                 batch: worker.batch(),
                 queued_prefill_tokens: worker.queued_prefill_tokens(),
@@ -80,6 +84,7 @@ impl Scheduler {
                 num_cached_blocks: worker.num_cached_blocks,
                 kv_feed: worker.kv_feed,
                 num_reservations: worker.reserved.num_seqs,
+                prefill_tokens_per_s: worker.prefill_pace.per_second(),
             };
             (id, snapshot)
         })
@@ -170,5 +175,11 @@ impl Scheduler {
         self.groups.check_integrity(self.workers.standings());
         self.gpus.check_integrity();
         self.waiting.check_integrity();
+        for &id in self.charges.keys() {
+            assert!(
+                self.reservations.contains(id),
+                "a charge outlived its reservation"
+            );
+        }
     }
 }

@@ -1,26 +1,33 @@
-//! Waiting for room, first come first served.
+//! Waiting for room: requests until a worker can start them, gangs until their GPUs are free.
 //!
-//! Requests for one model wait in one queue, gangs in another. A queue is served strictly in order: a small request
-//! does not overtake a large one at the head, so nothing starves. Waiting helps against a lack of room (all batches
-//! full, all workers draining, no GPU memory free); what no registered worker or GPU could ever take is refused at
-//! once, or when its turn comes where it became impossible meanwhile.
+//! Requests wait in one queue for each model and kind: of a kind are those that the same workers take by their terms
+//! (weights epoch, taints, service classes, adapters), so that a queue whose workers are full does not hold up
+//! requests for others. The order within a queue is [`fair_queue`](super::fair_queue)'s; between the queues of a
+//! model, the one with the oldest request is served first. [`serve`](super::serve) says what happens where the next
+//! one finds no room.
+//!
+//! Gangs wait in one queue, strictly in order.
+//!
+//! Waiting helps against a lack of room (all batches full, all workers draining, no GPU memory free); what no
+//! registered worker or GPU could ever take is refused at once, or when its turn comes where it became impossible
+//! meanwhile.
 
-use std::{collections::BTreeMap, mem};
+use std::sync::Arc;
 
 use super::{
     Scheduler,
     error::SchedulerError,
-    loras::Lora,
+    fair_queue::Claim,
     place::{PlaceRequest, Placement},
     reservation::Reservation,
-    route::RouteRequest,
-    worker::WorkerId,
+    route::{Candidate, RouteRequest},
+    wait_queues::{Hashed, QueueKey, WaitingRoute},
 };
-use crate::{ids::TokenId, time::Time};
+use crate::{hash::block_hashes, time::Time};
 
 /// Names a waiting request. Never used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct TicketId(u64);
+pub struct TicketId(pub(super) u64);
 
 /// The answer to a request that may wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,122 +56,102 @@ pub struct Grant {
     pub outcome: Result<Granted, SchedulerError>,
 }
 
-/// An owned [`RouteRequest`].
-#[derive(Clone, Debug)]
-struct WaitingRoute {
-    token_ids: Vec<TokenId>,
-    max_tokens: u32,
-    salt: String,
-    lora: Option<(String, u64)>,
-    weights_epoch: Option<u64>,
-    slo_class: String,
-    tolerations: Vec<String>,
-    exclude: Vec<WorkerId>,
-    session_key: String,
-}
-
-/// All waiting requests. Tickets count up, so a map by ticket is a queue.
-#[derive(Debug, Default)]
-pub(super) struct WaitQueues {
-    /// By model; no queue is empty.
-    routes: BTreeMap<String, BTreeMap<TicketId, WaitingRoute>>,
-    num_routes: usize,
-    places: BTreeMap<TicketId, PlaceRequest>,
-    num_tickets: u64,
-}
-
-impl WaitQueues {
-    fn next_ticket(&mut self) -> TicketId {
-        self.num_tickets += 1;
-        TicketId(self.num_tickets)
-    }
-
-    /// Requests that wait for a worker, and gangs that wait for GPUs.
-    pub(super) fn lengths(&self) -> (usize, usize) {
-        (self.num_routes, self.places.len())
-    }
-
-    pub(super) fn check_integrity(&self) {
-        assert!(
-            self.routes.values().all(|queue| !queue.is_empty()),
-            "an empty queue is kept"
-        );
-        assert_eq!(
-            self.routes.values().map(BTreeMap::len).sum::<usize>(),
-            self.num_routes
-        );
-    }
-}
-
-impl WaitingRoute {
-    fn new(request: &RouteRequest<'_>) -> Self {
-        Self {
-            token_ids: request.token_ids.to_vec(),
-            max_tokens: request.max_tokens,
-            salt: request.salt.to_owned(),
-            lora: request.lora.map(|lora| (lora.id.to_owned(), lora.version)),
-            weights_epoch: request.weights_epoch,
-            slo_class: request.slo_class.to_owned(),
-            tolerations: request
-                .tolerations
-                .iter()
-                .map(ToString::to_string)
-                .collect(),
-            exclude: request.exclude.to_vec(),
-            session_key: request.session_key.to_owned(),
-        }
-    }
-
-    fn tolerations(&self) -> Vec<&str> {
-        self.tolerations.iter().map(String::as_str).collect()
-    }
-
-    fn as_request<'a>(&'a self, model: &'a str, tolerations: &'a [&'a str]) -> RouteRequest<'a> {
-        let lora = self.lora.as_ref();
-        RouteRequest {
-            model,
-            token_ids: &self.token_ids,
-            max_tokens: self.max_tokens,
-            salt: &self.salt,
-            lora: lora.map(|(id, version)| Lora {
-                id,
-                version: *version,
-            }),
-            weights_epoch: self.weights_epoch,
-            slo_class: &self.slo_class,
-            tolerations,
-            exclude: &self.exclude,
-            session_key: &self.session_key,
-            hashed: None,
-        }
-    }
-}
-
 impl Scheduler {
     /// A worker that has room for the request now, or a ticket to wait for one.
     ///
-    /// Unlike [`route`](Self::route), which places at once on the best worker and leaves the waiting to it.
+    /// A request that waits behind others may still be the first to find room, so
+    /// [`take_grants`](Self::take_grants) is to be called after every wait that begins.
+    ///
+    /// Unlike [`route`](Self::route), which places at once on the best worker and leaves the waiting to it. Only here
+    /// do tenant, class and deadline count. O(log n) in the number of waiting requests, besides the decision.
     pub fn acquire(
         &mut self,
         request: &RouteRequest<'_>,
         now: Time,
     ) -> Result<Wait<Reservation>, SchedulerError> {
-        if self.waiting.routes.contains_key(request.model) {
-            // Taking room now would be overtaking, but what cannot be need not wait to hear it.
-            unless_waiting_helps(self.choose(request).map(Some))?;
-        } else if let Some(reservation) = self.try_route(request, now)? {
+        // What cannot be need not wait to hear it.
+        let best = unless_waiting_helps(self.choose(request).map(Some))?;
+        if request.deadline.is_some_and(|deadline| deadline <= now) {
+            return Err(SchedulerError::DeadlineExceeded);
+        }
+        let key = self.queue_key(request);
+        self.check_hope(request, &key, best.as_ref(), now)?;
+        // Behind others, taking room now would be overtaking.
+        if self.waiting.occupied(&key).is_none()
+            && let Some(best) = best
+            && let Some(reservation) = self.grant_now(request, &key, best, now)?
+        {
             return Ok(Wait::Granted(reservation));
         }
-        self.check_queue(self.waiting.num_routes)?;
+        self.check_queue(request, &key, best.as_ref())?;
         let ticket = self.waiting.next_ticket();
-        let queue = self
-            .waiting
-            .routes
-            .entry(request.model.to_owned())
-            .or_default();
-        queue.insert(ticket, WaitingRoute::new(request));
-        self.waiting.num_routes += 1;
+        let (claim, waiting) = self.claim(request, best.as_ref(), ticket);
+        self.waiting.push(key, claim, waiting, self.rules, now);
         Ok(Wait::Waiting(ticket))
+    }
+
+    /// Reserves for a request that has nobody before it, if there is room that no other queue holds.
+    fn grant_now(
+        &mut self,
+        request: &RouteRequest<'_>,
+        key: &QueueKey,
+        best: Candidate,
+        now: Time,
+    ) -> Result<Option<Reservation>, SchedulerError> {
+        let held = self.waiting.held_by_others(key);
+        let Some(best) = self
+            .beside(request, best, &held)
+            .filter(|best| best.has_room)
+        else {
+            return Ok(None);
+        };
+        let reservation = unless_waiting_helps(self.reserve(request, best, now).map(Some))?;
+        if let Some(reservation) = &reservation {
+            let tenant: Arc<str> = request.tenant.into();
+            let charge = self.record_charge(request, &tenant, key, reservation);
+            let queue = self.waiting.queue_mut(key, self.rules);
+            queue
+                .requests
+                .charge_unqueued(&tenant, request.class, charge);
+        }
+        Ok(reservation)
+    }
+
+    /// The request as it waits, and its claim to a turn.
+    fn claim(
+        &self,
+        request: &RouteRequest<'_>,
+        best: Option<&Candidate>,
+        ticket: TicketId,
+    ) -> (Claim, WaitingRoute) {
+        let mut waiting = WaitingRoute::new(request, ticket);
+        let mut num_cached_tokens = 0;
+        let mut next_block = None;
+        if let Some(best) = best
+            && let Some(spec) = self.worker_spec(best.worker)
+        {
+            num_cached_tokens = best.num_cached_tokens;
+            let seed = spec.hash_seed(request.salt, request.lora);
+            let block_size = spec.block_size;
+            let is_usable = |it: &Hashed| (it.seed, it.block_size) == (seed, block_size);
+            // Hashed once here instead of at every look at it.
+            let hashed = waiting.hashed.take().filter(is_usable);
+            let hashed = hashed.unwrap_or_else(|| Hashed {
+                seed,
+                block_size,
+                blocks: block_hashes(seed, request.token_ids, block_size as usize),
+            });
+            let num_cached_blocks = (num_cached_tokens / block_size) as usize;
+            next_block = hashed.blocks.get(num_cached_blocks).copied();
+            waiting.hashed = Some(hashed);
+        }
+        let claim = Claim {
+            tenant: Arc::clone(&waiting.tenant),
+            class: request.class,
+            num_prefill_tokens: request.token_ids.len() as u64 - u64::from(num_cached_tokens),
+            next_block,
+        };
+        (claim, waiting)
     }
 
     /// Memory for a gang, or a ticket to wait for it.
@@ -179,7 +166,15 @@ impl Scheduler {
         } else {
             unless_waiting_helps(self.check_place(request).map(Some))?;
         }
-        self.check_queue(self.waiting.places.len())?;
+        let (current, limit) = (self.waiting.places.len(), self.config.max_num_waiting);
+        if current >= limit as usize {
+            return Err(SchedulerError::QueueFull {
+                kind: "waiting requests",
+                current: current as u32,
+                limit,
+                retry_after: None,
+            });
+        }
         let ticket = self.waiting.next_ticket();
         self.waiting.places.insert(ticket, *request);
         Ok(Wait::Waiting(ticket))
@@ -187,93 +182,61 @@ impl Scheduler {
 
     /// Ends a wait without an outcome. `false` where it has ended already. Those behind may be served now.
     pub fn cancel(&mut self, ticket: TicketId) -> bool {
-        if self.waiting.places.remove(&ticket).is_some() {
-            return true;
-        }
-        let mut queues = self.waiting.routes.iter();
-        let model = queues.find_map(|(model, queue)| queue.contains_key(&ticket).then_some(model));
-        let Some(model) = model.cloned() else {
-            return false;
-        };
-        if let Some(queue) = self.waiting.routes.get_mut(&model) {
-            queue.remove(&ticket);
-            self.waiting.num_routes -= 1;
-            if queue.is_empty() {
-                self.waiting.routes.remove(&model);
-            }
-        }
-        true
+        self.waiting.places.remove(&ticket).is_some() || self.waiting.remove(ticket)
     }
 
-    /// Serves the queues as far as there is room. To be called after anything that may have made room: a release, a
-    /// load report, a KV event, a new worker or GPU, the end of a drain, a cancelled wait.
-    pub fn take_grants(&mut self, now: Time) -> Vec<Grant> {
-        if self.waiting.lengths() == (0, 0) {
-            return Vec::new();
-        }
-        let mut waiting = mem::take(&mut self.waiting);
-        let mut grants = Vec::new();
-        for (model, queue) in &mut waiting.routes {
-            while let Some(head) = queue.first_entry() {
-                let tolerations = head.get().tolerations();
-                let outcome = self.try_route(&head.get().as_request(model, &tolerations), now);
-                let Some(outcome) = outcome.transpose() else {
-                    break;
-                };
-                let (ticket, _) = head.remove_entry();
-                grants.push(Grant {
-                    ticket,
-                    outcome: outcome.map(Granted::Reservation),
-                });
-            }
-        }
-        waiting.routes.retain(|_, queue| !queue.is_empty());
-        waiting.num_routes = waiting.routes.values().map(BTreeMap::len).sum();
-        while let Some(head) = waiting.places.first_entry() {
-            let outcome = unless_waiting_helps(self.place(head.get()).map(Some));
-            let Some(outcome) = outcome.transpose() else {
-                break;
-            };
-            let (ticket, _) = head.remove_entry();
-            grants.push(Grant {
-                ticket,
-                outcome: outcome.map(Granted::Placement),
-            });
-        }
-        self.waiting = waiting;
-        grants
+    /// When the first deadline of a waiting request passes; [`take_grants`](Self::take_grants) then ends its wait.
+    pub fn next_deadline(&self) -> Option<Time> {
+        self.waiting.next_deadline()
     }
 
-    /// Places the request where there is room now; `None` where waiting may help.
-    fn try_route(
-        &mut self,
+    /// The queue of a request's kind.
+    pub(super) fn queue_key(&self, request: &RouteRequest<'_>) -> QueueKey {
+        let model = self.groups.model(request.model);
+        let groups = model.into_iter().flat_map(|model| &model.groups);
+        let taking = groups.filter(|(key, _)| key.refusal(request).is_none());
+        QueueKey {
+            model: request.model.into(),
+            groups: taking.map(|(_, &group)| group).collect(),
+        }
+    }
+
+    fn check_queue(
+        &self,
         request: &RouteRequest<'_>,
-        now: Time,
-    ) -> Result<Option<Reservation>, SchedulerError> {
-        let outcome = match self.choose(request) {
-            Ok(best) if best.has_room => self.reserve(request, best, now).map(Some),
-            Ok(_) => Ok(None),
-            Err(error) => Err(error),
-        };
-        unless_waiting_helps(outcome)
-    }
-
-    fn check_queue(&self, length: usize) -> Result<(), SchedulerError> {
-        let limit = self.config.max_num_waiting;
-        if length >= limit as usize {
-            let kind = "waiting requests";
-            return Err(SchedulerError::LimitReached {
+        key: &QueueKey,
+        best: Option<&Candidate>,
+    ) -> Result<(), SchedulerError> {
+        let of_tenant = self.waiting.num_by_tenant.get(request.tenant);
+        let (all, _) = self.waiting.lengths();
+        let (limit, tenant_limit) = (
+            self.config.max_num_waiting,
+            self.config.max_num_waiting_per_tenant,
+        );
+        let lengths = [
+            ("waiting requests", all as u32, limit),
+            (
+                "waiting requests of this tenant",
+                of_tenant.copied().unwrap_or(0),
+                tenant_limit,
+            ),
+        ];
+        let full = lengths
+            .into_iter()
+            .find(|&(_, length, limit)| length >= limit);
+        full.map_or(Ok(()), |(kind, current, limit)| {
+            Err(SchedulerError::QueueFull {
                 kind,
-                current: limit,
+                current,
                 limit,
-            });
-        }
-        Ok(())
+                retry_after: self.predict_wait(request, key, best),
+            })
+        })
     }
 }
 
 /// Turns a refusal that time may cure into `None`.
-fn unless_waiting_helps<T>(
+pub(super) fn unless_waiting_helps<T>(
     outcome: Result<Option<T>, SchedulerError>,
 ) -> Result<Option<T>, SchedulerError> {
     match outcome {

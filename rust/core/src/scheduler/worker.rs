@@ -1,9 +1,12 @@
 //! A worker as the scheduler sees it: what it is, what it last reported, and what was promised to it since.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
-use super::{error::SchedulerError, index::HolderId, kv_feed::KvFeed, loras::Lora};
-use crate::hash::{HashSeed, SeedParts};
+use super::{error::SchedulerError, index::HolderId, kv_feed::KvFeed, loras::Lora, pace::Pace};
+use crate::{
+    hash::{HashSeed, SeedParts},
+    time::Time,
+};
 
 /// Longest worker, GPU, model, domain or node name, in bytes.
 pub const NAME_BYTES_MAX: usize = 128;
@@ -158,7 +161,9 @@ impl Demand {
 /// burst does not herd between two reports, and never counting a reservation twice once it is reported.
 #[derive(Clone, Debug)]
 pub(super) struct Worker {
-    pub(super) spec: WorkerSpec,
+    pub(super) spec: Arc<WorkerSpec>,
+    /// The specification's: decisions read it, and that is elsewhere in memory.
+    num_blocks: u32,
     pub(super) is_draining: bool,
     pub(super) load: WorkerLoad,
     /// Counts load reports, so that a reservation knows whether one came after it.
@@ -180,12 +185,17 @@ pub(super) struct Worker {
     /// The number that its next message of KV events is to have; `None` before the first one.
     pub(super) kv_sequence: Option<u64>,
     pub(super) kv_feed: KvFeed,
+    /// Prompt tokens computed, and the time that they took.
+    pub(super) prefill_pace: Pace,
+    /// When it had computed the last of them.
+    pub(super) prefill_done_at: Time,
 }
 
 impl Worker {
     pub(super) fn new(spec: WorkerSpec, holder: HolderId, group: u32) -> Self {
         Self {
-            spec,
+            num_blocks: spec.num_blocks,
+            spec: Arc::new(spec),
             is_draining: false,
             load: WorkerLoad::default(),
             num_reports: 0,
@@ -198,6 +208,8 @@ impl Worker {
             loras: Vec::new(),
             kv_sequence: None,
             kv_feed: KvFeed::InStep,
+            prefill_pace: Pace::default(),
+            prefill_done_at: Time::ZERO,
         }
     }
 
@@ -224,6 +236,6 @@ impl Worker {
             .reserved
             .num_blocks
             .max(reported + self.unreported.num_blocks);
-        u64::from(self.spec.num_blocks).saturating_sub(used)
+        u64::from(self.num_blocks).saturating_sub(used)
     }
 }

@@ -65,6 +65,15 @@ pub(super) struct Chain<'a> {
     pub(super) token_ids: &'a [TokenId],
 }
 
+/// What caching has made of a table.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Cached {
+    /// Leading blocks that are cached now.
+    pub(super) num_cached: usize,
+    /// The first that was replaced by an equal one; the table's length where none was.
+    pub(super) first_replaced: usize,
+}
+
 /// All KV blocks of a replica.
 #[derive(Debug)]
 pub(super) struct BlockPool {
@@ -218,7 +227,6 @@ impl BlockPool {
     }
 
     /// Makes the blocks of `table` that a chain covers reusable, given that the first `num_cached` already are.
-    /// Returns how many are now.
     ///
     /// Where another sequence has computed the same block meanwhile, the table takes a share of that one and
     /// gives its own back, so that equal content is kept once. A block whose hash belongs to other content stays
@@ -228,13 +236,16 @@ impl BlockPool {
         chain: Chain<'_>,
         table: &mut [BlockId],
         num_cached: usize,
-    ) -> usize {
+    ) -> Cached {
         let mut parent = match num_cached.checked_sub(1) {
             Some(last) => Parent::Block(table[last]),
             None => Parent::Seed(chain.seed),
         };
         let mut stored = Vec::new();
-        let mut num_now = num_cached;
+        let mut now = Cached {
+            num_cached,
+            first_replaced: table.len(),
+        };
         let token_ids = chain.token_ids[num_cached * self.block_size..].chunks(self.block_size);
         let contents = chain.hashes[num_cached..].iter().zip(token_ids);
         for (block, (&hash, token_ids)) in table[num_cached..].iter_mut().zip(contents) {
@@ -246,14 +257,15 @@ impl BlockPool {
                 Some(&same) if self.holds(same, parent, token_ids) => {
                     self.acquire(same);
                     self.release(std::mem::replace(block, same));
+                    now.first_replaced = now.first_replaced.min(now.num_cached);
                 }
                 Some(_) => break,
             }
             parent = Parent::Block(*block);
-            num_now += 1;
+            now.num_cached += 1;
         }
         self.events.stored(stored);
-        num_now
+        now
     }
 
     fn insert(&mut self, block: BlockId, identity: Identity, token_ids: &[TokenId]) {

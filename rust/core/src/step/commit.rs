@@ -1,6 +1,7 @@
 //! Takes a step's result: KV that is now computed, tokens that were drawn, sequences that ended.
 
 use super::{
+    build_plan::PlanShape,
     error::StepError,
     plan::{StepOutput, TokenUpdate},
     scheduler::StepScheduler,
@@ -13,21 +14,30 @@ use crate::time::Time;
 pub(super) struct Executing {
     step_id: u64,
     planned_at: Time,
+    num_decodes: usize,
+    num_prefill_tokens: usize,
     wants_logprobs: bool,
     /// `[N]` the seniority of each sequence that draws a token: it may end meanwhile, and its id come again.
     samples: Vec<u64>,
 }
 
 impl Executing {
-    /// `rows` are the sequences of the plan, in its order.
-    pub(super) fn new(step_id: u64, rows: &[&Running], planned_at: Time) -> Self {
-        let drawing = || rows.iter().filter(|row| row.draws_token());
+    /// A step of at most `max_samples` samples, none of them known yet.
+    pub(super) fn new(shape: &PlanShape, max_samples: usize) -> Self {
         Self {
-            step_id,
-            planned_at,
-            wants_logprobs: drawing().any(|row| row.sequence.sampling.logprobs.is_some()),
-            samples: drawing().map(|row| row.seniority).collect(),
+            step_id: shape.step_id,
+            planned_at: shape.planned_at,
+            num_decodes: shape.num_decodes,
+            num_prefill_tokens: shape.num_prefill_tokens,
+            wants_logprobs: false,
+            samples: Vec::with_capacity(max_samples),
         }
+    }
+
+    /// Adds the plan's next sample.
+    pub(super) fn expect_token(&mut self, seniority: u64, wants_logprobs: bool) {
+        self.samples.push(seniority);
+        self.wants_logprobs |= wants_logprobs;
     }
 
     fn check(&self, output: &StepOutput) -> Result<(), StepError> {
@@ -73,20 +83,44 @@ impl StepScheduler {
             return Ok(Vec::new());
         };
         self.stats.step_time = now.since(executing.planned_at);
+        if self.config.tpot_target_us > 0 {
+            self.step_cost.observe(
+                executing.num_decodes,
+                executing.num_prefill_tokens,
+                self.stats.step_time,
+            );
+        }
         self.commit_computed_tokens();
 
         let mut updates = Vec::with_capacity(executing.samples.len());
+        let mut next = 0;
         for (position, &seniority) in executing.samples.iter().enumerate() {
-            // Not found: aborted while the step executed.
-            let found = self
-                .running
-                .binary_search_by_key(&seniority, |running| running.seniority);
-            if let Ok(index) = found {
+            // None: aborted while the step executed.
+            if let Some(index) = self.running_with(seniority, next) {
                 updates.push(self.append_token(index, output, position));
+                next = index + 1;
             }
         }
-        self.release_finished();
+        if updates.iter().any(|update| update.finish_reason.is_some()) {
+            self.release_finished();
+        }
         Ok(updates)
+    }
+
+    /// Where the sequence of this seniority runs. Most often it is the one after that of the sample before,
+    /// `guess`.
+    fn running_with(&self, seniority: u64, guess: usize) -> Option<usize> {
+        let is_guess = self
+            .running
+            .get(guess)
+            .is_some_and(|running| running.seniority == seniority);
+        if is_guess {
+            return Some(guess);
+        }
+        let found = self
+            .running
+            .binary_search_by_key(&seniority, |running| running.seniority);
+        found.ok()
     }
 
     /// Counts the step's tokens as computed and makes blocks that are now full reusable.
@@ -95,14 +129,18 @@ impl StepScheduler {
         for running in &mut self.running {
             running.num_computed_tokens += running.num_scheduled_tokens;
             running.num_scheduled_tokens = 0;
-            let num_full_blocks = running.num_computed_tokens / block_size;
-            if num_full_blocks > running.num_cached_blocks {
-                running.num_cached_blocks = self.pool.cache_blocks(
-                    running.sequence.chain(num_full_blocks),
-                    &mut running.block_table,
-                    running.num_cached_blocks,
-                );
+            // Most steps fill no block of a sequence.
+            if running.num_computed_tokens < (running.num_cached_blocks + 1) * block_size {
+                continue;
             }
+            let num_full_blocks = running.num_computed_tokens / block_size;
+            let cached = self.pool.cache_blocks(
+                running.sequence.chain(num_full_blocks),
+                &mut running.block_table,
+                running.num_cached_blocks,
+            );
+            running.num_cached_blocks = cached.num_cached;
+            running.num_sent_blocks = running.num_sent_blocks.min(cached.first_replaced);
         }
     }
 

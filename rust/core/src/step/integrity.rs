@@ -25,6 +25,9 @@ impl StepScheduler {
         }
         self.check_requests();
         self.check_slots();
+        let kept = self.preempted.values();
+        self.host
+            .check_integrity(kept.filter_map(|it| it.swapped.as_ref()));
     }
 
     fn check_running(&self, running: &Running) {
@@ -55,6 +58,10 @@ impl StepScheduler {
             running.num_cached_blocks * block_size <= running.num_computed_tokens,
             "{id}"
         );
+        assert!(
+            running.num_sent_blocks <= running.block_table.len(),
+            "{id}: blocks that the runner knows"
+        );
         for (block, hash) in running.block_table[..running.num_cached_blocks]
             .iter()
             .zip(&running.sequence.block_hashes)
@@ -72,7 +79,7 @@ impl StepScheduler {
         );
         let running = self.running.iter().map(|running| &running.sequence);
         let all: Vec<&Sequence> = running
-            .chain(self.preempted.values())
+            .chain(self.preempted.values().map(|it| &it.sequence))
             .chain(waiting.iter().copied())
             .collect();
         let ids: FxHashSet<_> = all.iter().map(|sequence| sequence.id).collect();

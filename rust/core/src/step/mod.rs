@@ -1,29 +1,33 @@
 //! Plans one replica's steps: which sequences run, how many of their tokens, in which KV blocks.
 //!
 //! Reading order: `plan` is the contract with the runner; `scheduler` holds the state, `schedule` plans a step,
-//! `commit` takes its result; `waiting`, `sequence` and `block_pool` are what they work on. The rules, their
-//! bounds and the reasons are in `docs/step_scheduler.md`.
+//! `preempt` says who gives way, `commit` takes the result; `waiting`, `sequence`, `block_pool` and `host_tier` are
+//! what they work on, `step_cost` is what they learn. The rules, their bounds and the reasons are in
+//! `docs/step_scheduler.md`.
 
 mod block_pool;
 mod build_plan;
 mod commit;
 mod config;
 mod error;
+mod host_tier;
 mod integrity;
 mod kv_events;
 mod lru;
 mod plan;
+mod preempt;
 mod schedule;
 mod scheduler;
 mod sequence;
 mod stats;
+mod step_cost;
 mod waiting;
 
 pub use config::StepSchedulerConfig;
 pub use error::StepError;
 pub use plan::{
-    FinishReason, KvEvent, Request, Sample, SequenceStart, StepOutput, StepPlan, TokenLogprobs,
-    TokenUpdate,
+    BlockCopies, FinishReason, KvEvent, Request, Sample, SequenceStart, StepOutput, StepPlan,
+    TokenLogprobs, TokenUpdate,
 };
 pub use scheduler::StepScheduler;
 pub use stats::StepStats;

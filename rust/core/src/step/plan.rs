@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::{
     hash::{BlockHash, HashSeed},
-    ids::{RequestId, TokenId},
+    ids::{BlockId, RequestId, TokenId},
     sampling::SamplingParams,
 };
 
@@ -27,6 +27,10 @@ pub struct Request {
 /// One step's work. `T` tokens of `S` sequences run; `N` of the sequences draw a token.
 ///
 /// Sequences that decode (one token) come first, then those that prefill.
+///
+/// The runner keeps the block tables, one row per slot. A plan brings only what changes of them, because the
+/// tables of 256 long contexts are half a megabyte and a step adds a few dozen blocks. So every plan has to be
+/// executed, in order.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepPlan {
     /// Counts up from 1.
@@ -41,14 +45,40 @@ pub struct StepPlan {
     pub query_start: Vec<u32>,
     /// `[S]` tokens of KV that each sequence has after this step.
     pub context_lens: Vec<u32>,
-    /// `[S, block_table_width]` block ids, rows padded with 0.
-    pub block_tables: Vec<u32>,
-    /// Columns of `block_tables`.
+    /// `[S]` the slot of each sequence, `0..max_num_seqs`: its row of the runner's block tables, and its sampler's.
+    pub slots: Vec<u32>,
+    /// Most blocks that a sequence of this step has.
     pub block_table_width: u32,
+    /// `[U]` entries of the block tables that change before anything is computed: the slot of each.
+    pub update_slots: Vec<u32>,
+    /// `[U]` which block of the sequence, counted from its first token.
+    pub update_columns: Vec<u32>,
+    /// `[U]` the block's id.
+    pub update_blocks: Vec<u32>,
+    /// Blocks to copy to host memory, before everything else.
+    pub swap_out: BlockCopies,
+    /// Blocks to copy from host memory, after those and before anything is computed.
+    pub swap_in: BlockCopies,
     /// `[N]` who draws a token.
     pub samples: Vec<Sample>,
-    /// Sequences that take a sampler slot with this step, before anything is drawn.
+    /// Sequences that take a slot with this step, before anything is drawn.
     pub starts: Vec<SequenceStart>,
+}
+
+/// KV to copy between a block of the device and one of host memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BlockCopies {
+    /// `[C]` blocks of the device.
+    pub blocks: Vec<u32>,
+    /// `[C]` blocks of host memory.
+    pub host_blocks: Vec<u32>,
+}
+
+impl BlockCopies {
+    pub(super) fn push(&mut self, block: BlockId, host_block: u32) {
+        self.blocks.push(block.0);
+        self.host_blocks.push(host_block);
+    }
 }
 
 /// One sequence that draws a token in this step.
@@ -58,7 +88,7 @@ pub struct Sample {
     pub request_id: RequestId,
     /// Row of the sequence in the plan, `0..S`.
     pub sequence_index: u32,
-    /// The sampler slot that holds its parameters and token history, `0..max_num_seqs`.
+    /// Its slot, which holds its parameters and token history.
     pub slot: u32,
     /// Position that the new token will have in its sequence.
     pub position: u32,
@@ -66,7 +96,7 @@ pub struct Sample {
     pub logprobs: Option<u32>,
 }
 
-/// A sequence's parameters enter a sampler slot: when it starts, and again after each preemption.
+/// A sequence's parameters enter a slot: when it starts, and again after each preemption.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SequenceStart {
     /// The slot, free until now.

@@ -1,10 +1,9 @@
 //! Plans a step: decodes, then running prefills, then requests that start.
 
-use std::cmp::Reverse;
+use std::time::Duration;
 
 use super::{
-    build_plan::{build_plan, plan_rows},
-    commit::Executing,
+    build_plan::{PlanShape, build_plan},
     plan::{SequenceStart, StepPlan},
     scheduler::StepScheduler,
     sequence::{Running, Sequence},
@@ -12,17 +11,19 @@ use super::{
 use crate::{ids::BlockId, time::Time};
 
 /// A step while it is being planned.
-struct Draft {
+pub(super) struct Draft {
     now: Time,
     /// Tokens that may still be added.
-    budget: usize,
+    pub(super) budget: usize,
+    num_decodes: usize,
+    num_prefill_tokens: usize,
     starts: Vec<SequenceStart>,
 }
 
 /// What a sequence needs to run.
-struct Seat {
+pub(super) struct Seat {
     slot: u32,
-    block_table: Vec<BlockId>,
+    pub(super) block_table: Vec<BlockId>,
 }
 
 impl StepScheduler {
@@ -39,6 +40,8 @@ impl StepScheduler {
         let mut draft = Draft {
             now,
             budget,
+            num_decodes: 0,
+            num_prefill_tokens: 0,
             starts: Vec::new(),
         };
         self.schedule_decodes(&mut draft);
@@ -52,6 +55,7 @@ impl StepScheduler {
     /// Adds one token of each sequence that decodes, preempting where blocks run out. The budget holds
     /// them all: it is at least `max_num_seqs`.
     fn schedule_decodes(&mut self, draft: &mut Draft) {
+        let preemptions = self.stats.preemptions;
         for index in 0..self.running.len() {
             // A victim of an earlier index has lost its place.
             if self.running[index].is_preempted() || !self.running[index].is_decode() {
@@ -60,12 +64,29 @@ impl StepScheduler {
             let has_block = self.make_room_for_next_token(index);
             self.running[index].num_scheduled_tokens = usize::from(has_block);
         }
-        self.take_out_preempted();
-        draft.budget -= self
+        if self.stats.preemptions > preemptions {
+            self.take_out_preempted();
+        }
+        draft.num_decodes = self
             .running
             .iter()
-            .map(|it| it.num_scheduled_tokens)
-            .sum::<usize>();
+            .filter(|running| running.num_scheduled_tokens > 0)
+            .count();
+        draft.budget -= draft.num_decodes;
+        draft.budget = draft.budget.min(self.prefill_limit(draft.num_decodes));
+    }
+
+    /// Prefill tokens with which the sequences that decode keep their time per token. Without any of them there is
+    /// nothing to keep.
+    fn prefill_limit(&self, num_decodes: usize) -> usize {
+        let target = self.config.tpot_target_us;
+        if target == 0 || num_decodes == 0 {
+            return usize::MAX;
+        }
+        let target = Duration::from_micros(u64::from(target));
+        self.step_cost
+            .prefill_within(num_decodes, target)
+            .max(self.config.min_prefill_tokens as usize)
     }
 
     /// Preempts until the sequence has a block for its next token; `false` where it is itself the victim.
@@ -91,49 +112,11 @@ impl StepScheduler {
         block.is_some()
     }
 
-    /// Takes the blocks of the running sequence that loses least by it, and returns its index. It does not
-    /// bounce back: of the blocks that it gave up, one is taken already.
-    ///
-    /// The most senior sequence is never chosen, so it has the whole pool if it needs it, and `add_request` has
-    /// made sure that this is enough: it runs to its end. Seniority is the order of first starts and survives
-    /// preemption, and preempted sequences start before new ones; so every sequence becomes the most senior one
-    /// after finitely many steps. Hence no livelock.
-    ///
-    /// Least work lost is fewest tokens computed, and of equals the junior. A sequence whose last block is shared
-    /// would free nothing, so it is taken only where there is no other.
-    fn preempt_one(&mut self) -> Option<usize> {
-        let (index, _) = self
-            .running
-            .iter()
-            .enumerate()
-            .skip(1)
-            .filter_map(|(index, running)| {
-                let last_block = *running.block_table.last()?;
-                let frees_nothing = self.pool.ref_count(last_block) > 1;
-                Some((
-                    index,
-                    (frees_nothing, running.num_computed_tokens, Reverse(index)),
-                ))
-            })
-            .min_by_key(|&(_, cost)| cost)?;
-        let victim = &mut self.running[index];
-        self.pool.release_table(&mut victim.block_table);
-        self.stats.preemptions += 1;
-        Some(index)
-    }
-
-    fn take_out_preempted(&mut self) {
-        let victims = self
-            .running
-            .extract_if(.., |running| running.is_preempted());
-        for running in victims {
-            self.free_slots.push(running.slot);
-            self.preempted.insert(running.seniority, running.sequence);
-        }
-    }
-
     /// Adds the next chunk of each sequence that prefills, the senior ones first.
     fn schedule_prefills(&mut self, draft: &mut Draft) {
+        if draft.num_decodes == self.running.len() {
+            return;
+        }
         for index in 0..self.running.len() {
             if self.running[index].num_scheduled_tokens == 0 {
                 self.schedule_chunk(index, draft);
@@ -141,7 +124,7 @@ impl StepScheduler {
         }
     }
 
-    fn schedule_chunk(&mut self, index: usize, draft: &mut Draft) {
+    pub(super) fn schedule_chunk(&mut self, index: usize, draft: &mut Draft) {
         let max_chunk = match self.config.max_prefill_chunk {
             0 => usize::MAX,
             max_chunk => max_chunk as usize,
@@ -157,30 +140,12 @@ impl StepScheduler {
         }
         running.num_scheduled_tokens = num_tokens;
         draft.budget -= num_tokens;
+        draft.num_prefill_tokens += num_tokens;
 
         let first = running.num_computed_tokens / block_size;
         let last = (running.num_computed_tokens + num_tokens - 1) / block_size;
         let hashes = running.sequence.chain(last + 1).hashes;
         self.in_flight_prefixes.extend(hashes.iter().skip(first));
-    }
-
-    /// Starts preempted sequences again, by seniority; `false` where one has to wait for blocks or budget.
-    fn resume_preempted(&mut self, draft: &mut Draft) -> bool {
-        while draft.budget > 0 {
-            let Some((&seniority, sequence)) = self.preempted.first_key_value() else {
-                return true;
-            };
-            self.pool
-                .match_prefix(sequence.matchable(self.block_size()), &mut self.matched);
-            let num_tokens = sequence.num_tokens();
-            let Some(seat) = self.take_seat(num_tokens) else {
-                return false;
-            };
-            if let Some(sequence) = self.preempted.remove(&seniority) {
-                self.start(sequence, seniority, seat, draft);
-            }
-        }
-        self.preempted.is_empty()
     }
 
     /// Starts waiting requests in the queue's order, up to the first for which there are no blocks. Nobody
@@ -220,7 +185,7 @@ impl StepScheduler {
 
     /// A sampler slot, and blocks for `num_tokens` that begin with the matched ones. One block for each running
     /// sequence has to remain: else the newcomer would soon be preempted, or preempt.
-    fn take_seat(&mut self, num_tokens: usize) -> Option<Seat> {
+    pub(super) fn take_seat(&mut self, num_tokens: usize) -> Option<Seat> {
         let slot = self.free_slots.pop()?;
         let len = num_tokens.div_ceil(self.block_size());
         let table = self
@@ -243,11 +208,18 @@ impl StepScheduler {
         self.stats.queue_wait = draft.now.since(sequence.arrived_at);
         let seniority = self.num_started;
         self.num_started += 1;
-        self.start(sequence, seniority, seat, draft);
+        let index = self.start(sequence, seniority, seat, draft);
+        self.schedule_chunk(index, draft);
     }
 
-    /// Makes a sequence a running one and schedules its first chunk.
-    fn start(&mut self, sequence: Sequence, seniority: u64, seat: Seat, draft: &mut Draft) {
+    /// Makes a sequence a running one, and returns where it is.
+    pub(super) fn start(
+        &mut self,
+        sequence: Sequence,
+        seniority: u64,
+        seat: Seat,
+        draft: &mut Draft,
+    ) -> usize {
         let Seat { slot, block_table } = seat;
         draft.starts.push(sequence.start_in(slot));
         let running = Running {
@@ -256,26 +228,34 @@ impl StepScheduler {
             slot,
             block_table,
             num_cached_blocks: self.matched.len(),
+            num_sent_blocks: 0,
             num_computed_tokens: self.matched.len() * self.block_size(),
             num_scheduled_tokens: 0,
+            swapped: None,
             is_finished: false,
         };
         let index = self
             .running
             .partition_point(|other| other.seniority < seniority);
         self.running.insert(index, running);
-        self.schedule_chunk(index, draft);
+        index
     }
 
     fn finish_plan(&mut self, draft: Draft) -> Option<StepPlan> {
-        if draft.budget == self.config.max_num_batched_tokens as usize {
+        if draft.num_decodes + draft.num_prefill_tokens == 0 {
             return None;
         }
         self.stats.steps += 1;
-        let step_id = self.stats.steps;
-        let rows = plan_rows(&self.running);
-        let plan = build_plan(step_id, &rows, self.config.block_size, draft.starts);
-        self.executing = Some(Executing::new(step_id, &rows, draft.now));
+        let shape = PlanShape {
+            step_id: self.stats.steps,
+            planned_at: draft.now,
+            num_decodes: draft.num_decodes,
+            num_prefill_tokens: draft.num_prefill_tokens,
+        };
+        let (mut plan, executing) = build_plan(&shape, &mut self.running, self.config.block_size);
+        plan.starts = draft.starts;
+        self.host.move_copies(&mut plan);
+        self.executing = Some(executing);
         Some(plan)
     }
 }

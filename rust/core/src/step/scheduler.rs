@@ -9,9 +9,11 @@ use super::{
     block_pool::BlockPool,
     commit::Executing,
     config::StepSchedulerConfig,
+    host_tier::HostTier,
     plan::{KvEvent, Request},
-    sequence::{HashBlock, Running, Sequence},
+    sequence::{HashBlock, Preempted, Running, Sequence},
     stats::StepStats,
+    step_cost::StepCost,
     waiting::WaitingQueue,
 };
 use crate::{
@@ -30,10 +32,11 @@ pub struct StepScheduler {
     pub(super) config: StepSchedulerConfig,
     pub(super) hash_block: HashBlock,
     pub(super) pool: BlockPool,
+    pub(super) host: HostTier,
     /// By seniority; the first is never preempted.
     pub(super) running: Vec<Running>,
     /// By seniority. They start again before anything new starts.
-    pub(super) preempted: BTreeMap<u64, Sequence>,
+    pub(super) preempted: BTreeMap<u64, Preempted>,
     pub(super) waiting: WaitingQueue,
     /// Sequences that have ever started; the next one's seniority.
     pub(super) num_started: u64,
@@ -42,6 +45,8 @@ pub struct StepScheduler {
     /// The step whose output is due.
     pub(super) executing: Option<Executing>,
     pub(super) stats: StepStats,
+    /// Learns only where there is a TPOT target.
+    pub(super) step_cost: StepCost,
     /// Blocks that prefills of the step being planned compute: a request that needs one of them next is held
     /// back instead of computing it too.
     pub(super) in_flight_prefixes: FxHashSet<BlockHash>,
@@ -65,6 +70,7 @@ impl StepScheduler {
         Ok(Self {
             hash_block,
             pool: BlockPool::new(config.num_blocks, config.block_size),
+            host: HostTier::new(&config),
             running: Vec::new(),
             preempted: BTreeMap::new(),
             waiting: WaitingQueue::new(config.block_size, config.max_overtakes),
@@ -72,6 +78,7 @@ impl StepScheduler {
             free_slots: (0..config.max_num_seqs).rev().collect(),
             executing: None,
             stats: StepStats::default(),
+            step_cost: StepCost::default(),
             in_flight_prefixes: FxHashSet::default(),
             matched: Vec::new(),
             config,
@@ -143,7 +150,7 @@ impl StepScheduler {
     fn contains(&self, id: RequestId) -> bool {
         self.waiting.contains(id)
             || self.running.iter().any(|running| running.sequence.id == id)
-            || self.preempted.values().any(|sequence| sequence.id == id)
+            || self.preempted.values().any(|it| it.sequence.id == id)
     }
 
     /// Ends a request at once; `false` where there is none with this id.
@@ -165,14 +172,20 @@ impl StepScheduler {
             self.release(running);
             return true;
         }
-        let seniority = self
-            .preempted
-            .iter()
-            .find(|(_, sequence)| sequence.id == id);
-        match seniority.map(|(&seniority, _)| seniority) {
-            Some(seniority) => self.preempted.remove(&seniority).is_some(),
-            None => false,
+        let found = self.preempted.iter().find(|(_, it)| it.sequence.id == id);
+        let Some(seniority) = found.map(|(&seniority, _)| seniority) else {
+            return false;
+        };
+        let preempted = self.preempted.remove(&seniority);
+        preempted.map(|it| self.forget(it)).is_some()
+    }
+
+    /// Gives back what a preempted sequence holds.
+    fn forget(&mut self, preempted: Preempted) -> RequestId {
+        if let Some(swapped) = preempted.swapped {
+            self.host.free(swapped);
         }
+        preempted.sequence.id
     }
 
     /// Ends every request and names them: the running ones first, then those that would have started next.
@@ -181,11 +194,9 @@ impl StepScheduler {
         for running in std::mem::take(&mut self.running) {
             ids.push(self.release(running).id);
         }
-        ids.extend(
-            std::mem::take(&mut self.preempted)
-                .into_values()
-                .map(|sequence| sequence.id),
-        );
+        for preempted in std::mem::take(&mut self.preempted).into_values() {
+            ids.push(self.forget(preempted));
+        }
         ids.extend(self.waiting.drain().map(|sequence| sequence.id));
         ids
     }
@@ -219,7 +230,11 @@ impl StepScheduler {
     pub fn stats(&self) -> StepStats {
         let prefilling = self.running.iter().filter(|running| !running.is_decode());
         let num_running_prefill: usize = prefilling.map(Running::num_uncomputed_tokens).sum();
-        let num_preempted_prefill: usize = self.preempted.values().map(Sequence::num_tokens).sum();
+        let num_preempted_prefill: usize = self
+            .preempted
+            .values()
+            .map(Preempted::num_prefill_tokens)
+            .sum();
         StepStats {
             num_running: self.running.len() as u32,
             num_waiting: (self.waiting.len() + self.preempted.len()) as u32,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::{
     block_pool::Chain,
+    host_tier::Swapped,
     plan::{FinishReason, Request, SequenceStart},
 };
 use crate::{
@@ -59,6 +60,10 @@ impl Sequence {
     /// Hashes the full blocks that have no hash yet.
     pub(super) fn hash_full_blocks(&mut self, block_size: usize, hash_block: HashBlock) {
         let done = self.block_hashes.len();
+        // Most tokens fill no block.
+        if self.token_ids.len() < (done + 1) * block_size {
+            return;
+        }
         let mut parent = self
             .block_hashes
             .last()
@@ -114,6 +119,22 @@ impl Sequence {
     }
 }
 
+/// A sequence that has lost its blocks and waits to run again.
+#[derive(Debug)]
+pub(super) struct Preempted {
+    pub(super) sequence: Sequence,
+    /// What host memory keeps of it.
+    pub(super) swapped: Option<Swapped>,
+}
+
+impl Preempted {
+    /// Known tokens that will have to be computed, but for what the prefix cache has.
+    pub(super) fn num_prefill_tokens(&self) -> usize {
+        let kept = self.swapped.as_ref();
+        self.sequence.num_tokens() - kept.map_or(0, |swapped| swapped.num_computed_tokens)
+    }
+}
+
 /// A sequence that holds blocks and a sampler slot.
 ///
 /// ```text
@@ -131,9 +152,13 @@ pub(super) struct Running {
     /// Empty only while a preempted sequence waits to be taken out of the running ones.
     pub(super) block_table: Vec<BlockId>,
     pub(super) num_cached_blocks: usize,
+    /// Leading blocks of the table that the runner has in its own.
+    pub(super) num_sent_blocks: usize,
     pub(super) num_computed_tokens: usize,
     /// Tokens that the step computes which executes or is being planned.
     pub(super) num_scheduled_tokens: usize,
+    /// What host memory keeps, while a preempted sequence waits to be taken out of the running ones.
+    pub(super) swapped: Option<Swapped>,
     /// Set with the last token, until the commit is through.
     pub(super) is_finished: bool,
 }

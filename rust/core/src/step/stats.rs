@@ -24,6 +24,8 @@ pub struct StepStats {
     pub steps: u64,
     /// Times that a running sequence lost its blocks to another.
     pub preemptions: u64,
+    /// Those of them that kept what was computed in host memory.
+    pub swaps: u64,
     /// Prompt tokens that the prefix cache gave to requests when they first ran.
     pub prefix_hit_tokens: u64,
     /// Prompt tokens of those requests in all.

@@ -199,7 +199,10 @@ impl Pair {
             .iter_mut()
             .flat_map(|worker| &mut worker.reservations);
         let model = all.find(|kept| kept.id == held[index]).unwrap();
-        assert_eq!(self.real.prefill_done(held[index]), model.prefill > 0);
+        assert_eq!(
+            self.real.prefill_done(held[index], Time::ZERO),
+            model.prefill > 0
+        );
         model.prefill = 0;
     }
 
@@ -336,8 +339,6 @@ fn run(policy: RoutePolicy, is_nested: bool, ops: &[Op]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
-
     #[test]
     fn every_decision_costs_what_the_full_scan_s_does(ops in prop::collection::vec(op(), 1..120)) {
         run(RoutePolicy::Product, true, &ops);

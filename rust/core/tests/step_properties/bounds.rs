@@ -149,13 +149,15 @@ fn seeds_share_nothing() {
     assert_eq!(ids.map(|id| replica.num_cached_tokens(id)), [Some(0); 3]);
 }
 
-#[test]
-fn pressure_costs_few_preemptions() {
-    // Eight sequences of 64 + 64 tokens want 64 blocks of 16; there are 40. One at a time gives way, and none
-    // comes back before there is room for it and for a block of each other.
+/// Eight sequences of 64 + 64 tokens, which want 64 blocks of 16; there are 40. Returns how many of them gave way, how
+/// often host memory kept what was computed, and the tokens that were computed again.
+fn under_pressure(num_host_blocks: u32) -> (u64, u64, u64) {
     let mut replica = replica(StepSchedulerConfig {
         num_blocks: 40,
         max_num_seqs: 8,
+        num_host_blocks,
+        // What the cache still has of a victim would hide what host memory is good for.
+        enable_prefix_cache: num_host_blocks == 0,
         ..config()
     });
     for number in 0..8 {
@@ -174,11 +176,30 @@ fn pressure_costs_few_preemptions() {
         replica.add(request).expect("room");
     }
     replica.run_to_end();
-    let preemptions = replica.scheduler.stats().preemptions;
+    let stats = replica.scheduler.stats();
     let num_wasted = replica.num_computed_tokens - 8 * (64 + 63);
+    (stats.preemptions, stats.swaps, num_wasted)
+}
+
+#[test]
+fn pressure_costs_few_preemptions() {
+    // One at a time gives way, and none comes back before there is room for it and for a block of each other.
+    let (preemptions, swaps, num_wasted) = under_pressure(0);
     assert!((1..=4).contains(&preemptions), "{preemptions} preemptions");
+    assert_eq!(swaps, 0);
     assert!(
         num_wasted < preemptions * 128,
         "{num_wasted} tokens computed again"
     );
+}
+
+#[test]
+fn host_memory_saves_what_victims_have_computed() {
+    let (preemptions, swaps, num_wasted) = under_pressure(32);
+    assert!(preemptions > 0);
+    assert_eq!((swaps, num_wasted), (preemptions, 0));
+    // Room for one victim's five to eight blocks, but not for those of the next.
+    let (preemptions, swaps, num_wasted) = under_pressure(8);
+    assert!(swaps > 0 && swaps < preemptions, "{swaps} of {preemptions}");
+    assert!(num_wasted > 0);
 }

@@ -8,7 +8,7 @@ use std::hash::Hasher;
 
 use orchestra_core::{
     RequestId, SamplingParams, TokenId,
-    step::{StepOutput, StepPlan, StepSchedulerConfig, TokenLogprobs},
+    step::{BlockCopies, StepOutput, StepPlan, StepSchedulerConfig, TokenLogprobs},
 };
 use rustc_hash::FxHasher;
 
@@ -31,12 +31,15 @@ struct Slot {
     history: Vec<TokenId>,
 }
 
-/// KV and sampler slots of one replica.
+/// KV, block tables and sampler slots of one replica.
 #[derive(Debug)]
 pub(crate) struct FakeModel {
     block_size: u32,
     kv: Vec<Option<KvEntry>>,
+    host_kv: Vec<Option<KvEntry>>,
     slots: Vec<Option<Slot>>,
+    /// One row per slot, as the plans have written it; what earlier owners of a slot left behind stays.
+    block_tables: Vec<Vec<Option<u32>>>,
 }
 
 impl FakeModel {
@@ -44,7 +47,12 @@ impl FakeModel {
         Self {
             block_size: config.block_size,
             kv: vec![None; (config.num_blocks * config.block_size) as usize],
+            host_kv: vec![None; (config.num_host_blocks * config.block_size) as usize],
             slots: vec![None; config.max_num_seqs as usize],
+            block_tables: vec![
+                vec![None; config.max_model_len.div_ceil(config.block_size) as usize];
+                config.max_num_seqs as usize
+            ],
         }
     }
 
@@ -56,6 +64,12 @@ impl FakeModel {
             let sampling = start.sampling.as_ref().clone();
             self.slots[start.slot as usize] = Some(Slot { sampling, history });
         }
+        for (index, &slot) in plan.update_slots.iter().enumerate() {
+            let column = plan.update_columns[index] as usize;
+            let block = plan.update_blocks[index];
+            self.block_tables[slot as usize][column] = Some(block);
+        }
+        self.copy_blocks(plan);
         for row in 0..plan.context_lens.len() {
             self.write_row(plan, row);
         }
@@ -96,6 +110,22 @@ impl FakeModel {
             output.logprobs.clear();
         }
         output
+    }
+
+    fn copy_blocks(&mut self, plan: &StepPlan) {
+        let block_size = self.block_size as usize;
+        let slots = |block: u32| block as usize * block_size..(block as usize + 1) * block_size;
+        let pairs = |copies: &BlockCopies| {
+            assert_eq!(copies.blocks.len(), copies.host_blocks.len());
+            let hosts = copies.host_blocks.clone();
+            copies.blocks.clone().into_iter().zip(hosts)
+        };
+        for (block, host_block) in pairs(&plan.swap_out) {
+            self.host_kv[slots(host_block)].copy_from_slice(&self.kv[slots(block)]);
+        }
+        for (block, host_block) in pairs(&plan.swap_in) {
+            self.kv[slots(block)].copy_from_slice(&self.host_kv[slots(host_block)]);
+        }
     }
 
     /// Writes the KV of a row's tokens, each with the digest of what the block table shows before it.
@@ -164,7 +194,8 @@ impl FakeModel {
             column < plan.block_table_width,
             "position {position} is beyond the block table"
         );
-        let block = plan.block_tables[row * plan.block_table_width as usize + column as usize];
+        let table = &self.block_tables[plan.slots[row] as usize];
+        let block = table[column as usize].expect("a block that the runner was told of");
         block * self.block_size + position % self.block_size
     }
 }

@@ -8,6 +8,7 @@
 mod bounds;
 mod fake_model;
 mod replica;
+mod starvation;
 
 use fake_model::VOCAB_SIZE;
 use orchestra_core::{
@@ -40,10 +41,13 @@ fn any_config() -> impl Strategy<Value = StepSchedulerConfig> {
         0..=6_u32,
         0..=3_u32,
         1..=20_u32,
+        prop_oneof![Just(0), 1..3000_u32],
+        (prop_oneof![Just(0), 1..30_u32], 0..1200_u32),
     );
     (sizes, rules).prop_map(|(sizes, rules)| {
         let (block_size, num_kv_slots, max_num_seqs, spare_budget, max_prefill_chunk) = sizes;
-        let (enable_prefix_cache, max_overtakes, max_prefix_wait_steps, max_num_waiting) = rules;
+        let (enable_prefix_cache, max_overtakes, max_prefix_wait_steps, ..) = rules;
+        let (.., max_num_waiting, tpot_target_us, (num_host_blocks, swap_cost_permille)) = rules;
         StepSchedulerConfig {
             block_size,
             num_blocks: num_kv_slots / block_size,
@@ -52,9 +56,13 @@ fn any_config() -> impl Strategy<Value = StepSchedulerConfig> {
             max_model_len: 48,
             max_num_waiting,
             max_prefill_chunk,
+            tpot_target_us,
+            min_prefill_tokens: 1 + spare_budget / 4,
             enable_prefix_cache,
             max_overtakes,
             max_prefix_wait_steps,
+            num_host_blocks,
+            swap_cost_permille,
             eos_token_ids: vec![0],
         }
     })
@@ -174,7 +182,7 @@ proptest! {
 #[test]
 fn the_random_runs_reach_the_rare_paths() {
     let mut runner = TestRunner::deterministic();
-    let (mut steps, mut preemptions, mut hits) = (0, 0, 0);
+    let (mut steps, mut preemptions, mut swaps, mut hits) = (0, 0, 0, 0);
     for _ in 0..64 {
         let config = any_config()
             .new_tree(&mut runner)
@@ -188,9 +196,11 @@ fn the_random_runs_reach_the_rare_paths() {
         let stats = run(Replica::new(scheduler, config), ops);
         steps += stats.steps;
         preemptions += stats.preemptions;
+        swaps += stats.swaps;
         hits += u64::from(stats.prefix_hit_tokens > 0);
     }
     assert!(steps > 5000, "{steps} steps");
     assert!(preemptions > 80, "{preemptions} preemptions");
+    assert!(swaps > 20, "{swaps} of them with swaps");
     assert!(hits > 30, "prefix hits in {hits} runs");
 }

@@ -180,10 +180,13 @@ impl Replica {
         assert_eq!(plan.slot_mapping.len(), num_tokens);
         assert_eq!(plan.query_start.len(), rows + 1);
         assert_eq!(plan.query_start.last(), Some(&(num_tokens as u32)));
-        assert_eq!(
-            plan.block_tables.len(),
-            rows * plan.block_table_width as usize
-        );
+        assert_eq!(plan.slots.len(), rows);
+        let num_updates = plan.update_blocks.len();
+        assert_eq!(plan.update_slots.len(), num_updates);
+        assert_eq!(plan.update_columns.len(), num_updates);
+        let longest = plan.context_lens.iter().max().expect("a row");
+        let width = longest.div_ceil(self.config.block_size);
+        assert_eq!(plan.block_table_width, width);
         let lens: Vec<u32> = plan
             .query_start
             .windows(2)
@@ -203,8 +206,11 @@ impl Replica {
                 "row {row} of {len}"
             );
         }
-        let slots: FxHashSet<u32> = plan.samples.iter().map(|sample| sample.slot).collect();
-        assert_eq!(slots.len(), plan.samples.len(), "a slot draws once");
+        let slots: FxHashSet<u32> = plan.slots.iter().copied().collect();
+        assert_eq!(slots.len(), rows, "a slot has one row");
+        for sample in &plan.samples {
+            assert_eq!(sample.slot, plan.slots[sample.sequence_index as usize]);
+        }
     }
 
     /// Counts overtakes and checks their bound; each request's seed is its id.
@@ -222,9 +228,9 @@ impl Replica {
                 earlier.num_overtakes += u32::from(is_waiting);
             }
         }
-        // Each step of being held back lets others take the free seats.
+        // Each step of being held back lets others take the free seats but one, which is kept.
         let by_rank = self.config.max_overtakes;
-        let by_waiting = self.config.max_prefix_wait_steps * self.config.max_num_seqs;
+        let by_waiting = self.config.max_prefix_wait_steps * (self.config.max_num_seqs - 1);
         for (id, request) in &self.requests {
             assert!(
                 request.num_overtakes <= by_rank + by_waiting,
@@ -277,6 +283,7 @@ impl Replica {
             return;
         };
         let output = self.model.execute(&plan);
+        self.now = Time(self.now.0 + 100 * plan.token_ids.len() as u64);
         let updates = self
             .scheduler
             .update_from_output(&output, self.now)

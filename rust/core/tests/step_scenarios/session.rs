@@ -42,6 +42,8 @@ pub(crate) struct Session {
     scheduler: StepScheduler,
     requests: BTreeMap<u32, Known>,
     plan: Option<StepPlan>,
+    /// Block ids by slot and column, as the plans have told them.
+    block_tables: BTreeMap<(u32, u32), u32>,
 }
 
 impl Session {
@@ -65,6 +67,7 @@ impl Session {
                 "max_waiting" => config.max_num_waiting = value,
                 "max_overtakes" => config.max_overtakes = value,
                 "max_prefix_wait" => config.max_prefix_wait_steps = value,
+                "host_blocks" => config.num_host_blocks = value,
                 "prefix_cache" => config.enable_prefix_cache = value > 0,
                 "max_model_len" => config.max_model_len = value,
                 _ => panic!("no setting {key}"),
@@ -76,6 +79,7 @@ impl Session {
             scheduler,
             requests: BTreeMap::new(),
             plan: None,
+            block_tables: BTreeMap::new(),
         }
     }
 
@@ -148,7 +152,17 @@ impl Session {
         let Some(plan) = self.scheduler.schedule(Time::ZERO) else {
             return "no plan\n".to_owned();
         };
+        for (index, &slot) in plan.update_slots.iter().enumerate() {
+            let place = (slot, plan.update_columns[index]);
+            self.block_tables.insert(place, plan.update_blocks[index]);
+        }
         let mut text = self.heading(&plan);
+        for (what, copies) in [("out", &plan.swap_out), ("in", &plan.swap_in)] {
+            if !copies.blocks.is_empty() {
+                let (blocks, hosts) = (&copies.blocks, &copies.host_blocks);
+                let _ = writeln!(text, "  swap {what}: blocks {blocks:?}, host {hosts:?}");
+            }
+        }
         let mut named = Vec::new();
         let row_texts: Vec<[String; 4]> = (0..plan.context_lens.len())
             .map(|row| self.describe_row(&plan, row, &mut named))
@@ -189,11 +203,9 @@ impl Session {
         } else {
             "prefill"
         };
-        let width = plan.block_table_width as usize;
-        let num_blocks = end.div_ceil(self.config.block_size as usize);
-        let blocks: Vec<String> = plan.block_tables[row * width..][..num_blocks]
-            .iter()
-            .map(ToString::to_string)
+        let num_blocks = (end as u32).div_ceil(self.config.block_size);
+        let blocks: Vec<String> = (0..num_blocks)
+            .map(|column| self.block_tables[&(plan.slots[row], column)].to_string())
             .collect();
         let is_of_row =
             |sample: &&orchestra_core::step::Sample| sample.sequence_index as usize == row;

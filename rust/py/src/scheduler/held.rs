@@ -154,7 +154,16 @@ impl Reservation {
     fn prefill_done(&self, py: Python<'_>) -> bool {
         let id = self.held.id;
         let shared = &self.lease.shared;
-        shared.change(py, |state| state.scheduler.prefill_done(id))
+        let now = shared.now();
+        shared.change(py, |state| state.scheduler.prefill_done(id, now))
+    }
+
+    /// Gives the room back and settles what the tenant is charged. `False` where it is gone already.
+    fn finish(&self, py: Python<'_>, num_output_tokens: u32) -> bool {
+        let id = self.held.id;
+        self.lease.release(py, move |state| {
+            state.scheduler.finish(id, num_output_tokens)
+        })
     }
 
     /// Gives the room back. `False` where it is gone already: released before, or its worker was removed.

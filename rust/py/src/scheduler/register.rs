@@ -1,4 +1,4 @@
-//! Registering workers and GPUs, what they report, and what there is: the part of the class that is not a decision.
+//! Registering workers and GPUs, and what they report.
 
 use orchestra_core::{
     BlockHash, block_hashes,
@@ -7,14 +7,14 @@ use orchestra_core::{
     },
     step::KvEvent,
 };
-use pyo3::{prelude::*, types::PyDict};
+use pyo3::prelude::*;
 
 use super::{
     Scheduler,
     request::{Names, TokenIds},
     shared::State,
 };
-use crate::{errors::Failure, values::to_dict};
+use crate::errors::Failure;
 
 /// The attributes of a worker, from any object that has them.
 #[derive(FromPyObject)]
@@ -46,21 +46,6 @@ impl From<WorkerSpecArg> for WorkerSpec {
             max_loras: spec.max_loras,
         }
     }
-}
-
-/// A worker's figures as a dictionary.
-#[derive(IntoPyObject)]
-pub(crate) struct WorkerRow {
-    name: String,
-    model: String,
-    is_draining: bool,
-    batch: u32,
-    queued_prefill_tokens: u64,
-    kv_blocks_free: u64,
-    kv_blocks_total: u32,
-    num_cached_blocks: u32,
-    is_kv_in_step: bool,
-    num_reservations: u32,
 }
 
 #[pymethods]
@@ -211,6 +196,7 @@ impl Scheduler {
             name,
             domain,
             node,
+            rack: None,
             memory_bytes,
         };
         let added = self
@@ -226,33 +212,6 @@ impl Scheduler {
             let id = state.scheduler.gpu_by_name(name);
             id.is_some_and(|id| state.scheduler.remove_gpu(id).is_some())
         })
-    }
-
-    /// Every worker's figures, in order of registration.
-    fn workers(&self, py: Python<'_>) -> Vec<WorkerRow> {
-        py.detach(|| {
-            let scheduler = &self.shared.lock().scheduler;
-            let row = |(_, worker): (WorkerId, core::WorkerSnapshot)| WorkerRow {
-                kv_blocks_total: worker.spec.num_blocks,
-                name: worker.spec.name,
-                model: worker.spec.model,
-                is_draining: worker.is_draining,
-                batch: worker.batch,
-                queued_prefill_tokens: worker.queued_prefill_tokens,
-                kv_blocks_free: worker.kv_blocks_free,
-                num_cached_blocks: worker.num_cached_blocks,
-                is_kv_in_step: worker.kv_feed == KvFeed::InStep,
-                num_reservations: worker.num_reservations,
-            };
-            scheduler.workers().map(row).collect()
-        })
-    }
-
-    /// Figures, by name.
-    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let now = self.shared.now();
-        let stats = py.detach(|| self.shared.lock().scheduler.stats(now));
-        to_dict(py, &stats)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use orchestra_core::{
     TokenId,
-    scheduler::{self as core, Candidate, Ineligible, Lora, Scheduler, WorkerId},
+    scheduler::{self as core, AdmissionClass, Candidate, Ineligible, Lora, Scheduler, WorkerId},
 };
 use pyo3::{
     exceptions::{PyOverflowError, PyTypeError},
@@ -31,6 +31,8 @@ pub(super) struct RouteOptions {
     tolerations: Vec<String>,
     exclude: Vec<String>,
     session_key: String,
+    tenant: String,
+    class: AdmissionClass,
 }
 
 #[pymethods]
@@ -38,7 +40,8 @@ impl RouteRequest {
     #[new]
     #[pyo3(signature = (
         token_ids, *, model, max_tokens=16, salt="", lora=None, lora_version=0, weights_epoch=None,
-        slo_class="", tolerations=Names::default(), exclude=Names::default(), session_key=""
+        slo_class="", tolerations=Names::default(), exclude=Names::default(), session_key="",
+        tenant="", admission_class="standard"
     ))]
     #[expect(clippy::too_many_arguments, reason = "a request's fields, by keyword")]
     fn new(
@@ -53,7 +56,13 @@ impl RouteRequest {
         tolerations: Names,
         exclude: Names,
         session_key: &str,
-    ) -> Self {
+        tenant: &str,
+        admission_class: &str,
+    ) -> PyResult<Self> {
+        let class = AdmissionClass::parse(admission_class).ok_or_else(|| {
+            let message = "admission_class must be interactive, standard or batch";
+            Failure::invalid("admission_class", message)
+        })?;
         let options = RouteOptions {
             model,
             max_tokens,
@@ -65,11 +74,13 @@ impl RouteRequest {
             tolerations: tolerations.0,
             exclude: exclude.0,
             session_key: session_key.to_owned(),
+            tenant: tenant.to_owned(),
+            class,
         };
-        Self {
+        Ok(Self {
             token_ids: token_ids.0,
             options,
-        }
+        })
     }
 }
 
@@ -123,6 +134,8 @@ impl RouteOptions {
             tolerations: &tolerations,
             exclude: &exclude,
             session_key: &self.session_key,
+            tenant: &self.tenant,
+            class: self.class,
             ..core::RouteRequest::default()
         };
         ask(scheduler, &request)

@@ -4,23 +4,39 @@
 //! nothing under it may call into Python: a change returns the grants that it made possible, and [`deliver`] calls
 //! back once the lock is free.
 
-use std::{collections::VecDeque, sync::Arc, time::Instant};
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use orchestra_core::{
     Time,
-    scheduler::{Grant, Granted, Scheduler, SchedulerError, TicketId},
+    scheduler::{
+        Grant, Granted, Scheduler, SchedulerError, SchedulerStats, TicketId, WorkerSnapshot,
+    },
 };
 use parking_lot::{Mutex, MutexGuard};
 use pyo3::prelude::*;
 use rustc_hash::FxHashMap;
 
 use super::held::{HeldPlacement, HeldReservation, Placement, Reservation};
-use crate::errors::Failure;
+use crate::{
+    errors::Failure,
+    snapshot::{Snapshot, Snapshots},
+};
 
 /// One scheduler, shared by its Python object and by everything that it gave out.
 pub(super) struct Shared {
     state: Mutex<State>,
+    snapshots: Snapshots<Figures>,
     started: Instant,
+}
+
+/// What can be read without stopping decisions.
+pub(super) struct Figures {
+    pub(super) stats: SchedulerStats,
+    pub(super) workers: Vec<WorkerSnapshot>,
 }
 
 /// What the lock guards.
@@ -28,6 +44,8 @@ pub(super) struct State {
     pub(super) scheduler: Scheduler,
     /// Who waits: called once, with what the wait came to.
     pub(super) callbacks: FxHashMap<TicketId, Py<PyAny>>,
+    /// Snapshots taken.
+    num_snapshots: u64,
 }
 
 /// What a wait came to, with who is to hear it.
@@ -69,9 +87,11 @@ impl Shared {
         let state = State {
             scheduler,
             callbacks,
+            num_snapshots: 0,
         };
         Self {
             state: Mutex::new(state),
+            snapshots: Snapshots::default(),
             started: Instant::now(),
         }
     }
@@ -82,6 +102,26 @@ impl Shared {
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock()
+    }
+
+    /// Figures not older than `max_age`, and how old they are. Readers share them, so that at most one of them in that
+    /// time keeps decisions waiting.
+    pub(super) fn figures(&self, max_age: Duration) -> (Arc<Snapshot<Figures>>, Duration) {
+        let now = self.now();
+        let snapshot = self.snapshots.read(now, max_age, || {
+            let mut state = self.lock();
+            state.num_snapshots += 1;
+            let workers = state.scheduler.workers();
+            let workers = workers.map(|(_, worker)| worker).collect();
+            let stats = state.scheduler.stats(now);
+            Snapshot {
+                number: state.num_snapshots,
+                taken_at: now,
+                value: Figures { stats, workers },
+            }
+        });
+        let age = now.0.saturating_sub(snapshot.taken_at.0);
+        (snapshot, Duration::from_micros(age))
     }
 
     /// Makes a change, without the interpreter, and serves those that waited for it.

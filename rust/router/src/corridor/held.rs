@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use orchestra_core::{ErrorCode, scheduler::WorkerId};
+use orchestra_core::{ErrorCode, Time, scheduler::WorkerId};
 use parking_lot::Mutex;
 use tokio::{
     sync::oneshot,
@@ -40,13 +40,13 @@ impl Held {
     }
 
     /// The choice's first token came.
-    pub(super) fn prefilled(&self, choice: usize) {
+    pub(super) fn prefilled(&self, choice: usize, now: Time) {
         let mut held = self.0.lock();
         if let Some(sequence) = held
             .as_mut()
             .and_then(|held| held.sequences[choice].as_mut())
         {
-            sequence.prefilled();
+            sequence.prefilled(now);
         }
     }
 

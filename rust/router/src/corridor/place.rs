@@ -74,8 +74,12 @@ impl CheckedRequest {
                 "no worker of this model takes requests now",
             )
             .retry_after_ms(RETRY_AFTER_MS),
-            SchedulerError::NotServed { .. } => ApiError::new(error.code(), error.to_string()),
-            SchedulerError::LimitReached { .. } => {
+            SchedulerError::NotServed { .. }
+            | SchedulerError::DeadlineExceeded
+            | SchedulerError::DeadlineHopeless { .. } => {
+                ApiError::new(error.code(), error.to_string())
+            }
+            SchedulerError::LimitReached { .. } | SchedulerError::QueueFull { .. } => {
                 ApiError::new(ErrorCode::QueueFull, error.to_string())
                     .retry_after_ms(RETRY_AFTER_MS)
             }
@@ -83,6 +87,8 @@ impl CheckedRequest {
             | SchedulerError::DuplicateName { .. }
             | SchedulerError::GangTooLarge { .. }
             | SchedulerError::NoGpuRoom { .. }
+            | SchedulerError::PipelineTooLarge { .. }
+            | SchedulerError::NoStageRoom { .. }
             | SchedulerError::TooManyBlocks { .. } => {
                 ApiError::new(ErrorCode::Internal, "the request could not be placed")
             }

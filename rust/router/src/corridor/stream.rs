@@ -206,7 +206,7 @@ impl Running {
             metrics
                 .prefix_cache_hit_tokens
                 .inc_by(output.cached_tokens.into());
-            self.held.prefilled(index);
+            self.held.prefilled(index, request.state.now());
         }
         let chunk = choice.take(output, &request.stop);
         metrics

@@ -6,7 +6,7 @@ use std::sync::{
 };
 
 use orchestra_core::{
-    ErrorCode, TokenId,
+    ErrorCode, Time, TokenId,
     scheduler::{WorkerId, WorkerSpec},
     step::{FinishReason, TokenLogprobs},
 };
@@ -203,10 +203,10 @@ impl RunningSequence {
     }
 
     /// A token came, so the prompt is computed.
-    pub(crate) fn prefilled(&mut self) {
+    pub(crate) fn prefilled(&mut self, now: Time) {
         if !self.is_prefilled {
             self.is_prefilled = true;
-            self.reserved.prefill_done();
+            self.reserved.prefill_done(now);
         }
     }
 }

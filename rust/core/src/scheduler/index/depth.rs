@@ -6,6 +6,53 @@ use crate::hash::BlockHash;
 /// Positions that one round of a depth search probes together.
 const PROBES: usize = 8;
 
+/// A chain whose blocks were looked up once at most.
+pub(in crate::scheduler) struct Probed<'a> {
+    index: &'a PrefixIndex,
+    chain: &'a [BlockHash],
+    /// By position: how many live workers hold the block; [`UNKNOWN`] where it was not looked up.
+    counts: Vec<u32>,
+}
+
+const UNKNOWN: u32 = u32::MAX;
+
+impl<'a> Probed<'a> {
+    pub(in crate::scheduler) fn new(index: &'a PrefixIndex, chain: &'a [BlockHash]) -> Self {
+        Self {
+            index,
+            chain,
+            counts: vec![UNKNOWN; chain.len()],
+        }
+    }
+
+    /// The largest depth up to `end` whose last block more than `count` workers hold, and how many do; with nested
+    /// sets, they hold all blocks before it too.
+    pub(in crate::scheduler) fn deepest_above(
+        &mut self,
+        end: usize,
+        count: usize,
+    ) -> (usize, usize) {
+        let depth = last_true(end, self, Self::fetch, |probed, at| {
+            probed.count(at) > count
+        });
+        let last = depth.checked_sub(1);
+        (depth, last.map_or(0, |last| self.count(last)))
+    }
+
+    /// Lets the cache lines of these places arrive together.
+    fn fetch(&mut self, places: [usize; PROBES]) {
+        let unknown = places.into_iter().filter(|&at| self.counts[at] == UNKNOWN);
+        self.index.table.touch(unknown.map(|at| self.chain[at]));
+    }
+
+    fn count(&mut self, at: usize) -> usize {
+        if self.counts[at] == UNKNOWN {
+            self.counts[at] = self.index.count(self.chain[at]) as u32;
+        }
+        self.counts[at] as usize
+    }
+}
+
 impl PrefixIndex {
     /// How many live workers hold the block.
     fn count(&self, hash: BlockHash) -> usize {
@@ -16,20 +63,6 @@ impl PrefixIndex {
         let mut count = 0;
         holders.for_each(|id| count += usize::from(self.slot_of(id).is_some()));
         count
-    }
-
-    /// The largest depth whose last block more than `count` workers hold, and how many do; with nested sets, they hold
-    /// all blocks before it too.
-    pub(in crate::scheduler) fn deepest_above(
-        &self,
-        chain: &[BlockHash],
-        count: usize,
-    ) -> (usize, usize) {
-        let touch = |places: [usize; PROBES]| self.table.touch(places.iter().map(|&at| chain[at]));
-        let is_above = |index: usize| self.count(chain[index]) > count;
-        let depth = last_true(chain.len(), touch, is_above);
-        let last = depth.checked_sub(1).map(|last| chain[last]);
-        (depth, last.map_or(0, |hash| self.count(hash)))
     }
 
     /// How many leading blocks of the chain one holder has. O(that).
@@ -74,11 +107,12 @@ impl PrefixIndex {
 ///
 /// Where it is not of that shape, some border: never below the first index at which it is false.
 /// Probes [`PROBES`] places at a time, because their cache misses then overlap: log₉ `len` rounds.
-/// `touch` is told the places of a round before they are asked for.
-fn last_true(
+/// `fetch` is told the places of a round before they are asked for.
+fn last_true<S>(
     len: usize,
-    touch: impl Fn([usize; PROBES]),
-    is_true: impl Fn(usize) -> bool,
+    state: &mut S,
+    fetch: impl Fn(&mut S, [usize; PROBES]),
+    is_true: impl Fn(&mut S, usize) -> bool,
 ) -> usize {
     let (mut low, mut high) = (0, len);
     while low < high {
@@ -88,9 +122,9 @@ fn last_true(
             0..=PROBES => low + probe.min(width - 1),
             _ => low + (probe + 1) * width / (PROBES + 1),
         });
-        touch(places);
+        fetch(state, places);
         for place in places {
-            if is_true(place) {
+            if is_true(state, place) {
                 low = place + 1;
             } else {
                 high = place;
@@ -109,7 +143,8 @@ mod tests {
     fn borders_are_found_at_every_place() {
         for len in 0..200 {
             for border in 0..=len {
-                assert_eq!(last_true(len, |_| (), |index| index < border), border);
+                let found = last_true(len, &mut (), |(), _| (), |(), index| index < border);
+                assert_eq!(found, border);
             }
         }
     }

@@ -11,7 +11,10 @@ mod depth;
 mod sets;
 mod table;
 
-pub(super) use self::sets::{HolderId, Holders};
+pub(super) use self::{
+    depth::Probed,
+    sets::{HolderId, Holders},
+};
 use self::{
     sets::Sets,
     table::{NUM_SHARDS, Table},
@@ -271,7 +274,7 @@ mod tests {
         index.insert_all(&[chain[0], chain[2]], second); // block 1 was evicted there
         assert_eq!(index.depths(&chain, 3), [4, 1, 0]);
         assert_eq!(index.depth_of(&chain, second), 1);
-        assert_eq!(index.deepest_above(&chain, 0), (4, 1));
+        assert_eq!(Probed::new(&index, &chain).deepest_above(4, 0), (4, 1));
 
         index.remove_holder(first, 4);
         assert_eq!(index.depths(&chain, 3), [0, 1, 0]);
@@ -286,7 +289,8 @@ mod tests {
         index.insert_all(&chain, first);
         index.insert_all(&chain[..10], second);
         index.remove_holder(first, 20_000);
-        assert_eq!(index.deepest_above(&chain, 0), (10, 1));
+        let deepest = Probed::new(&index, &chain).deepest_above(chain.len(), 0);
+        assert_eq!(deepest, (10, 1));
         let third = index.add_holder(2);
         assert_ne!(third, first);
         for _ in 0..100 {

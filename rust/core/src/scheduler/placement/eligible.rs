@@ -2,11 +2,11 @@
 //!
 //! For every size class `c` and every `k`, a bitmap holds the domains with at least `k` GPUs in class `c`. A GPU that
 //! enters or leaves a class changes its domain's count by one, and so exactly one bit. Where the request's size is
-//! no threshold, the class above gives the first domain that is sure to fit; domains nearer to the end that are only
-//! in the class below are counted exactly, so the answer is the true first fit and no fitting domain is missed.
+//! no threshold, domains of the class above are sure to fit, and those that are only in the class below are counted
+//! exactly; so first fit is the true one, and no fitting domain is missed.
 //!
-//! Complexity, for D domains of G GPUs: `set` O(classes crossed); `first_domain` O(D/64) words, plus O(G) for each
-//! domain that is in the class below and nearer than the answer.
+//! Complexity, for D domains of G GPUs: `set` O(classes crossed); `domain` O(D/64) words, for wide gangs of each class
+//! up to the answer, plus O(G) for each domain that is counted before the answer.
 
 use super::{classes::SizeClasses, memory::End};
 
@@ -101,8 +101,9 @@ impl EligibleDomains {
         }
     }
 
-    /// The first domain, seen from `end`, with at least `num_gpus` GPUs that have room for `units`.
-    pub(super) fn first_domain(
+    /// A domain with at least `num_gpus` GPUs that have room for `units`: from the low end the first one, from the high
+    /// end the first of those whose `num_gpus`-th GPU is in the lowest class.
+    pub(super) fn domain(
         &self,
         num_gpus: usize,
         units: u32,
@@ -110,31 +111,23 @@ impl EligibleDomains {
         classes: &SizeClasses,
     ) -> Option<u32> {
         let (class, is_exact) = classes.round_up(units);
-        let sure = self.row(class, num_gpus);
-        if is_exact || class == 0 {
-            return first_bit(sure, end);
-        }
-        let below = self.row(class - 1, num_gpus);
-        for step in 0..below.len() {
-            let word = match end {
-                End::Low => step,
-                End::High => below.len() - 1 - step,
-            };
-            let sure = sure.get(word).copied().unwrap_or(0);
-            let mut candidates = below[word];
-            while candidates != 0 {
-                let bit = match end {
-                    End::Low => candidates.trailing_zeros(),
-                    End::High => candidates.ilog2(),
-                };
-                let domain = word as u32 * 64 + bit;
-                if sure >> bit & 1 == 1 || self.count(domain, units) >= num_gpus {
-                    return Some(domain);
-                }
-                candidates &= !(1 << bit);
+        let is_counted = !is_exact && class > 0;
+        let lowest = class - usize::from(is_counted);
+        let row = |class: usize| self.row(class, num_gpus);
+        // Of the lowest class only those that were counted are sure to fit.
+        match end {
+            End::Low => {
+                let sure = if is_counted { row(class) } else { row(lowest) };
+                first_of(row(lowest), &[], end, |domain| {
+                    is_set(sure, domain) || self.count(domain, units) >= num_gpus
+                })
             }
+            End::High => (lowest..self.shape.num_classes).find_map(|class| {
+                first_of(row(class), row(class + 1), end, |domain| {
+                    class > lowest || !is_counted || self.count(domain, units) >= num_gpus
+                })
+            }),
         }
-        None
     }
 
     /// The most GPUs of one domain that have room for `units`.
@@ -183,25 +176,16 @@ impl EligibleDomains {
         &self.bits[start..start + self.shape.num_words()]
     }
 
-    /// Every domain with at least `num_gpus` GPUs that have room for `units`, ascending. For preemption.
-    pub(super) fn domains<'a>(
-        &'a self,
-        num_gpus: usize,
-        units: u32,
-        classes: &SizeClasses,
-    ) -> impl Iterator<Item = u32> + 'a {
+    /// The domains that may have `num_gpus` GPUs with room for `units`, as bits: all that have, and some that have
+    /// nearly so much. Empty where there is none.
+    pub(super) fn candidates(&self, num_gpus: usize, units: u32, classes: &SizeClasses) -> &[u64] {
         let (class, is_exact) = classes.round_up(units);
         let class = if is_exact {
             class
         } else {
             class.saturating_sub(1)
         };
-        let words = self.row(class, num_gpus).iter().enumerate();
-        let bits = words.flat_map(|(word, &bits)| {
-            let set = (0..64).filter(move |bit| bits >> bit & 1 == 1);
-            set.map(move |bit| word as u32 * 64 + bit)
-        });
-        bits.filter(move |&domain| self.count(domain, units) >= num_gpus)
+        self.row(class, num_gpus)
     }
 
     /// Asserts that counts and bitmaps say what the rooms say.
@@ -218,16 +202,53 @@ impl EligibleDomains {
     }
 }
 
-fn first_bit(words: &[u64], end: End) -> Option<u32> {
-    let is_set = |word: &u64| *word != 0;
-    match end {
-        End::Low => {
-            let word = words.iter().position(is_set)?;
-            Some(word as u32 * 64 + words[word].trailing_zeros())
-        }
-        End::High => {
-            let word = words.iter().rposition(is_set)?;
-            Some(word as u32 * 64 + 63 - words[word].leading_zeros())
+/// The bits set in both, from the end.
+pub(super) fn set_bits<'a>(a: &'a [u64], b: &'a [u64], end: End) -> impl Iterator<Item = u32> + 'a {
+    let num_words = a.len().min(b.len());
+    let words = (0..num_words).map(move |step| match end {
+        End::Low => step,
+        End::High => num_words - 1 - step,
+    });
+    words.flat_map(move |word| {
+        let mut left = a[word] & b[word];
+        std::iter::from_fn(move || {
+            let bit = match end {
+                End::Low => left.trailing_zeros(),
+                End::High => left.checked_ilog2()?,
+            };
+            if left == 0 {
+                return None;
+            }
+            left &= !(1 << bit);
+            Some(word as u32 * 64 + bit)
+        })
+    })
+}
+
+fn is_set(words: &[u64], bit: u32) -> bool {
+    let word = words.get(bit as usize / 64);
+    word.is_some_and(|word| word >> (bit % 64) & 1 == 1)
+}
+
+/// The first domain, seen from `end`, that is in `words`, not in `except`, and fits.
+fn first_of(words: &[u64], except: &[u64], end: End, fits: impl Fn(u32) -> bool) -> Option<u32> {
+    for step in 0..words.len() {
+        let word = match end {
+            End::Low => step,
+            End::High => words.len() - 1 - step,
+        };
+        let mut candidates = words[word] & !except.get(word).copied().unwrap_or(0);
+        while candidates != 0 {
+            let bit = match end {
+                End::Low => candidates.trailing_zeros(),
+                End::High => candidates.ilog2(),
+            };
+            let domain = word as u32 * 64 + bit;
+            if fits(domain) {
+                return Some(domain);
+            }
+            candidates &= !(1 << bit);
         }
     }
+    None
 }

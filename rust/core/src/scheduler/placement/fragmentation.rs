@@ -113,7 +113,7 @@ impl GpuPool {
             longest_run_bytes: u64::from(longest) * unit,
             bytes_stranded: (stranded * unit as f64) as u64,
             unusable_ratio: ratio(short, free),
-            num_pieces: gpu.memory.pieces().len() as u32,
+            num_pieces: gpu.memory.num_pieces() as u32,
             is_out_of_use: !gpu.is_usable(),
         }
     }

@@ -17,11 +17,6 @@ impl GpuPool {
                 stop = piece.stop();
                 let held = self.held.get(&piece.placement);
                 assert_eq!(held.map(|held| held.priority), Some(piece.priority));
-                assert_eq!(
-                    held.map(|held| held.domain),
-                    Some(gpu.domain),
-                    "a gang spans domains"
-                );
                 slots.entry(piece.placement).or_default().push(slot as u32);
             }
             assert!(
@@ -29,7 +24,7 @@ impl GpuPool {
                 "a piece ends behind the memory"
             );
             assert!(
-                !gpu.is_failed || gpu.memory.pieces().is_empty(),
+                !gpu.is_failed || gpu.memory.num_pieces() == 0,
                 "a failed GPU is in use"
             );
         }
@@ -40,6 +35,11 @@ impl GpuPool {
             let mut expected = held.slots.clone();
             expected.sort_unstable();
             assert_eq!(on, expected, "a placement and its GPUs disagree");
+            for stage in held.slots.chunks(held.num_gpus as usize) {
+                let mut domains = stage.iter().map(|&slot| self.domain_of(slot));
+                let first = domains.next();
+                assert!(domains.all(|d| Some(d) == first), "a stage spans domains");
+            }
             if let Some(at) = held.expires_at {
                 assert!(self.expiries.contains(&(at, id)));
             }
@@ -48,7 +48,49 @@ impl GpuPool {
         let expiring = self.held.values().filter(|held| held.expires_at.is_some());
         assert_eq!(expiring.count(), self.expiries.len());
         self.check_registry();
+        self.check_shares();
         self.check_index();
+    }
+
+    fn domain_of(&self, slot: u32) -> Option<u32> {
+        self.gpus[slot as usize].as_ref().map(|gpu| gpu.domain)
+    }
+
+    /// What is booked on nodes and domains is what the placements hold.
+    fn check_shares(&self) {
+        let mut nodes: FxHashMap<u32, [u128; 3]> = FxHashMap::default();
+        let mut domains: FxHashMap<u32, u128> = FxHashMap::default();
+        let shares = self.held.values().flat_map(|held| {
+            let slots = held.slots.iter();
+            slots.map(|&slot| (slot, held.shares))
+        });
+        for (slot, shares) in shares {
+            let Some(gpu) = self.gpus[slot as usize].as_ref() else {
+                continue;
+            };
+            let sums = nodes.entry(gpu.node).or_default();
+            for (sum, share) in sums.iter_mut().zip(shares.of_node()) {
+                *sum += u128::from(share);
+            }
+            *domains.entry(gpu.domain).or_default() += u128::from(shares.power_watts);
+        }
+        for (slot, node) in (0..).zip(&self.nodes) {
+            let Some(node) = node else { continue };
+            let sums = nodes.remove(&slot).unwrap_or_default();
+            assert_eq!(
+                node.quotas.map(|quota| quota.held),
+                sums,
+                "shares of a node"
+            );
+            let gpus = self.gpus.iter().flatten().filter(|gpu| gpu.node == slot);
+            assert_eq!(gpus.count(), node.num_gpus as usize);
+            assert_eq!(self.node_names.get(&node.name), Some(&slot));
+        }
+        for (slot, domain) in (0..).zip(&self.domains) {
+            let sum = domains.remove(&slot).unwrap_or_default();
+            let held = domain.as_ref().map_or(0, |domain| domain.power.held);
+            assert_eq!(held, sum, "power of a domain");
+        }
     }
 
     fn check_registry(&self) {

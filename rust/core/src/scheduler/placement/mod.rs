@@ -1,7 +1,8 @@
 //! The registered GPUs, their memory, and what is placed on them.
 //!
-//! [`registry`] adds and removes GPUs and says which may be used, [`find`] chooses a gang, [`preempt`] chooses whom it
-//! displaces, this file commits and releases. [`eligible`] is the index that all of them keep current.
+//! [`registry`] adds and removes GPUs and says which may be used, [`find`] chooses a gang, [`stages`] the domains of a
+//! pipeline, [`preempt`] whom they displace; [`refuse`] says why not, this file commits and releases. [`eligible`] is the
+//! index that all of them keep current, [`shares`] counts what GPUs share.
 
 mod classes;
 mod eligible;
@@ -10,7 +11,10 @@ mod fragmentation;
 mod integrity;
 mod memory;
 mod preempt;
+mod refuse;
 mod registry;
+mod shares;
+mod stages;
 
 use std::collections::BTreeSet;
 
@@ -24,12 +28,14 @@ use self::{
     fragmentation::SizeMix,
     memory::{GpuMemory, Piece, Rooms},
     registry::{Domain, Gpu},
+    shares::Node,
 };
 use super::{
     SchedulerConfig,
     error::SchedulerError,
     place::{
         Extent, GpuId, Layout, NUM_PRIORITIES, PlaceRequest, PlacedGpu, Placement, PlacementId,
+        Shares,
     },
 };
 use crate::time::Time;
@@ -37,9 +43,12 @@ use crate::time::Time;
 /// A live placement.
 #[derive(Debug)]
 struct Held {
-    /// The slots of its GPUs, each once.
+    /// The slots of its GPUs, each once, by stage.
     slots: Vec<u32>,
-    domain: u32,
+    /// GPUs of one stage.
+    num_gpus: u32,
+    /// Of each GPU.
+    shares: Shares,
     priority: u8,
     replay_cost: u64,
     expires_at: Option<Time>,
@@ -62,6 +71,9 @@ pub(super) struct GpuPool {
     domains: Vec<Option<Domain>>,
     free_domain_slots: BTreeSet<u32>,
     domain_names: FxHashMap<String, u32>,
+    nodes: Vec<Option<Node>>,
+    free_node_slots: BTreeSet<u32>,
+    node_names: FxHashMap<String, u32>,
     index_shape: Shape,
     /// GPU slots: `[domain][member]` in the shape of the index; stale where there is no member.
     member_slots: Vec<u32>,
@@ -92,6 +104,9 @@ impl GpuPool {
             domains: Vec::new(),
             free_domain_slots: BTreeSet::new(),
             domain_names: FxHashMap::default(),
+            nodes: Vec::new(),
+            free_node_slots: BTreeSet::new(),
+            node_names: FxHashMap::default(),
             index_shape: Shape::default(),
             member_slots: Vec::new(),
             by_run: Default::default(),
@@ -116,7 +131,8 @@ impl GpuPool {
             });
         }
         if request.layout == Layout::Contiguous {
-            self.asked.add(gang.units, &self.classes);
+            let units = request.bytes_per_gpu.div_ceil(self.extent_bytes);
+            self.asked.add(units as u32, &self.classes);
         }
         Ok(self.commit(gang, request))
     }
@@ -138,18 +154,20 @@ impl GpuPool {
                 });
             }
         }
-        // By GPU, so that the pieces of one are neighbours.
+        // By stage and GPU, so that the pieces of one GPU are neighbours.
         let mut slots: Vec<u32> = gang.picks.iter().map(|pick| pick.gpu).collect();
         slots.dedup();
         for &slot in &slots {
             self.refresh(slot);
+            self.book_shares(slot, &request.shares_per_gpu, true);
         }
         if let Some(at) = request.expires_at {
             self.expiries.insert((at, id));
         }
         let held = Held {
             slots,
-            domain: gang.domain,
+            num_gpus: request.num_gpus,
+            shares: request.shares_per_gpu,
             priority: request.priority,
             replay_cost: request.replay_cost,
             expires_at: request.expires_at,
@@ -167,10 +185,12 @@ impl GpuPool {
         let bytes = |units: u32| u64::from(units) * self.extent_bytes;
         let placed = gang.picks.iter().map(|pick| PlacedGpu {
             gpu: pick.id,
+            stage: pick.stage,
             extent: Extent {
                 offset_bytes: bytes(pick.offset),
                 length_bytes: bytes(pick.length),
             },
+            layout: pick.layout,
         });
         placed.collect()
     }
@@ -196,6 +216,7 @@ impl GpuPool {
                 gpu.memory.remove(id);
             }
             self.refresh(slot);
+            self.book_shares(slot, &held.shares, false);
         }
         true
     }
@@ -269,12 +290,7 @@ impl GpuPool {
     pub(super) fn bytes(&self) -> (u64, u64) {
         let usable = self.gpus.iter().flatten().filter(|gpu| !gpu.is_failed);
         let sum = usable.fold((0, 0), |(total, free), gpu| {
-            let held: u64 = gpu
-                .memory
-                .pieces()
-                .iter()
-                .map(|p| u64::from(p.length))
-                .sum();
+            let held: u64 = gpu.memory.pieces().map(|p| u64::from(p.length)).sum();
             let capacity = u64::from(gpu.memory.capacity());
             (total + capacity, free + capacity - held)
         });

@@ -8,6 +8,7 @@ use super::{
     },
     GpuPool,
     memory::{GpuMemory, Rooms},
+    shares::Quota,
 };
 
 /// The most GPUs that a domain may have: counts are bytes and choices of a gang live on the stack.
@@ -19,6 +20,7 @@ pub(super) struct Gpu {
     /// Apart, so that GPUs lie close in memory.
     pub(super) spec: Box<GpuSpec>,
     pub(super) domain: u32,
+    pub(super) node: u32,
     /// Its place in the domain.
     pub(super) member: u32,
     pub(super) is_failed: bool,
@@ -32,6 +34,9 @@ pub(super) struct Gpu {
 #[derive(Clone, Debug)]
 pub(super) struct Domain {
     pub(super) name: String,
+    /// All its GPUs name the same.
+    pub(super) rack: Option<String>,
+    pub(super) power: Quota,
     pub(super) is_draining: bool,
     /// GPU slots by member; `None` where one was removed.
     pub(super) members: Vec<Option<u32>>,
@@ -53,8 +58,11 @@ impl GpuPool {
             self.gpus.len() as u32 - 1
         });
         let domain = self.domain_slot(&spec.domain);
+        let node = self.join_node(&spec.node);
         let members = self.domains[domain as usize].get_or_insert_with(|| Domain {
             name: spec.domain.clone(),
+            rack: spec.rack.clone(),
+            power: Quota::default(),
             is_draining: false,
             members: Vec::new(),
         });
@@ -67,6 +75,7 @@ impl GpuPool {
             id,
             spec: Box::new(spec),
             domain,
+            node,
             member: member as u32,
             is_failed: false,
             is_draining,
@@ -87,6 +96,9 @@ impl GpuPool {
         validate_name("name", &spec.name)?;
         validate_name("domain", &spec.domain)?;
         validate_name("node", &spec.node)?;
+        if let Some(rack) = &spec.rack {
+            validate_name("rack", rack)?;
+        }
         let Ok(capacity) = u32::try_from(spec.memory_bytes / self.extent_bytes) else {
             return invalid("memory_bytes", "less than 2^32 extents");
         };
@@ -96,10 +108,16 @@ impl GpuPool {
         if self.gpu_names.contains_key(&spec.name) {
             return Err(SchedulerError::DuplicateName { kind: "gpu" });
         }
-        if let Some(domain) = self.domain(&spec.domain)
-            && domain.members.iter().flatten().count() >= DOMAIN_GPUS_MAX
-        {
-            return invalid("domain", "one with fewer than 128 GPUs");
+        if let Some(domain) = self.domain(&spec.domain) {
+            if domain.members.iter().flatten().count() >= DOMAIN_GPUS_MAX {
+                return invalid("domain", "one with fewer than 128 GPUs");
+            }
+            if domain.rack != spec.rack {
+                return invalid("rack", "that of the domain's other GPUs");
+            }
+        }
+        if !self.may_join_node(&spec.node, &spec.domain) {
+            return invalid("node", "one without limits, or of this domain");
         }
         let limit = self.max_num_gpus;
         if self.gpu_ids.len() >= limit as usize {
@@ -167,6 +185,7 @@ impl GpuPool {
         self.gpu_ids.remove(&id);
         self.gpu_names.remove(&gpu.spec.name);
         self.free_gpu_slots.insert(slot);
+        self.leave_node(gpu.node);
         if let Some(domain) = self.domains[gpu.domain as usize].as_mut() {
             domain.members[gpu.member as usize] = None;
             if domain.members.iter().all(Option::is_none) {
@@ -204,14 +223,21 @@ impl GpuPool {
 
     /// Releases every placement with memory on the GPU; ascending.
     fn evict(&mut self, slot: u32) -> Vec<PlacementId> {
-        let pieces = self.memory(slot).map_or(&[][..], GpuMemory::pieces);
-        let mut lost: Vec<PlacementId> = pieces.iter().map(|piece| piece.placement).collect();
-        lost.sort_unstable();
-        lost.dedup();
+        let lost = self.placed_on([slot]);
         for &placement in &lost {
             self.release(placement);
         }
         lost
+    }
+
+    /// Every placement with memory on these GPUs; ascending.
+    fn placed_on(&self, slots: impl IntoIterator<Item = u32>) -> Vec<PlacementId> {
+        let memories = slots.into_iter().filter_map(|slot| self.memory(slot));
+        let pieces = memories.flat_map(GpuMemory::pieces);
+        let mut placed: Vec<PlacementId> = pieces.map(|piece| piece.placement).collect();
+        placed.sort_unstable();
+        placed.dedup();
+        placed
     }
 
     /// Stops or resumes placing in the domain; answers what is still placed there, ascending.
@@ -224,16 +250,13 @@ impl GpuPool {
         let domain = self.domains[index as usize].as_mut()?;
         domain.is_draining = is_draining;
         let members: Vec<u32> = domain.members.iter().flatten().copied().collect();
-        for slot in members {
+        for &slot in &members {
             if let Some(gpu) = self.gpus[slot as usize].as_mut() {
                 gpu.is_draining = is_draining;
             }
             self.refresh(slot);
         }
-        let here = self.held.iter().filter(|(_, held)| held.domain == index);
-        let mut here: Vec<PlacementId> = here.map(|(&id, _)| id).collect();
-        here.sort_unstable();
-        Some(here)
+        Some(self.placed_on(members))
     }
 
     pub(super) fn domain(&self, name: &str) -> Option<&Domain> {

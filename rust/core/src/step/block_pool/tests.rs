@@ -25,7 +25,7 @@ fn matched(pool: &BlockPool, chain: Chain<'_>) -> usize {
 /// Computes a chain: the table that holds it, and how many of its blocks are cached.
 fn compute(pool: &mut BlockPool, chain: Chain<'_>) -> (Vec<BlockId>, usize) {
     let mut table = pool.allocate_table(&[], chain.hashes.len(), 0).unwrap();
-    let num_cached = pool.cache_blocks(chain, &mut table, 0);
+    let num_cached = pool.cache_blocks(chain, &mut table, 0).num_cached;
     (table, num_cached)
 }
 
@@ -80,14 +80,14 @@ fn a_collision_keeps_the_newcomer_private_until_the_other_is_gone() {
     let (mut first, _) = compute(&mut pool, chain(&hashes[..1], &[1, 2]));
     let newcomer = chain(&hashes, &[3, 4, 5, 6]);
     let mut second = pool.allocate_table(&[], 2, 0).unwrap();
-    assert_eq!(pool.cache_blocks(newcomer, &mut second, 0), 0);
+    assert_eq!(pool.cache_blocks(newcomer, &mut second, 0).num_cached, 0);
     pool.check_integrity(&[(&first, 1), (&second, 0)]);
 
     pool.release_table(&mut first);
     while pool.num_available() > 0 {
         first.extend(pool.allocate()); // the last one evicts
     }
-    assert_eq!(pool.cache_blocks(newcomer, &mut second, 0), 2);
+    assert_eq!(pool.cache_blocks(newcomer, &mut second, 0).num_cached, 2);
     assert_eq!(matched(&pool, newcomer), 2);
     pool.check_integrity(&[(&first, 0), (&second, 2)]);
 }
@@ -101,10 +101,8 @@ fn equal_content_is_kept_once() {
     let mut second = pool.allocate_table(&[], 3, 0).unwrap();
     assert_eq!(pool.num_available(), 3);
 
-    assert_eq!(
-        pool.cache_blocks(chain(&hashes, &token_ids), &mut second, 0),
-        3
-    );
+    let cached = pool.cache_blocks(chain(&hashes, &token_ids), &mut second, 0);
+    assert_eq!((cached.num_cached, cached.first_replaced), (3, 0));
     assert_eq!(
         first[..],
         second[..2],

@@ -1,0 +1,1 @@
+"""Decisions from Python beside Dynamo's, in one run."""

@@ -1,0 +1,10 @@
+//! Bytes turned into operations on what takes input from others. A body panics where an invariant breaks, and nowhere else.
+//!
+//! A coverage-guided fuzzer drives them through `targets/`; `tests/bodies.rs` gives them random bytes on every run of the
+//! test suite, and the inputs that once found something.
+
+mod placement;
+mod routing;
+mod wire;
+
+pub use self::{placement::placement, routing::routing, wire::wire};
