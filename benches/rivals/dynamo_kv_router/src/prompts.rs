@@ -35,7 +35,7 @@ impl Prompt {
 }
 
 /// A copy of the trace has 3.3 requests a second, which keeps about so many workers as busy as they are here.
-const WORKERS_PER_COPY: usize = 8;
+pub const WORKERS_PER_COPY: usize = 8;
 
 #[derive(Clone)]
 pub struct Prompts {
@@ -47,11 +47,11 @@ pub struct Prompts {
 }
 
 impl Prompts {
-    pub fn new(trace: Rc<[TraceRow]>, seed: u64, num_workers: usize) -> Self {
+    pub fn new(trace: Rc<[TraceRow]>, seed: u64, num_copies: usize) -> Self {
         Self {
             trace,
             seed,
-            num_copies: num_workers.div_ceil(WORKERS_PER_COPY) as u64,
+            num_copies: num_copies.max(1) as u64,
             next: 0,
         }
     }
