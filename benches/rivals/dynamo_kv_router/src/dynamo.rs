@@ -9,9 +9,9 @@ use std::{
 };
 
 use dynamo_kv_router::{
-    ActiveSequencesMultiWorker, DefaultWorkerSelector, KvRouterConfig, LocalBlockHash,
-    NoopSequencePublisher, SchedulingRequest, SequenceRequest, WorkerLoadProjection,
-    WorkerSelectionInput, WorkerSelector, WorkerType,
+    ActiveSequencesMultiWorker, DefaultWorkerSelector, KvRouterConfig, NoopSequencePublisher,
+    SchedulingRequest, SequenceRequest, WorkerLoadProjection, WorkerSelectionInput, WorkerSelector,
+    WorkerType,
     indexer::{MatchDetails, TieredMatchDetails},
     protocols::{RoutingConstraints, WorkerConfigLike, WorkerId, WorkerWithDpRank},
     scheduling::{
@@ -74,7 +74,7 @@ pub struct Dynamo {
     /// Kept from decision to decision, as its queue does.
     loads: FxHashMap<WorkerWithDpRank, WorkerLoadProjection>,
     registration_rate: f64,
-    prepared: Option<(Vec<LocalBlockHash>, SchedulingRequest)>,
+    prepared: Option<SchedulingRequest>,
     parts: Parts,
 }
 
@@ -152,16 +152,15 @@ impl Router for Dynamo {
     }
 
     fn prepare(&mut self, prompt: &Prompt) {
-        let sequence = prompt.chain.iter().map(|hash| LocalBlockHash(hash.0));
-        self.prepared = Some((sequence.collect(), scheduling_request(prompt)));
+        self.prepared = Some(scheduling_request(prompt));
     }
 
-    fn decide(&mut self, _prompt: &Prompt) -> Decision<String> {
-        let (sequence, mut request) = self.prepared.take().unwrap();
+    fn decide(&mut self, prompt: &Prompt) -> Decision<String> {
+        let mut request = self.prepared.take().unwrap();
         let mut lap = Lap::start();
         let details = TieredMatchDetails {
             device: MatchDetails {
-                overlap_scores: self.index.find(&sequence),
+                overlap_scores: self.index.find(&prompt.local),
                 ..MatchDetails::default()
             },
             ..TieredMatchDetails::default()

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use dynamo_kv_router::LocalBlockHash;
 use orchestra_core::BlockHash;
 
 use crate::{
@@ -48,7 +49,8 @@ impl Size {
 /// What a worker's cache did with a prompt. What it stored are the last blocks of the chain.
 pub struct Change {
     pub worker: usize,
-    pub chain: Rc<[BlockHash]>,
+    chain: Rc<[BlockHash]>,
+    local: Rc<[LocalBlockHash]>,
     pub stored: Vec<BlockHash>,
     pub removed: Vec<BlockHash>,
 }
@@ -58,10 +60,19 @@ impl Change {
         self.stored.len() + self.removed.len()
     }
 
+    fn num_held(&self) -> usize {
+        self.chain.len() - self.stored.len()
+    }
+
     /// The block before the first one stored.
     pub fn parent(&self) -> Option<BlockHash> {
-        let num_held = self.chain.len() - self.stored.len();
-        num_held.checked_sub(1).map(|last| self.chain[last])
+        let last = self.num_held().checked_sub(1);
+        last.map(|last| self.chain[last])
+    }
+
+    /// The blocks stored, by their own hashes.
+    pub fn stored_local(&self) -> &[LocalBlockHash] {
+        &self.local[self.num_held()..]
     }
 }
 
@@ -115,13 +126,15 @@ impl Caches {
         }
     }
 
-    pub fn store(&mut self, worker: usize, chain: Rc<[BlockHash]>) -> Change {
-        let (stored, removed) = self.caches[worker].store(Rc::clone(&chain), self.limit);
-        assert!(chain.ends_with(&stored), "a cache holds prefixes");
+    pub fn store(&mut self, worker: usize, prompt: &Prompt) -> Change {
+        let chain = Rc::clone(&prompt.chain);
+        let (stored, removed) = self.caches[worker].store(chain, self.limit);
+        assert!(prompt.chain.ends_with(&stored), "a cache holds prefixes");
         self.num_entries = self.num_entries + stored.len() - removed.len();
         Change {
             worker,
-            chain,
+            chain: Rc::clone(&prompt.chain),
+            local: Rc::clone(&prompt.local),
             stored,
             removed,
         }
@@ -133,7 +146,7 @@ impl Caches {
         while self.num_entries < num_workers * self.limit * 3 / 4 {
             let batch = prompts.by_ref().take(FILL_BATCH);
             let changes: Vec<Change> = batch
-                .map(|prompt| self.store(prompt.home(num_workers), prompt.chain))
+                .map(|prompt| self.store(prompt.home(num_workers), &prompt))
                 .collect();
             apply(&changes);
         }
@@ -240,7 +253,7 @@ impl<R: Router> Fleet<R> {
             worker,
             prefill,
         });
-        let change = self.caches.store(worker, Rc::clone(&prompt.chain));
+        let change = self.caches.store(worker, prompt);
         let num_blocks = change.num_blocks();
         if num_blocks > 0 {
             let taken = self.router.apply(&[change]);

@@ -108,7 +108,7 @@ impl Router for Orchestra {
     }
 
     fn prefill_done(&mut self, booking: &ReservationId) {
-        self.scheduler.prefill_done(*booking);
+        self.scheduler.prefill_done(*booking, Time::ZERO);
     }
 
     fn free(&mut self, booking: ReservationId) {

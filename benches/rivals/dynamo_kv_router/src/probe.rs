@@ -2,8 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use dynamo_kv_router::LocalBlockHash;
-
 use crate::{
     dynamo_index::{Index, Kind, router_events},
     fleet::{Caches, Change, Size},
@@ -61,7 +59,7 @@ fn probe_index(size: Size, kind: Kind, mut prompts: Prompts) -> Probed {
     let (mut find, mut events) = (Samples::default(), Rate::default());
     for prompt in prompts.take(NUM_PROMPTS) {
         find.add(timed_find(&index, &prompt), true);
-        let change = caches.store(prompt.home(size.num_workers), prompt.chain);
+        let change = caches.store(prompt.home(size.num_workers), &prompt);
         if change.num_blocks() > 0 {
             events.apply(&mut index, &[change]);
         }
@@ -76,10 +74,8 @@ fn probe_index(size: Size, kind: Kind, mut prompts: Prompts) -> Probed {
 }
 
 fn timed_find(index: &Index, prompt: &Prompt) -> Duration {
-    let sequence = prompt.chain.iter().map(|hash| LocalBlockHash(hash.0));
-    let sequence: Vec<_> = sequence.collect();
     let start = Instant::now();
-    let scores = index.find(&sequence);
+    let scores = index.find(&prompt.local);
     let taken = start.elapsed();
     std::hint::black_box(scores);
     taken
