@@ -24,8 +24,9 @@ use rustc_hash::FxHashMap;
 use tokio::time::Instant;
 
 use crate::{
+    caches::Change,
     dynamo_index::{Index, Kind, router_events},
-    fleet::{Change, Decision, Router, Size},
+    fleet::{Decision, Router, Size},
     prompts::Prompt,
     report::Samples,
     trace::TRACE_BLOCK,

@@ -15,7 +15,7 @@ use orchestra_core::BlockHash;
 use rustc_hash::FxHashMap;
 use tokio::runtime::Runtime;
 
-use crate::{fleet::Change, trace::TRACE_BLOCK};
+use crate::{caches::Change, trace::TRACE_BLOCK};
 
 /// The step that its documentation names.
 const JUMP: usize = 32;

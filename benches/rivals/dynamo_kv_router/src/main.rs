@@ -12,6 +12,7 @@
 
 #[path = "../../../../rust/core/benches/route_latency/cache.rs"]
 mod cache;
+mod caches;
 mod dynamo;
 mod dynamo_index;
 mod fleet;

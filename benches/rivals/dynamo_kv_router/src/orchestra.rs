@@ -17,7 +17,8 @@ use orchestra_core::{
 use rustc_hash::FxHashMap;
 
 use crate::{
-    fleet::{Change, Decision, Router, Size},
+    caches::Change,
+    fleet::{Decision, Router, Size},
     prompts::Prompt,
     scan::MAX_NUM_SEQS,
     trace::TRACE_BLOCK,

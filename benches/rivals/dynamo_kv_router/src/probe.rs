@@ -3,8 +3,9 @@
 use std::time::{Duration, Instant};
 
 use crate::{
+    caches::{Caches, Change},
     dynamo_index::{Index, Kind, router_events},
-    fleet::{Caches, Change, Size},
+    fleet::Size,
     heap,
     prompts::{Prompt, Prompts},
     report::Samples,
