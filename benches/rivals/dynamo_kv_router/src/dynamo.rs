@@ -9,9 +9,9 @@ use std::{
 };
 
 use dynamo_kv_router::{
-    ActiveSequencesMultiWorker, DefaultWorkerSelector, KvRouterConfig, LocalBlockHash,
-    NoopSequencePublisher, SchedulingRequest, SequenceRequest, WorkerLoadProjection,
-    WorkerSelectionInput, WorkerSelector, WorkerType,
+    ActiveSequencesMultiWorker, DefaultWorkerSelector, KvRouterConfig, NoopSequencePublisher,
+    SchedulingRequest, SequenceRequest, WorkerLoadProjection, WorkerSelectionInput, WorkerSelector,
+    WorkerType,
     indexer::{MatchDetails, TieredMatchDetails},
     protocols::{RoutingConstraints, WorkerConfigLike, WorkerId, WorkerWithDpRank},
     scheduling::{
@@ -24,8 +24,9 @@ use rustc_hash::FxHashMap;
 use tokio::time::Instant;
 
 use crate::{
+    caches::Change,
     dynamo_index::{Index, Kind, router_events},
-    fleet::{Change, Decision, Router, Size},
+    fleet::{Decision, Router, Size},
     prompts::Prompt,
     report::Samples,
     trace::TRACE_BLOCK,
@@ -74,7 +75,7 @@ pub struct Dynamo {
     /// Kept from decision to decision, as its queue does.
     loads: FxHashMap<WorkerWithDpRank, WorkerLoadProjection>,
     registration_rate: f64,
-    prepared: Option<(Vec<LocalBlockHash>, SchedulingRequest)>,
+    prepared: Option<SchedulingRequest>,
     parts: Parts,
 }
 
@@ -152,16 +153,15 @@ impl Router for Dynamo {
     }
 
     fn prepare(&mut self, prompt: &Prompt) {
-        let sequence = prompt.chain.iter().map(|hash| LocalBlockHash(hash.0));
-        self.prepared = Some((sequence.collect(), scheduling_request(prompt)));
+        self.prepared = Some(scheduling_request(prompt));
     }
 
-    fn decide(&mut self, _prompt: &Prompt) -> Decision<String> {
-        let (sequence, mut request) = self.prepared.take().unwrap();
+    fn decide(&mut self, prompt: &Prompt) -> Decision<String> {
+        let mut request = self.prepared.take().unwrap();
         let mut lap = Lap::start();
         let details = TieredMatchDetails {
             device: MatchDetails {
-                overlap_scores: self.index.find(&sequence),
+                overlap_scores: self.index.find(&prompt.local),
                 ..MatchDetails::default()
             },
             ..TieredMatchDetails::default()

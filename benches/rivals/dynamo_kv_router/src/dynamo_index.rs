@@ -1,5 +1,7 @@
 //! Dynamo's prefix indexes behind one face: what they share is that they answer with the depth of every holder.
 
+use std::iter;
+
 use dynamo_kv_router::{
     ConcurrentRadixTreeCompressed, LocalBlockHash, OverlapScores, PositionalIndexer, RadixTree,
     RouterEvent, SyncIndexer, ThreadPoolIndexer,
@@ -13,7 +15,7 @@ use orchestra_core::BlockHash;
 use rustc_hash::FxHashMap;
 use tokio::runtime::Runtime;
 
-use crate::{fleet::Change, trace::TRACE_BLOCK};
+use crate::{caches::Change, trace::TRACE_BLOCK};
 
 /// The step that its documentation names.
 const JUMP: usize = 32;
@@ -98,13 +100,12 @@ impl Index {
     }
 }
 
-/// The events of changes in the rival's form. Its block hashes are the engine's own, whatever they are, so ours serve;
-/// hashes of a chain that stand for all before them serve as hashes of a block's tokens too.
+/// The events of changes in the rival's form.
 pub fn router_events(changes: &[Change]) -> Vec<RouterEvent> {
     let external = |hash: &BlockHash| ExternalSequenceBlockHash(hash.0);
-    let block = |hash: &BlockHash| KvCacheStoredBlockData {
+    let block = |(hash, local): (&BlockHash, &LocalBlockHash)| KvCacheStoredBlockData {
         block_hash: external(hash),
-        tokens_hash: LocalBlockHash(hash.0),
+        tokens_hash: *local,
         mm_extra_info: None,
     };
     let mut events = Vec::new();
@@ -121,7 +122,9 @@ pub fn router_events(changes: &[Change]) -> Vec<RouterEvent> {
             push(KvCacheEventData::Stored(KvCacheStoreData {
                 parent_hash: change.parent().as_ref().map(external),
                 start_position: None,
-                blocks: change.stored.iter().map(block).collect(),
+                blocks: iter::zip(&change.stored, change.stored_local())
+                    .map(block)
+                    .collect(),
             }));
         }
         if !change.removed.is_empty() {

@@ -2,22 +2,16 @@
 
 use std::{
     collections::VecDeque,
-    rc::Rc,
     time::{Duration, Instant},
 };
 
-use orchestra_core::BlockHash;
-
 use crate::{
-    cache::Cache,
+    caches::{Caches, Change},
     heap,
     prompts::{Prompt, Prompts},
     report::{Quality, Times},
     trace::TRACE_BLOCK,
 };
-
-/// Requests whose events are applied together while the caches are filled.
-const FILL_BATCH: usize = 256;
 
 #[derive(Clone, Copy)]
 pub struct Size {
@@ -42,26 +36,6 @@ impl Size {
     /// Decisions until as many requests are under way as shall be.
     pub fn num_warm(self) -> usize {
         self.num_live + self.num_prefilling()
-    }
-}
-
-/// What a worker's cache did with a prompt. What it stored are the last blocks of the chain.
-pub struct Change {
-    pub worker: usize,
-    pub chain: Rc<[BlockHash]>,
-    pub stored: Vec<BlockHash>,
-    pub removed: Vec<BlockHash>,
-}
-
-impl Change {
-    pub fn num_blocks(&self) -> usize {
-        self.stored.len() + self.removed.len()
-    }
-
-    /// The block before the first one stored.
-    pub fn parent(&self) -> Option<BlockHash> {
-        let num_held = self.chain.len() - self.stored.len();
-        num_held.checked_sub(1).map(|last| self.chain[last])
     }
 }
 
@@ -97,54 +71,6 @@ pub trait Router {
 #[inline(never)]
 pub fn measured_decision<R: Router>(router: &mut R, prompt: &Prompt) -> Decision<R::Booking> {
     router.decide(prompt)
-}
-
-/// The caches of all workers.
-pub struct Caches {
-    caches: Vec<Cache>,
-    limit: usize,
-    pub num_entries: usize,
-}
-
-impl Caches {
-    pub fn new(size: Size) -> Self {
-        Self {
-            caches: (0..size.num_workers).map(|_| Cache::default()).collect(),
-            limit: size.cache_blocks,
-            num_entries: 0,
-        }
-    }
-
-    pub fn store(&mut self, worker: usize, chain: Rc<[BlockHash]>) -> Change {
-        let (stored, removed) = self.caches[worker].store(Rc::clone(&chain), self.limit);
-        assert!(chain.ends_with(&stored), "a cache holds prefixes");
-        self.num_entries = self.num_entries + stored.len() - removed.len();
-        Change {
-            worker,
-            chain,
-            stored,
-            removed,
-        }
-    }
-
-    /// Fills three quarters of them by the rule, the same for all. What is left of the prompts comes after.
-    pub fn fill(&mut self, prompts: &mut Prompts, mut apply: impl FnMut(&[Change])) {
-        let num_workers = self.caches.len();
-        while self.num_entries < num_workers * self.limit * 3 / 4 {
-            let batch = prompts.by_ref().take(FILL_BATCH);
-            let changes: Vec<Change> = batch
-                .map(|prompt| self.store(prompt.home(num_workers), prompt.chain))
-                .collect();
-            apply(&changes);
-        }
-    }
-
-    fn held_tokens(&self, worker: usize, prompt: &Prompt) -> u64 {
-        let held = &self.caches[worker].uses;
-        let blocks = prompt.usable().iter();
-        let num_held = blocks.take_while(|hash| held.contains_key(hash)).count();
-        num_held as u64 * u64::from(TRACE_BLOCK)
-    }
 }
 
 struct Live<B> {
@@ -240,7 +166,7 @@ impl<R: Router> Fleet<R> {
             worker,
             prefill,
         });
-        let change = self.caches.store(worker, Rc::clone(&prompt.chain));
+        let change = self.caches.store(worker, prompt);
         let num_blocks = change.num_blocks();
         if num_blocks > 0 {
             let taken = self.router.apply(&[change]);

@@ -2,15 +2,17 @@
 //! requests in the same process, in turns.
 //!
 //! `cargo run --release --manifest-path benches/rivals/dynamo_kv_router/Cargo.toml -- TRACE.jsonl[.gz]
-//! [--workers 8,64,512,2048,10000] [--requests 20000] [--seed 1] [--blocks 1024] [--live 2]
+//! [--workers 8,64,512,2048,10000] [--requests 20000] [--seed 1] [--blocks 1024] [--live 2] [--copies N]
 //! [--index fastest|radix|positional|compressed] [--callgrind ours|dynamo|scan]`
 //!
 //! `--blocks` is what a worker's cache holds, in blocks of 512 tokens; `--live` the requests that decode on each worker
-//! in the mean. Each side has workers of its own, which cache and evict as its own decisions make them. All of them
-//! start from the same caches, filled by a rule.
+//! in the mean; `--copies` how often the trace runs at once, otherwise once for eight workers. Each side has workers of
+//! its own, which cache and evict as its own decisions make them. All of them start from the same caches, filled by a
+//! rule.
 
 #[path = "../../../../rust/core/benches/route_latency/cache.rs"]
 mod cache;
+mod caches;
 mod dynamo;
 mod dynamo_index;
 mod fleet;
@@ -33,7 +35,7 @@ use dynamo::Dynamo;
 use dynamo_index::Kind;
 use fleet::{Fleet, Router, Side, Size};
 use orchestra::Orchestra;
-use prompts::Prompts;
+use prompts::{Prompts, WORKERS_PER_COPY};
 use scan_router::ScanRouter;
 use trace::{TraceRow, read_trace};
 
@@ -47,6 +49,7 @@ struct Options {
     seed: u64,
     blocks: usize,
     live: usize,
+    copies: Option<usize>,
     index: Option<Kind>,
     callgrind: Option<String>,
 }
@@ -60,6 +63,7 @@ impl Options {
             seed: 1,
             blocks: 1_024,
             live: 2,
+            copies: None,
             index: None,
             callgrind: None,
         };
@@ -75,6 +79,7 @@ impl Options {
                 "--seed" => options.seed = args.next()?.parse().ok()?,
                 "--blocks" => options.blocks = args.next()?.parse().ok()?,
                 "--live" => options.live = args.next()?.parse().ok()?,
+                "--copies" => options.copies = Some(args.next()?.parse().ok()?),
                 "--index" => match args.next()?.as_str() {
                     "fastest" => options.index = None,
                     name => options.index = Some(Kind::from_name(name)?),
@@ -103,7 +108,9 @@ fn main() {
     let trace: Rc<[TraceRow]> = read_trace(&options.trace).into();
     for &num_workers in &options.workers {
         let size = options.size(num_workers);
-        let prompts = Prompts::new(Rc::clone(&trace), options.seed, num_workers);
+        let copies = options.copies;
+        let copies = copies.unwrap_or(num_workers.div_ceil(WORKERS_PER_COPY));
+        let prompts = Prompts::new(Rc::clone(&trace), options.seed, copies);
         match &options.callgrind {
             Some(side) => count_instructions(side, size, prompts, &options),
             None => compare(size, prompts, &options),

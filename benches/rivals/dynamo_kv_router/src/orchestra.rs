@@ -17,7 +17,8 @@ use orchestra_core::{
 use rustc_hash::FxHashMap;
 
 use crate::{
-    fleet::{Change, Decision, Router, Size},
+    caches::Change,
+    fleet::{Decision, Router, Size},
     prompts::Prompt,
     scan::MAX_NUM_SEQS,
     trace::TRACE_BLOCK,
@@ -108,7 +109,7 @@ impl Router for Orchestra {
     }
 
     fn prefill_done(&mut self, booking: &ReservationId) {
-        self.scheduler.prefill_done(*booking);
+        self.scheduler.prefill_done(*booking, Time::ZERO);
     }
 
     fn free(&mut self, booking: ReservationId) {

@@ -2,11 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use dynamo_kv_router::LocalBlockHash;
-
 use crate::{
+    caches::{Caches, Change},
     dynamo_index::{Index, Kind, router_events},
-    fleet::{Caches, Change, Size},
+    fleet::Size,
     heap,
     prompts::{Prompt, Prompts},
     report::Samples,
@@ -61,7 +60,7 @@ fn probe_index(size: Size, kind: Kind, mut prompts: Prompts) -> Probed {
     let (mut find, mut events) = (Samples::default(), Rate::default());
     for prompt in prompts.take(NUM_PROMPTS) {
         find.add(timed_find(&index, &prompt), true);
-        let change = caches.store(prompt.home(size.num_workers), prompt.chain);
+        let change = caches.store(prompt.home(size.num_workers), &prompt);
         if change.num_blocks() > 0 {
             events.apply(&mut index, &[change]);
         }
@@ -76,10 +75,8 @@ fn probe_index(size: Size, kind: Kind, mut prompts: Prompts) -> Probed {
 }
 
 fn timed_find(index: &Index, prompt: &Prompt) -> Duration {
-    let sequence = prompt.chain.iter().map(|hash| LocalBlockHash(hash.0));
-    let sequence: Vec<_> = sequence.collect();
     let start = Instant::now();
-    let scores = index.find(&sequence);
+    let scores = index.find(&prompt.local);
     let taken = start.elapsed();
     std::hint::black_box(scores);
     taken

@@ -3,6 +3,7 @@
 
 use std::rc::Rc;
 
+use dynamo_kv_router::{LocalBlockHash, protocols::compute_seq_hash_for_block};
 use orchestra_core::BlockHash;
 
 use crate::trace::{TRACE_BLOCK, TraceRow};
@@ -14,7 +15,10 @@ pub struct Prompt {
     pub input: u32,
     /// Tokens.
     pub output: u32,
-    /// Hashes of the full blocks, each of its block and all before it.
+    /// Hashes of the full blocks, each of its block alone, as the rival looks them up.
+    pub local: Rc<[LocalBlockHash]>,
+    /// Hashes of the full blocks, each of its block and all before it: the rival's own function of the local ones, which
+    /// one of its indexes counts on. They name the blocks on all sides.
     pub chain: Rc<[BlockHash]>,
 }
 
@@ -35,7 +39,7 @@ impl Prompt {
 }
 
 /// A copy of the trace has 3.3 requests a second, which keeps about so many workers as busy as they are here.
-const WORKERS_PER_COPY: usize = 8;
+pub const WORKERS_PER_COPY: usize = 8;
 
 #[derive(Clone)]
 pub struct Prompts {
@@ -47,11 +51,11 @@ pub struct Prompts {
 }
 
 impl Prompts {
-    pub fn new(trace: Rc<[TraceRow]>, seed: u64, num_workers: usize) -> Self {
+    pub fn new(trace: Rc<[TraceRow]>, seed: u64, num_copies: usize) -> Self {
         Self {
             trace,
             seed,
-            num_copies: num_workers.div_ceil(WORKERS_PER_COPY) as u64,
+            num_copies: num_copies.max(1) as u64,
             next: 0,
         }
     }
@@ -67,11 +71,16 @@ impl Iterator for Prompts {
         let step = number / self.num_copies + copy * length / self.num_copies;
         let row = &self.trace[(step % length) as usize];
         let replay = step / length * self.num_copies + copy;
+        let blocks = row.chain(TRACE_BLOCK, (self.seed << 32) + replay);
+        let local: Rc<[LocalBlockHash]> =
+            blocks.iter().map(|hash| LocalBlockHash(hash.0)).collect();
+        let chain = compute_seq_hash_for_block(&local);
         Some(Prompt {
             number,
             input: row.input,
             output: row.output,
-            chain: row.chain(TRACE_BLOCK, (self.seed << 32) + replay),
+            local,
+            chain: chain.into_iter().map(BlockHash).collect(),
         })
     }
 }

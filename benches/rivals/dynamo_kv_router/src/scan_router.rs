@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use orchestra_core::HashSeed;
 
 use crate::{
-    fleet::{Change, Decision, Router, Size},
+    caches::Change,
+    fleet::{Decision, Router, Size},
     orchestra::route_request,
     prompts::Prompt,
     scan::Scan,
