@@ -43,7 +43,7 @@ bench: setup ## Measure serving on this machine; benches/README.md says how to r
 soak: ## Run the Rust property tests on CASES random histories each: some 10^6 operations, many minutes
 	PROPTEST_CASES=$(CASES) cargo test --release --locked -p orchestra-core
 
-fuzz: ## Fuzz TARGET (routing, placement, wire) for FUZZ_SECONDS with libFuzzer
+fuzz: ## Fuzz TARGET (placement, routing, stepping, waiting, wire) for FUZZ_SECONDS with libFuzzer
 	RUSTFLAGS="$(FUZZ_FLAGS)" cargo build --release --locked -p orchestra-fuzz --features libfuzzer --bin $(TARGET) \
 		--target $(HOST) --target-dir target/fuzz
 	mkdir -p target/fuzz/corpus/$(TARGET)

@@ -5,6 +5,10 @@
 
 mod placement;
 mod routing;
+mod stepping;
+mod waiting;
 mod wire;
 
-pub use self::{placement::placement, routing::routing, wire::wire};
+pub use self::{
+    placement::placement, routing::routing, stepping::stepping, waiting::waiting, wire::wire,
+};
