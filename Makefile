@@ -40,7 +40,7 @@ lint: setup ## Run the gates that execute no product code: format, clippy, ruff,
 bench: setup ## Measure serving on this machine; benches/README.md says how to read the table
 	$(PY) -m benches.serving $(ARGS)
 
-soak: ## Run the Rust property tests on CASES random histories each: some 10^6 operations, many minutes
+soak: ## Run the Rust property tests on CASES random histories each: some 10^6 operations, some minutes
 	PROPTEST_CASES=$(CASES) cargo test --release --locked -p orchestra-core
 
 fuzz: ## Fuzz TARGET (placement, routing, stepping, waiting, wire) for FUZZ_SECONDS with libFuzzer
