@@ -121,6 +121,23 @@ def test_an_expired_placement_makes_room() -> None:
         assert scheduler.expire_placements() == []
 
 
+def test_what_an_expired_placement_leaves_serves_those_that_wait() -> None:
+    async def main() -> None:
+        scheduler = AsyncScheduler(scheduler=cluster(num_domains=1, gpus=1))
+        await scheduler.place(num_gpus=1, bytes_per_gpu=GIB)
+        expiring = await scheduler.place(num_gpus=1, bytes_per_gpu=70 * GIB, expires_in_s=0.02)
+        waiting = asyncio.ensure_future(
+            scheduler.place(num_gpus=1, bytes_per_gpu=60 * GIB, timeout=10)
+        )
+        await asyncio.sleep(0.05)  # the time that it has to be over
+        with pytest.raises(errors.InvalidRequestError):
+            await scheduler.place(num_gpus=2, bytes_per_gpu=GIB)
+        (await waiting).release()
+        assert not expiring.release()
+
+    asyncio.run(main())
+
+
 def test_a_pipeline_waits_for_room() -> None:
     async def main() -> None:
         scheduler = AsyncScheduler(scheduler=cluster())

@@ -1,8 +1,7 @@
 //! Figures for readers that must not stop decisions.
 //!
-//! A scheduler is behind a lock. Readers that can do with figures of a few
-//! milliseconds ago share a [`Snapshot`] instead: at most one of them in that time takes the lock and copies, and those
-//! that decide never wait for the others.
+//! A scheduler is behind a lock. Readers that can do with figures of a few milliseconds ago share a [`Snapshot`]
+//! instead: at most one of them in that time takes the lock and copies, and those that decide never wait for the others.
 //!
 //! *Property.* No reader is shown an older state than any reader was shown before. Two readers may copy at a time and
 //! come back in either order; the number of the copy, drawn under the owner's lock, says which one stays. The model

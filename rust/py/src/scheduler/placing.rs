@@ -218,11 +218,9 @@ impl Scheduler {
 
     /// Finds and takes memory for a gang.
     fn place(&self, py: Python<'_>, request: &Bound<'_, PlaceRequest>) -> PyResult<Placement> {
-        let now = self.shared.now();
-        let request = request.get().at(now);
-        let held = self.decide(py, |State { scheduler, .. }| {
-            scheduler.expire_placements(now);
-            let placement = scheduler.place(&request)?;
+        let request = request.get();
+        let held = self.change_gpus(py, |State { scheduler, .. }, now| {
+            let placement = scheduler.place(&request.at(now))?;
             Ok(HeldPlacement::new(scheduler, &placement))
         })?;
         Placement::new(py, &self.shared, held)
@@ -238,13 +236,9 @@ impl Scheduler {
         py: Python<'_>,
         requests: Vec<Py<PlaceRequest>>,
     ) -> PyResult<Vec<Py<PyAny>>> {
-        let now = self.shared.now();
-        let requests: Vec<_> = requests
-            .iter()
-            .map(|request| request.get().at(now))
-            .collect();
-        let outcomes = self.decide(py, |State { scheduler, .. }| {
-            scheduler.expire_placements(now);
+        let requests: Vec<&PlaceRequest> = requests.iter().map(Py::get).collect();
+        let outcomes = self.change_gpus(py, |State { scheduler, .. }, now| {
+            let requests: Vec<_> = requests.iter().map(|request| request.at(now)).collect();
             let placed = scheduler.place_batch(&requests).into_iter();
             let held = placed.map(|it| it.map(|it| HeldPlacement::new(scheduler, &it)));
             Ok(held.collect::<Vec<Result<_, SchedulerError>>>())
@@ -267,11 +261,9 @@ impl Scheduler {
         request: &Bound<'_, PlaceRequest>,
         on_outcome: Py<PyAny>,
     ) -> PyResult<Py<PyAny>> {
-        let now = self.shared.now();
-        let request = request.get().at(now);
-        let answer = self.decide(py, |state| {
-            state.scheduler.expire_placements(now);
-            Ok(match state.scheduler.acquire_gpus(&request)? {
+        let request = request.get();
+        let answer = self.change_gpus(py, |state, now| {
+            Ok(match state.scheduler.acquire_gpus(&request.at(now))? {
                 Wait::Granted(placement) => {
                     Wait::Granted(HeldPlacement::new(&state.scheduler, &placement))
                 }
@@ -294,6 +286,23 @@ impl Scheduler {
             scheduler.expire_placements(now)
         });
         expired.iter().map(|id| id.number()).collect()
+    }
+}
+
+impl Scheduler {
+    /// Makes a change to what GPUs hold. Placements whose time has come make room for it first, and what is left of
+    /// that serves those that wait.
+    fn change_gpus<R: Send>(
+        &self,
+        py: Python<'_>,
+        change: impl FnOnce(&mut State, Time) -> Result<R, SchedulerError> + Send,
+    ) -> PyResult<R> {
+        let now = self.shared.now();
+        let changed = self.shared.change(py, |state| {
+            state.scheduler.expire_placements(now);
+            change(state, now)
+        });
+        Ok(changed.map_err(Failure::from)?)
     }
 }
 

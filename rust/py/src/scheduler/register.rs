@@ -160,11 +160,10 @@ impl Scheduler {
         events: Vec<(String, Vec<u64>)>,
     ) -> PyResult<bool> {
         let events: Vec<KvEvent> = events.into_iter().map(kv_event).collect::<PyResult<_>>()?;
-        let feed = self.shared.change(py, |State { scheduler, .. }| {
-            let id = scheduler.worker_by_name(worker);
-            scheduler.apply_kv_events(id.ok_or(SchedulerError::UnknownWorker)?, sequence, &events)
-        });
-        Ok(feed.map_err(Failure::from)? == KvFeed::InStep)
+        let feed = self.change_worker(py, worker, |scheduler, id| {
+            scheduler.apply_kv_events(id, sequence, &events)
+        })?;
+        Ok(feed == KvFeed::InStep)
     }
 
     /// Takes all that the worker's prefix cache holds after its message number `sequence`.
@@ -183,12 +182,12 @@ impl Scheduler {
 }
 
 impl Scheduler {
-    fn change_worker(
+    fn change_worker<R: Send>(
         &self,
         py: Python<'_>,
         worker: &str,
-        change: impl FnOnce(&mut core::Scheduler, WorkerId) -> Result<(), SchedulerError> + Send,
-    ) -> PyResult<()> {
+        change: impl FnOnce(&mut core::Scheduler, WorkerId) -> Result<R, SchedulerError> + Send,
+    ) -> PyResult<R> {
         let changed = self.shared.change(py, |State { scheduler, .. }| {
             let id = scheduler.worker_by_name(worker);
             change(scheduler, id.ok_or(SchedulerError::UnknownWorker)?)
