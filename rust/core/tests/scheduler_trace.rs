@@ -5,12 +5,16 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "../benches/route_latency/cache.rs"]
+mod cache;
+
 use std::{
     cmp::Reverse,
-    collections::{BinaryHeap, VecDeque},
+    collections::BinaryHeap,
     io::{BufRead, BufReader},
 };
 
+use cache::Cache;
 use flate2::read::GzDecoder;
 use orchestra_core::{
     BlockHash, Time,
@@ -19,7 +23,6 @@ use orchestra_core::{
     },
     step::KvEvent,
 };
-use rustc_hash::FxHashMap;
 use serde::Deserialize;
 
 const TRACE: &[u8] = include_bytes!("testdata/traces/mooncake_conversation.jsonl.gz");
@@ -62,9 +65,7 @@ impl Row {
 /// A simulated worker: what it holds and what runs there.
 #[derive(Default)]
 struct Worker {
-    /// Cached chains that have the block.
-    uses: FxHashMap<BlockHash, u32>,
-    chains: VecDeque<Vec<BlockHash>>,
+    cache: Cache,
     queued: u64,
     batch: u64,
     kv_used: u64,
@@ -74,7 +75,7 @@ impl Worker {
     fn depth(&self, row: &Row, chain: &[BlockHash]) -> u64 {
         let usable = chain.iter().take(row.num_usable());
         usable
-            .take_while(|&hash| self.uses.contains_key(hash))
+            .take_while(|&hash| self.cache.uses.contains_key(hash))
             .count() as u64
     }
 
@@ -85,30 +86,6 @@ impl Worker {
             self.batch >= MAX_NUM_SEQS || self.kv_used + row.num_blocks() - depth > NUM_BLOCKS;
         let left = row.input_length - depth * BLOCK_SIZE + self.queued;
         (is_full, left * (self.batch + 1))
-    }
-
-    /// Caches a chain and evicts the oldest ones, leaves first: what to report.
-    fn store(&mut self, chain: Vec<BlockHash>) -> [KvEvent; 2] {
-        let (mut stored, mut removed) = (Vec::new(), Vec::new());
-        for &hash in &chain {
-            let uses = self.uses.entry(hash).or_insert_with(|| {
-                stored.push(hash);
-                0
-            });
-            *uses += 1;
-        }
-        self.chains.push_back(chain);
-        while self.uses.len() as u64 > NUM_BLOCKS {
-            for hash in self.chains.pop_front().unwrap().iter().rev() {
-                let uses = self.uses.get_mut(hash).unwrap();
-                *uses -= 1;
-                if *uses == 0 {
-                    self.uses.remove(hash);
-                    removed.push(*hash);
-                }
-            }
-        }
-        [KvEvent::Removed(removed), KvEvent::Stored(stored)]
     }
 }
 
@@ -235,7 +212,9 @@ impl Fleet {
                 Next::Prefilled => {
                     worker.queued -= live.prefill;
                     assert!(self.scheduler.prefill_done(live.reservation.id, Time::ZERO));
-                    for event in worker.store(std::mem::take(&mut live.chain)) {
+                    let chain = std::mem::take(&mut live.chain).into();
+                    let (stored, removed) = worker.cache.store(chain, NUM_BLOCKS as usize);
+                    for event in [KvEvent::Removed(removed), KvEvent::Stored(stored)] {
                         let id = self.ids[live.worker];
                         self.scheduler.apply_kv_event(id, &event).unwrap();
                     }

@@ -9,6 +9,16 @@ mod stepping;
 mod waiting;
 mod wire;
 
+use arbitrary::{Arbitrary, Unstructured};
+
 pub use self::{
     placement::placement, routing::routing, stepping::stepping, waiting::waiting, wire::wire,
 };
+
+/// The operations that the rest of the input spells.
+fn operations<'a, Op: Arbitrary<'a>>(mut input: Unstructured<'a>) -> impl Iterator<Item = Op> {
+    std::iter::from_fn(move || {
+        let op = (!input.is_empty()).then(|| Op::arbitrary(&mut input));
+        op?.ok()
+    })
+}

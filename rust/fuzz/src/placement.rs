@@ -6,6 +6,8 @@ use orchestra_core::{
     scheduler::{GpuSpec, Layout, PlaceRequest, PlacementId, Scheduler, SchedulerConfig},
 };
 
+use crate::operations;
+
 #[derive(Debug, Arbitrary)]
 enum Op {
     AddGpu {
@@ -27,7 +29,7 @@ enum Op {
 /// # Panics
 /// If an invariant breaks.
 pub fn placement(data: &[u8]) {
-    let mut input = Unstructured::new(data);
+    let input = Unstructured::new(data);
     let config = SchedulerConfig {
         extent_bytes: 16,
         max_num_gpus: 12,
@@ -38,9 +40,7 @@ pub fn placement(data: &[u8]) {
         return;
     };
     let mut held = Vec::new();
-    while !input.is_empty()
-        && let Ok(op) = Op::arbitrary(&mut input)
-    {
+    for op in operations::<Op>(input) {
         apply(&mut scheduler, &mut held, &op);
         scheduler.check_integrity();
     }

@@ -10,6 +10,8 @@ use orchestra_core::{
     step::KvEvent,
 };
 
+use crate::operations;
+
 #[derive(Debug, Arbitrary)]
 enum Op {
     AddWorker {
@@ -76,9 +78,7 @@ pub fn routing(data: &[u8]) {
         return;
     };
     let mut held = Vec::new();
-    while !input.is_empty()
-        && let Ok(op) = Op::arbitrary(&mut input)
-    {
+    for op in operations::<Op>(input) {
         apply(&mut scheduler, &mut held, op);
         scheduler.check_integrity();
     }

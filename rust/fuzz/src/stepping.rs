@@ -6,6 +6,8 @@ use orchestra_core::{
     step::{Request, StepOutput, StepPlan, StepScheduler, StepSchedulerConfig},
 };
 
+use crate::operations;
+
 #[derive(Debug, Arbitrary)]
 enum Op {
     Add {
@@ -62,9 +64,7 @@ pub fn stepping(data: &[u8]) {
         return;
     };
     let (mut executing, mut now) = (None, Time::ZERO);
-    while !input.is_empty()
-        && let Ok(op) = Op::arbitrary(&mut input)
-    {
+    for op in operations::<Op>(input) {
         apply(&mut scheduler, &mut executing, &mut now, op);
         scheduler.check_integrity();
     }

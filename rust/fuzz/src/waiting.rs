@@ -9,6 +9,8 @@ use orchestra_core::{
     },
 };
 
+use crate::operations;
+
 #[derive(Debug, Arbitrary)]
 enum Op {
     Acquire {
@@ -42,7 +44,7 @@ struct Books {
 /// # Panics
 /// If an invariant breaks, a ticket is answered twice, or one is forgotten.
 pub fn waiting(data: &[u8]) {
-    let mut input = Unstructured::new(data);
+    let input = Unstructured::new(data);
     let config = SchedulerConfig {
         max_num_workers: 4,
         max_num_waiting: 10,
@@ -54,9 +56,7 @@ pub fn waiting(data: &[u8]) {
         return;
     };
     let (mut books, mut now) = (Books::default(), Time::ZERO);
-    while !input.is_empty()
-        && let Ok(op) = Op::arbitrary(&mut input)
-    {
+    for op in operations::<Op>(input) {
         apply(&mut scheduler, &mut books, &mut now, &op);
         take_grants(&mut scheduler, &mut books, now);
         scheduler.check_integrity();

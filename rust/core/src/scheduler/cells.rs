@@ -78,6 +78,15 @@ impl Cells {
 
     fn choose(&self, request: &RouteRequest<'_>) -> Result<(CellId, Candidate), SchedulerError> {
         request.validate()?;
+        // Cells with the same weights hash alike, so the prompt is hashed once for all of them.
+        let first = self.cells.iter().find_map(|cell| {
+            let model = cell.groups.model(request.model)?;
+            cell.chains(model, request).into_iter().next()
+        });
+        let request = &RouteRequest {
+            hashed: request.hashed.or_else(|| Some(first.as_ref()?.hashed())),
+            ..*request
+        };
         let mut bounds = Vec::with_capacity(self.cells.len());
         for (index, cell) in self.cells.iter().enumerate() {
             bounds.extend(cell.least_cost_bound(request).map(|bound| (bound, index)));

@@ -161,6 +161,17 @@ pub(super) struct Chain<'a> {
     pub(super) residents: Option<&'a Bits>,
 }
 
+impl Chain<'_> {
+    /// The hashes, for other requests of this prompt.
+    pub(super) fn hashed(&self) -> HashedPrompt<'_> {
+        HashedPrompt {
+            seed: self.seed,
+            block_size: self.block_size,
+            blocks: &self.blocks,
+        }
+    }
+}
+
 /// Hashes that the caller had, or that groups with the same chain share.
 #[derive(Clone)]
 pub(super) enum Blocks<'a> {

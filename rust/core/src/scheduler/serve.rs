@@ -4,9 +4,10 @@
 //! workers: up to 16 are looked at, as long as any worker has a place in its batch. Before one of them goes first, the
 //! worker that the next one would have gone to is *held* for it: that worker takes nobody else of the model's waiting
 //! requests, so at the latest when all that runs there has ended there is room. So a large request holds up no more
-//! than one worker, and does not starve. Where the model's workers are of several kinds the hold is made at once, because
-//! requests of another queue could go first unseen. There is one hold to a queue; it stays until its request has left, also where
-//! the turn of another comes first. A request that finds no open worker at all (all drain) holds nothing and nobody up.
+//! than one worker, and does not starve. Where the model's workers are of several kinds the hold is made at once,
+//! because requests of another queue could go first unseen. There is one hold to a queue; it stays until its request has
+//! left, also where the turn of another comes first. A request that finds no open worker at all (all drain) holds nothing
+//! and nobody up.
 //!
 //! *Starvation.* Let `N = max_overtakes + max_bypasses + 1`. At most `N` later requests of its queue are served before
 //! any request that some open worker could take. Proof: let `n` be how often the oldest of them has been overtaken, at
