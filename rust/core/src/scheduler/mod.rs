@@ -198,6 +198,7 @@ impl Scheduler {
         worker.load = load;
         worker.num_reports += 1;
         worker.unreported = Demand::default();
+        worker.returned = Demand::default();
         self.refresh(id.slot);
         true
     }

@@ -42,6 +42,7 @@ pub(super) struct WaitingRoute {
     deadline: Option<Time>,
     token_ids: Vec<TokenId>,
     max_tokens: u32,
+    booked_tokens: Option<u32>,
     salt: String,
     lora: Option<(String, u64)>,
     weights_epoch: Option<u64>,
@@ -271,6 +272,7 @@ impl WaitingRoute {
             deadline: request.deadline,
             token_ids: request.token_ids.to_vec(),
             max_tokens: request.max_tokens,
+            booked_tokens: request.booked_tokens,
             salt: request.salt.to_owned(),
             lora: request.lora.map(|lora| (lora.id.to_owned(), lora.version)),
             weights_epoch: request.weights_epoch,
@@ -305,6 +307,7 @@ impl WaitingRoute {
             model,
             token_ids: &self.token_ids,
             max_tokens: self.max_tokens,
+            booked_tokens: self.booked_tokens,
             salt: &self.salt,
             lora: lora.map(|(id, version)| Lora {
                 id,
