@@ -19,6 +19,8 @@ mod index;
 mod kv_feed;
 mod load_grid;
 mod loras;
+mod make_room;
+mod output_length;
 mod pace;
 mod pick;
 pub mod place;
@@ -30,6 +32,7 @@ mod reservation;
 mod ring;
 pub mod route;
 mod search;
+mod seats;
 mod serve;
 mod standing;
 mod stats;
@@ -50,6 +53,7 @@ pub use self::{
     error::SchedulerError,
     kv_feed::KvFeed,
     loras::Lora,
+    make_room::{Preemptible, Preemption},
     place::{
         Extent, GpuId, GpuSpec, Layout, NodeLimits, PlaceRequest, PlacedGpu, Placement,
         PlacementId, Shares,
@@ -71,6 +75,7 @@ use self::{
     index::PrefixIndex,
     loras::Loras,
     placement::GpuPool,
+    seats::Seats,
     standing::NIL,
     wait_queues::WaitQueues,
     worker::{Demand, Worker},
@@ -94,6 +99,7 @@ pub struct Scheduler {
     gpus: GpuPool,
     waiting: WaitQueues,
     rules: Rules,
+    seats: Seats,
     /// Of the reservations that were acquired.
     charges: FxHashMap<ReservationId, Charge>,
     /// Of the tenants that have one of their own.
@@ -118,6 +124,7 @@ impl Scheduler {
             gpus,
             waiting: WaitQueues::default(),
             rules,
+            seats: Seats::default(),
             charges: FxHashMap::default(),
             tenant_weights: BTreeMap::new(),
         })

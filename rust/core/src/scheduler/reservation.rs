@@ -130,12 +130,7 @@ impl Scheduler {
         let Some(worker) = self.workers.get_mut(held.worker) else {
             return;
         };
-        worker.reserved.subtract(demand);
-        if worker.num_reports == held.num_reports {
-            worker.unreported.subtract(demand);
-        } else {
-            worker.returned.add(demand);
-        }
+        worker.give_back(held, demand);
         self.refresh(held.worker.slot);
     }
 }

@@ -94,7 +94,9 @@ impl RouteRequest<'_> {
 
     /// Prompt tokens, and the output tokens that room is kept for.
     pub(super) fn num_booked_tokens(&self) -> u64 {
-        let output = self.booked_tokens.map_or(self.max_tokens, |it| it.min(self.max_tokens));
+        let output = self
+            .booked_tokens
+            .map_or(self.max_tokens, |it| it.min(self.max_tokens));
         self.token_ids.len() as u64 + u64::from(output)
     }
 

@@ -2,7 +2,9 @@
 
 use std::{fmt, sync::Arc};
 
-use super::{error::SchedulerError, index::HolderId, kv_feed::KvFeed, loras::Lora, pace::Pace};
+use super::{
+    error::SchedulerError, held::Held, index::HolderId, kv_feed::KvFeed, loras::Lora, pace::Pace,
+};
 use crate::{
     hash::{HashSeed, SeedParts},
     time::Time,
@@ -218,6 +220,16 @@ impl Worker {
             kv_feed: KvFeed::InStep,
             prefill_pace: Pace::default(),
             prefill_done_at: Time::ZERO,
+        }
+    }
+
+    /// Gives back some of what a reservation asked for.
+    pub(super) fn give_back(&mut self, held: &Held, demand: Demand) {
+        self.reserved.subtract(demand);
+        if self.num_reports == held.num_reports {
+            self.unreported.subtract(demand);
+        } else {
+            self.returned.add(demand);
         }
     }
 
