@@ -1,12 +1,10 @@
 //! What every request and every worker session shares.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use orchestra_core::Time;
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 
 pub use crate::models::ModelInfo;
 use crate::{
@@ -70,11 +68,20 @@ pub struct RouterState {
 impl RouterState {
     /// State without workers and models.
     pub fn new(limits: CorridorLimits, metrics: Metrics) -> Arc<Self> {
+        Self::with_tasks(limits, metrics, Tasks::default())
+    }
+
+    /// The same for a simulation, where all work is done on the one thread in one order.
+    pub fn for_simulation(limits: CorridorLimits, metrics: Metrics) -> Arc<Self> {
+        Self::with_tasks(limits, metrics, Tasks::on_one_thread())
+    }
+
+    fn with_tasks(limits: CorridorLimits, metrics: Metrics, tasks: Tasks) -> Arc<Self> {
         Arc::new(Self {
             admission: Admission::new(&limits, &metrics),
             limits,
             metrics,
-            tasks: Tasks::default(),
+            tasks,
             models: Models::default(),
             workers: Workers::new(),
             started: Instant::now(),
