@@ -8,7 +8,12 @@ use tokio::time::Instant;
 
 pub use crate::models::ModelInfo;
 use crate::{
-    corridor::Admission, metrics::Metrics, models::Models, tasks::Tasks, workers::Workers,
+    corridor::Admission,
+    metrics::Metrics,
+    models::Models,
+    settings::{Live, Settings},
+    tasks::Tasks,
+    workers::Workers,
 };
 
 /// Bounds of the corridor. The router's configuration nests them.
@@ -52,8 +57,6 @@ impl Default for CorridorLimits {
 
 /// The router's shared state.
 pub struct RouterState {
-    /// Bounds of the corridor.
-    pub limits: CorridorLimits,
     /// What `GET /metrics` shows.
     pub metrics: Metrics,
     /// Background tasks and the shutdown token.
@@ -62,6 +65,7 @@ pub struct RouterState {
     pub models: Models,
     pub(crate) admission: Arc<Admission>,
     pub(crate) workers: Arc<Workers>,
+    settings: Live,
     started: Instant,
 }
 
@@ -79,13 +83,26 @@ impl RouterState {
     fn with_tasks(limits: CorridorLimits, metrics: Metrics, tasks: Tasks) -> Arc<Self> {
         Arc::new(Self {
             admission: Admission::new(&limits, &metrics),
-            limits,
+            settings: Live::new(Settings {
+                limits,
+                ..Settings::default()
+            }),
             metrics,
             tasks,
             models: Models::default(),
             workers: Workers::new(),
             started: Instant::now(),
         })
+    }
+
+    /// The settings in effect now.
+    pub fn settings(&self) -> Arc<Settings> {
+        self.settings.get()
+    }
+
+    /// From the next request on these settings count, as far as they may change while the router runs.
+    pub fn set_settings(&self, settings: Settings) {
+        self.settings.set(settings);
     }
 
     /// Whether a request could be served now: a worker that takes work is attached, and no shutdown has begun.
