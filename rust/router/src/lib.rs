@@ -22,6 +22,7 @@ mod request_id;
 pub mod respond;
 
 pub mod corridor;
+pub mod engines;
 pub mod models;
 pub mod state;
 pub mod tasks;

@@ -20,6 +20,7 @@ use tonic::service::Routes;
 
 use crate::{
     config::RouterConfig,
+    engines::Engines,
     grpc,
     http::HttpDoor,
     listen::{Door, Listener},
@@ -119,7 +120,11 @@ impl Router {
         };
 
         let metrics = Metrics::new();
-        let state = RouterState::new(config.corridor.limits(), metrics.clone());
+        let state = RouterState::with_engines(
+            config.corridor.limits(),
+            metrics.clone(),
+            Engines::new(config.engines.limits()),
+        );
         let gateway = Routes::new(gateway_service(Arc::clone(&state)));
         let served = [
             (
@@ -132,6 +137,12 @@ impl Router {
         let tasks = &state.tasks;
         for (listener, app) in served {
             tasks.spawn(listener.serve(app, listen.clone(), metrics.clone(), tasks.clone()));
+        }
+        for engine in config.engines.engines() {
+            let url = engine.url.clone();
+            if let Err(error) = state.add_engine(engine) {
+                tracing::warn!(%url, %error, "engine not added");
+            }
         }
         Ok(Self {
             state,

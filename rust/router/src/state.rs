@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::models::ModelInfo;
 use crate::{
-    corridor::Admission, metrics::Metrics, models::Models, tasks::Tasks, workers::Workers,
+    corridor::Admission, engines::Engines, metrics::Metrics, models::Models, tasks::Tasks,
+    workers::Workers,
 };
 
 /// Bounds of the corridor. The router's configuration nests them.
@@ -64,12 +65,18 @@ pub struct RouterState {
     pub models: Models,
     pub(crate) admission: Arc<Admission>,
     pub(crate) workers: Arc<Workers>,
+    pub(crate) engines: Engines,
     started: Instant,
 }
 
 impl RouterState {
     /// State without workers and models.
     pub fn new(limits: CorridorLimits, metrics: Metrics) -> Arc<Self> {
+        Self::with_engines(limits, metrics, Engines::default())
+    }
+
+    /// As [`Self::new`], with other limits or another network for foreign engines.
+    pub fn with_engines(limits: CorridorLimits, metrics: Metrics, engines: Engines) -> Arc<Self> {
         Arc::new(Self {
             admission: Admission::new(&limits, &metrics),
             limits,
@@ -77,18 +84,27 @@ impl RouterState {
             tasks: Tasks::default(),
             models: Models::default(),
             workers: Workers::new(),
+            engines,
             started: Instant::now(),
         })
     }
 
     /// Whether a request could be served now: a worker that takes work is attached, and no shutdown has begun.
     pub fn is_ready(&self) -> bool {
-        !self.admission.is_draining() && self.workers.has_available()
+        let has_available = self.workers.has_available() || self.engines.has_available();
+        has_available && !self.admission.is_draining()
     }
 
     /// The models that a request could name now, by name.
     pub fn list_models(&self) -> Vec<ModelInfo> {
-        self.models.list()
+        let mut models = self.models.list();
+        let is_up = |worker| {
+            let worker = self.engines.worker(worker);
+            worker.is_some_and(|worker| worker.engine.status.lock().is_up)
+        };
+        models.extend(self.models.list_foreign(is_up));
+        models.sort_by(|a, b| a.id.cmp(&b.id));
+        models
     }
 
     /// From now on new requests are refused with `shutting_down`; those that are in go on.
