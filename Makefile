@@ -6,6 +6,8 @@ ARGS ?=
 CASES ?= 20000
 TARGET ?= routing
 FUZZ_SECONDS ?= 60
+FAULTS ?= 100000
+SEED ?= 1
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -21,7 +23,7 @@ FUZZ_FLAGS := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 	--cfg fuzzing -Cdebug-assertions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench soak fuzz gpu proto docs clean
+.PHONY: help setup serve test lint bench soak simulate fuzz gpu proto docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +44,9 @@ bench: setup ## Measure serving on this machine; benches/README.md says how to r
 
 soak: ## Run the Rust property tests on CASES random histories each: some 10^6 operations, some minutes
 	PROPTEST_CASES=$(CASES) cargo test --release --locked -p orchestra-core
+
+simulate: ## Run FAULTS faults, drawn from SEED, against the router in a simulated network; checks every token
+	FAULTS=$(FAULTS) SEED=$(SEED) cargo test --release --locked -p orchestra-router --test simulation -- --nocapture
 
 fuzz: ## Fuzz TARGET (placement, routing, stepping, waiting, wire) for FUZZ_SECONDS with libFuzzer
 	RUSTFLAGS="$(FUZZ_FLAGS)" cargo build --release --locked -p orchestra-fuzz --features libfuzzer --bin $(TARGET) \

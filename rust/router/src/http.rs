@@ -47,6 +47,11 @@ use self::{
 };
 use crate::{auth::ApiKeys, config::RouterConfig, request::GenerateInput, state::RouterState};
 
+/// The door as a service, for whoever accepts connections by other means than [`crate::Router`].
+pub fn http_service(state: Arc<RouterState>, config: &RouterConfig) -> Router {
+    HttpDoor::new(state, config).into_router()
+}
+
 /// What every handler needs.
 pub(crate) struct HttpDoor {
     state: Arc<RouterState>,

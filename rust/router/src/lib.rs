@@ -31,6 +31,7 @@ pub mod workers;
 
 pub use self::{
     config::RouterConfig,
+    http::http_service,
     listen::Door,
     run::{Addresses, Router, RunError, exit_status, main_from_args, run},
 };

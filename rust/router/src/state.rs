@@ -1,12 +1,10 @@
 //! What every request and every worker session shares.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use orchestra_core::Time;
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 
 pub use crate::models::ModelInfo;
 use crate::{
@@ -75,13 +73,36 @@ impl RouterState {
         Self::with_engines(limits, metrics, Engines::default())
     }
 
-    /// As [`Self::new`], with other limits or another network for foreign engines.
+    /// As [`Self::new`], with other limits for foreign engines, or another network to them.
     pub fn with_engines(limits: CorridorLimits, metrics: Metrics, engines: Engines) -> Arc<Self> {
+        Self::with_tasks(limits, metrics, engines, Tasks::default())
+    }
+
+    /// The same for a simulation, where all work is done on the one thread in one order.
+    pub fn for_simulation(limits: CorridorLimits, metrics: Metrics) -> Arc<Self> {
+        Self::simulated_with_engines(limits, metrics, Engines::default())
+    }
+
+    /// As [`Self::for_simulation`], with engines on the simulated network.
+    pub fn simulated_with_engines(
+        limits: CorridorLimits,
+        metrics: Metrics,
+        engines: Engines,
+    ) -> Arc<Self> {
+        Self::with_tasks(limits, metrics, engines, Tasks::on_one_thread())
+    }
+
+    fn with_tasks(
+        limits: CorridorLimits,
+        metrics: Metrics,
+        engines: Engines,
+        tasks: Tasks,
+    ) -> Arc<Self> {
         Arc::new(Self {
             admission: Admission::new(&limits, &metrics),
             limits,
             metrics,
-            tasks: Tasks::default(),
+            tasks,
             models: Models::default(),
             workers: Workers::new(),
             engines,

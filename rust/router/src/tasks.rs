@@ -13,8 +13,9 @@ use crate::error::ApiError;
 pub struct Tasks {
     tracker: TaskTracker,
     shutdown: CancellationToken,
-    /// One seat per core: more tokenisers at once would only slow each other and the event loop.
-    blocking_seats: Arc<Semaphore>,
+    /// One seat per core: more tokenisers at once would only slow each other and the event loop. `None`: there is one
+    /// thread for everything.
+    blocking_seats: Option<Arc<Semaphore>>,
 }
 
 impl Default for Tasks {
@@ -23,12 +24,20 @@ impl Default for Tasks {
         Self {
             tracker: TaskTracker::new(),
             shutdown: CancellationToken::new(),
-            blocking_seats: Arc::new(Semaphore::new(cores)),
+            blocking_seats: Some(Arc::new(Semaphore::new(cores))),
         }
     }
 }
 
 impl Tasks {
+    /// Tasks that never leave the thread of their runtime, so that a simulation has one order of events.
+    pub fn on_one_thread() -> Self {
+        Self {
+            blocking_seats: None,
+            ..Self::default()
+        }
+    }
+
     /// Runs `task` until it ends. It has to end soon after [`Self::shutdown_token`] is cancelled.
     pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         #[expect(
@@ -45,7 +54,10 @@ impl Tasks {
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, ApiError> {
         let failed = || ApiError::new(ErrorCode::Internal, "a background computation failed");
-        let seat = Arc::clone(&self.blocking_seats)
+        let Some(seats) = &self.blocking_seats else {
+            return Ok(work());
+        };
+        let seat = Arc::clone(seats)
             .acquire_owned()
             .await
             .map_err(|_| failed())?;

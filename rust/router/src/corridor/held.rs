@@ -78,6 +78,7 @@ impl Held {
         shutdown: CancellationToken,
     ) {
         let (code, message) = tokio::select! {
+            biased;
             () = stream.closed() => return,
             () = time::sleep_until(deadline) => {
                 (ErrorCode::DeadlineExceeded, "the request's time ran out")

@@ -11,9 +11,9 @@ use tokio::{
 use super::url::EngineUrl;
 
 /// A connection as bytes.
-pub trait Socket: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static {}
+pub trait Socket: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
 
-impl<T: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static> Socket for T {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send + 'static> Socket for T {}
 
 /// Opens connections to engines.
 pub trait Connect: Send + Sync + 'static {

@@ -34,6 +34,7 @@ pub(super) async fn look_after(state: Arc<RouterState>, engine: Arc<Engine>) {
         }
     };
     tokio::select! {
+        biased;
         () = attending => {}
         () = engine.removed.cancelled() => {}
         () = shutdown.cancelled() => {}
@@ -65,6 +66,7 @@ async fn watch(
     loop {
         let asked = state.now();
         tokio::select! {
+            biased;
             () = prober.closed() => return Ok(()),
             () = time::sleep(spread(PERIOD)) => {
                 state.engine_tick(engine);

@@ -246,14 +246,16 @@ impl Attached<'_> {
         let mut counters = Counters::default();
         loop {
             let message = tokio::select! {
-                message = inbound.message() => message,
+                // What is rare comes first: it never keeps messages waiting, and they may keep coming.
+                biased;
+                () = self.session.replaced.cancelled() => return End::Replaced,
+                () = self.state.tasks.shutdown_token().cancelled() => return End::ShuttingDown,
                 _ = ticks.tick() => match watchdog.tick() {
                     None => continue,
                     Some(Hang::Silent) => return End::Silent,
                     Some(Hang::Stuck) => return End::Stuck,
                 },
-                () = self.session.replaced.cancelled() => return End::Replaced,
-                () = self.state.tasks.shutdown_token().cancelled() => return End::ShuttingDown,
+                message = inbound.message() => message,
             };
             watchdog.heard();
             let applied = match message {

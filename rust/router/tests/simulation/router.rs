@@ -1,0 +1,72 @@
+//! The router's host: the real HTTP door and the real workers' door on simulated sockets.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::Router;
+use hyper::server::conn::{http1, http2};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use orchestra_router::{
+    RouterConfig, http_service, metrics::Metrics, state::RouterState, workers::gateway_service,
+};
+use tonic::service::Routes;
+use turmoil::net::TcpListener;
+
+/// The host's name.
+pub(crate) const ROUTER: &str = "router";
+/// Where clients connect.
+pub(crate) const HTTP_PORT: u16 = 8000;
+/// Where workers attach.
+pub(crate) const WORKERS_PORT: u16 = 8002;
+/// Silence on a worker's connection after which a ping asks whether it is there, and how long the answer may take.
+const PING: Duration = Duration::from_millis(400);
+
+/// Long patience, so that every request comes to its proper end, and a short watch over hangs, so that there are many.
+pub(crate) fn config() -> RouterConfig {
+    let mut config = RouterConfig::default();
+    let corridor = &mut config.corridor;
+    corridor.hang_timeout.0 = Duration::from_secs(1);
+    corridor.request_timeout.0 = Duration::from_secs(3600);
+    corridor.replay_wait.0 = Duration::from_secs(1800);
+    corridor.max_replays = u32::MAX;
+    config
+}
+
+/// Runs the router until the simulation ends.
+pub(crate) async fn run() -> turmoil::Result {
+    let config = config();
+    let state = RouterState::for_simulation(config.corridor.limits(), Metrics::new());
+    let clients = http_service(Arc::clone(&state), &config);
+    let workers = Routes::new(gateway_service(state))
+        .prepare()
+        .into_axum_router();
+    tokio::spawn(serve_clients(clients));
+    serve_workers(workers).await;
+    Ok(())
+}
+
+async fn serve_clients(app: Router) {
+    let listener = TcpListener::bind(("0.0.0.0", HTTP_PORT)).await.unwrap();
+    loop {
+        let (stream, _) = listener.accept().await.unwrap();
+        let service = TowerToHyperService::new(app.clone());
+        // How a connection ends is the client's affair.
+        tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+    }
+}
+
+async fn serve_workers(app: Router) {
+    let listener = TcpListener::bind(("0.0.0.0", WORKERS_PORT)).await.unwrap();
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
+        .keep_alive_interval(PING)
+        .keep_alive_timeout(PING);
+    loop {
+        let (stream, _) = listener.accept().await.unwrap();
+        let service = TowerToHyperService::new(app.clone());
+        tokio::spawn(builder.serve_connection(TokioIo::new(stream), service));
+    }
+}

@@ -1,0 +1,102 @@
+//! Whole runs.
+
+use std::{cell::Cell, env, rc::Rc, time::Duration};
+
+use crate::{
+    client,
+    faults::Injector,
+    router::{self, ROUTER},
+    trace::Trace,
+    worker::{self, Orders},
+};
+
+const WORKERS: usize = 6;
+/// Runs of one test, each with a seed of its own.
+const RUNS: u64 = 4;
+/// Longer than any run takes, in simulated time.
+const TIME_LIMIT: Duration = Duration::from_secs(1 << 20);
+/// How long requests may take to end after the last fault, in simulated time.
+const LAST_REQUESTS: Duration = Duration::from_secs(600);
+
+/// A simulated cluster under `num_faults` faults, to the end of its last request.
+fn run(seed: u64, num_faults: u64) -> Trace {
+    let trace = Trace::default();
+    let mut sim = turmoil::Builder::new()
+        .rng_seed(seed)
+        .simulation_duration(TIME_LIMIT)
+        .min_message_latency(Duration::from_micros(200))
+        .max_message_latency(Duration::from_millis(3))
+        .tcp_capacity(1 << 20)
+        .build();
+    fastrand::seed(seed);
+    sim.host(ROUTER, router::run);
+    let workers: Vec<_> = (0..WORKERS)
+        .map(|number| (format!("w{number}"), Orders::default()))
+        .collect();
+    for (name, orders) in workers.clone() {
+        let trace = trace.clone();
+        sim.host(name.clone(), move || {
+            worker::run(name.clone(), orders.clone(), trace.clone())
+        });
+    }
+    let is_over = Rc::new(Cell::new(false));
+    sim.client(
+        "clients",
+        client::run(seed, Rc::clone(&is_over), trace.clone()),
+    );
+
+    let mut injector = Injector::new(seed, workers, trace.clone());
+    let mut injected = 0;
+    while injected < num_faults {
+        injected += injector.tick(&mut sim);
+        assert!(!sim.step().unwrap(), "the clients ended by themselves");
+        show_progress(injected, num_faults);
+    }
+    injector.stop(&mut sim);
+    is_over.set(true);
+    let time_limit = sim.elapsed() + LAST_REQUESTS;
+    while !sim.step().unwrap() {
+        assert!(
+            sim.elapsed() < time_limit,
+            "seed {seed}: a request never ended; {}",
+            trace.summary()
+        );
+    }
+    eprintln!(
+        "seed {seed}: {injected} faults in {:?} simulated; {}",
+        sim.elapsed(),
+        trace.summary()
+    );
+    trace
+}
+
+fn show_progress(injected: u64, num_faults: u64) {
+    if injected > 0 && injected.is_multiple_of(10_000) && injected < num_faults {
+        eprint!("\r{injected} of {num_faults} faults ");
+    }
+}
+
+fn setting(name: &str) -> Option<u64> {
+    env::var(name).ok().map(|value| value.parse().unwrap())
+}
+
+#[test]
+fn no_token_is_lost_repeated_or_out_of_order() {
+    let faults_per_run = setting("FAULTS").unwrap_or(400) / RUNS;
+    let first_seed = setting("SEED").unwrap_or(1);
+    for seed in first_seed..first_seed + RUNS {
+        let trace = run(seed, faults_per_run);
+        assert!(
+            trace.count("answered") > faults_per_run / 10,
+            "{}",
+            trace.summary()
+        );
+    }
+}
+
+#[test]
+fn a_seed_is_one_history() {
+    let history = run(7, 60).fingerprint();
+    assert_eq!(history, run(7, 60).fingerprint());
+    assert_ne!(history, run(8, 60).fingerprint());
+}
