@@ -10,6 +10,7 @@ use std::{
 };
 
 use orchestra_core::{
+    Time,
     config::ConfigIssue,
     scheduler::{NAME_BYTES_MAX, WorkerId, WorkerSpec},
 };
@@ -82,7 +83,7 @@ pub struct Engines {
     network: Network,
     set: RwLock<BTreeMap<EngineUrl, Arc<Engine>>>,
     workers: RwLock<FxHashMap<WorkerId, Arc<EngineWorker>>>,
-    pub(super) budget: Mutex<RetryBudget>,
+    budget: Mutex<RetryBudget>,
     num_available: AtomicUsize,
     is_comparing: AtomicBool,
 }
@@ -133,6 +134,16 @@ impl Engines {
     /// The engine and model behind a worker that the scheduler chose.
     pub(crate) fn worker(&self, id: WorkerId) -> Option<Arc<EngineWorker>> {
         self.workers.read().get(&id).cloned()
+    }
+
+    /// A request came in; it counts towards the retries that there may be.
+    pub(crate) fn count_request(&self, now: Time) {
+        self.budget.lock().request(now);
+    }
+
+    /// Takes a retry out of the budget; false where it is used up.
+    pub(crate) fn take_retry(&self, now: Time) -> bool {
+        self.budget.lock().take(now)
     }
 
     fn get(&self, url: &EngineUrl) -> Result<Arc<Engine>, EngineError> {
