@@ -8,6 +8,7 @@ use tonic::service::Routes;
 
 use crate::{
     config::{RouterConfig, join},
+    engines::Engines,
     grpc,
     http::{HttpDoor, admin},
     listen::{Door, Listener},
@@ -99,7 +100,11 @@ impl Router {
             admin: admin.local_addr()?,
         };
 
-        let state = RouterState::new(config.corridor.limits(), Metrics::new());
+        let state = RouterState::with_engines(
+            config.corridor.limits(),
+            Metrics::new(),
+            Engines::new(config.engines.limits()),
+        );
         state.set_settings(config.into());
         state.metrics.operation.settings_read_at(unix_seconds());
         let operations = Arc::new(operations);
@@ -118,6 +123,12 @@ impl Router {
         ];
         for (listener, app) in served {
             state.tasks.spawn(listener.serve(app, Arc::clone(&state)));
+        }
+        for engine in config.engines.engines() {
+            let url = engine.url.clone();
+            if let Err(error) = state.add_engine(engine) {
+                tracing::warn!(%url, %error, "engine not added");
+            }
         }
         Ok(Self {
             state,
