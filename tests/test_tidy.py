@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CRATE_LAYERS = {
     "orchestra-core": 0,
     "orchestra-proto": 1,
+    "orchestra-cluster": 1,
     "orchestra-agent": 2,
     "orchestra-router": 2,
     "orchestra-py": 3,
@@ -31,8 +32,14 @@ CRATES_ONLY_IN = {
     "axum": {"orchestra-router"},
     "tokenizers": {"orchestra-router"},
     "minijinja": {"orchestra-router"},
-    "tonic": {"orchestra-proto", "orchestra-agent", "orchestra-router"},
-    "tokio": {"orchestra-agent", "orchestra-router", "orchestra-py", "orchestra-rig"},
+    "tonic": {"orchestra-proto", "orchestra-cluster", "orchestra-agent", "orchestra-router"},
+    "tokio": {
+        "orchestra-cluster",
+        "orchestra-agent",
+        "orchestra-router",
+        "orchestra-py",
+        "orchestra-rig",
+    },
 }
 # The rest of the package must import where only the base dependencies are installed.
 WORKER_ONLY_IMPORTS = {
