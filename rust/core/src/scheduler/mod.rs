@@ -5,6 +5,7 @@
 //! KV events, load reports. One owner holds the [`Scheduler`]; callers with threads put it behind a mutex.
 
 mod admission;
+mod assumed;
 mod bits;
 pub mod cells;
 mod charge;
@@ -19,17 +20,21 @@ mod index;
 mod kv_feed;
 mod load_grid;
 mod loras;
+mod make_room;
+mod output_length;
 mod pace;
 mod pick;
 pub mod place;
 mod placement;
 mod policy;
 mod predict;
+mod recent;
 mod replica;
 mod reservation;
 mod ring;
 pub mod route;
 mod search;
+mod seats;
 mod serve;
 mod standing;
 mod stats;
@@ -45,11 +50,13 @@ use rustc_hash::FxHashMap;
 
 pub use self::{
     admission::AdmissionClass,
+    assumed::KvSource,
     cells::{CellId, Cells},
     config::SchedulerConfig,
     error::SchedulerError,
     kv_feed::KvFeed,
     loras::Lora,
+    make_room::{Preemptible, Preemption},
     place::{
         Extent, GpuId, GpuSpec, Layout, NodeLimits, PlaceRequest, PlacedGpu, Placement,
         PlacementId, Shares,
@@ -71,6 +78,7 @@ use self::{
     index::PrefixIndex,
     loras::Loras,
     placement::GpuPool,
+    seats::Seats,
     standing::NIL,
     wait_queues::WaitQueues,
     worker::{Demand, Worker},
@@ -94,6 +102,7 @@ pub struct Scheduler {
     gpus: GpuPool,
     waiting: WaitQueues,
     rules: Rules,
+    seats: Seats,
     /// Of the reservations that were acquired.
     charges: FxHashMap<ReservationId, Charge>,
     /// Of the tenants that have one of their own.
@@ -118,6 +127,7 @@ impl Scheduler {
             gpus,
             waiting: WaitQueues::default(),
             rules,
+            seats: Seats::default(),
             charges: FxHashMap::default(),
             tenant_weights: BTreeMap::new(),
         })
@@ -198,6 +208,7 @@ impl Scheduler {
         worker.load = load;
         worker.num_reports += 1;
         worker.unreported = Demand::default();
+        worker.returned = Demand::default();
         self.refresh(id.slot);
         true
     }

@@ -16,6 +16,7 @@ mod grpc;
 mod http;
 mod limits;
 mod process;
+mod settings;
 mod shutdown;
 mod support;
 
