@@ -52,6 +52,13 @@ pub struct RouterConfig {
     /// A file with further keys, one per line.
     #[arg(long, value_name = "PATH", env = "ORCHESTRA_API_KEY_FILE")]
     pub api_key_file: Option<PathBuf>,
+    /// Key for the operators' listener, as `--api-key` for clients. Without any, whoever reaches it may operate.
+    #[arg(long = "admin-key", value_name = "KEY", env = "ORCHESTRA_ADMIN_KEY")]
+    #[arg(hide_env_values = true, value_delimiter = ',')]
+    pub admin_keys: Vec<Secret>,
+    /// A file with further keys for operators, one per line.
+    #[arg(long, value_name = "PATH", env = "ORCHESTRA_ADMIN_KEY_FILE")]
+    pub admin_key_file: Option<PathBuf>,
 }
 
 impl RouterConfig {
@@ -65,21 +72,13 @@ impl RouterConfig {
         };
         let listen = &self.listen;
         let apart = |a: SocketAddr, b: SocketAddr| a != b || a.port() == 0;
-        check(
-            "grpc",
-            apart(listen.grpc, listen.http),
-            "the same address as http",
-        );
-        check(
-            "workers",
-            apart(listen.workers, listen.http),
-            "the same address as http",
-        );
-        check(
-            "workers",
-            apart(listen.workers, listen.grpc),
-            "the same address as grpc",
-        );
+        let doors = listen.doors();
+        for (index, &(door, address)) in doors.iter().enumerate() {
+            for &(earlier, taken) in &doors[..index] {
+                let message = format!("the same address as {earlier}");
+                check(door, apart(address, taken), &message);
+            }
+        }
         check(
             "max_connections",
             listen.max_connections > 0,
@@ -99,11 +98,13 @@ impl RouterConfig {
         check("max_concurrent_requests", runs_one, "must be at least 1");
         let tries_one = self.engines.engine_max_attempts > 0;
         check("engine_max_attempts", tries_one, "must be at least 1");
-        check(
-            "api_key",
-            !self.api_keys.iter().any(Secret::is_empty),
-            "must not be empty",
-        );
+        for (key, secrets) in [("api_key", &self.api_keys), ("admin_key", &self.admin_keys)] {
+            check(
+                key,
+                !secrets.iter().any(Secret::is_empty),
+                "must not be empty",
+            );
+        }
         check(
             "log",
             logging::parse_filter(&self.log.filter).is_ok(),

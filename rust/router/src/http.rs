@@ -7,6 +7,7 @@
 //! | `GET /v1/models`, `GET /v1/models/{id}` | [`models`] |
 //! | `GET /live`, `/ready`, `/health`, `/metrics` | [`health`] |
 
+pub(crate) mod admin;
 mod body;
 mod chat;
 mod choices;
@@ -26,7 +27,7 @@ mod testing;
 mod unsupported;
 mod usage;
 
-use std::{borrow::Cow, sync::Arc, time::Duration};
+use std::{borrow::Cow, sync::Arc};
 
 use axum::{
     Router,
@@ -47,7 +48,6 @@ use self::{
     sse::Format,
 };
 use crate::{
-    auth::ApiKeys,
     config::RouterConfig,
     corridor::relay::{self, Outward, RelayRequest, Route},
     error::ApiError,
@@ -57,6 +57,7 @@ use crate::{
 
 /// The door as a service, for whoever accepts connections by other means than [`crate::Router`].
 pub fn http_service(state: Arc<RouterState>, config: &RouterConfig) -> Router {
+    state.set_settings(config.into());
     HttpDoor::new(state, config).into_router()
 }
 
@@ -69,22 +70,15 @@ enum Entry<T> {
 /// What every handler needs.
 pub(crate) struct HttpDoor {
     state: Arc<RouterState>,
-    keys: ApiKeys,
     max_body_bytes: usize,
-    body_timeout: Duration,
-    sse_keep_alive: Duration,
 }
 
 impl HttpDoor {
     /// The door to `state`.
     pub(crate) fn new(state: Arc<RouterState>, config: &RouterConfig) -> Self {
-        let listen = &config.listen;
         Self {
             state,
-            keys: ApiKeys::new(&config.api_keys),
-            max_body_bytes: listen.max_body_size.0,
-            body_timeout: listen.body_timeout.0,
-            sse_keep_alive: listen.sse_keep_alive.0,
+            max_body_bytes: config.listen.max_body_size.0,
         }
     }
 
@@ -143,7 +137,8 @@ impl HttpDoor {
 
     /// Sends a request to a foreign engine.
     async fn relay(&self, request: RelayRequest) -> Result<Response<Body>, Refusal> {
-        let answered = relay::relay(&self.state, request, self.sse_keep_alive).await;
+        let keep_alive = self.state.settings().listen.sse_keep_alive.0;
+        let answered = relay::relay(&self.state, request, keep_alive).await;
         answered.map_err(|error| {
             self.state.metrics.rejected(error.code);
             error.into()
@@ -161,7 +156,8 @@ impl HttpDoor {
         let state = Arc::clone(&self.state);
         let opening = async move { Choices::open(&state, inputs).await };
         if options.stream {
-            return Ok(sse::respond(opening, format, self.sse_keep_alive).await);
+            let keep_alive = self.state.settings().listen.sse_keep_alive.0;
+            return Ok(sse::respond(opening, format, keep_alive).await);
         }
         let mut source = Box::pin(opening).await?;
         let collected = collect(&mut source, count).await?;

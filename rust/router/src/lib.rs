@@ -17,6 +17,7 @@ mod auth;
 mod grpc;
 mod http;
 mod listen;
+mod operations;
 mod process;
 mod request_id;
 pub mod respond;
@@ -25,6 +26,7 @@ mod run;
 pub mod corridor;
 pub mod engines;
 pub mod models;
+pub mod settings;
 pub mod state;
 pub mod tasks;
 pub mod text;
@@ -34,6 +36,7 @@ pub use self::{
     config::RouterConfig,
     http::http_service,
     listen::Door,
+    operations::Operations,
     process::{exit_status, main_from_args},
     run::{Addresses, Router, RunError},
 };

@@ -14,6 +14,7 @@ use tokio::{
 use crate::{
     config::{LoadError, Loaded, Task, load, to_toml},
     logging,
+    operations::Operations,
     run::{Addresses, Router, RunError},
 };
 
@@ -49,7 +50,7 @@ pub fn exit_status(args: impl IntoIterator<Item = OsString>) -> u8 {
     let outcome = match loaded.task {
         Task::Check => Ok(()),
         Task::PrintConfig => print(&to_toml(&loaded.settings)).map_err(RunError::from),
-        Task::Run { print_addresses } => run_to_the_end(&loaded, print_addresses),
+        Task::Run { print_addresses } => run_to_the_end(loaded, &args, print_addresses),
     };
     match outcome {
         Ok(()) => 0,
@@ -60,56 +61,87 @@ pub fn exit_status(args: impl IntoIterator<Item = OsString>) -> u8 {
     }
 }
 
-fn run_to_the_end(loaded: &Loaded, print_addresses: bool) -> Result<(), RunError> {
-    logging::init(&loaded.config.log);
+fn run_to_the_end(
+    loaded: Loaded,
+    args: &[OsString],
+    print_addresses: bool,
+) -> Result<(), RunError> {
+    let log = logging::init(&loaded.config.log);
     raise_descriptor_limit();
     let runtime = Runtime::new()?;
-    let outcome = runtime.block_on(run(loaded, print_addresses));
+    let outcome = runtime.block_on(async {
+        let mut signals = Signals::new()?;
+        let operations = Operations::new(log, loaded.settings);
+        let router = Router::start_with(&loaded.config, operations)?;
+        announce(&router, print_addresses)?;
+        serve(router, args, &mut signals).await;
+        Ok(())
+    });
     // After a second signal, what still runs is dropped.
     runtime.shutdown_background();
     outcome
 }
 
-/// Runs a router until SIGTERM or SIGINT has stopped it. A second signal ends it at once.
-async fn run(loaded: &Loaded, print_addresses: bool) -> Result<(), RunError> {
-    let mut signals = Signals::new()?;
-    let router = Router::start(&loaded.config)?;
+fn announce(router: &Router, print_addresses: bool) -> Result<(), RunError> {
+    let addresses = router.addresses();
     let Addresses {
         http,
         grpc,
         workers,
-    } = router.addresses();
-    tracing::info!(%http, %grpc, %workers, "router listens");
+        admin,
+    } = addresses;
+    tracing::info!(%http, %grpc, %workers, %admin, "router listens");
     if print_addresses {
-        let line = serde_json::to_string(&router.addresses()).map_err(io::Error::from)?;
+        let line = serde_json::to_string(&addresses).map_err(io::Error::from)?;
         print(&format!("{line}\n"))?;
     }
-    signals.next().await;
-    tracing::info!("stopping: finishing the requests that run");
-    router.stop(signals.next()).await;
-    tracing::info!("stopped");
     Ok(())
+}
+
+/// Runs the router until SIGTERM or SIGINT has stopped it; a second one ends it at once. SIGHUP reads the settings again.
+async fn serve(router: Router, args: &[OsString], signals: &mut Signals) {
+    while signals.next().await == Wish::Reload {
+        router.reload(args.to_vec()).await;
+    }
+    tracing::info!("stopping: finishing the requests that run");
+    router.stop(signals.stop()).await;
+    tracing::info!("stopped");
+}
+
+/// What a signal asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wish {
+    Stop,
+    Reload,
 }
 
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    hangup: Signal,
 }
 
 impl Signals {
     fn new() -> io::Result<Self> {
-        let terminate = signal(SignalKind::terminate())?;
         Ok(Self {
-            terminate,
+            terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
         })
     }
 
-    async fn next(&mut self) {
+    async fn next(&mut self) -> Wish {
         tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+            biased;
+            _ = self.terminate.recv() => Wish::Stop,
+            _ = self.interrupt.recv() => Wish::Stop,
+            _ = self.hangup.recv() => Wish::Reload,
         }
+    }
+
+    /// The next signal to stop. A reload makes no sense any more.
+    async fn stop(&mut self) {
+        while self.next().await == Wish::Reload {}
     }
 }
 

@@ -1,6 +1,6 @@
 //! A router from its first bound port to its last answered request.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{ffi::OsString, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use orchestra_core::config::ConfigIssue;
 use serde::Serialize;
@@ -10,9 +10,10 @@ use crate::{
     config::{RouterConfig, join},
     engines::Engines,
     grpc,
-    http::HttpDoor,
+    http::{HttpDoor, admin},
     listen::{Door, Listener},
     metrics::Metrics,
+    operations::{Operations, unix_seconds},
     state::RouterState,
     workers::gateway_service,
 };
@@ -53,21 +54,31 @@ pub struct Addresses {
     pub grpc: SocketAddr,
     /// gRPC for workers.
     pub workers: SocketAddr,
+    /// HTTP for operators.
+    pub admin: SocketAddr,
 }
 
 /// A router that is bound and accepts.
 pub struct Router {
     state: Arc<RouterState>,
     addresses: Addresses,
-    drain_timeout: Duration,
+    operations: Arc<Operations>,
 }
 
 impl Router {
-    /// Checks the settings, binds the three listeners and begins to accept.
+    /// Checks the settings, binds the listeners and begins to accept.
     ///
     /// # Errors
     /// A setting that cannot be used, a port that cannot be bound. Nothing is left open then.
     pub fn start(config: &RouterConfig) -> Result<Self, RunError> {
+        Self::start_with(config, Operations::default())
+    }
+
+    /// The same for a process that lets its operators change settings and logs.
+    ///
+    /// # Errors
+    /// See [`Self::start`].
+    pub fn start_with(config: &RouterConfig, operations: Operations) -> Result<Self, RunError> {
         config.validate().map_err(RunError::Config)?;
         let bind = |door, address| {
             let listener = Listener::bind(door, address);
@@ -81,18 +92,22 @@ impl Router {
         let http = bind(Door::Http, listen.http)?;
         let grpc = bind(Door::Grpc, listen.grpc)?;
         let workers = bind(Door::Workers, listen.workers)?;
+        let admin = bind(Door::Admin, listen.admin)?;
         let addresses = Addresses {
             http: http.local_addr()?,
             grpc: grpc.local_addr()?,
             workers: workers.local_addr()?,
+            admin: admin.local_addr()?,
         };
 
-        let metrics = Metrics::new();
         let state = RouterState::with_engines(
             config.corridor.limits(),
-            metrics.clone(),
+            Metrics::new(),
             Engines::new(config.engines.limits()),
         );
+        state.set_settings(config.into());
+        state.metrics.operation.settings_read_at(unix_seconds());
+        let operations = Arc::new(operations);
         let gateway = Routes::new(gateway_service(Arc::clone(&state)));
         let served = [
             (
@@ -101,10 +116,13 @@ impl Router {
             ),
             (grpc, grpc::router(&state, config)?),
             (workers, gateway.prepare().into_axum_router()),
+            (
+                admin,
+                admin::router(Arc::clone(&state), Arc::clone(&operations), config),
+            ),
         ];
-        let tasks = &state.tasks;
         for (listener, app) in served {
-            tasks.spawn(listener.serve(app, listen.clone(), metrics.clone(), tasks.clone()));
+            state.tasks.spawn(listener.serve(app, Arc::clone(&state)));
         }
         for engine in config.engines.engines() {
             let url = engine.url.clone();
@@ -115,7 +133,7 @@ impl Router {
         Ok(Self {
             state,
             addresses,
-            drain_timeout: listen.drain_timeout.0,
+            operations,
         })
     }
 
@@ -129,16 +147,22 @@ impl Router {
         self.addresses
     }
 
+    /// Reads the settings again, from the command line `args` that the process was started with.
+    pub async fn reload(&self, args: Vec<OsString>) {
+        self.operations.reload(&self.state, args).await;
+    }
+
     /// Stops: refuses new requests, lets running ones finish within the drain timeout or until `hurry`, ends the
     /// rest with `shutting_down`. `/ready` says 503 meanwhile, so the listeners stay open to the end.
     pub async fn stop(self, hurry: impl Future<Output = ()>) {
         self.state.begin_drain();
         let drained = async {
-            if tokio::time::timeout(self.drain_timeout, self.state.drained())
+            let drain_timeout = self.state.settings().listen.drain_timeout.0;
+            if tokio::time::timeout(drain_timeout, self.state.drained())
                 .await
                 .is_err()
             {
-                let seconds = self.drain_timeout.as_secs_f64();
+                let seconds = drain_timeout.as_secs_f64();
                 tracing::warn!(seconds, "drain timeout: ending the requests that still run");
             }
         };

@@ -8,7 +8,12 @@ use tokio::time::Instant;
 
 pub use crate::models::ModelInfo;
 use crate::{
-    corridor::Admission, engines::Engines, metrics::Metrics, models::Models, tasks::Tasks,
+    corridor::Admission,
+    engines::Engines,
+    metrics::Metrics,
+    models::Models,
+    settings::{Live, Settings},
+    tasks::Tasks,
     workers::Workers,
 };
 
@@ -53,8 +58,6 @@ impl Default for CorridorLimits {
 
 /// The router's shared state.
 pub struct RouterState {
-    /// Bounds of the corridor.
-    pub limits: CorridorLimits,
     /// What `GET /metrics` shows.
     pub metrics: Metrics,
     /// Background tasks and the shutdown token.
@@ -64,6 +67,7 @@ pub struct RouterState {
     pub(crate) admission: Arc<Admission>,
     pub(crate) workers: Arc<Workers>,
     pub(crate) engines: Engines,
+    settings: Live,
     started: Instant,
 }
 
@@ -100,7 +104,10 @@ impl RouterState {
     ) -> Arc<Self> {
         Arc::new(Self {
             admission: Admission::new(&limits, &metrics),
-            limits,
+            settings: Live::new(Settings {
+                limits,
+                ..Settings::default()
+            }),
             metrics,
             tasks,
             models: Models::default(),
@@ -108,6 +115,16 @@ impl RouterState {
             engines,
             started: Instant::now(),
         })
+    }
+
+    /// The settings in effect now.
+    pub fn settings(&self) -> Arc<Settings> {
+        self.settings.get()
+    }
+
+    /// From the next request on these settings count, as far as they may change while the router runs.
+    pub fn set_settings(&self, settings: Settings) {
+        self.settings.set(settings);
     }
 
     /// Whether a request could be served now: a worker that takes work is attached, and no shutdown has begun.

@@ -5,6 +5,7 @@
 
 pub mod gateway;
 mod hello;
+mod operate;
 mod outbox;
 pub(crate) mod session;
 mod watchdog;
@@ -20,10 +21,11 @@ use orchestra_core::{
     step::KvEvent,
 };
 use parking_lot::Mutex;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use tokio::sync::watch;
 
 pub use self::gateway::gateway_service;
+pub(crate) use self::operate::{OperateError, WorkerView};
 use self::{hello::Hello, outbox::Outbox, session::Session};
 use crate::models::{ModelMismatch, ModelText, Models};
 
@@ -46,6 +48,8 @@ pub(crate) struct Workers {
 struct Pool {
     scheduler: Scheduler,
     sessions: FxHashMap<WorkerId, Arc<Session>>,
+    /// Names of workers that an operator gives no work.
+    held_back: FxHashSet<String>,
 }
 
 impl Workers {
@@ -56,6 +60,7 @@ impl Workers {
         let pool = Mutex::new(Pool {
             scheduler,
             sessions: FxHashMap::default(),
+            held_back: FxHashSet::default(),
         });
         Arc::new(Self {
             pool,
@@ -152,7 +157,7 @@ impl Workers {
         let mut pool = self.pool.lock();
         pool.scheduler.update_load(session.worker, load);
         if session.is_draining.swap(is_draining, Ordering::Relaxed) != is_draining {
-            pool.scheduler.set_draining(session.worker, is_draining);
+            pool.show_draining(session);
             drop(pool);
             self.arrivals.send_replace(());
         }
@@ -163,7 +168,7 @@ impl Workers {
         let pool = self.pool.lock();
         pool.sessions
             .values()
-            .any(|session| !session.is_draining.load(Ordering::Relaxed))
+            .any(|session| pool.takes_requests(session))
     }
 
     /// Changes when there may be a worker where there was none.
@@ -194,6 +199,7 @@ impl Pool {
         }
         let session = Arc::new(Session::new(worker, hello.spec, hello.vocab_size, outbox));
         self.sessions.insert(worker, Arc::clone(&session));
+        self.show_draining(&session);
         Ok(session)
     }
 

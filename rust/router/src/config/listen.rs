@@ -7,7 +7,7 @@ use std::{
 
 use super::{ByteSize, Span};
 
-/// The three listeners and what a connection may cost.
+/// The listeners and what a connection may cost.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ListenConfig {
     /// OpenAI HTTP, health and metrics.
@@ -22,6 +22,10 @@ pub struct ListenConfig {
     #[arg(long, value_name = "ADDRESS", env = "ORCHESTRA_WORKERS")]
     #[arg(default_value_t = Self::default().workers)]
     pub workers: SocketAddr,
+    /// HTTP for operators: workers, drains, settings. Whoever reaches it can stop the router's work.
+    #[arg(long, value_name = "ADDRESS", env = "ORCHESTRA_ADMIN")]
+    #[arg(default_value_t = Self::default().admin)]
+    pub admin: SocketAddr,
     /// Open connections per listener; more wait in the kernel's queue.
     #[arg(long, value_name = "COUNT", env = "ORCHESTRA_MAX_CONNECTIONS")]
     #[arg(default_value_t = Self::default().max_connections)]
@@ -60,6 +64,7 @@ impl Default for ListenConfig {
             http: local(8000),
             grpc: local(8001),
             workers: local(8002),
+            admin: local(8003),
             max_connections: 16_384,
             max_body_size: ByteSize(16 << 20),
             header_timeout: Span(Duration::from_secs(30)),
@@ -68,5 +73,17 @@ impl Default for ListenConfig {
             sse_keep_alive: Span(Duration::from_secs(15)),
             drain_timeout: Span(Duration::from_secs(30)),
         }
+    }
+}
+
+impl ListenConfig {
+    /// The listeners by name.
+    pub(super) fn doors(&self) -> [(&'static str, SocketAddr); 4] {
+        [
+            ("http", self.http),
+            ("grpc", self.grpc),
+            ("workers", self.workers),
+            ("admin", self.admin),
+        ]
     }
 }

@@ -145,10 +145,13 @@ impl Cli {
 impl RouterConfig {
     /// Adds the keys that are in files.
     fn read_key_files(&mut self, issues: &mut Vec<ConfigIssue>) {
-        if let Some(path) = &self.api_key_file {
-            match keys_in(path) {
-                Ok(keys) => self.api_keys.extend(keys),
-                Err(message) => issues.push(ConfigIssue::new("api_key_file", message)),
+        for (key, path, keys) in [
+            ("api_key_file", &self.api_key_file, &mut self.api_keys),
+            ("admin_key_file", &self.admin_key_file, &mut self.admin_keys),
+        ] {
+            match path.as_deref().map(keys_in).transpose() {
+                Ok(found) => keys.extend(found.into_iter().flatten()),
+                Err(message) => issues.push(ConfigIssue::new(key, message)),
             }
         }
     }

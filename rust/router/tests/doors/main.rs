@@ -12,6 +12,8 @@
     reason = "a test's runtime ends with it, and its tasks too"
 )]
 
+mod admin;
+mod binary;
 mod grpc;
 mod http;
 mod limits;

@@ -31,7 +31,7 @@ pub(super) struct Admitted {
 impl RelayRequest {
     /// Waits for a seat.
     pub(super) async fn admit(self, state: &Arc<RouterState>) -> Result<Admitted, ApiError> {
-        let deadline = self.arrived + state.limits.request_timeout;
+        let deadline = self.arrived + state.settings().limits.request_timeout;
         let waiting = InFlight::new(&state.metrics.requests_waiting);
         let seat = match state.admission.seat(deadline).await {
             Ok(seat) => seat,
