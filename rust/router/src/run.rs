@@ -137,6 +137,11 @@ impl Router {
         })
     }
 
+    /// What requests and workers share; engines are added and removed here.
+    pub fn state(&self) -> &Arc<RouterState> {
+        &self.state
+    }
+
     /// Where it listens.
     pub fn addresses(&self) -> Addresses {
         self.addresses

@@ -12,7 +12,7 @@ use std::{
 use orchestra_core::{
     Time,
     config::ConfigIssue,
-    scheduler::{NAME_BYTES_MAX, WorkerId, WorkerSpec},
+    scheduler::{KvSource, NAME_BYTES_MAX, WorkerId, WorkerSpec},
 };
 use parking_lot::{Mutex, RwLock};
 use rustc_hash::FxHashMap;
@@ -38,6 +38,8 @@ const ENGINES_MAX: usize = 4096;
 pub(crate) const CHUNK_TOKENS: u32 = 32;
 /// KV blocks of an engine that does not say how many it has: more than any has.
 const NUM_BLOCKS_UNKNOWN: u32 = 1 << 24;
+/// Chunks that an engine is taken to remember at most: 2 MiB of text, which is about half a million tokens.
+const CHUNKS_ASSUMED_MAX: u32 = 16 << 10;
 /// How often the engines are compared with each other.
 const COMPARISON_PERIOD: Duration = Duration::from_secs(1);
 
@@ -376,16 +378,21 @@ impl RouterState {
         model: &EngineModel,
     ) -> Result<Arc<EngineWorker>, AttachModelError> {
         let config = &engine.config;
+        let num_blocks = config
+            .kv_tokens
+            .map_or(NUM_BLOCKS_UNKNOWN, |tokens| tokens.div_ceil(CHUNK_TOKENS));
         let spec = WorkerSpec {
             name: worker_name(config.url.as_str(), &model.id),
             model: model.id.clone(),
             block_size: CHUNK_TOKENS,
-            num_blocks: config
-                .kv_tokens
-                .map_or(NUM_BLOCKS_UNKNOWN, |tokens| tokens.div_ceil(CHUNK_TOKENS)),
+            num_blocks,
             max_num_seqs: config.max_num_seqs,
             // Text is not counted in tokens here: the engine says itself what is too long for it.
             max_model_len: u32::MAX,
+            kv_source: KvSource::Assumed {
+                max_blocks: num_blocks.min(CHUNKS_ASSUMED_MAX),
+                ttl_s: 0,
+            },
             ..WorkerSpec::default()
         };
         let name = spec.name.clone();
