@@ -15,6 +15,7 @@ pub mod request;
 mod run;
 
 mod auth;
+mod clock;
 mod grpc;
 mod http;
 mod listen;

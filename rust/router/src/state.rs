@@ -2,13 +2,12 @@
 
 use std::{sync::Arc, time::Duration};
 
-use orchestra_core::Time;
 use serde::{Deserialize, Serialize};
-use tokio::time::Instant;
 
 pub use crate::models::ModelInfo;
 use crate::{
-    corridor::Admission, metrics::Metrics, models::Models, tasks::Tasks, workers::Workers,
+    clock::Clock, corridor::Admission, metrics::Metrics, models::Models, tasks::Tasks,
+    workers::Workers,
 };
 
 /// Bounds of the corridor. The router's configuration nests them.
@@ -62,7 +61,7 @@ pub struct RouterState {
     pub models: Models,
     pub(crate) admission: Arc<Admission>,
     pub(crate) workers: Arc<Workers>,
-    started: Instant,
+    pub(crate) clock: Clock,
 }
 
 impl RouterState {
@@ -77,14 +76,15 @@ impl RouterState {
     }
 
     fn with_tasks(limits: CorridorLimits, metrics: Metrics, tasks: Tasks) -> Arc<Self> {
+        let clock = Clock::start();
         Arc::new(Self {
-            admission: Admission::new(&limits, &metrics),
+            admission: Admission::new(&metrics),
+            workers: Workers::new(&limits, clock),
             limits,
             metrics,
             tasks,
             models: Models::default(),
-            workers: Workers::new(),
-            started: Instant::now(),
+            clock,
         })
     }
 
@@ -112,10 +112,5 @@ impl RouterState {
     pub async fn shut_down(&self) {
         self.begin_drain();
         self.tasks.shut_down().await;
-    }
-
-    /// Time as the core sees it.
-    pub(crate) fn now(&self) -> Time {
-        Time(u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX))
     }
 }
