@@ -15,7 +15,7 @@ use std::{
 use orchestra_core::{
     Time, block_hashes,
     scheduler::{
-        GpuSpec, Layout, NodeLimits, PlaceRequest, PlacedGpu, Placement, PlacementId,
+        GpuSpec, KvSource, Layout, NodeLimits, PlaceRequest, PlacedGpu, Placement, PlacementId,
         ReservationId, RouteRequest, Scheduler, SchedulerConfig, SchedulerError, Shares, WorkerId,
         WorkerLoad, WorkerSpec,
     },
@@ -110,6 +110,16 @@ impl Stage {
                 String::new()
             }
             "stored" => self.stored(command),
+            "cleared" => {
+                let worker = self.worker(command);
+                self.scheduler
+                    .apply_kv_event(worker, &KvEvent::Cleared)
+                    .map_or_else(refused, |()| String::new())
+            }
+            "expire_kv" => {
+                self.scheduler.expire_kv(second(command));
+                String::new()
+            }
             "load" => self.load(command),
             "route" => self.route(command),
             "explain" => self.explain(command),
@@ -147,6 +157,13 @@ impl Stage {
             num_blocks: command.setting("blocks", 100),
             max_num_seqs: command.setting("seqs", 8),
             max_model_len: command.setting("len", 1000),
+            kv_source: match command.setting("assumed", 0) {
+                0 => KvSource::Reported,
+                max_blocks => KvSource::Assumed {
+                    max_blocks,
+                    ttl_s: command.setting("ttl", 0),
+                },
+            },
             ..WorkerSpec::default()
         };
         self.scheduler
@@ -182,7 +199,7 @@ impl Stage {
     fn route(&mut self, command: &Command<'_>) -> String {
         let token_ids = command.prompt(0);
         let request = request(&token_ids);
-        match self.scheduler.route(&request, Time::ZERO) {
+        match self.scheduler.route(&request, second(command)) {
             Ok(reservation) => {
                 self.reservations.push(reservation.id);
                 format!(
@@ -394,6 +411,11 @@ fn gang(command: &Command<'_>) -> PlaceRequest {
     }
 }
 
+/// The time of the command.
+fn second(command: &Command<'_>) -> Time {
+    Time(u64::from(command.setting("at", 0)) * 1_000_000)
+}
+
 fn request(token_ids: &[u32]) -> RouteRequest<'_> {
     RouteRequest {
         model: "m",
@@ -435,6 +457,11 @@ fn play(script: &str) -> String {
 #[test]
 fn route() {
     insta::assert_snapshot!(play(include_str!("testdata/scheduler/route.txt")));
+}
+
+#[test]
+fn assumed() {
+    insta::assert_snapshot!(play(include_str!("testdata/scheduler/assumed.txt")));
 }
 
 #[test]

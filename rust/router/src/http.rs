@@ -7,6 +7,7 @@
 //! | `GET /v1/models`, `GET /v1/models/{id}` | [`models`] |
 //! | `GET /live`, `/ready`, `/health`, `/metrics` | [`health`] |
 
+pub(crate) mod admin;
 mod body;
 mod chat;
 mod choices;
@@ -26,7 +27,7 @@ mod testing;
 mod unsupported;
 mod usage;
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use axum::{
     Router,
@@ -45,32 +46,26 @@ use self::{
     sampling::OutputOptions,
     sse::Format,
 };
-use crate::{auth::ApiKeys, config::RouterConfig, request::GenerateInput, state::RouterState};
+use crate::{config::RouterConfig, request::GenerateInput, state::RouterState};
 
 /// The door as a service, for whoever accepts connections by other means than [`crate::Router`].
 pub fn http_service(state: Arc<RouterState>, config: &RouterConfig) -> Router {
+    state.set_settings(config.into());
     HttpDoor::new(state, config).into_router()
 }
 
 /// What every handler needs.
 pub(crate) struct HttpDoor {
     state: Arc<RouterState>,
-    keys: ApiKeys,
     max_body_bytes: usize,
-    body_timeout: Duration,
-    sse_keep_alive: Duration,
 }
 
 impl HttpDoor {
     /// The door to `state`.
     pub(crate) fn new(state: Arc<RouterState>, config: &RouterConfig) -> Self {
-        let listen = &config.listen;
         Self {
             state,
-            keys: ApiKeys::new(&config.api_keys),
-            max_body_bytes: listen.max_body_size.0,
-            body_timeout: listen.body_timeout.0,
-            sse_keep_alive: listen.sse_keep_alive.0,
+            max_body_bytes: config.listen.max_body_size.0,
         }
     }
 
@@ -113,7 +108,8 @@ impl HttpDoor {
         let state = Arc::clone(&self.state);
         let opening = async move { Choices::open(&state, inputs).await };
         if options.stream {
-            return Ok(sse::respond(opening, format, self.sse_keep_alive).await);
+            let keep_alive = self.state.settings().listen.sse_keep_alive.0;
+            return Ok(sse::respond(opening, format, keep_alive).await);
         }
         let mut source = Box::pin(opening).await?;
         let collected = collect(&mut source, count).await?;

@@ -6,7 +6,12 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::models::ModelInfo;
 use crate::{
-    clock::Clock, corridor::Admission, metrics::Metrics, models::Models, tasks::Tasks,
+    clock::Clock,
+    corridor::Admission,
+    metrics::Metrics,
+    models::Models,
+    settings::{Live, Settings},
+    tasks::Tasks,
     workers::Workers,
 };
 
@@ -51,8 +56,6 @@ impl Default for CorridorLimits {
 
 /// The router's shared state.
 pub struct RouterState {
-    /// Bounds of the corridor.
-    pub limits: CorridorLimits,
     /// What `GET /metrics` shows.
     pub metrics: Metrics,
     /// Background tasks and the shutdown token.
@@ -62,6 +65,7 @@ pub struct RouterState {
     pub(crate) admission: Arc<Admission>,
     pub(crate) workers: Arc<Workers>,
     pub(crate) clock: Clock,
+    settings: Live,
 }
 
 impl RouterState {
@@ -80,12 +84,25 @@ impl RouterState {
         Arc::new(Self {
             admission: Admission::new(&metrics),
             workers: Workers::new(&limits, clock),
-            limits,
+            settings: Live::new(Settings {
+                limits,
+                ..Settings::default()
+            }),
             metrics,
             tasks,
             models: Models::default(),
             clock,
         })
+    }
+
+    /// The settings in effect now.
+    pub fn settings(&self) -> Arc<Settings> {
+        self.settings.get()
+    }
+
+    /// From the next request on these settings count, as far as they may change while the router runs.
+    pub fn set_settings(&self, settings: Settings) {
+        self.settings.set(settings);
     }
 
     /// Whether a request could be served now: a worker that takes work is attached, and no shutdown has begun.

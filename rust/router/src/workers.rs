@@ -6,6 +6,7 @@
 
 pub mod gateway;
 mod hello;
+mod operate;
 mod outbox;
 pub(crate) mod queue;
 pub(crate) mod session;
@@ -19,10 +20,11 @@ use orchestra_core::{
     step::KvEvent,
 };
 use parking_lot::Mutex;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use tokio::sync::{oneshot, watch};
 
 pub use self::gateway::gateway_service;
+pub(crate) use self::operate::{OperateError, WorkerView};
 use self::{
     hello::Hello,
     outbox::Outbox,
@@ -57,6 +59,8 @@ struct Pool {
     sessions: FxHashMap<WorkerId, Arc<Session>>,
     /// Who hears of the end of each wait.
     waiting: FxHashMap<TicketId, oneshot::Sender<Outcome>>,
+    /// Names of workers that an operator gives no work.
+    held_back: FxHashSet<String>,
 }
 
 impl Workers {
@@ -76,6 +80,7 @@ impl Workers {
             scheduler,
             sessions: FxHashMap::default(),
             waiting: FxHashMap::default(),
+            held_back: FxHashSet::default(),
         });
         Arc::new(Self {
             pool,
@@ -135,7 +140,7 @@ impl Workers {
         let was_draining = session.is_draining.swap(is_draining, Ordering::Relaxed);
         self.change(|pool| {
             pool.scheduler.update_load(session.worker, load);
-            pool.scheduler.set_draining(session.worker, is_draining);
+            pool.show_draining(session);
         });
         if was_draining != is_draining {
             self.arrivals.send_replace(());
@@ -147,7 +152,7 @@ impl Workers {
         let pool = self.pool.lock();
         pool.sessions
             .values()
-            .any(|session| !session.is_draining.load(Ordering::Relaxed))
+            .any(|session| pool.takes_requests(session))
     }
 
     /// Changes when there may be a worker where there was none.
@@ -178,6 +183,7 @@ impl Pool {
         }
         let session = Arc::new(Session::new(worker, hello.spec, hello.vocab_size, outbox));
         self.sessions.insert(worker, Arc::clone(&session));
+        self.show_draining(&session);
         Ok(session)
     }
 

@@ -23,8 +23,12 @@ pub enum KvFeed {
 impl Scheduler {
     /// Takes a change of what a worker's prefix cache holds, without a number.
     ///
-    /// A worker that reports more blocks than it has is refused before anything changes; so is one that is gone.
+    /// A worker that reports more blocks than it has is refused before anything changes; so is one that is gone, and
+    /// one whose cache is [assumed](super::KvSource), which may only be cleared.
     pub fn apply_kv_event(&mut self, id: WorkerId, event: &KvEvent) -> Result<(), SchedulerError> {
+        if *event != KvEvent::Cleared {
+            self.check_reports_kv(id)?;
+        }
         let worker = self.workers.get_mut(id);
         let worker = worker.ok_or(SchedulerError::UnknownWorker)?;
         match event {
@@ -60,6 +64,7 @@ impl Scheduler {
         sequence: u64,
         events: &[KvEvent],
     ) -> Result<KvFeed, SchedulerError> {
+        self.check_reports_kv(id)?;
         let worker = self.workers.get_mut(id);
         let worker = worker.ok_or(SchedulerError::UnknownWorker)?;
         let expected = worker.kv_sequence.unwrap_or(sequence);
@@ -87,6 +92,7 @@ impl Scheduler {
         sequence: u64,
         blocks: &[BlockHash],
     ) -> Result<(), SchedulerError> {
+        self.check_reports_kv(id)?;
         let worker = self.workers.get_mut(id);
         let worker = worker.ok_or(SchedulerError::UnknownWorker)?;
         let mut distinct = blocks.to_vec();
@@ -131,6 +137,9 @@ impl Scheduler {
         self.index
             .remove_holder(worker.holder, worker.num_cached_blocks);
         worker.num_cached_blocks = 0;
+        if let Some(assumed) = &mut worker.assumed {
+            assumed.clear();
+        }
         worker.holder = self.index.add_holder(id.slot);
         self.refresh(id.slot);
     }

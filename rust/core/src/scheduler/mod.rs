@@ -5,6 +5,7 @@
 //! KV events, load reports. One owner holds the [`Scheduler`]; callers with threads put it behind a mutex.
 
 mod admission;
+mod assumed;
 mod bits;
 pub mod cells;
 mod charge;
@@ -27,6 +28,7 @@ pub mod place;
 mod placement;
 mod policy;
 mod predict;
+mod recent;
 mod replica;
 mod reservation;
 mod ring;
@@ -48,6 +50,7 @@ use rustc_hash::FxHashMap;
 
 pub use self::{
     admission::AdmissionClass,
+    assumed::KvSource,
     cells::{CellId, Cells},
     config::SchedulerConfig,
     error::SchedulerError,

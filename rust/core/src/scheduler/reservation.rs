@@ -71,6 +71,7 @@ impl Scheduler {
         };
         let id = self.reservations.insert(self.num_decisions, held);
         self.refresh(chosen.worker.slot);
+        self.assume(request, &chosen, now);
         if let Some(lora) = request.lora {
             self.expect_lora(chosen.worker, lora);
         }

@@ -455,7 +455,11 @@ impl GroupKey {
 
 /// Hashes of the prompt's blocks that a prefix hit can use: at least one token is always computed, because the first
 /// output token is drawn from its logits.
-fn usable_chain<'a>(request: &RouteRequest<'a>, seed: HashSeed, block_size: u32) -> Blocks<'a> {
+pub(super) fn usable_chain<'a>(
+    request: &RouteRequest<'a>,
+    seed: HashSeed,
+    block_size: u32,
+) -> Blocks<'a> {
     let (_last, usable) = request.token_ids.split_last().unwrap_or((&0, &[]));
     match request.hashed {
         Some(hashed) if hashed.seed == seed && hashed.block_size == block_size => {

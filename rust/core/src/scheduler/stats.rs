@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::{
     Scheduler,
     kv_feed::KvFeed,
+    recent::RecentBlocks,
     standing::NIL,
     worker::{Demand, WorkerId, WorkerSpec},
 };
@@ -24,7 +25,7 @@ pub struct SchedulerStats {
     pub num_index_blocks: u64,
     /// (block, holder) pairs in the prefix index.
     pub num_index_entries: u64,
-    /// Memory of the prefix index.
+    /// Memory of the prefix index, and of what workers without KV events are taken to hold.
     pub index_bytes: u64,
     /// Times that messages of a worker's numbered KV events were missing.
     pub num_kv_gaps: u64,
@@ -103,7 +104,7 @@ impl Scheduler {
             num_index_entries: workers
                 .map(|worker| u64::from(worker.num_cached_blocks))
                 .sum(),
-            index_bytes: self.index.heap_bytes() as u64,
+            index_bytes: self.index_bytes() as u64,
             num_kv_gaps: self.num_kv_gaps,
             num_reservations: self.reservations.len() as u64,
             reservation_age_us_max: oldest
@@ -116,6 +117,15 @@ impl Scheduler {
             gpu_bytes_total,
             gpu_bytes_free,
         }
+    }
+
+    fn index_bytes(&self) -> usize {
+        let assumed = self
+            .workers
+            .iter()
+            .filter_map(|(_, worker)| worker.assumed.as_ref());
+        let assumed_bytes: usize = assumed.map(RecentBlocks::heap_bytes).sum();
+        self.index.heap_bytes() + assumed_bytes
     }
 
     /// Asserts every invariant. For tests and the simulator: walks all state.
@@ -157,6 +167,9 @@ impl Scheduler {
                 worker.num_cached_blocks <= worker.spec.num_blocks,
                 "{id} caches too much"
             );
+            if let Some(assumed) = &worker.assumed {
+                assumed.check_integrity();
+            }
             let standing = self.workers.standing(id.slot);
             assert_eq!(
                 (standing.queued, standing.batch),

@@ -3,7 +3,8 @@
 use std::{fmt, sync::Arc};
 
 use super::{
-    error::SchedulerError, held::Held, index::HolderId, kv_feed::KvFeed, loras::Lora, pace::Pace,
+    assumed::KvSource, error::SchedulerError, held::Held, index::HolderId, kv_feed::KvFeed,
+    loras::Lora, pace::Pace, recent::RecentBlocks,
 };
 use crate::{
     hash::{HashSeed, SeedParts},
@@ -54,6 +55,8 @@ pub struct WorkerSpec {
     pub slo_classes: Vec<String>,
     /// LoRA adapters that it holds at a time; 0: it serves none.
     pub max_loras: u32,
+    /// How it becomes known which blocks it holds.
+    pub kv_source: KvSource,
 }
 
 impl WorkerSpec {
@@ -70,6 +73,14 @@ impl WorkerSpec {
             return Err(SchedulerError::InvalidField {
                 field,
                 expected: "at least 1",
+            });
+        }
+        if let KvSource::Assumed { max_blocks, .. } = self.kv_source
+            && !(1..=self.num_blocks).contains(&max_blocks)
+        {
+            return Err(SchedulerError::InvalidField {
+                field: "kv_source.max_blocks",
+                expected: "1 to num_blocks",
             });
         }
         for (field, names) in [("taints", &self.taints), ("slo_classes", &self.slo_classes)] {
@@ -194,6 +205,8 @@ pub(super) struct Worker {
     /// The number that its next message of KV events is to have; `None` before the first one.
     pub(super) kv_sequence: Option<u64>,
     pub(super) kv_feed: KvFeed,
+    /// What it is taken to hold; `None` where it says so itself.
+    pub(super) assumed: Option<RecentBlocks>,
     /// Prompt tokens computed, and the time that they took.
     pub(super) prefill_pace: Pace,
     /// When it had computed the last of them.
@@ -204,6 +217,7 @@ impl Worker {
     pub(super) fn new(spec: WorkerSpec, holder: HolderId, group: u32) -> Self {
         Self {
             num_blocks: spec.num_blocks,
+            assumed: spec.kv_source.assumed(),
             spec: Arc::new(spec),
             is_draining: false,
             load: WorkerLoad::default(),

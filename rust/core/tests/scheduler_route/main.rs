@@ -19,8 +19,8 @@ use ops::{LORAS, NUM_FAMILIES, Op, Terms, op, prompt};
 use orchestra_core::{
     BlockHash, Time, block_hashes,
     scheduler::{
-        Lora, RoutePolicy, RouteRequest, Scheduler, SchedulerConfig, WorkerId, WorkerLoad,
-        WorkerSpec,
+        KvSource, Lora, RoutePolicy, RouteRequest, Scheduler, SchedulerConfig, WorkerId,
+        WorkerLoad, WorkerSpec,
     },
     step::KvEvent,
 };
@@ -88,6 +88,7 @@ impl Pair {
             taints: terms.taints(),
             slo_classes: terms.slo_classes(),
             max_loras: terms.max_loras,
+            kv_source: KvSource::Reported,
         };
         let id = self.real.add_worker(spec.clone()).unwrap();
         self.model.workers.push(ModelWorker {

@@ -2,7 +2,9 @@
 
 use orchestra_core::{
     BlockHash, block_hashes,
-    scheduler::{self as core, KvFeed, Lora, SchedulerError, WorkerId, WorkerLoad, WorkerSpec},
+    scheduler::{
+        self as core, KvFeed, KvSource, Lora, SchedulerError, WorkerId, WorkerLoad, WorkerSpec,
+    },
     step::KvEvent,
 };
 use pyo3::prelude::*;
@@ -42,6 +44,7 @@ impl From<WorkerSpecArg> for WorkerSpec {
             taints: spec.taints.0,
             slo_classes: spec.slo_classes.0,
             max_loras: spec.max_loras,
+            kv_source: KvSource::Reported,
         }
     }
 }

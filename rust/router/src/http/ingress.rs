@@ -67,7 +67,9 @@ pub(super) async fn authenticate(
     request: Request,
     next: Next,
 ) -> Result<Response<Body>, Refusal> {
-    door.keys
+    door.state
+        .settings()
+        .keys
         .check(authorization(request.headers()))
         .inspect_err(|error| {
             door.state.metrics.rejected(error.code);
@@ -75,7 +77,7 @@ pub(super) async fn authenticate(
     Ok(next.run(request).await)
 }
 
-fn authorization(headers: &HeaderMap) -> Option<&[u8]> {
+pub(super) fn authorization(headers: &HeaderMap) -> Option<&[u8]> {
     headers
         .get(header::AUTHORIZATION)
         .map(HeaderValue::as_bytes)

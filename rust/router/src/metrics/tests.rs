@@ -3,7 +3,11 @@ use std::collections::BTreeSet;
 use super::*;
 
 /// Where families are registered, each with a line of its own.
-const SOURCES: [&str; 2] = [include_str!("requests.rs"), include_str!("workers.rs")];
+const SOURCES: [&str; 3] = [
+    include_str!("operation.rs"),
+    include_str!("requests.rs"),
+    include_str!("workers.rs"),
+];
 
 /// Names as the text format shows them, each family touched once.
 fn published_names() -> BTreeSet<String> {
