@@ -85,8 +85,8 @@ impl Choice {
             if let Some(sequence) = placement.start(self.start_message(request), sink) {
                 return Ok(sequence);
             }
-            self.excluded.push(worker);
-            placement = request.place(&self.output, &self.excluded)?;
+            self.refused.push(worker);
+            placement = request.place(&self.output, &self.barred())?;
         }
     }
 

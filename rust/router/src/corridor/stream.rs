@@ -137,6 +137,7 @@ impl Running {
                     continue;
                 }
                 () = sleep_until(patience), if patience.is_some() => {
+                    self.ask_again();
                     self.check_patience()?;
                     continue;
                 }
