@@ -7,6 +7,7 @@
 //! A file per concern: [`requests`] and [`workers`] fill in families of [`Metrics`]. A further concern is a struct of
 //! its own, made by its `register(&mut Registry)`, one public field of [`Metrics`] and a line in `tests::SOURCES`.
 
+mod kv_events;
 mod requests;
 #[cfg(test)]
 mod tests;
@@ -23,7 +24,10 @@ use prometheus_client::{
     registry::Registry,
 };
 
-pub use self::workers::WorkerMetrics;
+pub use self::{
+    kv_events::{KvEventMetrics, KvEventSeries},
+    workers::WorkerMetrics,
+};
 use self::{
     requests::{DoorLabel, E2E_BUCKETS, ReasonLabel, ResponseLabel, TPOT_BUCKETS, TTFT_BUCKETS},
     workers::{CacheConfigLabel, WorkerLabel},
@@ -62,6 +66,8 @@ pub struct Metrics {
     pub worker_schedule: Counter<f64, AtomicU64>,
     /// Time that workers spent in the model, seconds.
     pub worker_execute: Counter<f64, AtomicU64>,
+    /// What engines say about their prefix caches.
+    pub kv_events: KvEventMetrics,
     /// Workers attached now.
     pub workers: Gauge,
     requests_finished: Family<ReasonLabel, Counter>,
@@ -77,7 +83,9 @@ pub struct Metrics {
 impl Metrics {
     /// A fresh registry with every family in it.
     pub fn new() -> Self {
+        let mut registry = Registry::with_prefix("orchestra");
         let mut metrics = Self {
+            kv_events: KvEventMetrics::register(&mut registry),
             registry: Arc::default(),
             requests_running: Gauge::default(),
             requests_waiting: Gauge::default(),
@@ -102,7 +110,6 @@ impl Metrics {
             kv_cache_usage: Family::default(),
             cache_config: Family::default(),
         };
-        let mut registry = Registry::with_prefix("orchestra");
         metrics.register_requests(&mut registry);
         metrics.register_latencies(&mut registry);
         metrics.register_workers(&mut registry);
