@@ -12,6 +12,7 @@ SEED ?= 1
 VENV := .venv
 PY := $(VENV)/bin/python
 EXTENSION := python/orchestra/_core.abi3.so
+ETCD := target/tools/etcd
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust proto -type f)
 PROTOS := orchestra/v1/types.proto orchestra/v1/inference.proto
 LINT_GATES := check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-docs check-tidy
@@ -28,7 +29,7 @@ FUZZ_FLAGS := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
-setup: $(VENV)/.installed $(EXTENSION) ## Install the pinned dependencies into .venv and build the extension
+setup: $(VENV)/.installed $(EXTENSION) $(ETCD) ## Install the pinned dependencies into .venv and build the extension
 
 serve: setup ## Serve the demonstration model (MODEL=path for another, ARGS='--tp 2 …' for options)
 	$(VENV)/bin/orchestra serve $(MODEL) $(ARGS)
@@ -117,6 +118,13 @@ $(VENV)/.installed: pyproject.toml
 $(EXTENSION): $(VENV)/.installed $(RUST_SOURCES)
 	PIP_QUIET=1 $(VENV)/bin/maturin develop --release --locked --quiet
 	touch $@
+
+# A real etcd for the tests: the machine's own, else Debian's package, unpacked here and not installed.
+$(ETCD):
+	mkdir -p $(@D)/package
+	if command -v etcd; then ln -s "$$(command -v etcd)" $@; else \
+	  cd $(@D)/package && { apt-get download etcd-server || { apt-get update && apt-get download etcd-server; }; } && \
+	  dpkg-deb --extract etcd-server_*.deb . && ln -s package/usr/bin/etcd ../etcd; fi
 
 define PRINT_REQUIREMENTS
 import tomllib

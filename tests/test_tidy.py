@@ -18,10 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CRATE_LAYERS = {
     "orchestra-core": 0,
     "orchestra-proto": 1,
+    "orchestra-cluster": 1,
     "orchestra-agent": 2,
     "orchestra-router": 2,
     "orchestra-py": 3,
     "orchestra-fuzz": 3,
+    # Measures and breaks the router from outside: knows nothing of ours.
+    "orchestra-rig": 0,
 }
 # Crates that would drag a layer's job to where it does not belong.
 CRATES_ONLY_IN = {
@@ -29,8 +32,14 @@ CRATES_ONLY_IN = {
     "axum": {"orchestra-router"},
     "tokenizers": {"orchestra-router"},
     "minijinja": {"orchestra-router"},
-    "tonic": {"orchestra-proto", "orchestra-agent", "orchestra-router"},
-    "tokio": {"orchestra-agent", "orchestra-router", "orchestra-py"},
+    "tonic": {"orchestra-proto", "orchestra-cluster", "orchestra-agent", "orchestra-router"},
+    "tokio": {
+        "orchestra-cluster",
+        "orchestra-agent",
+        "orchestra-router",
+        "orchestra-py",
+        "orchestra-rig",
+    },
 }
 # The rest of the package must import where only the base dependencies are installed.
 WORKER_ONLY_IMPORTS = {

@@ -193,6 +193,7 @@ def test_worker_started_before_its_router_waits(checkpoint: Path, tmp_path: Path
         )
     try:
         flags = ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--workers", workers]
+        flags += ["--admin", "127.0.0.1:0"]
         eventually(lambda: "not attached, trying again" in log.read_text(), 60)
         router = subprocess.Popen(
             [*base, "router", *flags, "--print-addresses"], stdout=subprocess.PIPE, text=True
@@ -280,7 +281,7 @@ def test_port_in_use_is_said_in_one_line(checkpoint: Path) -> None:
 
 
 def test_a_router_alone_leaves_cleanly_on_interrupt() -> None:
-    flags = [f"--{name}=127.0.0.1:0" for name in ("http", "grpc", "workers")]
+    flags = [f"--{name}=127.0.0.1:0" for name in ("http", "grpc", "workers", "admin")]
     with subprocess.Popen(
         [sys.executable, "-m", "orchestra", "router", *flags, "--print-addresses"],
         stdout=subprocess.PIPE,

@@ -123,7 +123,8 @@ def test_the_router_refuses_what_it_cannot_use() -> None:
 
 
 def test_the_router_runs_until_it_is_told_to_stop() -> None:
-    listen = [part for door in ("http", "grpc", "workers") for part in (f"--{door}", "127.0.0.1:0")]
+    doors = ("http", "grpc", "workers", "admin")
+    listen = [part for door in doors for part in (f"--{door}", "127.0.0.1:0")]
     program = f"""
 from orchestra import _core
 raise SystemExit(_core.run_router({[*listen, "--print-addresses"]!r}))

@@ -73,6 +73,8 @@ class RouterProcess:
             workers = "127.0.0.1:0"
         return [
             *["router", "--http", http, "--grpc", grpc, "--workers", workers],
+            # Any free port, which the router's log names: two servers on one machine must not meet there.
+            *["--admin", "127.0.0.1:0"],
             *["--drain-timeout", f"{options.drain_timeout_s:g}s", "--print-addresses"],
         ]
 

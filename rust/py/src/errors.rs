@@ -131,6 +131,7 @@ impl From<SchedulerError> for Failure {
             | SchedulerError::NoWorkers { .. }
             | SchedulerError::LimitReached { .. }
             | SchedulerError::QueueFull { .. }
+            | SchedulerError::Displaced { .. }
             | SchedulerError::DeadlineExceeded
             | SchedulerError::DeadlineHopeless { .. }
             | SchedulerError::GangTooLarge { .. }

@@ -21,7 +21,6 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::Instrument as _;
 
 use crate::{
-    auth::ApiKeys,
     config::RouterConfig,
     corridor,
     error::ApiError,
@@ -52,7 +51,6 @@ pub(crate) fn router(
         .spawn(follow_readiness(Arc::clone(state), reporter));
     let door = Door {
         state: Arc::clone(state),
-        keys: ApiKeys::new(&config.api_keys),
     };
     let inference =
         InferenceServer::new(door).max_decoding_message_size(config.listen.max_body_size.0);
@@ -89,7 +87,6 @@ async fn follow_readiness(state: Arc<RouterState>, reporter: HealthReporter) {
 /// `orchestra.v1.Inference`.
 struct Door {
     state: Arc<RouterState>,
-    keys: ApiKeys,
 }
 
 impl Door {
@@ -103,7 +100,11 @@ impl Door {
         let authorization = metadata
             .get("authorization")
             .map(MetadataValue::as_encoded_bytes);
-        self.keys.check(authorization).inspect_err(refused)?;
+        self.state
+            .settings()
+            .keys
+            .check(authorization)
+            .inspect_err(refused)?;
         let mut input = wire::generate_input(request).inspect_err(refused)?;
         let deadline = metadata
             .get("grpc-timeout")
@@ -159,7 +160,9 @@ impl Inference for Door {
             .metadata()
             .get("authorization")
             .map(MetadataValue::as_encoded_bytes);
-        self.keys
+        self.state
+            .settings()
+            .keys
             .check(authorization)
             .map_err(|error| grpc_status(&error))?;
         let models = self.state.list_models().into_iter().map(|info| {

@@ -7,26 +7,27 @@
 //! | `GET /v1/models`, `GET /v1/models/{id}` | [`models`] |
 //! | `GET /live`, `/ready`, `/health`, `/metrics` | [`health`] |
 
+pub(crate) mod admin;
 mod body;
 mod chat;
 mod choices;
 mod completions;
 mod envelope;
-mod fields;
+pub(crate) mod fields;
 mod health;
 mod ingress;
 mod logprobs;
 mod models;
 #[cfg(test)]
 mod robustness;
-mod sampling;
+pub(crate) mod sampling;
 mod sse;
 #[cfg(test)]
 mod testing;
 mod unsupported;
 mod usage;
 
-use std::{sync::Arc, time::Duration};
+use std::{borrow::Cow, sync::Arc};
 
 use axum::{
     Router,
@@ -42,35 +43,42 @@ use self::{
     chat::{ChatFormat, ChatRequest},
     choices::{Choices, collect},
     completions::{CompletionFormat, CompletionRequest},
+    fields::Fields,
     sampling::OutputOptions,
     sse::Format,
 };
-use crate::{auth::ApiKeys, config::RouterConfig, request::GenerateInput, state::RouterState};
+use crate::{
+    config::RouterConfig,
+    corridor::relay::{self, Outward, RelayRequest, Route},
+    error::ApiError,
+    request::GenerateInput,
+    state::RouterState,
+};
 
 /// The door as a service, for whoever accepts connections by other means than [`crate::Router`].
 pub fn http_service(state: Arc<RouterState>, config: &RouterConfig) -> Router {
+    state.set_settings(config.into());
     HttpDoor::new(state, config).into_router()
+}
+
+/// A request that was read, and the way that it goes.
+enum Entry<T> {
+    Corridor(T),
+    Relay(RelayRequest),
 }
 
 /// What every handler needs.
 pub(crate) struct HttpDoor {
     state: Arc<RouterState>,
-    keys: ApiKeys,
     max_body_bytes: usize,
-    body_timeout: Duration,
-    sse_keep_alive: Duration,
 }
 
 impl HttpDoor {
     /// The door to `state`.
     pub(crate) fn new(state: Arc<RouterState>, config: &RouterConfig) -> Self {
-        let listen = &config.listen;
         Self {
             state,
-            keys: ApiKeys::new(&config.api_keys),
-            max_body_bytes: listen.max_body_size.0,
-            body_timeout: listen.body_timeout.0,
-            sse_keep_alive: listen.sse_keep_alive.0,
+            max_body_bytes: config.listen.max_body_size.0,
         }
     }
 
@@ -102,6 +110,41 @@ impl HttpDoor {
             .with_state(door)
     }
 
+    /// Reads a request, and decides by its model which way it goes: to Orchestra's workers or to foreign engines.
+    async fn open<T: Send + 'static>(
+        &self,
+        request: Request,
+        route: Route,
+        parse: fn(&Fields<'_>) -> Result<T, ApiError>,
+    ) -> Result<Entry<T>, Refusal> {
+        let outward = Outward::of(request.headers());
+        let state = Arc::clone(&self.state);
+        self.read(request, move |body| {
+            let fields = Fields::parse(body)?;
+            let model = if state.models.has_foreign() {
+                let name: Cow<'_, str> = fields.require("model", "a string")?;
+                state.models.foreign(&name)
+            } else {
+                None
+            };
+            match model {
+                Some(model) => relay::read(route, outward, model, body, &fields).map(Entry::Relay),
+                None => parse(&fields).map(Entry::Corridor),
+            }
+        })
+        .await
+    }
+
+    /// Sends a request to a foreign engine.
+    async fn relay(&self, request: RelayRequest) -> Result<Response<Body>, Refusal> {
+        let keep_alive = self.state.settings().listen.sse_keep_alive.0;
+        let answered = relay::relay(&self.state, request, keep_alive).await;
+        answered.map_err(|error| {
+            self.state.metrics.rejected(error.code);
+            error.into()
+        })
+    }
+
     /// Sends `inputs` down the corridor and writes what comes back.
     async fn answer(
         &self,
@@ -113,7 +156,8 @@ impl HttpDoor {
         let state = Arc::clone(&self.state);
         let opening = async move { Choices::open(&state, inputs).await };
         if options.stream {
-            return Ok(sse::respond(opening, format, self.sse_keep_alive).await);
+            let keep_alive = self.state.settings().listen.sse_keep_alive.0;
+            return Ok(sse::respond(opening, format, keep_alive).await);
         }
         let mut source = Box::pin(opening).await?;
         let collected = collect(&mut source, count).await?;
@@ -125,19 +169,31 @@ async fn chat_completions(
     State(door): State<Arc<HttpDoor>>,
     request: Request,
 ) -> Result<Response<Body>, Refusal> {
-    let request = door.read(request, ChatRequest::parse).await?;
-    let format = ChatFormat::new(&request);
-    door.answer(vec![request.input], request.options, format)
-        .await
+    match door
+        .open(request, Route::Chat, ChatRequest::from_fields)
+        .await?
+    {
+        Entry::Relay(request) => door.relay(request).await,
+        Entry::Corridor(request) => {
+            let format = ChatFormat::new(&request);
+            door.answer(vec![request.input], request.options, format)
+                .await
+        }
+    }
 }
 
 async fn completions(
     State(door): State<Arc<HttpDoor>>,
     request: Request,
 ) -> Result<Response<Body>, Refusal> {
-    let request = door.read(request, CompletionRequest::parse).await?;
-    let format = CompletionFormat::new(&request);
-    door.answer(request.inputs, request.options, format).await
+    let parse = CompletionRequest::from_fields;
+    match door.open(request, Route::Completions, parse).await? {
+        Entry::Relay(request) => door.relay(request).await,
+        Entry::Corridor(request) => {
+            let format = CompletionFormat::new(&request);
+            door.answer(request.inputs, request.options, format).await
+        }
+    }
 }
 
 /// A JSON body as a response.

@@ -2,8 +2,8 @@
 //!
 //! Reading order: [`request`] and [`error`] are the words that both halves share. The *doors* (`http`, `grpc`,
 //! rendered by [`respond`]) turn what a client wrote into a [`request::GenerateInput`], and what comes back into
-//! the client's own format. The [`corridor`] is the one way from there to a worker and back. [`run`] puts them
-//! together.
+//! the client's own format. The [`corridor`] is the one way from there to a worker and back. [`Router`] puts
+//! them together.
 
 #![forbid(unsafe_code)]
 
@@ -13,17 +13,21 @@ pub mod kv_events;
 pub mod logging;
 pub mod metrics;
 pub mod request;
-mod run;
 
 mod auth;
 mod grpc;
 mod http;
 mod listen;
+mod operations;
+mod process;
 mod request_id;
 pub mod respond;
+mod run;
 
 pub mod corridor;
+pub mod engines;
 pub mod models;
+pub mod settings;
 pub mod state;
 pub mod tasks;
 pub mod text;
@@ -33,5 +37,7 @@ pub use self::{
     config::RouterConfig,
     http::http_service,
     listen::Door,
-    run::{Addresses, Router, RunError, exit_status, main_from_args, run},
+    operations::Operations,
+    process::{exit_status, main_from_args},
+    run::{Addresses, Router, RunError},
 };

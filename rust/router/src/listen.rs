@@ -1,4 +1,4 @@
-//! The three listeners: one accept loop for all, so that every door has the same limits on what a connection may cost.
+//! The listeners: one accept loop for all, so that every door has the same limits on what a connection may cost.
 //!
 //! * `TCP_NODELAY` on every accepted socket: with Nagle on, a client's first token waits for its delayed ACK, 40 ms.
 //! * Connections are bounded; the ones above wait in the kernel's queue, which is bounded too.
@@ -29,7 +29,7 @@ use tokio::{
 use tower::ServiceExt as _;
 
 use self::head::{AnswerBody, HeadClock, HeadWatched};
-use crate::{config::ListenConfig, metrics::Metrics, tasks::Tasks};
+use crate::{config::ListenConfig, state::RouterState, tasks::Tasks};
 
 /// Connections that the kernel holds for us before it refuses more.
 const BACKLOG: u32 = 4096;
@@ -55,6 +55,8 @@ pub enum Door {
     Grpc,
     /// gRPC for workers: HTTP/2.
     Workers,
+    /// HTTP for operators: HTTP/1 and HTTP/2.
+    Admin,
 }
 
 impl Door {
@@ -64,6 +66,7 @@ impl Door {
             Self::Http => "http",
             Self::Grpc => "grpc",
             Self::Workers => "workers",
+            Self::Admin => "admin",
         }
     }
 }
@@ -98,29 +101,22 @@ impl Listener {
     }
 
     /// Accepts until shutdown and serves each connection in a task of its own.
-    pub(crate) async fn serve(
-        self,
-        app: Router,
-        limits: ListenConfig,
-        metrics: Metrics,
-        tasks: Tasks,
-    ) {
-        let slots = Arc::new(Semaphore::new(limits.max_connections));
-        let shutdown = tasks.shutdown_token().clone();
+    pub(crate) async fn serve(self, app: Router, state: Arc<RouterState>) {
+        let slots = Arc::new(Semaphore::new(state.settings().listen.max_connections));
+        let shutdown = state.tasks.shutdown_token().clone();
         let server = Arc::new(Server {
             door: self.door,
             app,
-            limits,
-            tasks,
+            state,
         });
         let accepting = async {
             loop {
                 // Never fails: the semaphore is not closed. A connection holds its slot to its end.
                 let slot = Arc::clone(&slots).acquire_owned().await;
                 let stream = self.accept().await;
-                let counted = metrics.connection(self.door.as_str());
+                let counted = server.state.metrics.connection(self.door.as_str());
                 let connection = Arc::clone(&server).connection(stream);
-                server.tasks.spawn(async move {
+                server.state.tasks.spawn(async move {
                     connection.await;
                     drop((slot, counted));
                 });
@@ -161,8 +157,7 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 struct Server {
     door: Door,
     app: Router,
-    limits: ListenConfig,
-    tasks: Tasks,
+    state: Arc<RouterState>,
 }
 
 impl Server {
@@ -177,29 +172,30 @@ impl Server {
                 Ok::<_, Infallible>(response.await?.map(|body| AnswerBody::new(body, answering)))
             }
         });
-        let builder = self.builder();
+        let settings = self.state.settings();
+        let builder = self.builder(&settings.listen);
         let mut connection = pin!(builder.serve_connection(io, service));
-        let shutdown = self.tasks.shutdown_token();
+        let shutdown = self.state.tasks.shutdown_token();
         tokio::select! {
             // How a connection ends is the peer's affair: nothing is logged.
             _ = connection.as_mut() => return,
-            () = clock.expired(self.limits.header_timeout.0) => return,
+            () = clock.expired(settings.listen.header_timeout.0) => return,
             () = shutdown.cancelled() => {}
         }
         connection.as_mut().graceful_shutdown();
         let _ = tokio::time::timeout(LAST_WORDS, connection).await;
     }
 
-    fn builder(&self) -> Builder<TaskExecutor> {
-        let mut builder = Builder::new(TaskExecutor(self.tasks.clone()));
-        if self.door != Door::Http {
+    fn builder(&self, limits: &ListenConfig) -> Builder<TaskExecutor> {
+        let mut builder = Builder::new(TaskExecutor(self.state.tasks.clone()));
+        if matches!(self.door, Door::Grpc | Door::Workers) {
             builder = builder.http2_only();
         }
         builder
             .http1()
             .timer(TokioTimer::new())
             // hyper counts the idle time as part of the next head; the head proper is timed by the clock.
-            .header_read_timeout(self.limits.idle_timeout.0)
+            .header_read_timeout(limits.idle_timeout.0)
             .max_buf_size(HEAD_BYTES_MAX);
         builder
             .http2()
@@ -237,7 +233,7 @@ mod tests {
 
     #[tokio::test]
     async fn every_accepted_socket_sends_at_once() {
-        for door in [Door::Http, Door::Grpc, Door::Workers] {
+        for door in [Door::Http, Door::Grpc, Door::Workers, Door::Admin] {
             let listener = Listener::bind(door, SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
             let address = listener.local_addr().unwrap();
             let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());

@@ -8,6 +8,7 @@
 //! its own, made by its `register(&mut Registry)`, one public field of [`Metrics`] and a line in `tests::SOURCES`.
 
 mod kv_events;
+mod operation;
 mod requests;
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,7 @@ use prometheus_client::{
 
 pub use self::{
     kv_events::{KvEventMetrics, KvEventSeries},
+    operation::OperationMetrics,
     workers::WorkerMetrics,
 };
 use self::{
@@ -70,6 +72,8 @@ pub struct Metrics {
     pub kv_events: KvEventMetrics,
     /// Workers attached now.
     pub workers: Gauge,
+    /// What operators do.
+    pub operation: OperationMetrics,
     requests_finished: Family<ReasonLabel, Counter>,
     requests_rejected: Family<ReasonLabel, Counter>,
     http_responses: Family<ResponseLabel, Counter>,
@@ -86,6 +90,7 @@ impl Metrics {
         let mut registry = Registry::with_prefix("orchestra");
         let mut metrics = Self {
             kv_events: KvEventMetrics::register(&mut registry),
+            operation: OperationMetrics::register(&mut registry),
             registry: Arc::default(),
             requests_running: Gauge::default(),
             requests_waiting: Gauge::default(),

@@ -8,7 +8,13 @@ use tokio::time::Instant;
 
 pub use crate::models::ModelInfo;
 use crate::{
-    corridor::Admission, metrics::Metrics, models::Models, tasks::Tasks, workers::Workers,
+    corridor::Admission,
+    engines::Engines,
+    metrics::Metrics,
+    models::Models,
+    settings::{Live, Settings},
+    tasks::Tasks,
+    workers::Workers,
 };
 
 /// Bounds of the corridor. The router's configuration nests them.
@@ -52,8 +58,6 @@ impl Default for CorridorLimits {
 
 /// The router's shared state.
 pub struct RouterState {
-    /// Bounds of the corridor.
-    pub limits: CorridorLimits,
     /// What `GET /metrics` shows.
     pub metrics: Metrics,
     /// Background tasks and the shutdown token.
@@ -62,40 +66,83 @@ pub struct RouterState {
     pub models: Models,
     pub(crate) admission: Arc<Admission>,
     pub(crate) workers: Arc<Workers>,
+    pub(crate) engines: Engines,
+    settings: Live,
     started: Instant,
 }
 
 impl RouterState {
     /// State without workers and models.
     pub fn new(limits: CorridorLimits, metrics: Metrics) -> Arc<Self> {
-        Self::with_tasks(limits, metrics, Tasks::default())
+        Self::with_engines(limits, metrics, Engines::default())
+    }
+
+    /// As [`Self::new`], with other limits for foreign engines, or another network to them.
+    pub fn with_engines(limits: CorridorLimits, metrics: Metrics, engines: Engines) -> Arc<Self> {
+        Self::with_tasks(limits, metrics, engines, Tasks::default())
     }
 
     /// The same for a simulation, where all work is done on the one thread in one order.
     pub fn for_simulation(limits: CorridorLimits, metrics: Metrics) -> Arc<Self> {
-        Self::with_tasks(limits, metrics, Tasks::on_one_thread())
+        Self::simulated_with_engines(limits, metrics, Engines::default())
     }
 
-    fn with_tasks(limits: CorridorLimits, metrics: Metrics, tasks: Tasks) -> Arc<Self> {
+    /// As [`Self::for_simulation`], with engines on the simulated network.
+    pub fn simulated_with_engines(
+        limits: CorridorLimits,
+        metrics: Metrics,
+        engines: Engines,
+    ) -> Arc<Self> {
+        Self::with_tasks(limits, metrics, engines, Tasks::on_one_thread())
+    }
+
+    fn with_tasks(
+        limits: CorridorLimits,
+        metrics: Metrics,
+        engines: Engines,
+        tasks: Tasks,
+    ) -> Arc<Self> {
         Arc::new(Self {
             admission: Admission::new(&limits, &metrics),
-            limits,
+            settings: Live::new(Settings {
+                limits,
+                ..Settings::default()
+            }),
             metrics,
             tasks,
             models: Models::default(),
             workers: Workers::new(),
+            engines,
             started: Instant::now(),
         })
     }
 
+    /// The settings in effect now.
+    pub fn settings(&self) -> Arc<Settings> {
+        self.settings.get()
+    }
+
+    /// From the next request on these settings count, as far as they may change while the router runs.
+    pub fn set_settings(&self, settings: Settings) {
+        self.settings.set(settings);
+    }
+
     /// Whether a request could be served now: a worker that takes work is attached, and no shutdown has begun.
     pub fn is_ready(&self) -> bool {
-        !self.admission.is_draining() && self.workers.has_available()
+        let has_available = self.workers.has_available() || self.engines.has_available();
+        has_available && !self.admission.is_draining()
     }
 
     /// The models that a request could name now, by name.
     pub fn list_models(&self) -> Vec<ModelInfo> {
-        self.models.list()
+        let mut models = self.models.list();
+        let is_up = |worker| {
+            let worker = self.engines.worker(worker);
+            worker.is_some_and(|worker| worker.engine.status.lock().is_up)
+        };
+        models.extend(self.models.list_foreign(is_up));
+        models.sort_by(|a, b| a.id.cmp(&b.id));
+        models
     }
 
     /// From now on new requests are refused with `shutting_down`; those that are in go on.

@@ -5,6 +5,7 @@
 
 pub mod gateway;
 mod hello;
+mod operate;
 mod outbox;
 pub(crate) mod session;
 mod watchdog;
@@ -15,15 +16,16 @@ use orchestra_core::{
     BlockHash, Time,
     scheduler::{
         ReservationId, RouteRequest, Scheduler, SchedulerConfig, SchedulerError, WorkerId,
-        WorkerLoad,
+        WorkerLoad, WorkerSpec,
     },
     step::KvEvent,
 };
 use parking_lot::Mutex;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use tokio::sync::watch;
 
 pub use self::gateway::gateway_service;
+pub(crate) use self::operate::{OperateError, WorkerView};
 use self::{hello::Hello, outbox::Outbox, session::Session};
 use crate::models::{ModelMismatch, ModelText, Models};
 
@@ -46,6 +48,8 @@ pub(crate) struct Workers {
 struct Pool {
     scheduler: Scheduler,
     sessions: FxHashMap<WorkerId, Arc<Session>>,
+    /// Names of workers that an operator gives no work.
+    held_back: FxHashSet<String>,
 }
 
 impl Workers {
@@ -56,6 +60,7 @@ impl Workers {
         let pool = Mutex::new(Pool {
             scheduler,
             sessions: FxHashMap::default(),
+            held_back: FxHashSet::default(),
         });
         Arc::new(Self {
             pool,
@@ -96,17 +101,48 @@ impl Workers {
         request: &RouteRequest<'_>,
         now: Time,
     ) -> Result<Placement, SchedulerError> {
-        let mut pool = self.pool.lock();
-        let reservation = pool.scheduler.route(request, now)?;
+        let (worker, reserved) = self.reserve(request, now)?;
+        let session = self.pool.lock().sessions.get(&worker).cloned();
+        let session = session.ok_or(SchedulerError::UnknownWorker)?;
+        Ok(Placement { session, reserved })
+    }
+
+    /// As [`Self::place`], for a model of foreign engines: the worker is one that [`Self::add_foreign`] added.
+    pub(crate) fn reserve(
+        self: &Arc<Self>,
+        request: &RouteRequest<'_>,
+        now: Time,
+    ) -> Result<(WorkerId, Reserved), SchedulerError> {
+        let reservation = self.pool.lock().scheduler.route(request, now)?;
         let reserved = Reserved {
             workers: Arc::clone(self),
             id: reservation.id,
         };
-        let session = pool.sessions.get(&reservation.worker).cloned();
-        // `reserved` takes the lock when it drops.
-        drop(pool);
-        let session = session.ok_or(SchedulerError::UnknownWorker)?;
-        Ok(Placement { session, reserved })
+        Ok((reservation.worker, reserved))
+    }
+
+    /// Takes a foreign engine's model in. It is chosen once it is said to be available.
+    pub(crate) fn add_foreign(&self, spec: WorkerSpec) -> Result<WorkerId, SchedulerError> {
+        let mut pool = self.pool.lock();
+        let worker = pool.scheduler.add_worker(spec)?;
+        pool.scheduler.set_draining(worker, true);
+        Ok(worker)
+    }
+
+    /// Lets it go.
+    pub(crate) fn remove_foreign(&self, worker: WorkerId) {
+        self.pool.lock().scheduler.remove_worker(worker);
+    }
+
+    /// From now on it is chosen, or it is not.
+    pub(crate) fn set_foreign_available(&self, worker: WorkerId, is_available: bool) {
+        self.pool
+            .lock()
+            .scheduler
+            .set_draining(worker, !is_available);
+        if is_available {
+            self.arrivals.send_replace(());
+        }
     }
 
     pub(crate) fn apply_kv_event(
@@ -121,7 +157,7 @@ impl Workers {
         let mut pool = self.pool.lock();
         pool.scheduler.update_load(session.worker, load);
         if session.is_draining.swap(is_draining, Ordering::Relaxed) != is_draining {
-            pool.scheduler.set_draining(session.worker, is_draining);
+            pool.show_draining(session);
             drop(pool);
             self.arrivals.send_replace(());
         }
@@ -132,7 +168,7 @@ impl Workers {
         let pool = self.pool.lock();
         pool.sessions
             .values()
-            .any(|session| !session.is_draining.load(Ordering::Relaxed))
+            .any(|session| pool.takes_requests(session))
     }
 
     /// Changes when there may be a worker where there was none.
@@ -163,6 +199,7 @@ impl Pool {
         }
         let session = Arc::new(Session::new(worker, hello.spec, hello.vocab_size, outbox));
         self.sessions.insert(worker, Arc::clone(&session));
+        self.show_draining(&session);
         Ok(session)
     }
 

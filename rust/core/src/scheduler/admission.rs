@@ -1,11 +1,16 @@
 //! Classes of waiting requests, and the share of the grants that each gets.
 
+use serde::{Deserialize, Serialize};
+
 use super::config::SchedulerConfig;
 
 /// How urgent a request is while it waits for a worker.
 ///
 /// Classes share a queue's grants by their weights, so a lower one gets less and never nothing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(rename_all = "snake_case")]
 pub enum AdmissionClass {
     /// Somebody watches.
     Interactive,

@@ -108,6 +108,11 @@ impl Scheduler {
         total
     }
 
+    /// The class of who holds it, where it was charged.
+    pub(super) fn class_of(&self, id: ReservationId) -> Option<AdmissionClass> {
+        self.charges.get(&id).map(|charge| charge.class)
+    }
+
     /// Gives back all that was charged for reservations that are lost.
     pub(super) fn refund_lost(&mut self, lost: &[ReservationId]) {
         for id in lost {

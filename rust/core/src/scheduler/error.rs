@@ -77,6 +77,12 @@ pub enum SchedulerError {
         /// How long the request would have waited for a worker, where that can be predicted.
         retry_after: Option<Duration>,
     },
+    /// The request waited, and had to leave for one of a higher class when as many waited as may.
+    #[error("the queue is full, and a request of a higher class took this one's place")]
+    Displaced {
+        /// How long those that waited with it will wait, where that can be predicted.
+        retry_after: Option<Duration>,
+    },
     /// The deadline passed before a worker had room.
     #[error("the deadline passed before a worker had room")]
     DeadlineExceeded,
@@ -171,7 +177,9 @@ impl SchedulerError {
             Self::NoWorkers { .. } | Self::NoGpuRoom { .. } | Self::NoStageRoom { .. } => {
                 ErrorCode::NoWorkers
             }
-            Self::LimitReached { .. } | Self::QueueFull { .. } => ErrorCode::QueueFull,
+            Self::LimitReached { .. } | Self::QueueFull { .. } | Self::Displaced { .. } => {
+                ErrorCode::QueueFull
+            }
             Self::DeadlineExceeded | Self::DeadlineHopeless { .. } => ErrorCode::DeadlineExceeded,
             Self::TooManyBlocks { .. } => ErrorCode::WorkerFailed,
         }
@@ -195,6 +203,7 @@ impl SchedulerError {
             | Self::ModelNotFound
             | Self::NotServed { .. }
             | Self::NoWorkers { .. }
+            | Self::Displaced { .. }
             | Self::DeadlineExceeded
             | Self::DeadlineHopeless { .. } => None,
         }
@@ -221,6 +230,7 @@ impl SchedulerError {
             | Self::ModelNotFound
             | Self::NotServed { .. }
             | Self::NoWorkers { .. }
+            | Self::Displaced { .. }
             | Self::DeadlineExceeded
             | Self::DeadlineHopeless { .. }
             | Self::TooManyBlocks { .. } => None,
@@ -230,7 +240,7 @@ impl SchedulerError {
     /// When to ask again, where that can be predicted.
     pub const fn retry_after(&self) -> Option<Duration> {
         match *self {
-            Self::QueueFull { retry_after, .. } => retry_after,
+            Self::QueueFull { retry_after, .. } | Self::Displaced { retry_after } => retry_after,
             _ => None,
         }
     }

@@ -190,7 +190,11 @@ impl Scheduler {
 }
 
 /// Whether the worker could ever take the request; `None`: it could.
-fn judge(id: WorkerId, worker: &Worker, request: &RouteRequest<'_>) -> Option<Ineligible> {
+pub(super) fn judge(
+    id: WorkerId,
+    worker: &Worker,
+    request: &RouteRequest<'_>,
+) -> Option<Ineligible> {
     if request.exclude.contains(&id) {
         return Some(Ineligible::Excluded);
     }

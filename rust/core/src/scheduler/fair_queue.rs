@@ -241,10 +241,13 @@ impl<T> FairQueue<T> {
         class: AdmissionClass,
         charge: u64,
     ) {
-        let share = &mut self.classes[class as usize].share;
-        share.join(tenant);
-        share.charge(tenant, charge);
-        share.leave(tenant, self.rules.max_num_tenants);
+        let class = &mut self.classes[class as usize];
+        let is_waiting = class.tenants.contains_key(tenant);
+        class.share.join(tenant);
+        class.share.charge(tenant, charge);
+        if !is_waiting {
+            class.share.leave(tenant, self.rules.max_num_tenants);
+        }
     }
 
     /// Gives a tenant back what it was charged and did not use.
@@ -271,6 +274,11 @@ impl<T> FairQueue<T> {
             .into_iter()
             .map(|(_, class)| &self.classes[class as usize]);
         queues.flat_map(ClassQueue::in_order)
+    }
+
+    /// The next of a class.
+    pub(super) fn first_of(&self, class: AdmissionClass) -> Option<u64> {
+        self.classes[class as usize].in_order().next()
     }
 
     /// An estimate of how many grants it takes until a request that came now would have its turn, its own included:

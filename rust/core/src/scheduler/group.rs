@@ -7,6 +7,7 @@ use rustc_hash::FxHashMap;
 use super::{
     bits::Bits,
     load_grid::LoadGrid,
+    output_length::OutputLength,
     ring::Ring,
     standing::{NIL, NUM_ROOM_CLASSES, Standing},
     terms::Terms,
@@ -110,6 +111,8 @@ pub(super) struct Model {
     pub(super) ring: Ring,
     /// The slot that round robin chose last.
     pub(super) last_slot: Option<u32>,
+    /// Of its finished requests.
+    pub(super) output_length: OutputLength,
 }
 
 /// All groups.

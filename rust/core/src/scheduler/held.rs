@@ -74,14 +74,18 @@ impl HeldReservations {
         ReservationId { number, slot }
     }
 
+    pub(super) fn get(&self, id: ReservationId) -> Option<&Held> {
+        let entry = self.entries.get(id.slot as usize)?;
+        (entry.number == id.number).then_some(&entry.held)
+    }
+
     pub(super) fn get_mut(&mut self, id: ReservationId) -> Option<&mut Held> {
         let entry = self.entries.get_mut(id.slot as usize)?;
         (entry.number == id.number).then_some(&mut entry.held)
     }
 
     pub(super) fn contains(&self, id: ReservationId) -> bool {
-        let entry = self.entries.get(id.slot as usize);
-        entry.is_some_and(|entry| entry.number == id.number)
+        self.get(id).is_some()
     }
 
     pub(super) fn remove(&mut self, id: ReservationId) -> Option<Held> {

@@ -20,6 +20,8 @@ mod index;
 mod kv_feed;
 mod load_grid;
 mod loras;
+mod make_room;
+mod output_length;
 mod pace;
 mod pick;
 pub mod place;
@@ -32,6 +34,7 @@ mod reservation;
 mod ring;
 pub mod route;
 mod search;
+mod seats;
 mod serve;
 mod standing;
 mod stats;
@@ -53,6 +56,7 @@ pub use self::{
     error::SchedulerError,
     kv_feed::KvFeed,
     loras::Lora,
+    make_room::{Preemptible, Preemption},
     place::{
         Extent, GpuId, GpuSpec, Layout, NodeLimits, PlaceRequest, PlacedGpu, Placement,
         PlacementId, Shares,
@@ -74,6 +78,7 @@ use self::{
     index::PrefixIndex,
     loras::Loras,
     placement::GpuPool,
+    seats::Seats,
     standing::NIL,
     wait_queues::WaitQueues,
     worker::{Demand, Worker},
@@ -97,6 +102,7 @@ pub struct Scheduler {
     gpus: GpuPool,
     waiting: WaitQueues,
     rules: Rules,
+    seats: Seats,
     /// Of the reservations that were acquired.
     charges: FxHashMap<ReservationId, Charge>,
     /// Of the tenants that have one of their own.
@@ -121,6 +127,7 @@ impl Scheduler {
             gpus,
             waiting: WaitQueues::default(),
             rules,
+            seats: Seats::default(),
             charges: FxHashMap::default(),
             tenant_weights: BTreeMap::new(),
         })
@@ -201,6 +208,7 @@ impl Scheduler {
         worker.load = load;
         worker.num_reports += 1;
         worker.unreported = Demand::default();
+        worker.returned = Demand::default();
         self.refresh(id.slot);
         true
     }

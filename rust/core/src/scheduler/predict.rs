@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! ttft = wait + (queued(w) + miss(w) + adapter load) / speed(w)        w: the best worker as things are
-//! wait = 0 where nobody waits and w has room, else position / grants per second
+//! wait = 0 where nobody waits and w has room and a seat is free, else position / grants per second
 //! ```
 //!
 //! `speed` is learned from [`Scheduler::prefill_done`]: a prompt's tokens that had to be computed, over the time since
@@ -49,7 +49,10 @@ impl Scheduler {
         key: &QueueKey,
         best: Option<&Candidate>,
     ) -> Option<Duration> {
-        if self.waiting.occupied(key).is_none() && best.is_some_and(|best| best.has_room) {
+        if self.waiting.occupied(key).is_none()
+            && best.is_some_and(|best| best.has_room)
+            && self.seats.is_free()
+        {
             return Some(Duration::ZERO);
         }
         let queue = self.waiting.queues.get(key)?;

@@ -28,7 +28,7 @@ pub struct Reservation {
     pub worker: WorkerId,
     /// Prompt tokens whose KV the worker holds already.
     pub num_cached_tokens: u32,
-    /// KV blocks of prompt and output together, cached ones included.
+    /// KV blocks of the prompt and the booked output together, cached ones included.
     pub num_blocks: u32,
 }
 
@@ -131,10 +131,7 @@ impl Scheduler {
         let Some(worker) = self.workers.get_mut(held.worker) else {
             return;
         };
-        worker.reserved.subtract(demand);
-        if worker.num_reports == held.num_reports {
-            worker.unreported.subtract(demand);
-        }
+        worker.give_back(held, demand);
         self.refresh(held.worker.slot);
     }
 }

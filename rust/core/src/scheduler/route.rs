@@ -44,8 +44,12 @@ pub struct RouteRequest<'a> {
     pub model: &'a str,
     /// The prompt; at least one token.
     pub token_ids: &'a [TokenId],
-    /// Most output tokens; at least 1.
+    /// Most output tokens; at least 1. Only workers that could hold all of them take the request.
     pub max_tokens: u32,
+    /// Output tokens that room is kept for, at least 1; `max_tokens` where it is `None` or more. Who books less than may
+    /// come runs more at once and relies on the worker to preempt where that was too few;
+    /// [`expected_output`](Scheduler::expected_output) says what is usual.
+    pub booked_tokens: Option<u32>,
     /// Isolates the prefix cache; requests share KV only where it is equal.
     pub salt: &'a str,
     /// The adapter that it runs with.
@@ -88,6 +92,14 @@ impl RouteRequest<'_> {
         self.token_ids.len() as u64 + u64::from(self.max_tokens)
     }
 
+    /// Prompt tokens, and the output tokens that room is kept for.
+    pub(super) fn num_booked_tokens(&self) -> u64 {
+        let output = self
+            .booked_tokens
+            .map_or(self.max_tokens, |it| it.min(self.max_tokens));
+        self.token_ids.len() as u64 + u64::from(output)
+    }
+
     pub(super) fn validate(&self) -> Result<(), SchedulerError> {
         let refuse = |field, expected| Err(SchedulerError::InvalidField { field, expected });
         if self.token_ids.is_empty() {
@@ -95,6 +107,9 @@ impl RouteRequest<'_> {
         }
         if self.max_tokens == 0 {
             return refuse("max_tokens", "at least 1");
+        }
+        if self.booked_tokens == Some(0) {
+            return refuse("booked_tokens", "at least 1");
         }
         if self.slo_class.len() > NAME_BYTES_MAX {
             return refuse("slo_class", "at most 128 bytes long");
@@ -117,7 +132,7 @@ pub struct Candidate {
     pub worker: WorkerId,
     /// The [policy](super::RoutePolicy)'s formula; `load_only`'s where the policy has none.
     pub cost: u64,
-    /// Whether it could start the request now: free KV for all of it and a place in the batch.
+    /// Whether it could start the request now: free KV for what is booked and a place in the batch.
     pub has_room: bool,
     /// Prompt tokens whose KV the worker holds already.
     pub num_cached_tokens: u32,
@@ -125,7 +140,7 @@ pub struct Candidate {
     pub queued_prefill_tokens: u64,
     /// Sequences that run or wait there.
     pub batch: u32,
-    /// KV blocks of prompt and output together, in the worker's block size.
+    /// KV blocks of the prompt and the booked output together, in the worker's block size.
     pub num_blocks: u32,
     /// KV blocks that nothing holds and nothing was promised.
     pub kv_blocks_free: u64,
@@ -295,9 +310,11 @@ impl Scheduler {
         room: bool,
     ) -> Needs<'a> {
         let num_tokens = request.num_tokens();
+        let block_size = u64::from(chain.block_size);
         Needs {
             num_tokens,
-            num_blocks: num_tokens.div_ceil(u64::from(chain.block_size)),
+            num_blocks: num_tokens.div_ceil(block_size),
+            num_booked_blocks: request.num_booked_tokens().div_ceil(block_size),
             exclude: request.exclude,
             room,
             only: None,
@@ -405,7 +422,7 @@ impl Scheduler {
             ..*costs
         };
         let block_size = chain.block_size;
-        let num_blocks = request.num_tokens().div_ceil(u64::from(block_size));
+        let num_blocks = request.num_booked_tokens().div_ceil(u64::from(block_size));
         let prefill = costs.prefill(depth as u64);
         Some(Candidate {
             worker: standing.id,

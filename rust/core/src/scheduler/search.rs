@@ -51,8 +51,10 @@ pub(super) struct Found {
 pub(super) struct Needs<'a> {
     /// Prompt and output tokens.
     pub(super) num_tokens: u64,
-    /// KV blocks of them.
+    /// KV blocks of them: what the worker must have in all.
     pub(super) num_blocks: u64,
+    /// KV blocks that are booked: what must be free.
+    pub(super) num_booked_blocks: u64,
     pub(super) exclude: &'a [WorkerId],
     /// Only workers that could start now.
     pub(super) room: bool,
@@ -74,7 +76,7 @@ impl Needs<'_> {
     /// Whether the worker could start the request now.
     pub(super) fn has_room(&self, standing: &Standing, depth: usize) -> bool {
         standing.batch < standing.max_num_seqs
-            && self.num_blocks - depth as u64 <= u64::from(standing.kv_blocks_free)
+            && self.num_booked_blocks - depth as u64 <= u64::from(standing.kv_blocks_free)
     }
 }
 
@@ -140,7 +142,7 @@ impl Search<'_> {
     /// Judges those of the holders that could beat the best; without holders, of all workers.
     fn judge_level(&mut self, depth: usize, holders: Option<Holders<'_>>) {
         let group = self.group;
-        let blocks_left = self.needs.num_blocks.saturating_sub(depth as u64);
+        let blocks_left = self.needs.num_booked_blocks.saturating_sub(depth as u64);
         let class = room_class(u32::try_from(blocks_left).unwrap_or(u32::MAX));
         let with_room = self.needs.room.then(|| group.room(class));
         let slots = [with_room, self.needs.only].into_iter().flatten();

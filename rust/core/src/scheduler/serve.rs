@@ -66,18 +66,19 @@ impl RouteQueue {
 }
 
 impl Scheduler {
-    /// Serves the queues as far as there is room, and ends waits whose deadline has passed. To be called after anything
-    /// that may have made room (a release, a load report, a KV event, a new worker or GPU, the end of a drain, a
-    /// cancelled wait), after a wait began behind others, and at [`next_deadline`](Self::next_deadline).
+    /// Serves the queues as far as there is room, and ends waits whose deadline has passed and those that were displaced.
+    /// To be called after anything that may have made room (a release, a free seat, a load report, a KV event, a new
+    /// worker or GPU, the end of a drain, a cancelled wait), after a wait began, and at
+    /// [`next_deadline`](Self::next_deadline).
     ///
     /// O(log n) for each request that leaves, besides its decision, and up to 25 decisions for each queue that is
     /// blocked.
     pub fn take_grants(&mut self, now: Time) -> Vec<Grant> {
-        if self.waiting.lengths() == (0, 0) {
+        if self.waiting.is_quiet() {
             return Vec::new();
         }
         let mut waiting = mem::take(&mut self.waiting);
-        let mut grants = Vec::new();
+        let mut grants = mem::take(&mut waiting.displaced);
         while let Some(ticket) = waiting.pop_late(now) {
             let outcome = Err(SchedulerError::DeadlineExceeded);
             grants.push(Grant { ticket, outcome });
@@ -96,7 +97,9 @@ impl Scheduler {
             Some((oldest.ticket, key.clone()))
         };
         agenda.extend(waiting.queues.iter().filter_map(turn));
-        while let Some((_, key)) = agenda.pop_first() {
+        while self.seats.is_free()
+            && let Some((_, key)) = agenda.pop_first()
+        {
             let hold = |waiting: &WaitQueues| waiting.queues.get(&key)?.hold;
             let was_held = hold(waiting).is_some();
             let Some(grant) = self.serve_next(waiting, &key, now) else {
@@ -151,6 +154,7 @@ impl Scheduler {
                 let tenant = Arc::clone(&request.tenant);
                 let request = request.as_request(&key.model, &tolerations);
                 let charge = self.record_charge(&request, &tenant, key, &reservation);
+                self.seats.take();
                 let ticket = waiting.take(key, arrival, Some((now, charge)))?.ticket;
                 (ticket, Ok(Granted::Reservation(reservation)))
             }

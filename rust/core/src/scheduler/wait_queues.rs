@@ -9,12 +9,13 @@ use rustc_hash::FxHashMap;
 
 use super::{
     admission::{AdmissionClass, Rules},
+    error::SchedulerError,
     fair_queue::{Claim, FairQueue},
     loras::Lora,
     pace::Pace,
     place::PlaceRequest,
     route::{HashedPrompt, RouteRequest},
-    waiting::TicketId,
+    waiting::{Grant, TicketId},
     worker::WorkerId,
 };
 use crate::{
@@ -42,6 +43,7 @@ pub(super) struct WaitingRoute {
     deadline: Option<Time>,
     token_ids: Vec<TokenId>,
     max_tokens: u32,
+    booked_tokens: Option<u32>,
     salt: String,
     lora: Option<(String, u64)>,
     weights_epoch: Option<u64>,
@@ -93,6 +95,10 @@ pub(super) struct WaitQueues {
     tickets: FxHashMap<TicketId, Spot>,
     /// Of the waiting requests that have one.
     deadlines: BTreeSet<(Time, TicketId)>,
+    /// By class, the oldest first.
+    by_class: [BTreeSet<TicketId>; 3],
+    /// Waits that ended for others; nobody was told yet.
+    pub(super) displaced: Vec<Grant>,
     pub(super) num_by_tenant: FxHashMap<Arc<str>, u32>,
     pub(super) places: BTreeMap<TicketId, PlaceRequest>,
     num_tickets: u64,
@@ -118,6 +124,43 @@ impl WaitQueues {
     /// Requests that wait for a worker, and gangs that wait for GPUs.
     pub(super) fn lengths(&self) -> (usize, usize) {
         (self.tickets.len(), self.places.len())
+    }
+
+    /// Whether nobody waits, and nobody is to be told of an end.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.lengths() == (0, 0) && self.displaced.is_empty()
+    }
+
+    /// Whether a request of this class waits.
+    pub(super) fn has_waiting(&self, class: AdmissionClass) -> bool {
+        !self.by_class[class as usize].is_empty()
+    }
+
+    /// The newest request of the lowest class, where that is below `class`.
+    pub(super) fn newest_below(&self, class: AdmissionClass) -> Option<TicketId> {
+        let below = &self.by_class[class as usize + 1..];
+        let lowest = below.iter().rev().find(|tickets| !tickets.is_empty());
+        lowest?.last().copied()
+    }
+
+    /// Where `max_num_waiting` wait, ends the wait of one for a newcomer of this class.
+    pub(super) fn displace_for(&mut self, class: AdmissionClass, max_num_waiting: usize) {
+        if self.tickets.len() < max_num_waiting {
+            return;
+        }
+        let Some(ticket) = self.newest_below(class) else {
+            return;
+        };
+        let queue = self
+            .tickets
+            .get(&ticket)
+            .and_then(|spot| self.queues.get(&spot.key));
+        let retry_after = queue.and_then(|it| it.pace.time_for(it.requests.len() as u64));
+        self.remove(ticket);
+        self.displaced.push(Grant {
+            ticket,
+            outcome: Err(SchedulerError::Displaced { retry_after }),
+        });
     }
 
     /// The queue, where somebody waits in it.
@@ -175,6 +218,7 @@ impl WaitQueues {
         }
         let num_waiting = self.num_by_tenant.entry(Arc::clone(&claim.tenant));
         *num_waiting.or_default() += 1;
+        self.by_class[claim.class as usize].insert(ticket);
         let queue = self.queue_mut(&key, rules);
         if queue.requests.len() == 0 {
             queue.since = now;
@@ -201,6 +245,7 @@ impl WaitQueues {
         };
         queue.hold = queue.hold.filter(|hold| hold.arrival != arrival);
         self.tickets.remove(&request.ticket);
+        self.by_class[request.class as usize].remove(&request.ticket);
         if let Some(deadline) = request.deadline {
             self.deadlines.remove(&(deadline, request.ticket));
         }
@@ -259,6 +304,8 @@ impl WaitQueues {
             num_deadlines += usize::from(request.is_some_and(|it| it.deadline.is_some()));
         }
         assert_eq!(num_deadlines, self.deadlines.len(), "deadlines");
+        let by_class = self.by_class.iter().map(BTreeSet::len);
+        assert_eq!(num_waiting, by_class.sum::<usize>(), "requests by class");
     }
 }
 
@@ -271,6 +318,7 @@ impl WaitingRoute {
             deadline: request.deadline,
             token_ids: request.token_ids.to_vec(),
             max_tokens: request.max_tokens,
+            booked_tokens: request.booked_tokens,
             salt: request.salt.to_owned(),
             lora: request.lora.map(|lora| (lora.id.to_owned(), lora.version)),
             weights_epoch: request.weights_epoch,
@@ -305,6 +353,7 @@ impl WaitingRoute {
             model,
             token_ids: &self.token_ids,
             max_tokens: self.max_tokens,
+            booked_tokens: self.booked_tokens,
             salt: &self.salt,
             lora: lora.map(|(id, version)| Lora {
                 id,

@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use super::{
     Scheduler,
+    admission::AdmissionClass,
     error::SchedulerError,
     fair_queue::Claim,
     place::{PlaceRequest, Placement},
@@ -63,6 +64,9 @@ impl Scheduler {
     ///
     /// Unlike [`route`](Self::route), which places at once on the best worker and leaves the waiting to it. Only here
     /// do tenant, class and deadline count. O(log n) in the number of waiting requests, besides the decision.
+    ///
+    /// Where as many wait as may, the newest request of the lowest class below this one's loses its place to it: its wait
+    /// ends with [`Displaced`](SchedulerError::Displaced) at the next `take_grants`.
     pub fn acquire(
         &mut self,
         request: &RouteRequest<'_>,
@@ -77,12 +81,13 @@ impl Scheduler {
         self.check_hope(request, &key, best.as_ref(), now)?;
         // Behind others, taking room now would be overtaking.
         if self.waiting.occupied(&key).is_none()
+            && self.seats.is_free()
             && let Some(best) = best
             && let Some(reservation) = self.grant_now(request, &key, best, now)?
         {
             return Ok(Wait::Granted(reservation));
         }
-        self.check_queue(request, &key, best.as_ref())?;
+        self.make_way(request, &key, best.as_ref())?;
         let ticket = self.waiting.next_ticket();
         let (claim, waiting) = self.claim(request, best.as_ref(), ticket);
         self.waiting.push(key, claim, waiting, self.rules, now);
@@ -106,14 +111,38 @@ impl Scheduler {
         };
         let reservation = unless_waiting_helps(self.reserve(request, best, now).map(Some))?;
         if let Some(reservation) = &reservation {
-            let tenant: Arc<str> = request.tenant.into();
-            let charge = self.record_charge(request, &tenant, key, reservation);
-            let queue = self.waiting.queue_mut(key, self.rules);
-            queue
-                .requests
-                .charge_unqueued(&tenant, request.class, charge);
+            self.charge_now(request, key, reservation);
+            self.seats.take();
         }
         Ok(reservation)
+    }
+
+    /// Places one more sequence of a request that was granted: another choice of it, or the rest of one that lost its
+    /// worker. As with [`route`](Self::route) that is done at once and ahead of all that wait, so that nobody holds half of
+    /// what it needs; it takes no seat, and the tenant is charged.
+    pub fn accompany(
+        &mut self,
+        request: &RouteRequest<'_>,
+        now: Time,
+    ) -> Result<Reservation, SchedulerError> {
+        let reservation = self.route(request, now)?;
+        self.charge_now(request, &self.queue_key(request), &reservation);
+        Ok(reservation)
+    }
+
+    /// Charges for what was granted without a wait.
+    fn charge_now(
+        &mut self,
+        request: &RouteRequest<'_>,
+        key: &QueueKey,
+        reservation: &Reservation,
+    ) {
+        let tenant: Arc<str> = request.tenant.into();
+        let charge = self.record_charge(request, &tenant, key, reservation);
+        let queue = self.waiting.queue_mut(key, self.rules);
+        queue
+            .requests
+            .charge_unqueued(&tenant, request.class, charge);
     }
 
     /// The request as it waits, and its claim to a turn.
@@ -184,6 +213,13 @@ impl Scheduler {
         self.waiting.places.remove(&ticket).is_some() || self.waiting.remove(ticket)
     }
 
+    /// Whether some worker of the model takes requests now, be it full: without one, waiting may be in vain.
+    pub fn has_open_worker(&self, model: &str) -> bool {
+        let model = self.groups.model(model);
+        let mut groups = model.into_iter().flat_map(|model| model.groups.values());
+        groups.any(|&group| self.groups.get(group).grid.least().is_some())
+    }
+
     /// When the first deadline of a waiting request passes; [`take_grants`](Self::take_grants) then ends its wait.
     pub fn next_deadline(&self) -> Option<Time> {
         self.waiting.next_deadline()
@@ -200,36 +236,37 @@ impl Scheduler {
         }
     }
 
-    fn check_queue(
-        &self,
+    /// Whether a request of this class would be refused now because as many wait as may: how many do.
+    pub fn full_for(&self, class: AdmissionClass) -> Option<u32> {
+        let (all, _) = self.waiting.lengths();
+        let is_full = all >= self.config.max_num_waiting as usize;
+        (is_full && self.waiting.newest_below(class).is_none()).then_some(all as u32)
+    }
+
+    /// Room for one more in the queue: refuses, or displaces one of a lower class.
+    fn make_way(
+        &mut self,
         request: &RouteRequest<'_>,
         key: &QueueKey,
         best: Option<&Candidate>,
     ) -> Result<(), SchedulerError> {
         let of_tenant = self.waiting.num_by_tenant.get(request.tenant);
-        let (all, _) = self.waiting.lengths();
-        let (limit, tenant_limit) = (
-            self.config.max_num_waiting,
-            self.config.max_num_waiting_per_tenant,
-        );
-        let lengths = [
-            ("waiting requests", all as u32, limit),
-            (
-                "waiting requests of this tenant",
-                of_tenant.copied().unwrap_or(0),
-                tenant_limit,
-            ),
-        ];
-        let full = lengths
-            .into_iter()
-            .find(|&(_, length, limit)| length >= limit);
-        full.map_or(Ok(()), |(kind, current, limit)| {
-            Err(SchedulerError::QueueFull {
-                kind,
-                current,
-                limit,
-                retry_after: self.predict_wait(request, key, best),
-            })
+        let of_tenant = of_tenant.copied().unwrap_or(0);
+        let limit = self.config.max_num_waiting_per_tenant;
+        let (kind, current, limit) = if of_tenant >= limit {
+            ("waiting requests of this tenant", of_tenant, limit)
+        } else if let Some(current) = self.full_for(request.class) {
+            ("waiting requests", current, self.config.max_num_waiting)
+        } else {
+            self.waiting
+                .displace_for(request.class, self.config.max_num_waiting as usize);
+            return Ok(());
+        };
+        Err(SchedulerError::QueueFull {
+            kind,
+            current,
+            limit,
+            retry_after: self.predict_wait(request, key, best),
         })
     }
 }

@@ -3,8 +3,8 @@
 use std::{fmt, sync::Arc};
 
 use super::{
-    assumed::KvSource, error::SchedulerError, index::HolderId, kv_feed::KvFeed, loras::Lora,
-    pace::Pace, recent::RecentBlocks,
+    assumed::KvSource, error::SchedulerError, held::Held, index::HolderId, kv_feed::KvFeed,
+    loras::Lora, pace::Pace, recent::RecentBlocks,
 };
 use crate::{
     hash::{HashSeed, SeedParts},
@@ -170,8 +170,13 @@ impl Demand {
 ///
 /// A report and our own reservations overlap: the report covers (most of) what was placed before it, and the work of
 /// other routers, which we cannot see. So the estimate of each quantity is
-/// `max(all live reservations, last report + reservations made since)`: never below what we placed ourselves, so a
-/// burst does not herd between two reports, and never counting a reservation twice once it is reported.
+///
+/// ```text
+/// max(all live reservations, last report - what was given back since + reservations made since)
+/// ```
+///
+/// Never below what we placed ourselves, so a burst does not herd between two reports; never counting a reservation twice
+/// once it is reported; and room that was given back is there at once, not after the next report.
 #[derive(Clone, Debug)]
 pub(super) struct Worker {
     pub(super) spec: Arc<WorkerSpec>,
@@ -185,6 +190,8 @@ pub(super) struct Worker {
     pub(super) reserved: Demand,
     /// Of the live reservations made since the last report.
     pub(super) unreported: Demand,
+    /// What was given back since the last report of reservations made before it.
+    pub(super) returned: Demand,
     /// Number of the decision that last chose this worker; 0: none.
     pub(super) last_chosen: u64,
     /// Distinct hashes in the prefix index.
@@ -217,6 +224,7 @@ impl Worker {
             num_reports: 0,
             reserved: Demand::default(),
             unreported: Demand::default(),
+            returned: Demand::default(),
             last_chosen: 0,
             num_cached_blocks: 0,
             holder,
@@ -229,29 +237,42 @@ impl Worker {
         }
     }
 
+    /// Gives back some of what a reservation asked for.
+    pub(super) fn give_back(&mut self, held: &Held, demand: Demand) {
+        self.reserved.subtract(demand);
+        if self.num_reports == held.num_reports {
+            self.unreported.subtract(demand);
+        } else {
+            self.returned.add(demand);
+        }
+    }
+
     /// Sequences that run or wait there.
     pub(super) fn batch(&self) -> u32 {
         let reported = self.load.num_running.saturating_add(self.load.num_waiting);
+        let left = reported.saturating_sub(self.returned.num_seqs);
         self.reserved
             .num_seqs
-            .max(reported.saturating_add(self.unreported.num_seqs))
+            .max(left.saturating_add(self.unreported.num_seqs))
     }
 
     /// Prompt tokens that wait to be computed there.
     pub(super) fn queued_prefill_tokens(&self) -> u64 {
         let reported = self.load.queued_prefill_tokens;
+        let left = reported.saturating_sub(self.returned.prefill_tokens);
         self.reserved
             .prefill_tokens
-            .max(reported.saturating_add(self.unreported.prefill_tokens))
+            .max(left.saturating_add(self.unreported.prefill_tokens))
     }
 
     /// KV blocks that nothing holds and nothing was promised.
     pub(super) fn kv_blocks_free(&self) -> u64 {
         let reported = u64::from(self.load.kv_blocks_used);
+        let left = reported.saturating_sub(self.returned.num_blocks);
         let used = self
             .reserved
             .num_blocks
-            .max(reported + self.unreported.num_blocks);
+            .max(left + self.unreported.num_blocks);
         u64::from(self.num_blocks).saturating_sub(used)
     }
 }

@@ -11,11 +11,13 @@ mod bounds;
 mod cases;
 mod deadlines;
 mod model;
+mod preemption;
 mod script;
+mod seats;
 
 use model::{Limits, Model, Waiter};
 use orchestra_core::{
-    Time,
+    ErrorCode, Time,
     scheduler::{
         AdmissionClass, Grant, Granted, Reservation, ReservationId, RouteRequest, Scheduler,
         SchedulerConfig, SchedulerError, TicketId, Wait, WorkerId, WorkerSpec,
@@ -145,17 +147,21 @@ struct Pair {
     model: Model,
     now: Time,
     weights: [u64; 4],
+    max_num_waiting: usize,
     /// What runs: whose, and what of its charge is for output.
     held: Option<(ReservationId, (AdmissionClass, usize), u64, u32)>,
+    /// Who lost their place in a full queue and were not told yet.
+    displaced: Vec<TicketId>,
     /// Of waiting requests: what of their charge is for an output token, and how many these are.
     outputs: Vec<(TicketId, u64, u32)>,
 }
 
 impl Pair {
-    fn new(limits: Limits) -> Self {
+    fn new(limits: Limits, max_num_waiting: u32) -> Self {
         let [interactive_weight, standard_weight, batch_weight] =
             limits.class_weights.map(|weight| weight as u32);
         let config = SchedulerConfig {
+            max_num_waiting,
             max_overtakes: limits.max_overtakes as u32,
             max_tenant_overtakes: limits.max_tenant_overtakes as u32,
             interactive_weight,
@@ -171,6 +177,8 @@ impl Pair {
             now: Time::ZERO,
             weights: [100; 4],
             held: None,
+            max_num_waiting: max_num_waiting as usize,
+            displaced: Vec::new(),
             outputs: Vec::new(),
         }
     }
@@ -197,6 +205,17 @@ impl Pair {
             return;
         }
         let per_output = 5 * parts;
+        if self.held.is_some() && self.model.waiting.len() >= self.max_num_waiting {
+            let lower = self.model.waiting.iter().filter(|it| it.class > class);
+            let lowest = lower.max_by_key(|it| (it.class, it.ticket));
+            let Some(ticket) = lowest.map(|it| it.ticket) else {
+                let code = answer.map_err(|error| error.code());
+                assert_eq!(code, Err(ErrorCode::QueueFull));
+                return;
+            };
+            self.model.remove(ticket);
+            self.displaced.push(ticket);
+        }
         match answer.unwrap() {
             Wait::Granted(reservation) => {
                 assert!(self.held.is_none() && self.model.waiting.is_empty());
@@ -231,6 +250,16 @@ impl Pair {
 
     /// Takes grants and holds them against the model's.
     fn settle(&mut self) {
+        for ticket in self.displaced.drain(..) {
+            let mut told = self.real.take_grants(self.now);
+            assert_eq!(told.len(), 1, "one newcomer displaces one");
+            let told = told.remove(0);
+            assert_eq!(told.ticket, ticket, "another one was displaced");
+            assert!(matches!(
+                told.outcome,
+                Err(SchedulerError::Displaced { .. })
+            ));
+        }
         let mut expected = Vec::new();
         let late = |waiter: &&Waiter| waiter.deadline.is_some_and(|it| it <= self.now);
         let late = self.model.waiting.iter().filter(late);
@@ -306,9 +335,11 @@ proptest! {
         max_overtakes in prop::sample::select(vec![0_u64, 3, 12, 1_000]),
         max_tenant_overtakes in 0_u64..6,
         class_weights in prop::array::uniform3(1_u64..6),
+        max_num_waiting in prop::sample::select(vec![1_u32, 4, 1_000]),
         ops in prop::collection::vec(op(), 1..100),
     ) {
-        let mut pair = Pair::new(Limits { max_overtakes, max_tenant_overtakes, class_weights });
+        let limits = Limits { max_overtakes, max_tenant_overtakes, class_weights };
+        let mut pair = Pair::new(limits, max_num_waiting);
         for op in &ops {
             pair.apply(op);
         }

@@ -14,7 +14,7 @@ mod ops;
 
 use std::collections::BTreeSet;
 
-use model::{LORA_LOAD_TOKENS, Model, ModelWorker};
+use model::{LORA_LOAD_TOKENS, Model, ModelReservation, ModelWorker};
 use ops::{LORAS, NUM_FAMILIES, Op, Terms, op, prompt};
 use orchestra_core::{
     BlockHash, Time, block_hashes,
@@ -99,6 +99,7 @@ impl Pair {
             loras: BTreeSet::new(),
             load: WorkerLoad::default(),
             reservations: Vec::new(),
+            returned: Vec::new(),
             last_chosen: 0,
         });
     }
@@ -161,7 +162,7 @@ impl Pair {
         let best = expected.unwrap_or_else(|code| panic!("the model says {code}"));
         let chosen = self.model.worker(reservation.worker);
         let cached_tokens = chosen.depth(request) * chosen.spec.block_size;
-        assert_eq!(reservation.num_blocks, chosen.blocks(request));
+        assert_eq!(reservation.num_blocks, chosen.booked_blocks(request));
         assert!(
             reservation.num_cached_tokens <= cached_tokens,
             "claims what is not there"
@@ -185,7 +186,9 @@ impl Pair {
         assert!(self.real.release(held[index]));
         assert!(!self.real.release(held[index]), "released twice");
         for worker in &mut self.model.workers {
-            worker.reservations.retain(|kept| kept.id != held[index]);
+            let of_it = |kept: &mut ModelReservation| kept.id == held[index];
+            let gone = worker.reservations.extract_if(.., of_it);
+            worker.returned.extend(gone.filter(|gone| gone.is_reported));
         }
     }
 
@@ -194,17 +197,23 @@ impl Pair {
         let Some(index) = pick.checked_rem(held.len()) else {
             return;
         };
-        let mut all = self
-            .model
-            .workers
-            .iter_mut()
-            .flat_map(|worker| &mut worker.reservations);
-        let model = all.find(|kept| kept.id == held[index]).unwrap();
-        assert_eq!(
-            self.real.prefill_done(held[index], Time::ZERO),
-            model.prefill > 0
-        );
-        model.prefill = 0;
+        let is_first = self.real.prefill_done(held[index], Time::ZERO);
+        for worker in &mut self.model.workers {
+            let mut kept = worker.reservations.iter_mut();
+            let Some(kept) = kept.find(|kept| kept.id == held[index]) else {
+                continue;
+            };
+            assert_eq!(is_first, kept.prefill > 0);
+            let prefill = std::mem::take(&mut kept.prefill);
+            if kept.is_reported {
+                worker.returned.push(ModelReservation {
+                    prefill,
+                    blocks: 0,
+                    seqs: 0,
+                    ..*kept
+                });
+            }
+        }
     }
 
     fn apply_to_worker(&mut self, op: &Op) {
@@ -255,6 +264,7 @@ impl Pair {
                 assert!(self.real.update_load(id, load));
                 let worker = &mut self.model.workers[index];
                 worker.load = load;
+                worker.returned.clear();
                 worker
                     .reservations
                     .iter_mut()
@@ -277,6 +287,7 @@ impl Pair {
                 family,
                 len,
                 max_tokens,
+                booked_tokens,
                 exclude,
                 lora,
                 weights_epoch,
@@ -292,6 +303,7 @@ impl Pair {
                     model: MODELS[model],
                     token_ids: &token_ids,
                     max_tokens,
+                    booked_tokens,
                     exclude: &exclude,
                     lora: lora.map(|index| LORAS[index]),
                     weights_epoch,

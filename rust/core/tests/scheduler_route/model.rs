@@ -20,6 +20,8 @@ pub(crate) struct ModelWorker {
     pub(crate) loras: BTreeSet<(String, u64)>,
     pub(crate) load: WorkerLoad,
     pub(crate) reservations: Vec<ModelReservation>,
+    /// Given back since the last report of what it covered.
+    pub(crate) returned: Vec<ModelReservation>,
     /// Number of the decision that last chose it.
     pub(crate) last_chosen: usize,
 }
@@ -29,10 +31,11 @@ pub(crate) struct ModelReservation {
     pub(crate) is_reported: bool,
     pub(crate) blocks: u64,
     pub(crate) prefill: u64,
+    pub(crate) seqs: u64,
 }
 
 impl ModelWorker {
-    /// `max(all reservations, report + reservations since)` of one quantity.
+    /// `max(all reservations, report - returned since + reservations since)` of one quantity.
     pub(crate) fn estimate(&self, reported: u64, of: impl Fn(&ModelReservation) -> u64) -> u64 {
         let all: u64 = self.reservations.iter().map(&of).sum();
         let since: u64 = self
@@ -41,7 +44,8 @@ impl ModelWorker {
             .filter(|held| !held.is_reported)
             .map(&of)
             .sum();
-        all.max(reported + since)
+        let returned: u64 = self.returned.iter().map(&of).sum();
+        all.max(reported.saturating_sub(returned) + since)
     }
 
     pub(crate) fn depth(&self, request: &RouteRequest<'_>) -> u32 {
@@ -66,11 +70,12 @@ impl ModelWorker {
         let depth = self.depth(request);
         let batch = self.estimate(
             u64::from(self.load.num_running) + u64::from(self.load.num_waiting),
-            |_| 1,
+            |held| held.seqs,
         );
+        // A prompt that was computed is given back without its place in the batch.
         let queued = self.estimate(self.load.queued_prefill_tokens, |held| held.prefill);
         let used = self.estimate(self.load.kv_blocks_used.into(), |held| held.blocks);
-        let needed = u64::from(self.blocks(request) - depth);
+        let needed = u64::from(self.booked_blocks(request) - depth);
         let left = request.token_ids.len() as u64 - u64::from(depth * self.spec.block_size);
         let has_room = batch < u64::from(self.spec.max_num_seqs)
             && used + needed <= u64::from(self.spec.num_blocks);
@@ -110,6 +115,12 @@ impl ModelWorker {
 
     pub(crate) fn blocks(&self, request: &RouteRequest<'_>) -> u32 {
         let tokens = request.token_ids.len() as u32 + request.max_tokens;
+        tokens.div_ceil(self.spec.block_size)
+    }
+
+    pub(crate) fn booked_blocks(&self, request: &RouteRequest<'_>) -> u32 {
+        let output = request.booked_tokens.unwrap_or(u32::MAX);
+        let tokens = request.token_ids.len() as u32 + output.min(request.max_tokens);
         tokens.div_ceil(self.spec.block_size)
     }
 }
@@ -185,6 +196,7 @@ impl Model {
             is_reported: false,
             blocks: u64::from(reservation.num_blocks - cached / worker.spec.block_size),
             prefill: request.token_ids.len() as u64 - u64::from(cached),
+            seqs: 1,
         });
         let lora = request.lora.map(|lora| (lora.id.to_owned(), lora.version));
         worker.loras.extend(lora);

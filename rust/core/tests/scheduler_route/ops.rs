@@ -70,6 +70,7 @@ pub(crate) enum Op {
         family: u32,
         len: usize,
         max_tokens: u32,
+        booked_tokens: Option<u32>,
         exclude: Option<usize>,
         lora: Option<usize>,
         weights_epoch: Option<u64>,
@@ -107,14 +108,15 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(worker, loras)| Op::SetLoras(worker, loras)),
         8 => (
             (model(), 0..NUM_FAMILIES, 1_usize..60, 1_u32..40),
+            prop::option::of(1_u32..50),
             prop::option::weighted(0.2, pick.clone()),
             prop::option::weighted(0.4, 0..LORAS.len()),
             prop::option::weighted(0.1, epoch()),
             terms(),
         )
-            .prop_map(|((model, family, len, max_tokens), exclude, lora, weights_epoch, terms)| {
+            .prop_map(|((model, family, len, max_tokens), booked_tokens, exclude, lora, weights_epoch, terms)| {
                 Op::Route {
-                    model, family, len, max_tokens, exclude, lora, weights_epoch, terms,
+                    model, family, len, max_tokens, booked_tokens, exclude, lora, weights_epoch, terms,
                 }
             }),
         3 => pick.clone().prop_map(Op::PrefillDone),

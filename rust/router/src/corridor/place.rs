@@ -79,7 +79,9 @@ impl CheckedRequest {
             | SchedulerError::DeadlineHopeless { .. } => {
                 ApiError::new(error.code(), error.to_string())
             }
-            SchedulerError::LimitReached { .. } | SchedulerError::QueueFull { .. } => {
+            SchedulerError::LimitReached { .. }
+            | SchedulerError::QueueFull { .. }
+            | SchedulerError::Displaced { .. } => {
                 ApiError::new(ErrorCode::QueueFull, error.to_string())
                     .retry_after_ms(RETRY_AFTER_MS)
             }

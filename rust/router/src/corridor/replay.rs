@@ -89,7 +89,8 @@ impl Running {
         index: usize,
         interruption: Interruption,
     ) -> Result<(), ApiError> {
-        let limits = &self.request.state.limits;
+        let settings = self.request.state.settings();
+        let limits = &settings.limits;
         let choice = &mut self.choices[index];
         choice.excluded.extend(self.held.end(index));
         choice.num_replays += 1;

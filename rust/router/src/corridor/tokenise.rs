@@ -65,7 +65,7 @@ pub(super) async fn tokenise(
         prompt_field,
         prompt_token_ids.len(),
     )?;
-    let limit = state.limits.request_timeout;
+    let limit = state.settings().limits.request_timeout;
     let timeout = input.timeout.map_or(limit, |asked| asked.min(limit));
     Ok(Tokenised(CheckedRequest {
         state: Arc::clone(state),

@@ -57,7 +57,7 @@ impl HttpDoor {
     pub(super) async fn read<T: Send + 'static>(
         &self,
         request: Request,
-        parse: fn(&[u8]) -> Result<T, ApiError>,
+        parse: impl FnOnce(&Bytes) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, Refusal> {
         let parsed = match self.read_bytes(request).await {
             Ok(body) => self.parse(body, parse).await.map_err(Refusal::from),
@@ -69,7 +69,7 @@ impl HttpDoor {
     async fn parse<T: Send + 'static>(
         &self,
         body: Bytes,
-        parse: fn(&[u8]) -> Result<T, ApiError>,
+        parse: impl FnOnce(&Bytes) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         if body.len() <= PARSE_INLINE_BYTES {
             return parse(&body);
@@ -86,13 +86,14 @@ impl HttpDoor {
             return Err(self.too_large(body));
         }
         let reading = Limited::new(&mut body, limit).collect();
-        match tokio::time::timeout(self.body_timeout, reading).await {
+        let body_timeout = self.state.settings().listen.body_timeout.0;
+        match tokio::time::timeout(body_timeout, reading).await {
             Ok(Ok(collected)) => Ok(collected.to_bytes()),
             Ok(Err(error)) if error.is::<LengthLimitError>() => Err(self.too_large(body)),
             // The connection broke, so nobody reads this.
             Ok(Err(_)) => Err(ApiError::new(ErrorCode::Cancelled, "the body broke off").into()),
             Err(_) => {
-                let seconds = self.body_timeout.as_secs_f64();
+                let seconds = body_timeout.as_secs_f64();
                 let message = format!("the body did not arrive within {seconds} s");
                 let error = ApiError::new(ErrorCode::InvalidRequest, message);
                 Err(Refusal::new(StatusCode::REQUEST_TIMEOUT, error))
@@ -107,7 +108,7 @@ impl HttpDoor {
         let discard = rest
             .take_while(|read| std::future::ready(read.is_ok()))
             .for_each(|_| async {});
-        let body_timeout = self.body_timeout;
+        let body_timeout = self.state.settings().listen.body_timeout.0;
         self.state.tasks.spawn(async move {
             // What is left after that loses its answer.
             let _ = tokio::time::timeout(body_timeout, discard).await;

@@ -32,7 +32,7 @@ const ROUTES: [&str; 8] = [
 /// The outermost layer.
 pub(super) async fn enter(
     State(door): State<Arc<HttpDoor>>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response<Body> {
     let route = route_label(request.extensions().get::<MatchedPath>());
@@ -43,11 +43,16 @@ pub(super) async fn enter(
             .map(HeaderValue::as_bytes),
     );
     let span = tracing::info_span!("request", request_id, door = "http", route);
+    let value = HeaderValue::from_str(&request_id).ok();
+    if let Some(value) = value.clone() {
+        // An engine hears the id that the client hears.
+        request.headers_mut().insert(REQUEST_ID_KEY, value);
+    }
     let mut response = next.run(request).instrument(span).await;
     door.state
         .metrics
         .http_response(route, response.status().as_u16());
-    if let Ok(value) = HeaderValue::from_str(&request_id) {
+    if let Some(value) = value {
         response.headers_mut().insert(REQUEST_ID_KEY, value);
     }
     response
@@ -67,7 +72,9 @@ pub(super) async fn authenticate(
     request: Request,
     next: Next,
 ) -> Result<Response<Body>, Refusal> {
-    door.keys
+    door.state
+        .settings()
+        .keys
         .check(authorization(request.headers()))
         .inspect_err(|error| {
             door.state.metrics.rejected(error.code);
@@ -75,7 +82,7 @@ pub(super) async fn authenticate(
     Ok(next.run(request).await)
 }
 
-fn authorization(headers: &HeaderMap) -> Option<&[u8]> {
+pub(super) fn authorization(headers: &HeaderMap) -> Option<&[u8]> {
     headers
         .get(header::AUTHORIZATION)
         .map(HeaderValue::as_bytes)

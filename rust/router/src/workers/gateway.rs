@@ -116,6 +116,8 @@ enum End {
     Stuck,
     #[error("a worker of this name attached again")]
     Replaced,
+    #[error("an operator removed it")]
+    Removed,
     #[error("the router is shutting down")]
     ShuttingDown,
 }
@@ -123,7 +125,7 @@ enum End {
 impl End {
     /// Whether this happens in the normal course of things.
     const fn is_ordinary(&self) -> bool {
-        matches!(self, Self::Closed | Self::ShuttingDown)
+        matches!(self, Self::Closed | Self::Removed | Self::ShuttingDown)
     }
 
     /// What the worker is told.
@@ -140,7 +142,7 @@ impl End {
             },
             Self::KvGap { .. } | Self::KvEvents(_) => Status::data_loss(message),
             Self::Late(_) | Self::Silent | Self::Stuck => Status::deadline_exceeded(message),
-            Self::Replaced => Status::aborted(message),
+            Self::Replaced | Self::Removed => Status::aborted(message),
             Self::Background(_) => Status::internal(message),
             Self::Closed | Self::Broken(_) | Self::ShuttingDown => Status::unavailable(message),
         }
@@ -240,7 +242,7 @@ struct Attached<'a> {
 
 impl Attached<'_> {
     async fn listen(&self, inbound: &mut Streaming<v1::WorkerMessage>) -> End {
-        let mut watchdog = Watchdog::new(&self.state.limits);
+        let mut watchdog = Watchdog::new(&self.state.settings().limits);
         let mut ticks = time::interval(watchdog.period);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut counters = Counters::default();
@@ -249,6 +251,7 @@ impl Attached<'_> {
                 // What is rare comes first: it never keeps messages waiting, and they may keep coming.
                 biased;
                 () = self.session.replaced.cancelled() => return End::Replaced,
+                () = self.session.removed.cancelled() => return End::Removed,
                 () = self.state.tasks.shutdown_token().cancelled() => return End::ShuttingDown,
                 _ = ticks.tick() => match watchdog.tick() {
                     None => continue,

@@ -82,6 +82,8 @@ pub(crate) struct Session {
     pub(crate) is_draining: AtomicBool,
     /// Cancelled when a newer stream of the same worker takes over.
     pub(crate) replaced: CancellationToken,
+    /// Cancelled when an operator lets the worker go.
+    pub(super) removed: CancellationToken,
     vocab_size: u32,
     outbox: Arc<Outbox>,
     next_sequence: AtomicU64,
@@ -101,6 +103,7 @@ impl Session {
             spec,
             is_draining: AtomicBool::new(false),
             replaced: CancellationToken::new(),
+            removed: CancellationToken::new(),
             vocab_size,
             outbox,
             next_sequence: AtomicU64::new(1),

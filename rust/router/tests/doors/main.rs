@@ -12,10 +12,13 @@
     reason = "a test's runtime ends with it, and its tasks too"
 )]
 
+mod admin;
+mod binary;
 mod grpc;
 mod http;
 mod limits;
 mod process;
+mod settings;
 mod shutdown;
 mod support;
 

@@ -19,6 +19,8 @@ fn router(arguments: &[&str]) -> Command {
         "127.0.0.1:0",
         "--workers",
         "127.0.0.1:0",
+        "--admin",
+        "127.0.0.1:0",
     ];
     command.args(free).args(arguments);
     command

@@ -35,7 +35,7 @@ async fn running_requests_finish_and_new_ones_are_refused() {
     worker.finish(start.sequence_id, 3, "two").await;
     running.until("data: [DONE]\n\n").await;
     within("stop", stopping).await.unwrap();
-    for address in [at.http, at.grpc, at.workers] {
+    for address in [at.http, at.grpc, at.workers, at.admin] {
         assert!(
             TcpStream::connect(address).await.is_err(),
             "{address} still accepts"

@@ -40,7 +40,8 @@ pub(crate) fn config() -> RouterConfig {
         config.listen.http,
         config.listen.grpc,
         config.listen.workers,
-    ) = (any, any, any);
+        config.listen.admin,
+    ) = (any, any, any, any);
     config.corridor.heartbeat_timeout.0 = Duration::from_secs(60);
     config.corridor.hang_timeout.0 = Duration::from_secs(60);
     config.corridor.replay_wait.0 = Duration::ZERO;
@@ -214,7 +215,16 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    async fn attach(addresses: Addresses) -> Self {
+    /// A worker that takes requests.
+    pub(crate) async fn attach(addresses: Addresses) -> Self {
+        let worker = Self::attach_unready(addresses).await;
+        worker.report(false).await;
+        eventually(addresses.http, "/ready", 200).await;
+        worker
+    }
+
+    /// A worker that has not reported yet.
+    pub(crate) async fn attach_unready(addresses: Addresses) -> Self {
         let endpoint = format!("http://{}", addresses.workers);
         let mut client = WorkerGatewayClient::connect(endpoint).await.unwrap();
         let (outgoing, messages) = mpsc::channel(64);
@@ -240,9 +250,12 @@ impl Worker {
                 incoming: incoming.into_inner(),
             }
         };
-        let Down::Welcome(_) = worker.next().await else {
+        let Down::Welcome(welcome) = worker.next().await else {
             panic!("no welcome")
         };
+        if !welcome.wants_model_files {
+            return worker;
+        }
         let template = "{% for m in messages %}{{ m.content }}{% endfor %}";
         worker
             .send(Up::ModelFiles(v1::ModelFiles {
@@ -252,13 +265,22 @@ impl Worker {
             }))
             .await;
         worker
-            .send(Up::Load(v1::LoadReport {
-                kv_blocks_total: 1000,
-                ..Default::default()
-            }))
-            .await;
-        eventually(addresses.http, "/ready", 200).await;
-        worker
+    }
+
+    /// Says how it stands.
+    pub(crate) async fn report(&self, is_draining: bool) {
+        self.send(Up::Load(v1::LoadReport {
+            kv_blocks_total: 1000,
+            is_draining,
+            ..Default::default()
+        }))
+        .await;
+    }
+
+    /// Waits for the end of the stream; sequences that are ended meanwhile are skipped.
+    pub(crate) async fn told_to_go(&mut self) {
+        let going = async { while let Ok(Some(_)) = self.incoming.message().await {} };
+        within("end of the worker's stream", going).await;
     }
 
     async fn send(&self, message: Up) {

@@ -117,7 +117,11 @@ impl Client {
             .body(Full::new(Bytes::from(body.to_string())))
             .unwrap();
         let answer = send(request).await;
-        if answer.status() == StatusCode::SERVICE_UNAVAILABLE {
+        let come_again = [
+            StatusCode::SERVICE_UNAVAILABLE,
+            StatusCode::TOO_MANY_REQUESTS,
+        ];
+        if come_again.contains(&answer.status()) {
             self.trace.note("refused", 0);
             return false;
         }

@@ -1,0 +1,75 @@
+//! The settings that may change while the router runs. A request looks when it needs one; what it has taken it keeps.
+
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+
+use crate::{
+    auth::ApiKeys,
+    config::{ListenConfig, RouterConfig},
+    state::CorridorLimits,
+};
+
+/// The keys whose new value counts from the next request, connection or worker on. The others need a restart: they
+/// size or open something at start.
+pub(crate) const LIVE: [&str; 15] = [
+    "admin_key",
+    "admin_key_file",
+    "api_key",
+    "api_key_file",
+    "body_timeout",
+    "drain_timeout",
+    "hang_timeout",
+    "header_timeout",
+    "heartbeat_timeout",
+    "idle_timeout",
+    "log",
+    "max_replays",
+    "replay_wait",
+    "request_timeout",
+    "sse_keep_alive",
+];
+
+/// One state of them.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// Bounds of the corridor.
+    pub limits: CorridorLimits,
+    /// What a connection may cost.
+    pub listen: ListenConfig,
+    /// Who may call.
+    pub(crate) keys: ApiKeys,
+    /// Who may operate.
+    pub(crate) admin_keys: ApiKeys,
+}
+
+impl From<&RouterConfig> for Settings {
+    fn from(config: &RouterConfig) -> Self {
+        Self {
+            limits: config.corridor.limits(),
+            listen: config.listen.clone(),
+            keys: ApiKeys::new(&config.api_keys),
+            admin_keys: ApiKeys::new(&config.admin_keys),
+        }
+    }
+}
+
+/// The settings in effect. Readers take a share and never wait for each other.
+#[derive(Debug, Default)]
+pub(crate) struct Live(RwLock<Arc<Settings>>);
+
+impl Live {
+    pub(crate) fn new(settings: Settings) -> Self {
+        Self(RwLock::new(Arc::new(settings)))
+    }
+
+    /// As they are now.
+    pub(crate) fn get(&self) -> Arc<Settings> {
+        Arc::clone(&self.0.read())
+    }
+
+    /// From now on these count.
+    pub(crate) fn set(&self, settings: Settings) {
+        *self.0.write() = Arc::new(settings);
+    }
+}
