@@ -15,6 +15,7 @@ pub mod metrics;
 pub mod request;
 
 mod auth;
+mod clock;
 mod grpc;
 mod http;
 mod listen;
