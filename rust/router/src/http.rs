@@ -46,7 +46,7 @@ use self::{
     sampling::OutputOptions,
     sse::Format,
 };
-use crate::{config::RouterConfig, request::GenerateInput, state::RouterState};
+use crate::{config::RouterConfig, observe::Record, request::GenerateInput, state::RouterState};
 
 /// The door as a service, for whoever accepts connections by other means than [`crate::Router`].
 pub fn http_service(state: Arc<RouterState>, config: &RouterConfig) -> Router {
@@ -100,10 +100,13 @@ impl HttpDoor {
     /// Sends `inputs` down the corridor and writes what comes back.
     async fn answer(
         &self,
-        inputs: Vec<GenerateInput>,
-        options: OutputOptions,
+        mut inputs: Vec<GenerateInput>,
+        (options, record): (OutputOptions, Record),
         mut format: impl Format<Choices>,
     ) -> Result<Response<Body>, Refusal> {
+        for input in &mut inputs {
+            input.record = record.clone();
+        }
         let count: usize = inputs.iter().map(|input| input.n as usize).sum();
         let state = Arc::clone(&self.state);
         let opening = async move { Choices::open(&state, inputs).await };
@@ -121,9 +124,10 @@ async fn chat_completions(
     State(door): State<Arc<HttpDoor>>,
     request: Request,
 ) -> Result<Response<Body>, Refusal> {
+    let record = ingress::record_of(&request);
     let request = door.read(request, ChatRequest::parse).await?;
     let format = ChatFormat::new(&request);
-    door.answer(vec![request.input], request.options, format)
+    door.answer(vec![request.input], (request.options, record), format)
         .await
 }
 
@@ -131,9 +135,11 @@ async fn completions(
     State(door): State<Arc<HttpDoor>>,
     request: Request,
 ) -> Result<Response<Body>, Refusal> {
+    let record = ingress::record_of(&request);
     let request = door.read(request, CompletionRequest::parse).await?;
     let format = CompletionFormat::new(&request);
-    door.answer(request.inputs, request.options, format).await
+    door.answer(request.inputs, (request.options, record), format)
+        .await
 }
 
 /// A JSON body as a response.

@@ -25,6 +25,7 @@ mod run;
 
 pub mod corridor;
 pub mod models;
+pub mod observe;
 pub mod settings;
 pub mod state;
 pub mod tasks;

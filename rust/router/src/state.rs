@@ -1,6 +1,9 @@
 //! What every request and every worker session shares.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use orchestra_core::Time;
 use serde::{Deserialize, Serialize};
@@ -8,9 +11,11 @@ use tokio::time::Instant;
 
 pub use crate::models::ModelInfo;
 use crate::{
+    config::ObserveConfig,
     corridor::Admission,
     metrics::Metrics,
     models::Models,
+    observe::Observers,
     settings::{Live, Settings},
     tasks::Tasks,
     workers::Workers,
@@ -66,6 +71,7 @@ pub struct RouterState {
     pub(crate) admission: Arc<Admission>,
     pub(crate) workers: Arc<Workers>,
     settings: Live,
+    observers: OnceLock<Arc<Observers>>,
     started: Instant,
 }
 
@@ -87,6 +93,7 @@ impl RouterState {
                 limits,
                 ..Settings::default()
             }),
+            observers: OnceLock::new(),
             metrics,
             tasks,
             models: Models::default(),
@@ -102,12 +109,27 @@ impl RouterState {
 
     /// From the next request on these settings count, as far as they may change while the router runs.
     pub fn set_settings(&self, settings: Settings) {
+        self.observers().set_limits(&settings.observe);
         self.settings.set(settings);
     }
 
     /// Whether a request could be served now: a worker that takes work is attached, and no shutdown has begun.
     pub fn is_ready(&self) -> bool {
         !self.admission.is_draining() && self.workers.has_available()
+    }
+
+    /// Where the records of requests go; before [`Self::observe_by`], into memory only.
+    pub(crate) fn observers(&self) -> &Arc<Observers> {
+        self.observers.get_or_init(|| {
+            let config = ObserveConfig::default();
+            Arc::new(Observers::new(&config, self.metrics.clone(), None))
+        })
+    }
+
+    /// The records of requests go there. To be called before the first of them.
+    pub(crate) fn observe_by(&self, observers: Observers) {
+        // It is set once, at start.
+        let _ = self.observers.set(Arc::new(observers));
     }
 
     /// The models that a request could name now, by name.

@@ -3,6 +3,7 @@
 //! A worker is its stream: [`gateway`] accepts it and listens, [`session`] is the stream as requests see it,
 //! [`outbox`] what is on its way to the worker, [`watchdog`] finds workers that went quiet.
 
+mod explain;
 pub mod gateway;
 mod hello;
 mod operate;
@@ -111,7 +112,11 @@ impl Workers {
         // `reserved` takes the lock when it drops.
         drop(pool);
         let session = session.ok_or(SchedulerError::UnknownWorker)?;
-        Ok(Placement { session, reserved })
+        Ok(Placement {
+            session,
+            reserved,
+            predicted_cached_tokens: reservation.num_cached_tokens,
+        })
     }
 
     pub(crate) fn apply_kv_event(
@@ -184,6 +189,8 @@ impl Pool {
 pub(crate) struct Placement {
     pub(crate) session: Arc<Session>,
     pub(crate) reserved: Reserved,
+    /// Prompt tokens whose KV it should hold.
+    pub(crate) predicted_cached_tokens: u32,
 }
 
 /// Room on a worker, given back on drop.

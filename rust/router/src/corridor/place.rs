@@ -56,7 +56,11 @@ impl CheckedRequest {
             exclude,
             ..RouteRequest::default()
         };
-        self.state.workers.place(&route, self.state.now())
+        let workers = &self.state.workers;
+        if self.record.wants_explanation() {
+            self.record.explained(workers.explain(&route));
+        }
+        workers.place(&route, self.state.now())
     }
 
     /// Why there is no worker, in the client's words.

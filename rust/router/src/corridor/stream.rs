@@ -124,6 +124,9 @@ impl Running {
             let mut running = running?;
             let chunk = running.next().await;
             running.has_failed = chunk.is_err();
+            if let Err(error) = &chunk {
+                running.request.record.failed(error.code);
+            }
             let is_last = chunk.is_err() || running.choices.iter().all(|choice| choice.is_finished);
             Some((chunk, (!is_last).then_some(running)))
         });
@@ -207,6 +210,7 @@ impl Running {
                 .prefix_cache_hit_tokens
                 .inc_by(output.cached_tokens.into());
             self.held.prefilled(index, request.state.now());
+            request.record.first_token(index, output.cached_tokens);
         }
         let chunk = choice.take(output, &request.stop);
         metrics
@@ -220,6 +224,9 @@ impl Running {
         if let Some(finish) = &chunk.finish {
             self.held.end(index);
             metrics.finished(finish.reason);
+            request
+                .record
+                .finished(finish.reason, finish.completion_tokens);
             let since_first = choice
                 .first_token
                 .map_or(0.0, |first| (now - first).as_secs_f64());
@@ -248,8 +255,10 @@ impl Drop for Running {
         } else {
             FinishReason::Abort
         };
-        for _ in self.choices.iter().filter(|choice| !choice.is_finished) {
-            self.request.state.metrics.finished(reason);
+        let request = &self.request;
+        for choice in self.choices.iter().filter(|choice| !choice.is_finished) {
+            request.state.metrics.finished(reason);
+            request.record.finished(reason, choice.output.len() as u32);
         }
     }
 }

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use crate::{
     error::ApiError,
     models::ModelEntry,
+    observe::Record,
     request::{GenerateInput, Prompt, SamplingPatch},
     state::RouterState,
     text::template::Conversation,
@@ -41,6 +42,8 @@ pub(super) struct CheckedRequest {
     pub(super) stop: Vec<String>,
     pub(super) n: u32,
     pub(super) cache_salt: String,
+    /// What is taken down of it, to the end of its stream.
+    pub(super) record: Record,
     pub(super) arrived: Instant,
     pub(super) deadline: Instant,
 }
@@ -53,12 +56,14 @@ pub(super) async fn tokenise(
     let arrived = Instant::now();
     check_limits(&input)?;
     let model = state.models.get(&input.model).ok_or_else(model_not_found)?;
+    input.record.model(&model.name);
     // An overloaded router spends nothing on what it would refuse anyway.
     state.admission.check()?;
     let prompt_field = field_of(&input.prompt);
     check_not_empty(&input.prompt, prompt_field)?;
     let prompt_token_ids = token_ids(state, &model, input.prompt).await?;
     check_token_ids(prompt_field, &prompt_token_ids, model.vocab_size)?;
+    input.record.prompt(prompt_token_ids.len());
     let sampling = sampling(
         &model,
         &input.sampling,
@@ -76,6 +81,7 @@ pub(super) async fn tokenise(
         stop: input.stop,
         n: input.n,
         cache_salt: input.cache_salt,
+        record: input.record,
         arrived,
         deadline: arrived + timeout,
     }))
