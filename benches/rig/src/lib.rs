@@ -8,5 +8,6 @@
 
 pub mod engine;
 pub mod http1;
+pub mod load;
 pub mod pace;
 pub mod words;

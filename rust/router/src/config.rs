@@ -29,7 +29,7 @@ pub use self::{
     sources::{Setting, Source, to_toml},
     units::{ByteSize, Secret, Span},
 };
-use crate::logging;
+use crate::{engines::EnginesConfig, logging};
 
 /// All settings of `orchestra-router`.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -40,6 +40,9 @@ pub struct RouterConfig {
     /// Bounds on requests.
     #[command(flatten)]
     pub corridor: CorridorConfig,
+    /// Foreign engines.
+    #[command(flatten)]
+    pub engines: EnginesConfig,
     /// What the process prints.
     #[command(flatten)]
     pub log: LogConfig,
@@ -88,7 +91,7 @@ impl RouterConfig {
         );
         let body_fits = listen.max_body_size >= ByteSize(1 << 10);
         check("max_body_size", body_fits, "must be at least 1KiB");
-        for (key, span) in self.spans() {
+        for (key, span) in self.spans().into_iter().chain(self.engines.spans()) {
             check(
                 key,
                 span.0 >= Duration::from_millis(1),
@@ -104,6 +107,8 @@ impl RouterConfig {
             (0.0..=1.0).contains(&share),
             "must be between 0 and 1",
         );
+        let tries_one = self.engines.engine_max_attempts > 0;
+        check("engine_max_attempts", tries_one, "must be at least 1");
         for (key, secrets) in [("api_key", &self.api_keys), ("admin_key", &self.admin_keys)] {
             check(
                 key,

@@ -14,6 +14,7 @@ mod choice;
 mod dispatch;
 mod held;
 mod place;
+pub(crate) mod relay;
 mod replay;
 mod stream;
 mod tokenise;

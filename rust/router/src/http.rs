@@ -13,21 +13,21 @@ mod chat;
 mod choices;
 mod completions;
 mod envelope;
-mod fields;
+pub(crate) mod fields;
 mod health;
 mod ingress;
 mod logprobs;
 mod models;
 #[cfg(test)]
 mod robustness;
-mod sampling;
+pub(crate) mod sampling;
 mod sse;
 #[cfg(test)]
 mod testing;
 mod unsupported;
 mod usage;
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use axum::{
     Router,
@@ -43,15 +43,29 @@ use self::{
     chat::{ChatFormat, ChatRequest},
     choices::{Choices, collect},
     completions::{CompletionFormat, CompletionRequest},
+    fields::Fields,
     sampling::OutputOptions,
     sse::Format,
 };
-use crate::{config::RouterConfig, observe::Record, request::GenerateInput, state::RouterState};
+use crate::{
+    config::RouterConfig,
+    corridor::relay::{self, Outward, RelayRequest, Route},
+    error::ApiError,
+    observe::Record,
+    request::GenerateInput,
+    state::RouterState,
+};
 
 /// The door as a service, for whoever accepts connections by other means than [`crate::Router`].
 pub fn http_service(state: Arc<RouterState>, config: &RouterConfig) -> Router {
     state.set_settings(config.into());
     HttpDoor::new(state, config).into_router()
+}
+
+/// A request that was read, and the way that it goes.
+enum Entry<T> {
+    Corridor(T),
+    Relay(RelayRequest),
 }
 
 /// What every handler needs.
@@ -97,6 +111,46 @@ impl HttpDoor {
             .with_state(door)
     }
 
+    /// Reads a request, and decides by its model which way it goes: to Orchestra's workers or to foreign engines.
+    async fn open<T: Send + 'static>(
+        &self,
+        request: Request,
+        route: Route,
+        parse: fn(&Fields<'_>) -> Result<T, ApiError>,
+    ) -> Result<Entry<T>, Refusal> {
+        let outward = Outward::of(request.headers());
+        let state = Arc::clone(&self.state);
+        self.read(request, move |body| {
+            let fields = Fields::parse(body)?;
+            let model = if state.models.has_foreign() {
+                let name: Cow<'_, str> = fields.require("model", "a string")?;
+                state.models.foreign(&name)
+            } else {
+                None
+            };
+            match model {
+                Some(model) => relay::read(route, outward, model, body, &fields).map(Entry::Relay),
+                None => parse(&fields).map(Entry::Corridor),
+            }
+        })
+        .await
+    }
+
+    /// Sends a request to a foreign engine.
+    async fn relay(
+        &self,
+        mut request: RelayRequest,
+        record: Record,
+    ) -> Result<Response<Body>, Refusal> {
+        let keep_alive = self.state.settings().listen.sse_keep_alive.0;
+        request.record = record;
+        let answered = relay::relay(&self.state, request, keep_alive).await;
+        answered.map_err(|error| {
+            self.state.metrics.rejected(error.code);
+            error.into()
+        })
+    }
+
     /// Sends `inputs` down the corridor and writes what comes back.
     async fn answer(
         &self,
@@ -125,10 +179,17 @@ async fn chat_completions(
     request: Request,
 ) -> Result<Response<Body>, Refusal> {
     let record = ingress::record_of(&request);
-    let request = door.read(request, ChatRequest::parse).await?;
-    let format = ChatFormat::new(&request);
-    door.answer(vec![request.input], (request.options, record), format)
-        .await
+    match door
+        .open(request, Route::Chat, ChatRequest::from_fields)
+        .await?
+    {
+        Entry::Relay(request) => door.relay(request, record).await,
+        Entry::Corridor(request) => {
+            let format = ChatFormat::new(&request);
+            door.answer(vec![request.input], (request.options, record), format)
+                .await
+        }
+    }
 }
 
 async fn completions(
@@ -136,10 +197,15 @@ async fn completions(
     request: Request,
 ) -> Result<Response<Body>, Refusal> {
     let record = ingress::record_of(&request);
-    let request = door.read(request, CompletionRequest::parse).await?;
-    let format = CompletionFormat::new(&request);
-    door.answer(request.inputs, (request.options, record), format)
-        .await
+    let parse = CompletionRequest::from_fields;
+    match door.open(request, Route::Completions, parse).await? {
+        Entry::Relay(request) => door.relay(request, record).await,
+        Entry::Corridor(request) => {
+            let format = CompletionFormat::new(&request);
+            door.answer(request.inputs, (request.options, record), format)
+                .await
+        }
+    }
 }
 
 /// A JSON body as a response.

@@ -24,6 +24,7 @@ pub mod respond;
 mod run;
 
 pub mod corridor;
+pub mod engines;
 pub mod models;
 pub mod observe;
 pub mod settings;

@@ -3,6 +3,8 @@
 //! An entry lives as long as a worker serves it. The last few that lost their workers are kept: a worker that comes
 //! back need not send its files again, and clients are told that the model is away, not that it does not exist.
 
+mod foreign;
+
 use std::{
     collections::BTreeMap,
     sync::Arc,
@@ -14,6 +16,8 @@ use orchestra_proto::v1;
 use parking_lot::RwLock;
 use serde_json::Value as Json;
 
+use self::foreign::ForeignModels;
+pub(crate) use self::foreign::{ForeignModel, ForeignModelError};
 use crate::{
     request::SamplingPatch,
     text::{
@@ -30,7 +34,7 @@ const MODELS_AWAY_MAX: usize = 16;
 pub struct ModelInfo {
     /// The name that clients use.
     pub id: String,
-    /// Most tokens of prompt and output together.
+    /// Most tokens of prompt and output together; 0 where no engine says it.
     pub max_model_len: u32,
     /// Workers attached that serve it.
     pub num_workers: u32,
@@ -191,15 +195,24 @@ pub struct WorkerLimits {
 
 /// A worker says something else about a model than those that serve it already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{what} differs from that of the attached workers of the same model")]
-pub struct ModelMismatch {
-    what: &'static str,
+pub enum ModelMismatch {
+    /// A part of the model is not the same.
+    #[error("{what} differs from that of the attached workers of the same model")]
+    Differs {
+        /// Which part.
+        what: &'static str,
+    },
+    /// Foreign engines serve the name.
+    #[error("foreign engines serve a model of this name")]
+    Foreign,
 }
 
 /// The registry, by name.
 #[derive(Default)]
 pub struct Models {
     served: RwLock<BTreeMap<String, Served>>,
+    /// Locked after `served`, where both are.
+    foreign: RwLock<ForeignModels>,
 }
 
 struct Served {
@@ -228,10 +241,7 @@ impl Models {
                 id: name.clone(),
                 max_model_len: served.entry.max_model_len,
                 num_workers: served.workers.len() as u32,
-                created: served
-                    .created
-                    .duration_since(UNIX_EPOCH)
-                    .map_or(0, |since| since.as_secs()),
+                created: epoch_seconds(served.created),
             })
             .collect()
     }
@@ -253,17 +263,20 @@ impl Models {
         text: Arc<ModelText>,
     ) -> Result<(), ModelMismatch> {
         let mut all = self.served.write();
+        if self.foreign.read().contains_key(name) {
+            return Err(ModelMismatch::Foreign);
+        }
         let present = all
             .get_mut(name)
             .filter(|served| !served.workers.is_empty());
         if let Some(served) = present {
             if served.entry.text.digest != text.digest {
-                return Err(ModelMismatch {
+                return Err(ModelMismatch::Differs {
                     what: "model_files_digest",
                 });
             }
             if served.entry.vocab_size != limits.vocab_size {
-                return Err(ModelMismatch { what: "vocab_size" });
+                return Err(ModelMismatch::Differs { what: "vocab_size" });
             }
             served.workers.push((worker, limits));
             served.refresh_limits();
@@ -317,6 +330,11 @@ impl Served {
             });
         }
     }
+}
+
+fn epoch_seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 fn forget_oldest_away(all: &mut BTreeMap<String, Served>) {

@@ -8,6 +8,7 @@ use tonic::service::Routes;
 
 use crate::{
     config::{RouterConfig, join},
+    engines::Engines,
     grpc,
     http::{HttpDoor, admin},
     listen::{Door, Listener},
@@ -100,7 +101,11 @@ impl Router {
             admin: admin.local_addr()?,
         };
 
-        let state = RouterState::new(config.corridor.limits(), Metrics::new());
+        let state = RouterState::with_engines(
+            config.corridor.limits(),
+            Metrics::new(),
+            Engines::new(config.engines.limits()),
+        );
         let observe = &config.observe;
         let access_log = observe.access_log.as_deref();
         let access_log = access_log
@@ -126,11 +131,22 @@ impl Router {
         for (listener, app) in served {
             state.tasks.spawn(listener.serve(app, Arc::clone(&state)));
         }
+        for engine in config.engines.engines() {
+            let url = engine.url.clone();
+            if let Err(error) = state.add_engine(engine) {
+                tracing::warn!(%url, %error, "engine not added");
+            }
+        }
         Ok(Self {
             state,
             addresses,
             operations,
         })
+    }
+
+    /// What requests and workers share; engines are added and removed here.
+    pub fn state(&self) -> &Arc<RouterState> {
+        &self.state
     }
 
     /// Where it listens.

@@ -13,6 +13,7 @@ pub use crate::models::ModelInfo;
 use crate::{
     config::ObserveConfig,
     corridor::Admission,
+    engines::Engines,
     metrics::Metrics,
     models::Models,
     observe::Observers,
@@ -70,6 +71,7 @@ pub struct RouterState {
     pub models: Models,
     pub(crate) admission: Arc<Admission>,
     pub(crate) workers: Arc<Workers>,
+    pub(crate) engines: Engines,
     settings: Live,
     observers: OnceLock<Arc<Observers>>,
     started: Instant,
@@ -78,15 +80,34 @@ pub struct RouterState {
 impl RouterState {
     /// State without workers and models.
     pub fn new(limits: CorridorLimits, metrics: Metrics) -> Arc<Self> {
-        Self::with_tasks(limits, metrics, Tasks::default())
+        Self::with_engines(limits, metrics, Engines::default())
+    }
+
+    /// As [`Self::new`], with other limits for foreign engines, or another network to them.
+    pub fn with_engines(limits: CorridorLimits, metrics: Metrics, engines: Engines) -> Arc<Self> {
+        Self::with_tasks(limits, metrics, engines, Tasks::default())
     }
 
     /// The same for a simulation, where all work is done on the one thread in one order.
     pub fn for_simulation(limits: CorridorLimits, metrics: Metrics) -> Arc<Self> {
-        Self::with_tasks(limits, metrics, Tasks::on_one_thread())
+        Self::simulated_with_engines(limits, metrics, Engines::default())
     }
 
-    fn with_tasks(limits: CorridorLimits, metrics: Metrics, tasks: Tasks) -> Arc<Self> {
+    /// As [`Self::for_simulation`], with engines on the simulated network.
+    pub fn simulated_with_engines(
+        limits: CorridorLimits,
+        metrics: Metrics,
+        engines: Engines,
+    ) -> Arc<Self> {
+        Self::with_tasks(limits, metrics, engines, Tasks::on_one_thread())
+    }
+
+    fn with_tasks(
+        limits: CorridorLimits,
+        metrics: Metrics,
+        engines: Engines,
+        tasks: Tasks,
+    ) -> Arc<Self> {
         Arc::new(Self {
             admission: Admission::new(&limits, &metrics),
             settings: Live::new(Settings {
@@ -98,6 +119,7 @@ impl RouterState {
             tasks,
             models: Models::default(),
             workers: Workers::new(),
+            engines,
             started: Instant::now(),
         })
     }
@@ -115,7 +137,8 @@ impl RouterState {
 
     /// Whether a request could be served now: a worker that takes work is attached, and no shutdown has begun.
     pub fn is_ready(&self) -> bool {
-        !self.admission.is_draining() && self.workers.has_available()
+        let has_available = self.workers.has_available() || self.engines.has_available();
+        has_available && !self.admission.is_draining()
     }
 
     /// Where the records of requests go; before [`Self::observe_by`], into memory only.
@@ -134,7 +157,14 @@ impl RouterState {
 
     /// The models that a request could name now, by name.
     pub fn list_models(&self) -> Vec<ModelInfo> {
-        self.models.list()
+        let mut models = self.models.list();
+        let is_up = |worker| {
+            let worker = self.engines.worker(worker);
+            worker.is_some_and(|worker| worker.engine.status.lock().is_up)
+        };
+        models.extend(self.models.list_foreign(is_up));
+        models.sort_by(|a, b| a.id.cmp(&b.id));
+        models
     }
 
     /// From now on new requests are refused with `shutting_down`; those that are in go on.

@@ -17,7 +17,7 @@ use orchestra_core::{
     BlockHash, Time,
     scheduler::{
         ReservationId, RouteRequest, Scheduler, SchedulerConfig, SchedulerError, WorkerId,
-        WorkerLoad,
+        WorkerLoad, WorkerSpec,
     },
     step::KvEvent,
 };
@@ -102,21 +102,49 @@ impl Workers {
         request: &RouteRequest<'_>,
         now: Time,
     ) -> Result<Placement, SchedulerError> {
-        let mut pool = self.pool.lock();
-        let reservation = pool.scheduler.route(request, now)?;
+        let (worker, reserved) = self.reserve(request, now)?;
+        let session = self.pool.lock().sessions.get(&worker).cloned();
+        let session = session.ok_or(SchedulerError::UnknownWorker)?;
+        Ok(Placement { session, reserved })
+    }
+
+    /// As [`Self::place`], for a model of foreign engines: the worker is one that [`Self::add_foreign`] added.
+    pub(crate) fn reserve(
+        self: &Arc<Self>,
+        request: &RouteRequest<'_>,
+        now: Time,
+    ) -> Result<(WorkerId, Reserved), SchedulerError> {
+        let reservation = self.pool.lock().scheduler.route(request, now)?;
         let reserved = Reserved {
             workers: Arc::clone(self),
             id: reservation.id,
-        };
-        let session = pool.sessions.get(&reservation.worker).cloned();
-        // `reserved` takes the lock when it drops.
-        drop(pool);
-        let session = session.ok_or(SchedulerError::UnknownWorker)?;
-        Ok(Placement {
-            session,
-            reserved,
             predicted_cached_tokens: reservation.num_cached_tokens,
-        })
+        };
+        Ok((reservation.worker, reserved))
+    }
+
+    /// Takes a foreign engine's model in. It is chosen once it is said to be available.
+    pub(crate) fn add_foreign(&self, spec: WorkerSpec) -> Result<WorkerId, SchedulerError> {
+        let mut pool = self.pool.lock();
+        let worker = pool.scheduler.add_worker(spec)?;
+        pool.scheduler.set_draining(worker, true);
+        Ok(worker)
+    }
+
+    /// Lets it go.
+    pub(crate) fn remove_foreign(&self, worker: WorkerId) {
+        self.pool.lock().scheduler.remove_worker(worker);
+    }
+
+    /// From now on it is chosen, or it is not.
+    pub(crate) fn set_foreign_available(&self, worker: WorkerId, is_available: bool) {
+        self.pool
+            .lock()
+            .scheduler
+            .set_draining(worker, !is_available);
+        if is_available {
+            self.arrivals.send_replace(());
+        }
     }
 
     pub(crate) fn apply_kv_event(
@@ -189,14 +217,14 @@ impl Pool {
 pub(crate) struct Placement {
     pub(crate) session: Arc<Session>,
     pub(crate) reserved: Reserved,
-    /// Prompt tokens whose KV it should hold.
-    pub(crate) predicted_cached_tokens: u32,
 }
 
 /// Room on a worker, given back on drop.
 pub(crate) struct Reserved {
     workers: Arc<Workers>,
     id: ReservationId,
+    /// Prompt tokens whose KV the worker should hold.
+    pub(crate) predicted_cached_tokens: u32,
 }
 
 impl Reserved {

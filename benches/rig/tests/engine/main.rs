@@ -3,4 +3,6 @@
 #[cfg(test)]
 mod behaviour;
 #[cfg(test)]
+mod load;
+#[cfg(test)]
 mod support;

@@ -33,7 +33,7 @@ pub(crate) fn config(kind: Kind) -> EngineConfig {
 
 pub(crate) struct Rig {
     pub(crate) engine: Arc<Engine>,
-    address: SocketAddr,
+    pub(crate) address: SocketAddr,
     pub(crate) serving: tokio::task::JoinSet<()>,
 }
 

@@ -89,7 +89,7 @@ impl Admission {
     }
 
     /// Waits for a seat, at most until `deadline`. Dropping the future leaves the queue at once.
-    async fn seat(&self, deadline: Instant) -> Result<Seat, RejectReason> {
+    pub(super) async fn seat(&self, deadline: Instant) -> Result<Seat, RejectReason> {
         let present = self.present.token();
         self.check()?;
         let permit = if let Ok(permit) = Arc::clone(&self.seats).try_acquire_owned() {

@@ -72,7 +72,7 @@ impl Choice {
                 has_logprobs: request.sampling.logprobs.is_some(),
             };
             let session = Arc::clone(&placement.session);
-            let predicted_cached_tokens = placement.predicted_cached_tokens;
+            let predicted_cached_tokens = placement.reserved.predicted_cached_tokens;
             if let Some(sequence) = placement.start(self.start_message(request), sink) {
                 let choice = (self.index, self.num_replays > 0);
                 let name = &session.spec.name;

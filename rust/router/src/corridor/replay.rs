@@ -103,7 +103,6 @@ impl Running {
             return Err(interruption.into_error());
         }
         let until = Instant::now() + interruption.patience(limits.replay_wait);
-        self.request.record.replayed();
         choice.wait = Some(Wait {
             until,
             error: interruption.into_error(),

@@ -24,6 +24,7 @@ use axum::{
     middleware::{self, Next},
     routing::{delete, get, post, put},
 };
+use bytes::Bytes;
 use orchestra_core::ErrorCode;
 use serde::{Deserialize, Serialize};
 
@@ -182,7 +183,7 @@ struct LogFilter {
 }
 
 impl LogFilter {
-    fn parse(body: &[u8]) -> Result<Self, ApiError> {
+    fn parse(body: &Bytes) -> Result<Self, ApiError> {
         serde_json::from_slice(body).map_err(|_| {
             ApiError::invalid("filter", "the body must be an object with the text filter")
         })

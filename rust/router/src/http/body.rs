@@ -57,7 +57,7 @@ impl HttpDoor {
     pub(super) async fn read<T: Send + 'static>(
         &self,
         request: Request,
-        parse: fn(&[u8]) -> Result<T, ApiError>,
+        parse: impl FnOnce(&Bytes) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, Refusal> {
         let parsed = match self.read_bytes(request).await {
             Ok(body) => self.parse(body, parse).await.map_err(Refusal::from),
@@ -69,7 +69,7 @@ impl HttpDoor {
     async fn parse<T: Send + 'static>(
         &self,
         body: Bytes,
-        parse: fn(&[u8]) -> Result<T, ApiError>,
+        parse: impl FnOnce(&Bytes) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         if body.len() <= PARSE_INLINE_BYTES {
             return parse(&body);

@@ -30,18 +30,23 @@ pub(super) struct ChatRequest {
 
 impl ChatRequest {
     /// Reads a body.
+    #[cfg(test)]
     pub(super) fn parse(body: &[u8]) -> Result<Self, ApiError> {
-        let fields = Fields::parse(body)?;
-        refuse_in_chat(&fields)?;
+        Self::from_fields(&Fields::parse(body)?)
+    }
+
+    /// Reads the fields of a body.
+    pub(super) fn from_fields(fields: &Fields<'_>) -> Result<Self, ApiError> {
+        refuse_in_chat(fields)?;
         let messages = fields.raw("messages").ok_or_else(|| missing("messages"))?;
         let prompt = Prompt::Chat {
             messages: messages_of(messages)?,
-            tools: tools(&fields)?,
+            tools: tools(fields)?,
             template_kwargs: fields
                 .read("chat_template_kwargs", "an object")?
                 .unwrap_or_default(),
         };
-        let mut input = generate_input(&fields, prompt, logprobs(&fields)?)?;
+        let mut input = generate_input(fields, prompt, logprobs(fields)?)?;
         // OpenAI's newer name of the same limit; it wins where both are given.
         let max_tokens = fields.read("max_completion_tokens", "a positive integer")?;
         input.sampling.max_tokens = max_tokens
@@ -49,7 +54,7 @@ impl ChatRequest {
             .or(input.sampling.max_tokens);
         Ok(Self {
             input,
-            options: OutputOptions::parse(&fields)?,
+            options: OutputOptions::parse(fields)?,
         })
     }
 }

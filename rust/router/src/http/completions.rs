@@ -34,21 +34,26 @@ pub(super) struct CompletionRequest {
 
 impl CompletionRequest {
     /// Reads a body.
+    #[cfg(test)]
     pub(super) fn parse(body: &[u8]) -> Result<Self, ApiError> {
-        let fields = Fields::parse(body)?;
-        refuse_in_completions(&fields)?;
+        Self::from_fields(&Fields::parse(body)?)
+    }
+
+    /// Reads the fields of a body.
+    pub(super) fn from_fields(fields: &Fields<'_>) -> Result<Self, ApiError> {
+        refuse_in_completions(fields)?;
         let prompts = prompts(fields.raw("prompt").ok_or_else(|| missing("prompt"))?)?;
         let logprobs = fields.read("logprobs", "an integer between 0 and 20")?;
         let echo = fields.switch("echo")?;
         if echo && logprobs.is_some() {
             return Err(unsupported("echo", "echo with logprobs is not offered"));
         }
-        let mut template = generate_input(&fields, Prompt::TokenIds(Vec::new()), logprobs)?;
+        let mut template = generate_input(fields, Prompt::TokenIds(Vec::new()), logprobs)?;
         template
             .sampling
             .max_tokens
             .get_or_insert(MAX_TOKENS_DEFAULT);
-        check_counts(&fields, prompts.len(), template.n)?;
+        check_counts(fields, prompts.len(), template.n)?;
         let inputs = prompts
             .into_iter()
             .map(|prompt| GenerateInput {
@@ -58,7 +63,7 @@ impl CompletionRequest {
             .collect();
         Ok(Self {
             inputs,
-            options: OutputOptions::parse(&fields)?,
+            options: OutputOptions::parse(fields)?,
             echo,
         })
     }

@@ -19,11 +19,11 @@ const FIELDS_MAX: usize = 128;
 
 /// The top-level fields of a body, in order. Fields that nobody asks for are ignored, as OpenAI-compatible servers
 /// do: a client's newer option must not break it.
-pub(super) struct Fields<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
+pub(crate) struct Fields<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
 
 impl<'a> Fields<'a> {
     /// Splits a body.
-    pub(super) fn parse(body: &'a [u8]) -> Result<Self, ApiError> {
+    pub(crate) fn parse(body: &'a [u8]) -> Result<Self, ApiError> {
         let malformed = |message| ApiError::new(ErrorCode::InvalidRequest, message);
         let text = std::str::from_utf8(body).map_err(|error| {
             malformed(format!(
@@ -43,13 +43,13 @@ impl<'a> Fields<'a> {
     }
 
     /// The field as it was written; `null` counts as not given.
-    pub(super) fn raw(&self, name: &str) -> Option<&'a RawValue> {
+    pub(crate) fn raw(&self, name: &str) -> Option<&'a RawValue> {
         let (_, raw) = self.0.iter().find(|(key, _)| key == name)?;
         (raw.get() != "null").then_some(*raw)
     }
 
     /// The field as `T`, which `expected` puts in words: "a number".
-    pub(super) fn read<T: Deserialize<'a>>(
+    pub(crate) fn read<T: Deserialize<'a>>(
         &self,
         name: &str,
         expected: &str,
@@ -60,7 +60,7 @@ impl<'a> Fields<'a> {
     }
 
     /// A field that must be there.
-    pub(super) fn require<T: Deserialize<'a>>(
+    pub(crate) fn require<T: Deserialize<'a>>(
         &self,
         name: &str,
         expected: &str,
@@ -69,13 +69,13 @@ impl<'a> Fields<'a> {
     }
 
     /// A switch, off where it is not given.
-    pub(super) fn switch(&self, name: &str) -> Result<bool, ApiError> {
+    pub(crate) fn switch(&self, name: &str) -> Result<bool, ApiError> {
         Ok(self.read(name, "true or false")?.unwrap_or(false))
     }
 }
 
 /// Reads one raw value; `path` is how an error names it.
-pub(super) fn read<'a, T: Deserialize<'a>>(
+pub(crate) fn read<'a, T: Deserialize<'a>>(
     raw: &'a RawValue,
     path: &str,
     expected: &str,
@@ -91,12 +91,12 @@ pub(super) fn read<'a, T: Deserialize<'a>>(
 }
 
 /// The error for a value of another type.
-pub(super) fn wrong_type(path: &str, expected: &str) -> ApiError {
+pub(crate) fn wrong_type(path: &str, expected: &str) -> ApiError {
     ApiError::invalid(path, format!("{path} must be {expected}"))
 }
 
 /// The error for a field that is not there.
-pub(super) fn missing(path: &str) -> ApiError {
+pub(crate) fn missing(path: &str) -> ApiError {
     ApiError::invalid(path, format!("{path} is required"))
 }
 

@@ -43,6 +43,11 @@ pub(super) async fn enter(
     let (request_id, record) = arrive(&door, &request, route);
     request.extensions_mut().insert(record.clone());
     let span = tracing::info_span!("request", request_id, door = "http", route);
+    let value = HeaderValue::from_str(&request_id).ok();
+    if let Some(value) = value.clone() {
+        // An engine hears the id that the client hears.
+        request.headers_mut().insert(REQUEST_ID_KEY, value);
+    }
     let mut response = next.run(request).instrument(span).await;
     let status = response.status().as_u16();
     door.state.metrics.http_response(route, status);
@@ -50,7 +55,7 @@ pub(super) async fn enter(
     if let Some(&code) = response.extensions().get::<ErrorCode>() {
         record.failed(code);
     }
-    if let Ok(value) = HeaderValue::from_str(&request_id) {
+    if let Some(value) = value {
         response.headers_mut().insert(REQUEST_ID_KEY, value);
     }
     response

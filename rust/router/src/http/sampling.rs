@@ -14,17 +14,17 @@ use crate::{
 
 /// How the answer should look, as far as both routes have it in common.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct OutputOptions {
+pub(crate) struct OutputOptions {
     /// Server-sent events instead of one body.
-    pub(super) stream: bool,
+    pub(crate) stream: bool,
     /// A last event with the usage.
-    pub(super) include_usage: bool,
+    pub(crate) include_usage: bool,
     /// Token ids beside the text.
-    pub(super) return_token_ids: bool,
+    pub(crate) return_token_ids: bool,
 }
 
 impl OutputOptions {
-    pub(super) fn parse(fields: &Fields<'_>) -> Result<Self, ApiError> {
+    pub(crate) fn parse(fields: &Fields<'_>) -> Result<Self, ApiError> {
         let stream = fields.switch("stream")?;
         let include_usage = match fields.raw("stream_options") {
             None => false,
@@ -53,7 +53,7 @@ impl OutputOptions {
 }
 
 /// Reads everything of a [`GenerateInput`] that both routes share.
-pub(super) fn generate_input(
+pub(crate) fn generate_input(
     fields: &Fields<'_>,
     prompt: Prompt,
     logprobs: Option<u32>,
@@ -72,7 +72,11 @@ pub(super) fn generate_input(
     })
 }
 
-fn sampling_patch(fields: &Fields<'_>, logprobs: Option<u32>) -> Result<SamplingPatch, ApiError> {
+/// The sampling fields, each of its type.
+pub(crate) fn sampling_patch(
+    fields: &Fields<'_>,
+    logprobs: Option<u32>,
+) -> Result<SamplingPatch, ApiError> {
     // Read as f64, so that a number beyond f32 is out of range and not of a wrong type.
     let number = |name| -> Result<Option<f32>, ApiError> {
         Ok(fields

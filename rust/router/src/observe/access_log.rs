@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use orchestra_core::{ErrorCode, step::FinishReason};
 use serde::Serialize;
 use tokio::{
     sync::{Notify, mpsc},
@@ -98,8 +99,8 @@ impl AccessLog {
             route: entry.route,
             model: &facts.model,
             status: facts.status,
-            error: facts.code.map(|code| code.as_str()),
-            finish_reason: facts.finish.map(|reason| reason.as_str()),
+            error: facts.code.map(ErrorCode::as_str),
+            finish_reason: facts.finish.map(FinishReason::as_str),
             prompt_tokens: facts.prompt_tokens,
             cached_tokens: facts.cached_tokens,
             completion_tokens: facts.completion_tokens,

@@ -224,6 +224,14 @@ impl Record {
         let elapsed = entry.arrived.elapsed();
         let mut facts = entry.facts.lock();
         worker.clone_into(&mut facts.worker);
+        if is_replay {
+            // Before its first token nobody noticed that another worker had it.
+            if facts.stages[Stage::FirstToken as usize].is_some() {
+                facts.replays += 1;
+            } else {
+                facts.retries += 1;
+            }
+        }
         let is_first = facts.decisions.is_empty();
         let explanation = facts.explanation.take();
         if facts.decisions.len() < DECISIONS_MAX {
@@ -246,6 +254,11 @@ impl Record {
     /// A choice's first token came; its worker had the KV of so many prompt tokens.
     pub(crate) fn first_token(&self, choice: usize, cached_tokens: u32) {
         self.reached(Stage::FirstToken);
+        self.cached(choice, cached_tokens);
+    }
+
+    /// The choice's worker had the KV of so many prompt tokens.
+    pub(crate) fn cached(&self, choice: usize, cached_tokens: u32) {
         self.note(|facts| {
             facts.cached_tokens += u64::from(cached_tokens);
             let mut decisions = facts.decisions.iter_mut().rev();
@@ -261,11 +274,6 @@ impl Record {
             facts.finish = Some(reason);
             facts.completion_tokens += u64::from(completion_tokens);
         });
-    }
-
-    /// A choice lost its worker and goes on elsewhere.
-    pub(crate) fn replayed(&self) {
-        self.note(|facts| facts.replays += 1);
     }
 
     /// The request failed or was refused.

@@ -166,9 +166,7 @@ impl Placement {
     /// Starts a sequence on the chosen worker; `sequence_id` and epoch are filled in. `None` where the worker is gone or
     /// takes no work: the room on it is given back, and the caller tries another.
     pub(crate) fn start(self, mut start: v1::StartSequence, sink: Sink) -> Option<RunningSequence> {
-        let Self {
-            session, reserved, ..
-        } = self;
+        let Self { session, reserved } = self;
         let sequence_id = session.next_sequence.fetch_add(1, Ordering::Relaxed);
         start.sequence_id = sequence_id;
         start.weights_epoch = session.spec.weights_epoch;

@@ -1,0 +1,46 @@
+//! The way of a request to a foreign engine, and of its answer back: the same stages as the corridor's, for bytes.
+//!
+//! ```text
+//! read → admit → place → exchange → relay
+//! RelayRequest  Admitted     Reply
+//! ```
+//!
+//! The engine gets the body that the client wrote, byte for byte, and the client what the engine wrote. Until the first
+//! byte has gone to the client, a failure is another engine's turn ([`attempts`]); after it, the stream is continued
+//! elsewhere from what was sent ([`resume`]), and where that cannot be done truthfully it ends with an error event.
+//! Everything of one request is polled in one task, the client's connection: when the client leaves, that drops the
+//! connection to the engine, which learns of it at once.
+
+mod admit;
+mod answer;
+mod attempts;
+mod check;
+mod events;
+mod memory;
+mod read;
+mod run;
+mod shape;
+mod stream;
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{body::Body, http::Response};
+
+pub(crate) use self::read::{Outward, RelayRequest, Route, read};
+use self::{attempts::Attempts, run::Reply, stream::EventStream};
+use crate::{error::ApiError, state::RouterState};
+
+/// Runs a request on a foreign engine. An error means that nothing of an answer has gone to the client.
+pub(crate) async fn relay(
+    state: &Arc<RouterState>,
+    request: RelayRequest,
+    keep_alive: Duration,
+) -> Result<Response<Body>, ApiError> {
+    let admitted = request.admit(state).await?;
+    let mut attempts = Attempts::new(admitted);
+    match attempts.exchange().await {
+        Ok(Reply::Whole(answer)) => Ok(attempts.finish(answer)),
+        Ok(Reply::Events(run)) => EventStream::new(attempts, run).respond(keep_alive).await,
+        Err(failure) => attempts.give_up(failure),
+    }
+}

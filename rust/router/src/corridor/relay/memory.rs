@@ -1,0 +1,166 @@
+//! What a client has been sent of a stream: enough to say when it is complete, and to continue it elsewhere.
+
+use orchestra_core::step::FinishReason;
+
+use super::events::{Piece, PieceChoice, Usage};
+use crate::metrics::Metrics;
+
+/// Text that is remembered for all choices of a request; a longer answer is not continued elsewhere.
+const TEXT_BYTES_MAX: usize = 4 << 20;
+
+/// A stream so far.
+#[derive(Debug)]
+pub(super) struct Memory {
+    /// Names of the answer, which a continuation keeps.
+    pub(super) identity: Option<Identity>,
+    pub(super) choices: Vec<ChoiceMemory>,
+    pub(super) usage: Option<Usage>,
+    text_bytes: usize,
+}
+
+/// How an answer calls itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Identity {
+    pub(super) id: String,
+    pub(super) created: u64,
+    pub(super) model: String,
+}
+
+/// One choice so far.
+#[derive(Debug, Default)]
+pub(super) struct ChoiceMemory {
+    /// Of the message or of the completion.
+    pub(super) text: String,
+    /// Of the tokens, where the engine gives all of them.
+    pub(super) token_ids: Option<Vec<u32>>,
+    /// Tokens, counted by their ids or else by the pieces that brought text.
+    pub(super) num_tokens: u32,
+    /// It has things besides text, which no engine takes back in: calls of tools, reasoning, a refusal.
+    pub(super) has_more_than_text: bool,
+    pub(super) has_logprobs: bool,
+    pub(super) is_finished: bool,
+}
+
+/// A piece of an answer that cannot be one.
+#[derive(Debug)]
+pub(super) struct NoPiece;
+
+impl Memory {
+    pub(super) fn new(num_choices: u32) -> Self {
+        let choice = || ChoiceMemory {
+            token_ids: Some(Vec::new()),
+            ..ChoiceMemory::default()
+        };
+        Self {
+            identity: None,
+            choices: (0..num_choices).map(|_| choice()).collect(),
+            usage: None,
+            text_bytes: 0,
+        }
+    }
+
+    /// Whether every choice has ended.
+    pub(super) fn is_complete(&self) -> bool {
+        self.choices.iter().all(|choice| choice.is_finished)
+    }
+
+    /// Whether the client has nothing yet that an engine would have to go on from.
+    pub(super) fn is_empty(&self) -> bool {
+        let is_empty = |choice: &ChoiceMemory| {
+            choice.text.is_empty() && !choice.has_more_than_text && !choice.is_finished
+        };
+        self.choices.iter().all(is_empty)
+    }
+
+    /// Whether it was too long to be remembered.
+    pub(super) fn is_too_long(&self) -> bool {
+        self.text_bytes > TEXT_BYTES_MAX
+    }
+
+    /// Takes the data of an event in. What is no piece of an answer, or is an error, is refused.
+    pub(super) fn take(&mut self, data: &[u8], metrics: &Metrics) -> Result<(), NoPiece> {
+        let piece: Piece<'_> = serde_json::from_slice(data).map_err(|_| NoPiece)?;
+        if piece.error.is_some() {
+            return Err(NoPiece);
+        }
+        if self.identity.is_none() {
+            self.identity = Some(Identity {
+                id: piece
+                    .id
+                    .as_ref()
+                    .map_or_else(String::new, |id| id.0.clone().into_owned()),
+                created: piece.created.unwrap_or(0),
+                model: piece
+                    .model
+                    .as_ref()
+                    .map_or_else(String::new, |model| model.0.clone().into_owned()),
+            });
+        }
+        if let Some(usage) = piece.usage {
+            self.usage = Some(usage);
+        }
+        for choice in piece.choices.into_iter().flatten() {
+            let memory = self.choices.get_mut(choice.index as usize).ok_or(NoPiece)?;
+            let is_long = self.text_bytes > TEXT_BYTES_MAX;
+            self.text_bytes += memory.take(&choice, is_long);
+            if let Some(reason) = &choice.finish_reason
+                && !std::mem::replace(&mut memory.is_finished, true)
+            {
+                metrics.finished(finish_reason(&reason.0));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl ChoiceMemory {
+    /// The answer is how many bytes of text came.
+    fn take(&mut self, piece: &PieceChoice<'_>, is_long: bool) -> usize {
+        let delta = piece.delta.as_ref();
+        let text = delta
+            .and_then(|delta| delta.content.as_ref())
+            .or(piece.text.as_ref());
+        let text = text.map_or("", |text| &*text.0);
+        if let Some(delta) = delta {
+            let is_some = |text: &Option<super::events::Text<'_>>| {
+                text.as_ref().is_some_and(|text| !text.0.is_empty())
+            };
+            self.has_more_than_text |= is_some(&delta.reasoning_content)
+                || is_some(&delta.reasoning)
+                || is_some(&delta.refusal)
+                || delta
+                    .tool_calls
+                    .as_ref()
+                    .is_some_and(|calls| !calls.is_empty())
+                || delta.function_call.is_some();
+        }
+        self.has_logprobs |= piece.logprobs.is_some();
+        match (&piece.token_ids, &mut self.token_ids) {
+            (Some(new), Some(known)) => {
+                self.num_tokens += new.len() as u32;
+                known.extend_from_slice(new);
+            }
+            (new, known) => {
+                if !text.is_empty() {
+                    *known = None;
+                }
+                let by_text = u32::from(!text.is_empty());
+                self.num_tokens += new.as_ref().map_or(by_text, |new| new.len() as u32);
+            }
+        }
+        if !is_long {
+            self.text.push_str(text);
+        }
+        text.len()
+    }
+}
+
+/// An engine's reason as metrics count it.
+fn finish_reason(reason: &str) -> FinishReason {
+    match reason {
+        "length" => FinishReason::Length,
+        "abort" => FinishReason::Abort,
+        "error" => FinishReason::Error,
+        _ => FinishReason::Stop,
+    }
+}

@@ -1,0 +1,261 @@
+//! A request on one engine: from the placement to the end of its answer, or to its failure.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use axum::http::{HeaderMap, HeaderValue, header};
+use bytes::{Bytes, BytesMut};
+use orchestra_core::scheduler::WorkerId;
+use tokio::time::{self, Instant};
+
+use super::{admit::Admitted, answer::Whole};
+use crate::{
+    engines::{
+        EngineWorker, Verdict,
+        engine::{Outgoing, SendError},
+        wire::{Connection, Head, WireError},
+    },
+    state::RouterState,
+    workers::Reserved,
+};
+
+/// The longest answer that is taken in whole.
+const ANSWER_BYTES_MAX: usize = 64 << 20;
+
+/// What an engine answered.
+pub(super) enum Reply {
+    /// All of it, and it is an answer.
+    Whole(Whole),
+    /// The beginning of a stream of events.
+    Events(Run),
+}
+
+/// Why an engine gave no answer.
+#[derive(Debug)]
+pub(super) struct Failure {
+    pub(super) kind: FailureKind,
+    /// Its own words.
+    pub(super) answer: Option<Whole>,
+}
+
+/// The kinds of failures, as metrics name them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum FailureKind {
+    /// It could not be reached.
+    Connect,
+    /// The connection broke, or ended before the answer did.
+    Broken,
+    /// It was silent for too long.
+    Timeout,
+    /// It answered with an error of its own.
+    Status,
+    /// Its answer is not what was asked for.
+    Garbage,
+    /// It was taken off the router.
+    Removed,
+}
+
+impl FailureKind {
+    pub(super) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Connect => "connect",
+            Self::Broken => "broken",
+            Self::Timeout => "timeout",
+            Self::Status => "status",
+            Self::Garbage => "garbage",
+            Self::Removed => "removed",
+        }
+    }
+
+    const fn verdict(self) -> Verdict {
+        match self {
+            Self::Connect | Self::Broken => Verdict::Unreachable,
+            Self::Timeout | Self::Status | Self::Garbage => Verdict::Failed,
+            Self::Removed => Verdict::Nothing,
+        }
+    }
+}
+
+impl From<FailureKind> for Failure {
+    fn from(kind: FailureKind) -> Self {
+        Self { kind, answer: None }
+    }
+}
+
+impl From<SendError> for Failure {
+    fn from(error: SendError) -> Self {
+        match error {
+            SendError::Unreachable => FailureKind::Connect.into(),
+            SendError::Wire(error) => error.into(),
+        }
+    }
+}
+
+impl From<WireError> for Failure {
+    fn from(error: WireError) -> Self {
+        match error {
+            WireError::Io(_) | WireError::Closed => FailureKind::Broken.into(),
+            WireError::Malformed(_) => FailureKind::Garbage.into(),
+        }
+    }
+}
+
+/// A request on an engine. Dropping it closes the connection, which tells the engine, and gives its room back.
+pub(super) struct Run {
+    state: Arc<RouterState>,
+    pub(super) worker: Arc<EngineWorker>,
+    pub(super) reserved: Reserved,
+    connection: Option<Connection>,
+    verdict: Verdict,
+}
+
+impl Run {
+    /// Begins on the engine that was chosen; `None` where that takes no requests in this moment.
+    pub(super) fn begin(
+        state: &Arc<RouterState>,
+        worker: Arc<EngineWorker>,
+        reserved: Reserved,
+    ) -> Option<Self> {
+        if !state.engine_begin(&worker.engine) {
+            return None;
+        }
+        worker.engine.num_running.fetch_add(1, Ordering::Relaxed);
+        Some(Self {
+            state: Arc::clone(state),
+            worker,
+            reserved,
+            connection: None,
+            verdict: Verdict::Nothing,
+        })
+    }
+
+    pub(super) fn worker_id(&self) -> WorkerId {
+        self.worker.id
+    }
+
+    /// The engine did what it should.
+    pub(super) fn succeed(&mut self) {
+        self.verdict = Verdict::Fine;
+    }
+
+    /// The engine did not.
+    pub(super) fn fail(&mut self, failure: &Failure) {
+        self.verdict = failure.kind.verdict();
+    }
+
+    /// Sends the request and reads the answer: all of it, or where it is a stream its head.
+    pub(super) async fn exchange(
+        mut self,
+        admitted: &Admitted,
+        body: &Bytes,
+    ) -> Result<Reply, (Failure, WorkerId)> {
+        let limits = &self.state.engines.limits;
+        let limit = if admitted.request.checked.stream {
+            limits.ttft_timeout
+        } else {
+            limits.answer_timeout
+        };
+        let until = (Instant::now() + limit).min(admitted.deadline);
+        let engine = Arc::clone(&self.worker.engine);
+        let answered = tokio::select! {
+            biased;
+            answered = time::timeout_at(until, self.answer(admitted, body)) => {
+                answered.unwrap_or_else(|_| Err(FailureKind::Timeout.into()))
+            }
+            () = engine.removed.cancelled() => Err(FailureKind::Removed.into()),
+        };
+        match answered {
+            Ok(Some(whole)) => Ok(Reply::Whole(whole)),
+            Ok(None) => Ok(Reply::Events(self)),
+            Err(failure) => {
+                self.fail(&failure);
+                Err((failure, self.worker_id()))
+            }
+        }
+    }
+
+    /// `None` where the answer is a stream that was asked for.
+    async fn answer(
+        &mut self,
+        admitted: &Admitted,
+        body: &Bytes,
+    ) -> Result<Option<Whole>, Failure> {
+        let request = &admitted.request;
+        let outgoing = Outgoing {
+            method: "POST",
+            path: request.route.path(),
+            headers: request.outward.lines(),
+            body,
+        };
+        let engine = &self.worker.engine;
+        let connect_timeout = self.state.engines.limits.connect_timeout;
+        let (head, connection) = engine.send(&outgoing, connect_timeout).await?;
+        engine.hear(self.state.now());
+        self.connection = Some(connection);
+        let is_fine = (200..300).contains(&head.status);
+        if is_fine && request.checked.stream && is_event_stream(&head.headers) {
+            return Ok(None);
+        }
+        let whole = self.read_whole(head).await?;
+        if is_fine && !whole.is_json() {
+            return Err(FailureKind::Garbage.into());
+        }
+        // A request that this engine refuses is refused by the next one too. What says that the engine is ill, or is not
+        // the one that it was, is not.
+        if matches!(whole.status, 401 | 403..=405 | 408 | 429 | 500..) || whole.status < 200 {
+            return Err(Failure {
+                kind: FailureKind::Status,
+                answer: Some(whole),
+            });
+        }
+        self.succeed();
+        Ok(Some(whole))
+    }
+
+    async fn read_whole(&mut self, head: Head) -> Result<Whole, Failure> {
+        let mut body = BytesMut::with_capacity(head.length.unwrap_or(0).min(1 << 20) as usize);
+        while self.read(&mut body).await? {
+            if body.len() > ANSWER_BYTES_MAX {
+                return Err(FailureKind::Garbage.into());
+            }
+        }
+        self.put_back();
+        Ok(Whole {
+            status: head.status,
+            headers: head.headers,
+            body: body.freeze(),
+        })
+    }
+
+    /// Appends what comes next of the answer; false at its end. Dropping the future loses nothing.
+    pub(super) async fn read(&mut self, out: &mut BytesMut) -> Result<bool, WireError> {
+        match &mut self.connection {
+            Some(connection) => connection.read_body(out).await,
+            None => Ok(false),
+        }
+    }
+
+    /// The engine sent something in time.
+    pub(super) fn hear(&self) {
+        self.worker.engine.hear(self.state.now());
+    }
+
+    /// The answer was read to its end: the connection may carry the next request.
+    pub(super) fn put_back(&mut self) {
+        if let Some(connection) = self.connection.take() {
+            self.worker.engine.put_back(connection);
+        }
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        let engine = &self.worker.engine;
+        engine.num_running.fetch_sub(1, Ordering::Relaxed);
+        self.state.engine_end(engine, self.verdict);
+    }
+}
+
+fn is_event_stream(headers: &HeaderMap) -> bool {
+    let media_type = headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
+    media_type.is_some_and(|media_type| media_type.starts_with(b"text/event-stream"))
+}

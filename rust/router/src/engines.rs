@@ -1,0 +1,28 @@
+//! Foreign engines: servers that speak OpenAI's HTTP API (vLLM, `SGLang`, TGI, llama.cpp), used as workers.
+//!
+//! Reading order: [`config`] is what an operator says of them; [`engine`] is one of them, with its [`wire`] and
+//! [`pool`]; [`probe`] and [`health`] find out how it does; [`breaker`], [`outlier`] and [`budget`] decide, with the time
+//! passed in, what to do about failures; this file puts them together. To the scheduler each model on an engine is a
+//! worker like any other; requests reach it through the relay of the corridor.
+
+mod breaker;
+mod budget;
+pub mod config;
+pub mod connect;
+pub(crate) mod engine;
+mod health;
+mod outlier;
+mod pool;
+mod probe;
+mod set;
+mod url;
+pub(crate) mod wire;
+
+pub use self::{
+    breaker::BreakerState,
+    config::{EngineConfig, EngineLimits, EnginesConfig, ReplayMeans},
+    engine::EngineKind,
+    set::{EngineError, EngineStatus, Engines},
+    url::{EngineUrl, UrlError},
+};
+pub(crate) use self::{engine::EngineWorker, set::Verdict};

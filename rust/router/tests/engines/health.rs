@@ -1,0 +1,133 @@
+//! Engines that come, go and come back.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::support::{
+    Client, Engine, MODEL, ask, chat, config, eventually, get, num_up, post, start,
+};
+
+async fn status(address: std::net::SocketAddr, path: &str) -> u16 {
+    get(address, path).await.status
+}
+
+#[tokio::test]
+async fn readiness_follows_the_engines() {
+    let engine = Engine::start().await;
+    let (_router, address) = start(config(), &[&engine]).await;
+    assert_eq!(status(address, "/ready").await, 200);
+    assert_eq!(status(address, "/health").await, 200);
+    let at = engine.stop().await;
+    eventually("not ready", || async {
+        status(address, "/ready").await == 503
+    })
+    .await;
+    let answer = ask(address, chat("")).await;
+    assert_eq!(
+        (answer.status, answer.code()),
+        (503, "no_workers".to_owned())
+    );
+    assert!(answer.header("retry-after").is_some());
+    assert!(
+        get(address, "/v1/models").await.json()["data"]
+            .as_array()
+            .unwrap()
+            .is_empty()
+    );
+
+    let mut engine = Engine::start_at(at, MODEL, "vllm").await;
+    eventually("ready", || async { status(address, "/ready").await == 200 }).await;
+    let client = Client::send(address, chat("")).await;
+    engine.call().await.answer(200, "{}").await;
+    assert_eq!(client.answer().await.status, 200);
+}
+
+#[tokio::test]
+async fn models_are_those_that_engines_list() {
+    let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+    let (a, b) = (
+        Engine::start_at(any, "a", "vllm").await,
+        Engine::start_at(any, "b", "sglang").await,
+    );
+    let (_router, address) = start(config(), &[&a, &b]).await;
+    let list = get(address, "/v1/models").await.json();
+    let ids: Vec<_> = list["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|model| model["id"].clone())
+        .collect();
+    assert_eq!(ids, ["a", "b"]);
+    assert_eq!(list["data"][0]["max_model_len"], 4096);
+    let mut b = b;
+    let body = "{\"model\": \"b\", \"prompt\": \"x\"}";
+    let client = Client::send(address, post("/v1/completions", body)).await;
+    b.call().await.answer(200, "{}").await;
+    assert_eq!(client.answer().await.status, 200);
+}
+
+#[tokio::test]
+async fn an_engine_that_fails_again_and_again_is_paused_and_tried_again() {
+    let (mut a, mut b) = (Engine::start().await, Engine::start().await);
+    let (router, address) = start(config(), &[&a, &b]).await;
+    let bad = a.url();
+    // `a` answers 500 to everything, `b` is well.
+    let failing = async {
+        loop {
+            a.call().await.answer(500, "{}").await;
+        }
+    };
+    let fine = async {
+        loop {
+            b.call().await.answer(200, "{}").await;
+        }
+    };
+    let asking = async {
+        let began = Instant::now();
+        let state_of = |url: &str| {
+            let engines = router.state().list_engines();
+            let engine = engines
+                .iter()
+                .find(|engine| engine.config.url.as_str() == url);
+            engine.unwrap().breaker
+        };
+        while state_of(&bad) != "open" {
+            assert_eq!(ask(address, chat("")).await.status, 200);
+            assert!(began.elapsed() < Duration::from_secs(20));
+        }
+        eventually("half open", || {
+            let is_so = state_of(&bad) == "half_open";
+            async move { is_so }
+        })
+        .await;
+    };
+    // A wait inside for a call that never comes is not a failure here.
+    tokio::select! {
+        () = asking => {}
+        () = failing => {}
+        () = fine => {}
+    }
+    assert_eq!(num_up(&router), 1);
+}
+
+#[tokio::test]
+async fn an_engine_that_is_drained_or_removed_gets_no_more() {
+    let (a, mut b) = (Engine::start().await, Engine::start().await);
+    let (router, address) = start(config(), &[&a, &b]).await;
+    let url = a.url().parse().unwrap();
+    router.state().drain_engine(&url, true).unwrap();
+    for _ in 0..4 {
+        let client = Client::send(address, chat("")).await;
+        b.call().await.answer(200, "{}").await;
+        assert_eq!(client.answer().await.status, 200);
+    }
+    router.state().remove_engine(&url).unwrap();
+    assert!(router.state().remove_engine(&url).is_err());
+    assert_eq!(router.state().list_engines().len(), 1);
+    router
+        .state()
+        .remove_engine(&b.url().parse().unwrap())
+        .unwrap();
+    assert_eq!(ask(address, chat("")).await.status, 404);
+}
