@@ -14,6 +14,7 @@ pub mod metrics;
 pub mod request;
 
 mod auth;
+mod clock;
 mod grpc;
 mod http;
 mod listen;

@@ -5,12 +5,11 @@ use std::{
     time::Duration,
 };
 
-use orchestra_core::Time;
 use serde::{Deserialize, Serialize};
-use tokio::time::Instant;
 
 pub use crate::models::ModelInfo;
 use crate::{
+    clock::Clock,
     config::ObserveConfig,
     corridor::Admission,
     engines::Engines,
@@ -72,9 +71,9 @@ pub struct RouterState {
     pub(crate) admission: Arc<Admission>,
     pub(crate) workers: Arc<Workers>,
     pub(crate) engines: Engines,
+    pub(crate) clock: Clock,
     settings: Live,
     observers: OnceLock<Arc<Observers>>,
-    started: Instant,
 }
 
 impl RouterState {
@@ -108,8 +107,10 @@ impl RouterState {
         engines: Engines,
         tasks: Tasks,
     ) -> Arc<Self> {
+        let clock = Clock::start();
         Arc::new(Self {
-            admission: Admission::new(&limits, &metrics),
+            admission: Admission::new(&metrics),
+            workers: Workers::new(&limits, clock),
             settings: Live::new(Settings {
                 limits,
                 ..Settings::default()
@@ -118,9 +119,8 @@ impl RouterState {
             metrics,
             tasks,
             models: Models::default(),
-            workers: Workers::new(),
             engines,
-            started: Instant::now(),
+            clock,
         })
     }
 
@@ -181,10 +181,5 @@ impl RouterState {
     pub async fn shut_down(&self) {
         self.begin_drain();
         self.tasks.shut_down().await;
-    }
-
-    /// Time as the core sees it.
-    pub(crate) fn now(&self) -> Time {
-        Time(u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX))
     }
 }

@@ -3,15 +3,21 @@
 use orchestra_core::scheduler::{RouteRequest, Scheduler, WorkerId};
 
 use super::Workers;
-use crate::observe::{Candidate, Explained};
+use crate::observe::{Candidate, Explained, Record};
 
 /// Candidates, and ineligible workers, that are named.
 const NAMED_MAX: usize = 16;
 
 impl Workers {
-    /// How the workers stand for the request now. O(workers × blocks of the prompt), so only for requests that are to be
-    /// explained; `None` where it cannot be placed at all.
-    pub(crate) fn explain(&self, request: &RouteRequest<'_>) -> Option<Explained> {
+    /// Has the record of a request that is to be explained say how the workers stand for it now.
+    pub(crate) fn explain_to(&self, record: &Record, request: &RouteRequest<'_>) {
+        if record.wants_explanation() {
+            record.explained(self.explain(request));
+        }
+    }
+
+    /// O(workers × blocks of the prompt) under the lock of all placements. `None` where it cannot be placed at all.
+    fn explain(&self, request: &RouteRequest<'_>) -> Option<Explained> {
         let pool = self.pool.lock();
         let scheduler = &pool.scheduler;
         let explanation = scheduler.explain(request, NAMED_MAX).ok()?;

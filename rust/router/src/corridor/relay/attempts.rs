@@ -11,7 +11,7 @@ use orchestra_core::{ErrorCode, scheduler::WorkerId, step::FinishReason};
 use tokio::time::{self, Instant};
 
 use super::{
-    admit::{Admitted, placement_error},
+    admit::Admitted,
     answer::{GiveUp, Whole},
     run::{Failure, FailureKind, Reply, Run},
 };
@@ -32,7 +32,7 @@ pub(super) struct Attempts {
 
 impl Attempts {
     pub(super) fn new(admitted: Admitted) -> Self {
-        let now = admitted.state.now();
+        let now = admitted.state.clock.now();
         admitted.state.engines.count_request(now);
         Self {
             admitted,
@@ -83,7 +83,7 @@ impl Attempts {
                 Err(error) => {
                     return Err(match self.last.take() {
                         Some((failure, url)) => give_up(failure, url),
-                        None => GiveUp::Ours(placement_error(&error)),
+                        None => GiveUp::Ours(self.admitted.request.placement_error(&error)),
                     });
                 }
             }
@@ -118,7 +118,7 @@ impl Attempts {
             )));
         }
         let may_retry = self.num_attempts < state.engines.limits.max_attempts
-            && state.engines.take_retry(state.now());
+            && state.engines.take_retry(state.clock.now());
         if !may_retry {
             return Err(give_up(failure, url));
         }

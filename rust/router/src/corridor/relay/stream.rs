@@ -241,7 +241,7 @@ impl EventStream {
         admitted.state.metrics.time_to_first_token.observe(elapsed);
         admitted.request.record.reached(Stage::FirstToken);
         if let Some(run) = &self.run {
-            run.reserved.prefill_done(admitted.state.now());
+            run.reserved.prefill().done();
         }
     }
 
