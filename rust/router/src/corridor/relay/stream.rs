@@ -26,6 +26,7 @@ use super::{
 };
 use crate::{
     error::ApiError,
+    observe::Stage,
     respond::{ErrorBody, json_body, log},
 };
 
@@ -214,6 +215,9 @@ impl EventStream {
             metrics
                 .prefix_cache_hit_tokens
                 .inc_by(cached.unwrap_or(0).into());
+            let record = &admitted.request.record;
+            record.prompt(usage.prompt_tokens as usize);
+            record.cached(0, cached.unwrap_or(0));
         }
         let num_tokens: u32 = self
             .memory
@@ -222,9 +226,10 @@ impl EventStream {
             .map(|choice| choice.num_tokens)
             .sum();
         let reported = self.memory.usage.map(|usage| usage.completion_tokens);
-        metrics
-            .generation_tokens
-            .inc_by(reported.unwrap_or(num_tokens).into());
+        let completion_tokens = reported.unwrap_or(num_tokens);
+        metrics.generation_tokens.inc_by(completion_tokens.into());
+        let record = &admitted.request.record;
+        record.finished(FinishReason::Stop, completion_tokens);
     }
 
     fn count_first(&mut self) {
@@ -234,6 +239,7 @@ impl EventStream {
         let admitted = &self.attempts.admitted;
         let elapsed = admitted.request.arrived.elapsed().as_secs_f64();
         admitted.state.metrics.time_to_first_token.observe(elapsed);
+        admitted.request.record.reached(Stage::FirstToken);
         if let Some(run) = &self.run {
             run.reserved.prefill().done();
         }
@@ -283,6 +289,7 @@ impl EventStream {
         self.is_over = true;
         let error = reason.into_error();
         log(&error);
+        self.attempts.admitted.request.record.failed(error.code);
         self.count_unfinished(FinishReason::Error);
         let mut event = BytesMut::from(&b"data: "[..]);
         event.extend_from_slice(&json_body(&ErrorBody::from(&error)));
@@ -300,6 +307,8 @@ impl EventStream {
         {
             choice.is_finished = true;
             metrics.finished(reason);
+            let record = &self.attempts.admitted.request.record;
+            record.finished(reason, choice.num_tokens);
         }
     }
 }
