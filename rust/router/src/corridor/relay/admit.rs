@@ -22,7 +22,7 @@ const RETRY_AFTER_MS: u64 = 1000;
 /// A request that has a seat.
 pub(super) struct Admitted {
     pub(super) state: Arc<RouterState>,
-    pub(super) request: RelayRequest,
+    pub(super) request: Arc<RelayRequest>,
     pub(super) deadline: Instant,
     _seat: Seat,
     _running: InFlight,
@@ -45,7 +45,7 @@ impl RelayRequest {
         let queue_time = self.arrived.elapsed().as_secs_f64();
         state.metrics.request_queue_time.observe(queue_time);
         Ok(Admitted {
-            request: self,
+            request: Arc::new(self),
             deadline,
             _seat: seat,
             _running: InFlight::new(&state.metrics.requests_running),
