@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Each stage consumes the one before; dropping a value gives back what it holds: the place in the queue, the seat,
-//! the room on a worker, the sequence on it. A worker that is lost is an arm of dispatch and stream ([`replay`]): the
+//! the room on a worker, the sequence on it. To admit is to wait in the core's queue, which ends with a worker that has
+//! room; so what is left to place are the further choices of a request that wants several. A worker that is lost is an arm of dispatch and stream ([`replay`]): the
 //! request goes on elsewhere, and the client sees a pause.
 
 mod admit;

@@ -9,11 +9,13 @@
 
 pub mod config;
 pub mod error;
+pub mod kv_events;
 pub mod logging;
 pub mod metrics;
 pub mod request;
 
 mod auth;
+mod clock;
 mod grpc;
 mod http;
 mod listen;

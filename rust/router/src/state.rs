@@ -2,12 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use orchestra_core::Time;
 use serde::{Deserialize, Serialize};
-use tokio::time::Instant;
 
 pub use crate::models::ModelInfo;
 use crate::{
+    clock::Clock,
     corridor::Admission,
     engines::Engines,
     metrics::Metrics,
@@ -67,8 +66,8 @@ pub struct RouterState {
     pub(crate) admission: Arc<Admission>,
     pub(crate) workers: Arc<Workers>,
     pub(crate) engines: Engines,
+    pub(crate) clock: Clock,
     settings: Live,
-    started: Instant,
 }
 
 impl RouterState {
@@ -102,8 +101,10 @@ impl RouterState {
         engines: Engines,
         tasks: Tasks,
     ) -> Arc<Self> {
+        let clock = Clock::start();
         Arc::new(Self {
-            admission: Admission::new(&limits, &metrics),
+            admission: Admission::new(&metrics),
+            workers: Workers::new(&limits, clock),
             settings: Live::new(Settings {
                 limits,
                 ..Settings::default()
@@ -111,9 +112,8 @@ impl RouterState {
             metrics,
             tasks,
             models: Models::default(),
-            workers: Workers::new(),
             engines,
-            started: Instant::now(),
+            clock,
         })
     }
 
@@ -159,10 +159,5 @@ impl RouterState {
     pub async fn shut_down(&self) {
         self.begin_drain();
         self.tasks.shut_down().await;
-    }
-
-    /// Time as the core sees it.
-    pub(crate) fn now(&self) -> Time {
-        Time(u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX))
     }
 }

@@ -1,33 +1,42 @@
 //! The workers attached to this router: who they are, what runs on them, and the scheduler that chooses among them.
 //!
 //! A worker is its stream: [`gateway`] accepts it and listens, [`session`] is the stream as requests see it,
-//! [`outbox`] what is on its way to the worker, [`watchdog`] finds workers that went quiet.
+//! [`outbox`] what is on its way to the worker, [`watchdog`] finds workers that went quiet. [`queue`] is how requests get
+//! room on them.
 
+mod foreign;
 pub mod gateway;
 mod hello;
 mod operate;
 mod outbox;
+pub(crate) mod queue;
 pub(crate) mod session;
 mod watchdog;
 
 use std::sync::{Arc, atomic::Ordering};
 
 use orchestra_core::{
-    BlockHash, Time,
-    scheduler::{
-        ReservationId, RouteRequest, Scheduler, SchedulerConfig, SchedulerError, WorkerId,
-        WorkerLoad, WorkerSpec,
-    },
+    BlockHash,
+    scheduler::{Scheduler, SchedulerConfig, SchedulerError, TicketId, WorkerId, WorkerLoad},
     step::KvEvent,
 };
 use parking_lot::Mutex;
 use rustc_hash::{FxHashMap, FxHashSet};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 pub use self::gateway::gateway_service;
 pub(crate) use self::operate::{OperateError, WorkerView};
-use self::{hello::Hello, outbox::Outbox, session::Session};
-use crate::models::{ModelMismatch, ModelText, Models};
+use self::{
+    hello::Hello,
+    outbox::Outbox,
+    queue::{Outcome, Reserved},
+    session::Session,
+};
+use crate::{
+    clock::Clock,
+    models::{ModelMismatch, ModelText, Models},
+    state::CorridorLimits,
+};
 
 /// Why a worker was not taken in.
 #[derive(Debug, thiserror::Error)]
@@ -43,45 +52,58 @@ pub(crate) struct Workers {
     pool: Mutex<Pool>,
     /// Told when there may be a worker where there was none.
     arrivals: watch::Sender<()>,
+    clock: Clock,
 }
 
 struct Pool {
     scheduler: Scheduler,
     sessions: FxHashMap<WorkerId, Arc<Session>>,
+    /// Who hears of the end of each wait.
+    waiting: FxHashMap<TicketId, oneshot::Sender<Outcome>>,
     /// Names of workers that an operator gives no work.
     held_back: FxHashSet<String>,
 }
 
 impl Workers {
-    pub(crate) fn new() -> Arc<Self> {
-        let Ok(scheduler) = Scheduler::new(SchedulerConfig::default()) else {
-            unreachable!("the default configuration is valid")
+    pub(crate) fn new(limits: &CorridorLimits, clock: Clock) -> Arc<Self> {
+        let at_most = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        let max_num_waiting = at_most(limits.max_queued_requests);
+        let config = SchedulerConfig {
+            max_num_waiting,
+            max_num_waiting_per_tenant: max_num_waiting.max(1),
+            ..SchedulerConfig::default()
         };
+        let Ok(mut scheduler) = Scheduler::new(config) else {
+            unreachable!("the default configuration is valid with any length of the queue")
+        };
+        scheduler.limit_seats(at_most(limits.max_concurrent_requests));
         let pool = Mutex::new(Pool {
             scheduler,
             sessions: FxHashMap::default(),
+            waiting: FxHashMap::default(),
             held_back: FxHashSet::default(),
         });
         Arc::new(Self {
             pool,
             arrivals: watch::Sender::new(()),
+            clock,
         })
     }
 
     /// Takes a worker in. A worker of the same name that is still here is let go first: it is the same one, back
     /// before its old stream was noticed to be dead.
     pub(crate) fn attach(
-        &self,
+        self: &Arc<Self>,
         models: &Models,
         hello: Hello,
         text: Arc<ModelText>,
         outbox: Arc<Outbox>,
     ) -> Result<Arc<Session>, AttachError> {
-        let mut pool = self.pool.lock();
-        let replaced = pool.scheduler.worker_by_name(&hello.spec.name);
-        let replaced = replaced.and_then(|id| pool.remove(models, id));
-        let attached = pool.add(models, hello, text, outbox);
-        drop(pool);
+        let (replaced, attached) = self.change(|pool| {
+            let replaced = pool.scheduler.worker_by_name(&hello.spec.name);
+            let replaced = replaced.and_then(|id| pool.remove(models, id));
+            (replaced, pool.add(models, hello, text, outbox))
+        });
         if let Some(session) = replaced {
             session.replace();
         }
@@ -90,59 +112,16 @@ impl Workers {
     }
 
     /// Lets a worker go; its sequences are told. Does nothing where it is gone already.
-    pub(crate) fn detach(&self, models: &Models, session: &Session) {
-        self.pool.lock().remove(models, session.worker);
+    pub(crate) fn detach(self: &Arc<Self>, models: &Models, session: &Session) {
+        self.change(|pool| pool.remove(models, session.worker));
         session.lose_sequences();
     }
 
-    /// Chooses a worker and reserves room on it.
-    pub(crate) fn place(
-        self: &Arc<Self>,
-        request: &RouteRequest<'_>,
-        now: Time,
-    ) -> Result<Placement, SchedulerError> {
-        let (worker, reserved) = self.reserve(request, now)?;
-        let session = self.pool.lock().sessions.get(&worker).cloned();
+    /// The worker that room was reserved on. It may have gone since.
+    pub(crate) fn placement(&self, reserved: Reserved) -> Result<Placement, SchedulerError> {
+        let session = self.pool.lock().sessions.get(&reserved.worker()).cloned();
         let session = session.ok_or(SchedulerError::UnknownWorker)?;
         Ok(Placement { session, reserved })
-    }
-
-    /// As [`Self::place`], for a model of foreign engines: the worker is one that [`Self::add_foreign`] added.
-    pub(crate) fn reserve(
-        self: &Arc<Self>,
-        request: &RouteRequest<'_>,
-        now: Time,
-    ) -> Result<(WorkerId, Reserved), SchedulerError> {
-        let reservation = self.pool.lock().scheduler.route(request, now)?;
-        let reserved = Reserved {
-            workers: Arc::clone(self),
-            id: reservation.id,
-        };
-        Ok((reservation.worker, reserved))
-    }
-
-    /// Takes a foreign engine's model in. It is chosen once it is said to be available.
-    pub(crate) fn add_foreign(&self, spec: WorkerSpec) -> Result<WorkerId, SchedulerError> {
-        let mut pool = self.pool.lock();
-        let worker = pool.scheduler.add_worker(spec)?;
-        pool.scheduler.set_draining(worker, true);
-        Ok(worker)
-    }
-
-    /// Lets it go.
-    pub(crate) fn remove_foreign(&self, worker: WorkerId) {
-        self.pool.lock().scheduler.remove_worker(worker);
-    }
-
-    /// From now on it is chosen, or it is not.
-    pub(crate) fn set_foreign_available(&self, worker: WorkerId, is_available: bool) {
-        self.pool
-            .lock()
-            .scheduler
-            .set_draining(worker, !is_available);
-        if is_available {
-            self.arrivals.send_replace(());
-        }
     }
 
     pub(crate) fn apply_kv_event(
@@ -153,12 +132,18 @@ impl Workers {
         self.pool.lock().scheduler.apply_kv_event(worker, event)
     }
 
-    pub(crate) fn update_load(&self, session: &Session, load: WorkerLoad, is_draining: bool) {
-        let mut pool = self.pool.lock();
-        pool.scheduler.update_load(session.worker, load);
-        if session.is_draining.swap(is_draining, Ordering::Relaxed) != is_draining {
+    pub(crate) fn update_load(
+        self: &Arc<Self>,
+        session: &Session,
+        load: WorkerLoad,
+        is_draining: bool,
+    ) {
+        let was_draining = session.is_draining.swap(is_draining, Ordering::Relaxed);
+        self.change(|pool| {
+            pool.scheduler.update_load(session.worker, load);
             pool.show_draining(session);
-            drop(pool);
+        });
+        if was_draining != is_draining {
             self.arrivals.send_replace(());
         }
     }
@@ -215,27 +200,4 @@ impl Pool {
 pub(crate) struct Placement {
     pub(crate) session: Arc<Session>,
     pub(crate) reserved: Reserved,
-}
-
-/// Room on a worker, given back on drop.
-pub(crate) struct Reserved {
-    workers: Arc<Workers>,
-    id: ReservationId,
-}
-
-impl Reserved {
-    /// The prompt is computed: its tokens no longer queue on the worker.
-    pub(crate) fn prefill_done(&self, now: Time) {
-        self.workers
-            .pool
-            .lock()
-            .scheduler
-            .prefill_done(self.id, now);
-    }
-}
-
-impl Drop for Reserved {
-    fn drop(&mut self) {
-        self.workers.pool.lock().scheduler.release(self.id);
-    }
 }

@@ -22,7 +22,7 @@ pub struct SchedulerConfig {
     pub max_num_gpus: u32,
     /// Most reservations and placements that may be held at once, counted apart.
     pub max_num_reservations: u32,
-    /// Most requests that may wait for room, route and placement requests counted apart.
+    /// Most requests that may wait for room, route and placement requests counted apart; 0 lets nobody wait.
     pub max_num_waiting: u32,
     /// Most requests of one tenant that may wait for a worker.
     pub max_num_waiting_per_tenant: u32,
@@ -100,7 +100,6 @@ impl SchedulerConfig {
             ("max_num_workers", self.max_num_workers),
             ("max_num_gpus", self.max_num_gpus),
             ("max_num_reservations", self.max_num_reservations),
-            ("max_num_waiting", self.max_num_waiting),
             (
                 "max_num_waiting_per_tenant",
                 self.max_num_waiting_per_tenant,

@@ -42,6 +42,18 @@ impl Scheduler {
         Some(wait.saturating_add(compute))
     }
 
+    /// Time until all that wait for the model now are served; `None` where that is not known. The longest of its queues
+    /// counts.
+    pub fn queue_wait(&self, model: &str) -> Option<Duration> {
+        let model = model.into();
+        let queues = self.waiting.of_model(&model);
+        let waits = queues.filter_map(|(_, queue)| {
+            let num_waiting = queue.requests.len() as u64;
+            queue.pace.time_for(num_waiting)
+        });
+        waits.max()
+    }
+
     /// Time until a worker has room for the request.
     pub(super) fn predict_wait(
         &self,

@@ -40,6 +40,7 @@ pub(super) struct WaitingRoute {
     pub(super) ticket: TicketId,
     pub(super) tenant: Arc<str>,
     pub(super) class: AdmissionClass,
+    pub(super) may_be_displaced: bool,
     deadline: Option<Time>,
     token_ids: Vec<TokenId>,
     max_tokens: u32,
@@ -95,8 +96,8 @@ pub(super) struct WaitQueues {
     tickets: FxHashMap<TicketId, Spot>,
     /// Of the waiting requests that have one.
     deadlines: BTreeSet<(Time, TicketId)>,
-    /// By class, the oldest first.
-    by_class: [BTreeSet<TicketId>; 3],
+    /// Those that may be displaced by class, the oldest first.
+    displaceable: [BTreeSet<TicketId>; 3],
     /// Waits that ended for others; nobody was told yet.
     pub(super) displaced: Vec<Grant>,
     pub(super) num_by_tenant: FxHashMap<Arc<str>, u32>,
@@ -133,12 +134,13 @@ impl WaitQueues {
 
     /// Whether a request of this class waits.
     pub(super) fn has_waiting(&self, class: AdmissionClass) -> bool {
-        !self.by_class[class as usize].is_empty()
+        let mut queues = self.queues.values();
+        queues.any(|queue| queue.requests.first_of(class).is_some())
     }
 
     /// The newest request of the lowest class, where that is below `class`.
     pub(super) fn newest_below(&self, class: AdmissionClass) -> Option<TicketId> {
-        let below = &self.by_class[class as usize + 1..];
+        let below = &self.displaceable[class as usize + 1..];
         let lowest = below.iter().rev().find(|tickets| !tickets.is_empty());
         lowest?.last().copied()
     }
@@ -218,7 +220,9 @@ impl WaitQueues {
         }
         let num_waiting = self.num_by_tenant.entry(Arc::clone(&claim.tenant));
         *num_waiting.or_default() += 1;
-        self.by_class[claim.class as usize].insert(ticket);
+        if request.may_be_displaced {
+            self.displaceable[claim.class as usize].insert(ticket);
+        }
         let queue = self.queue_mut(&key, rules);
         if queue.requests.len() == 0 {
             queue.since = now;
@@ -245,7 +249,7 @@ impl WaitQueues {
         };
         queue.hold = queue.hold.filter(|hold| hold.arrival != arrival);
         self.tickets.remove(&request.ticket);
-        self.by_class[request.class as usize].remove(&request.ticket);
+        self.displaceable[request.class as usize].remove(&request.ticket);
         if let Some(deadline) = request.deadline {
             self.deadlines.remove(&(deadline, request.ticket));
         }
@@ -304,8 +308,19 @@ impl WaitQueues {
             num_deadlines += usize::from(request.is_some_and(|it| it.deadline.is_some()));
         }
         assert_eq!(num_deadlines, self.deadlines.len(), "deadlines");
-        let by_class = self.by_class.iter().map(BTreeSet::len);
-        assert_eq!(num_waiting, by_class.sum::<usize>(), "requests by class");
+        for (class, tickets) in AdmissionClass::ALL.into_iter().zip(&self.displaceable) {
+            let is_displaceable = |ticket: &TicketId| {
+                let spot = &self.tickets[ticket];
+                let request = self.queues[&spot.key].requests.get(spot.arrival);
+                request.is_some_and(|it| it.class == class && it.may_be_displaced)
+            };
+            let due = self.tickets.keys().filter(|&it| is_displaceable(it));
+            assert!(
+                due.clone().all(|ticket| tickets.contains(ticket)),
+                "{class:?}"
+            );
+            assert_eq!(due.count(), tickets.len(), "{class:?}");
+        }
     }
 }
 
@@ -315,6 +330,7 @@ impl WaitingRoute {
             ticket,
             tenant: request.tenant.into(),
             class: request.class,
+            may_be_displaced: true,
             deadline: request.deadline,
             token_ids: request.token_ids.to_vec(),
             max_tokens: request.max_tokens,

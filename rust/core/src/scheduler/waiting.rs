@@ -72,6 +72,25 @@ impl Scheduler {
         request: &RouteRequest<'_>,
         now: Time,
     ) -> Result<Wait<Reservation>, SchedulerError> {
+        self.acquire_as(request, false, now)
+    }
+
+    /// The same for a request that ran, was [stopped](Self::preempt) and is to go on. The queue takes it however many
+    /// wait, and it does not lose its place there: it was admitted once.
+    pub fn reacquire(
+        &mut self,
+        request: &RouteRequest<'_>,
+        now: Time,
+    ) -> Result<Wait<Reservation>, SchedulerError> {
+        self.acquire_as(request, true, now)
+    }
+
+    fn acquire_as(
+        &mut self,
+        request: &RouteRequest<'_>,
+        is_resumed: bool,
+        now: Time,
+    ) -> Result<Wait<Reservation>, SchedulerError> {
         // What cannot be need not wait to hear it.
         let best = unless_waiting_helps(self.choose(request).map(Some))?;
         if request.deadline.is_some_and(|deadline| deadline <= now) {
@@ -87,9 +106,12 @@ impl Scheduler {
         {
             return Ok(Wait::Granted(reservation));
         }
-        self.make_way(request, &key, best.as_ref())?;
+        if !is_resumed {
+            self.make_way(request, &key, best.as_ref())?;
+        }
         let ticket = self.waiting.next_ticket();
-        let (claim, waiting) = self.claim(request, best.as_ref(), ticket);
+        let (claim, mut waiting) = self.claim(request, best.as_ref(), ticket);
+        waiting.may_be_displaced = !is_resumed;
         self.waiting.push(key, claim, waiting, self.rules, now);
         Ok(Wait::Waiting(ticket))
     }
@@ -236,8 +258,22 @@ impl Scheduler {
         }
     }
 
-    /// Whether a request of this class would be refused now because as many wait as may: how many do.
-    pub fn full_for(&self, class: AdmissionClass) -> Option<u32> {
+    /// Refuses what [`acquire`](Self::acquire) would refuse because as many wait as may, whatever else the request asks.
+    /// O(1), so it can come before work on the request. Says nothing while nobody waits: there may be room.
+    pub fn check_queue(&self, model: &str, class: AdmissionClass) -> Result<(), SchedulerError> {
+        match self.full_for(class) {
+            Some(current) if current > 0 => Err(SchedulerError::QueueFull {
+                kind: "waiting requests",
+                current,
+                limit: self.config.max_num_waiting,
+                retry_after: self.queue_wait(model),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// How many wait, where no further request of this class may.
+    fn full_for(&self, class: AdmissionClass) -> Option<u32> {
         let (all, _) = self.waiting.lengths();
         let is_full = all >= self.config.max_num_waiting as usize;
         (is_full && self.waiting.newest_below(class).is_none()).then_some(all as u32)

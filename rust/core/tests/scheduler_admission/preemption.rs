@@ -166,3 +166,28 @@ proptest! {
         scheduler.check_integrity();
     }
 }
+
+#[test]
+fn a_resumed_request_finds_a_full_queue_open_and_keeps_its_place_there() {
+    let mut scheduler = counter(SchedulerConfig {
+        max_num_waiting: 1,
+        ..SchedulerConfig::default()
+    });
+    let held = granted(&mut scheduler, &of(AdmissionClass::Interactive));
+    let newcomer = waits(&mut scheduler, &of(AdmissionClass::Batch));
+    let resumed = match scheduler.reacquire(&of(AdmissionClass::Batch), Time::ZERO) {
+        Ok(Wait::Waiting(ticket)) => ticket,
+        other => panic!("{other:?}"),
+    };
+    // It is the newest of the lowest class, and yet it is the other one that goes.
+    waits(&mut scheduler, &of(AdmissionClass::Interactive));
+    let told = scheduler.take_grants(Time::ZERO);
+    assert_eq!(
+        told.iter().map(|it| it.ticket).collect::<Vec<_>>(),
+        [newcomer]
+    );
+    let refused = scheduler.acquire(&of(AdmissionClass::Interactive), Time::ZERO);
+    assert_eq!(refused.unwrap_err().code(), ErrorCode::QueueFull);
+    scheduler.check_integrity();
+    assert!(scheduler.cancel(resumed) && scheduler.release(held));
+}

@@ -1,58 +1,48 @@
-//! Admission: how many requests run, how many may wait, and for how long.
+//! Admission: a request waits for a seat and for a worker with room, in the core's queue (`docs/admission.md`).
 
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, AtomicUsize, Ordering},
+    atomic::{AtomicBool, Ordering},
 };
 
-use orchestra_core::{ErrorCode, RejectReason};
+use orchestra_core::RejectReason;
 use prometheus_client::metrics::gauge::Gauge;
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::{self, Instant},
-};
+use tokio::time::Instant;
 use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
 
 use super::tokenise::{CheckedRequest, Tokenised};
 use crate::{
     error::ApiError,
     metrics::{InFlight, Metrics},
-    state::CorridorLimits,
+    workers::queue::Admitted,
 };
 
-/// Seats for running requests, and the queue before them: first come, first served.
+/// Whether requests are taken, and which are here.
 pub(crate) struct Admission {
-    seats: Arc<Semaphore>,
-    queued: AtomicUsize,
-    max_queued: usize,
     is_draining: AtomicBool,
-    /// One token per request that is queued or seated.
+    /// One token per request that waits or runs.
     present: TaskTracker,
-    requests_waiting: Gauge,
+    pub(super) requests_waiting: Gauge,
 }
 
-/// A request that has a seat.
+/// A request that may start: it has a seat, and room for its first choice.
 pub(super) struct Ticket {
     pub(super) request: CheckedRequest,
-    pub(super) seat: Seat,
+    pub(super) admitted: Admitted,
+    pub(super) presence: Presence,
     /// In `requests_waiting` until dispatch.
     pub(super) waiting: InFlight,
-    pub(super) admitted: Instant,
+    pub(super) entered: Instant,
 }
 
-/// One of the seats for running requests, given back on drop.
-pub(super) struct Seat {
-    _permit: OwnedSemaphorePermit,
-    _present: TaskTrackerToken,
+/// A request is here until this drops; a drain waits for it.
+pub(super) struct Presence {
+    _token: TaskTrackerToken,
 }
 
 impl Admission {
-    pub(crate) fn new(limits: &CorridorLimits, metrics: &Metrics) -> Arc<Self> {
-        let seats = limits.max_concurrent_requests.min(Semaphore::MAX_PERMITS);
+    pub(crate) fn new(metrics: &Metrics) -> Arc<Self> {
         Arc::new(Self {
-            seats: Arc::new(Semaphore::new(seats)),
-            queued: AtomicUsize::new(0),
-            max_queued: limits.max_queued_requests,
             is_draining: AtomicBool::new(false),
             present: TaskTracker::new(),
             requests_waiting: metrics.requests_waiting.clone(),
@@ -68,89 +58,47 @@ impl Admission {
         self.present.close();
     }
 
-    /// Returns when no request is queued or seated any more.
+    /// Returns when no request waits or runs any more.
     pub(crate) async fn drained(&self) {
         self.present.wait().await;
     }
 
-    /// Refuses what [`Self::seat`] would refuse now. Costs nothing, so it comes before work on the request.
+    /// Counts a request in. Refused once a drain has begun.
+    pub(super) fn enter(&self) -> Result<Presence, RejectReason> {
+        // The token first: a drain that begins between the two waits for this one.
+        let token = self.present.token();
+        self.check()?;
+        Ok(Presence { _token: token })
+    }
+
+    /// Refuses what [`Self::enter`] would refuse now.
     pub(super) fn check(&self) -> Result<(), RejectReason> {
         if self.is_draining() {
             return Err(RejectReason::ShuttingDown);
         }
-        let queued = self.queued.load(Ordering::Relaxed);
-        if self.seats.available_permits() == 0 && queued >= self.max_queued {
-            return Err(RejectReason::QueueFull {
-                current: queued,
-                limit: self.max_queued,
-            });
-        }
         Ok(())
-    }
-
-    /// Waits for a seat, at most until `deadline`. Dropping the future leaves the queue at once.
-    pub(super) async fn seat(&self, deadline: Instant) -> Result<Seat, RejectReason> {
-        let present = self.present.token();
-        self.check()?;
-        let permit = if let Ok(permit) = Arc::clone(&self.seats).try_acquire_owned() {
-            permit
-        } else {
-            let _place = self.enter_queue()?;
-            let acquired = Arc::clone(&self.seats).acquire_owned();
-            match time::timeout_at(deadline, acquired).await {
-                Ok(Ok(permit)) => permit,
-                // The semaphore is never closed, so it is time that ran out.
-                Ok(Err(_)) | Err(_) => return Err(RejectReason::DeadlineExceeded),
-            }
-        };
-        Ok(Seat {
-            _permit: permit,
-            _present: present,
-        })
-    }
-
-    fn enter_queue(&self) -> Result<QueuePlace<'_>, RejectReason> {
-        let queued = self.queued.fetch_add(1, Ordering::Relaxed);
-        let place = QueuePlace(&self.queued);
-        if queued >= self.max_queued {
-            drop(place);
-            return Err(RejectReason::QueueFull {
-                current: queued,
-                limit: self.max_queued,
-            });
-        }
-        Ok(place)
-    }
-}
-
-/// One more in the queue until it drops.
-struct QueuePlace<'a>(&'a AtomicUsize);
-
-impl Drop for QueuePlace<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 impl Tokenised {
-    /// Waits for a seat.
+    /// Waits for a seat, and for a worker with room for the first choice.
     pub(super) async fn admit(self) -> Result<Ticket, ApiError> {
         let request = self.0;
-        let admission = Arc::clone(&request.state.admission);
-        let waiting = InFlight::new(&admission.requests_waiting);
-        let admitted = Instant::now();
-        match admission.seat(request.deadline).await {
-            Ok(seat) => Ok(Ticket {
+        let state = Arc::clone(&request.state);
+        let presence = state.admission.enter()?;
+        let waiting = InFlight::new(&state.admission.requests_waiting);
+        let entered = Instant::now();
+        let route = request.route(&request.prompt_token_ids, 0, &[]);
+        let admitted = state.workers.acquire(&route, request.deadline).await;
+        match admitted {
+            Ok(admitted) => Ok(Ticket {
                 request,
-                seat,
-                waiting,
                 admitted,
+                presence,
+                waiting,
+                entered,
             }),
-            Err(RejectReason::DeadlineExceeded) => Err(ApiError::new(
-                ErrorCode::DeadlineExceeded,
-                "the request's time ran out in the queue",
-            )),
-            Err(reason) => Err(reason.into()),
+            Err(error) => Err(request.placement_error(&error)),
         }
     }
 }

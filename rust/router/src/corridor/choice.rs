@@ -29,8 +29,12 @@ pub(super) struct Choice {
     pub(super) index: usize,
     /// Every token so far; what a replay continues from.
     pub(super) output: Vec<TokenId>,
-    /// Workers that failed this choice or took no work.
+    /// Workers that failed this choice.
     pub(super) excluded: Vec<WorkerId>,
+    /// Workers that took no work a moment ago.
+    pub(super) refused: Vec<WorkerId>,
+    /// When the first of these refusals came that no token came after.
+    pub(super) refused_since: Option<Instant>,
     pub(super) num_replays: u32,
     /// Set while the choice waits for a worker to continue on.
     pub(super) wait: Option<Wait>,
@@ -49,6 +53,8 @@ impl Choice {
             index,
             output: Vec::new(),
             excluded: Vec::new(),
+            refused: Vec::new(),
+            refused_since: None,
             num_replays: 0,
             wait: None,
             is_finished: false,
@@ -64,6 +70,8 @@ impl Choice {
         if self.output.is_empty() {
             self.cached_tokens = new.cached_tokens;
         }
+        self.refused.clear();
+        self.refused_since = None;
         let mut text = String::new();
         let stop_string = self
             .read(&mut new, &mut text)
@@ -81,6 +89,11 @@ impl Choice {
             logprobs: new.logprobs,
             finish: reason.map(|reason| self.finish(reason, stop_string)),
         }
+    }
+
+    /// Where it cannot go now.
+    pub(super) fn barred(&self) -> Vec<WorkerId> {
+        [&self.excluded[..], &self.refused].concat()
     }
 
     /// Appends the new tokens' text to `text`. Where a stop string ends it, the tokens after that are cut off `new`, and

@@ -1,12 +1,15 @@
 //! Dispatch: the sequences start on their workers.
 
+use std::sync::{Arc, atomic::AtomicU32};
+
 use orchestra_core::{SamplingParams, scheduler::SchedulerError};
 use orchestra_proto::v1;
 use tokio::sync::mpsc;
 
-use super::{choice::Choice, place::Placed, stream::Running, tokenise::CheckedRequest};
+use super::{choice::Choice, held::Held, place::Placed, stream::Running, tokenise::CheckedRequest};
 use crate::{
     error::ApiError,
+    metrics::InFlight,
     workers::{
         Placement,
         session::{RunningSequence, SequenceEvent, Sink},
@@ -19,23 +22,29 @@ const EVENTS_BESIDES_TOKENS: usize = 2;
 impl Placed {
     /// Starts every choice. A worker that takes no work at this moment is passed over.
     pub(super) fn dispatch(self) -> Result<Running, ApiError> {
-        let Self { ticket, placements } = self;
-        let request = &ticket.request;
+        let Self {
+            request,
+            placements,
+            seat,
+            presence,
+            waiting,
+            entered,
+        } = self;
         // Room for all that can come, so that no worker ever waits for a client.
         let events_max = request.sampling.max_tokens as usize + EVENTS_BESIDES_TOKENS;
         let (events, inbox) = mpsc::channel(events_max * placements.len());
         let mut choices = Vec::with_capacity(placements.len());
         let mut sequences = Vec::with_capacity(placements.len());
         for (index, placement) in placements.into_iter().enumerate() {
-            let mut choice = Choice::new(request, index);
-            let started = choice.start(request, &events, placement);
+            let mut choice = Choice::new(&request, index);
+            let started = choice.start(&request, &events, placement);
             sequences.push(started.map_err(|error| request.placement_error(&error))?);
             choices.push(choice);
         }
         let metrics = &request.state.metrics;
         metrics
             .request_queue_time
-            .observe(ticket.admitted.elapsed().as_secs_f64());
+            .observe(entered.elapsed().as_secs_f64());
         metrics
             .prompt_tokens
             .inc_by(request.prompt_token_ids.len() as u64);
@@ -44,11 +53,14 @@ impl Placed {
             prompt_tokens = request.prompt_token_ids.len(),
             max_tokens = request.sampling.max_tokens,
             choices = choices.len(),
-            queue_time = ?ticket.admitted.elapsed(),
+            queue_time = ?entered.elapsed(),
             elapsed = ?request.arrived.elapsed(),
             "request dispatched"
         );
-        Ok(Running::new(ticket, choices, sequences, (events, inbox)))
+        drop(waiting);
+        let running = InFlight::new(&request.state.metrics.requests_running);
+        let held = Held::new(sequences, seat, presence, running);
+        Ok(Running::new(request, choices, held, (events, inbox)))
     }
 }
 
@@ -66,14 +78,15 @@ impl Choice {
                 choice: self.index,
                 events: events.clone(),
                 next_index: self.output.len() as u32,
+                progress: Arc::new(AtomicU32::new(self.output.len() as u32)),
                 max_tokens: request.sampling.max_tokens,
                 has_logprobs: request.sampling.logprobs.is_some(),
             };
             if let Some(sequence) = placement.start(self.start_message(request), sink) {
                 return Ok(sequence);
             }
-            self.excluded.push(worker);
-            placement = request.place(&self.output, &self.excluded)?;
+            self.refused.push(worker);
+            placement = request.place(&self.output, &self.barred())?;
         }
     }
 

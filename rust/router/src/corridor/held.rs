@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use orchestra_core::{ErrorCode, Time, scheduler::WorkerId};
+use orchestra_core::{ErrorCode, scheduler::WorkerId};
 use parking_lot::Mutex;
 use tokio::{
     sync::oneshot,
@@ -13,8 +13,12 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::admit::Seat;
-use crate::{error::ApiError, metrics::InFlight, workers::session::RunningSequence};
+use super::admit::Presence;
+use crate::{
+    error::ApiError,
+    metrics::InFlight,
+    workers::{queue::Seat, session::RunningSequence},
+};
 
 /// The holdings of one request; `None` once they are given back.
 pub(super) struct Held(Mutex<Option<Holdings>>);
@@ -23,6 +27,7 @@ struct Holdings {
     /// By choice; `None` while a choice waits for a worker, and once it has ended.
     sequences: Vec<Option<RunningSequence>>,
     _seat: Seat,
+    _presence: Presence,
     _in_flight: InFlight,
 }
 
@@ -30,23 +35,28 @@ impl Held {
     pub(super) fn new(
         sequences: Vec<RunningSequence>,
         seat: Seat,
+        presence: Presence,
         in_flight: InFlight,
     ) -> Arc<Self> {
         Arc::new(Self(Mutex::new(Some(Holdings {
             sequences: sequences.into_iter().map(Some).collect(),
             _seat: seat,
+            _presence: presence,
             _in_flight: in_flight,
         }))))
     }
 
     /// The choice's first token came.
-    pub(super) fn prefilled(&self, choice: usize, now: Time) {
+    pub(super) fn prefilled(&self, choice: usize) {
         let mut held = self.0.lock();
-        if let Some(sequence) = held
+        let sequence = held
             .as_mut()
-            .and_then(|held| held.sequences[choice].as_mut())
-        {
-            sequence.prefilled(now);
+            .and_then(|held| held.sequences[choice].as_mut());
+        let prefill = sequence.and_then(RunningSequence::prefilled);
+        // Others may be served now, so not under the lock.
+        drop(held);
+        if let Some(prefill) = prefill {
+            prefill.done();
         }
     }
 

@@ -4,6 +4,9 @@
 //! Tokens are delivered once and in order: the events of a sequence and the news of its loss come through one channel,
 //! so whatever the lost worker sent is taken in before the replay begins, and the new worker's tokens have to continue
 //! at exactly that index.
+//!
+//! A worker that *refuses* a choice which has begun (its queue is full) is asked again after a pause, for as long as
+//! a choice waits for a worker: what a client has half of is not given up because everybody is busy.
 
 use std::time::Duration;
 
@@ -15,11 +18,15 @@ use crate::error::ApiError;
 
 /// When a request may be sent again that the workers refused.
 const RETRY_AFTER_MS: u64 = 1000;
+/// How long a worker that refused is left alone.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// A choice waits for a worker to continue on.
 #[derive(Debug)]
 pub(super) struct Wait {
     until: Instant,
+    /// When those that refused are asked again.
+    again: Option<Instant>,
     /// What the client is told when none comes.
     error: ApiError,
 }
@@ -68,6 +75,17 @@ impl Interruption {
         }
     }
 
+    /// Whether the worker is well and only has no place now.
+    const fn is_refusal(&self) -> bool {
+        matches!(
+            self,
+            Self::Failed {
+                code: ErrorCode::QueueFull | ErrorCode::PreemptedOut,
+                ..
+            }
+        )
+    }
+
     /// How long to wait where there is no other worker. One that left is likely to come back, and one that failed or
     /// shuts down is about to leave; one that stays and refuses is not worth a wait.
     const fn patience(&self, limit: Duration) -> Duration {
@@ -92,8 +110,19 @@ impl Running {
         let settings = self.request.state.settings();
         let limits = &settings.limits;
         let choice = &mut self.choices[index];
-        choice.excluded.extend(self.held.end(index));
-        choice.num_replays += 1;
+        let worker = self.held.end(index);
+        let now = Instant::now();
+        let has_begun = !choice.output.is_empty();
+        let (until, again) = if has_begun && interruption.is_refusal() {
+            choice.refused.extend(worker);
+            // Bounded by time: however often it is asked for, nothing is computed for it meanwhile.
+            let since = *choice.refused_since.get_or_insert(now);
+            (since + limits.replay_wait, Some(now + PAUSE))
+        } else {
+            choice.excluded.extend(worker);
+            choice.num_replays += 1;
+            (now + interruption.patience(limits.replay_wait), None)
+        };
         tracing::debug!(
             ?interruption,
             replays = choice.num_replays,
@@ -102,9 +131,9 @@ impl Running {
         if !interruption.may_replay() || choice.num_replays > limits.max_replays {
             return Err(interruption.into_error());
         }
-        let until = Instant::now() + interruption.patience(limits.replay_wait);
         choice.wait = Some(Wait {
             until,
+            again,
             error: interruption.into_error(),
         });
         self.resume_waiting();
@@ -120,7 +149,7 @@ impl Running {
             .iter_mut()
             .filter(|choice| choice.wait.is_some())
         {
-            let placed = self.request.place(&choice.output, &choice.excluded);
+            let placed = self.request.place(&choice.output, &choice.barred());
             let started =
                 placed.and_then(|placement| choice.start(&self.request, &self.events, placement));
             match started {
@@ -128,18 +157,38 @@ impl Running {
                     self.held.resume(choice.index, sequence);
                     choice.wait = None;
                 }
-                Err(error) => tracing::debug!(%error, "no worker to continue on"),
+                Err(error) => {
+                    tracing::debug!(%error, "no worker to continue on");
+                    if let Some(wait) = choice.wait.as_mut().filter(|_| !choice.refused.is_empty())
+                    {
+                        wait.again.get_or_insert_with(|| Instant::now() + PAUSE);
+                    }
+                }
             }
         }
     }
 
-    /// Until when the first choice waits; `None` where none does.
+    /// When to look after the choices that wait; `None` where none does.
     pub(super) fn patience_until(&self) -> Option<Instant> {
         self.choices
             .iter()
             .filter_map(|choice| choice.wait.as_ref())
-            .map(|wait| wait.until)
+            .map(|wait| wait.again.map_or(wait.until, |again| again.min(wait.until)))
             .min()
+    }
+
+    /// Lets the workers that refused be asked again, where their pause is over.
+    pub(super) fn ask_again(&mut self) {
+        let now = Instant::now();
+        for choice in &mut self.choices {
+            if let Some(wait) = &mut choice.wait
+                && wait.again.is_some_and(|again| again <= now)
+            {
+                wait.again = None;
+                choice.refused.clear();
+            }
+        }
+        self.resume_waiting();
     }
 
     /// The error of a choice that has waited long enough.

@@ -15,7 +15,6 @@ use tokio::{
 };
 
 use super::{
-    admit::Ticket,
     choice::{Choice, Output},
     held::Held,
     replay::Interruption,
@@ -23,10 +22,9 @@ use super::{
 };
 use crate::{
     error::ApiError,
-    metrics::InFlight,
     models::ModelEntry,
     request::Chunk,
-    workers::session::{EventKind, RunningSequence, SequenceEvent},
+    workers::session::{EventKind, SequenceEvent},
 };
 
 /// What a request produces: chunks of its choices in any interleaving, one with `finish` per choice; or an error, which
@@ -82,24 +80,12 @@ pub(super) struct Running {
 
 impl Running {
     pub(super) fn new(
-        ticket: Ticket,
+        request: CheckedRequest,
         choices: Vec<Choice>,
-        sequences: Vec<RunningSequence>,
+        held: Arc<Held>,
         (events, inbox): (mpsc::Sender<SequenceEvent>, mpsc::Receiver<SequenceEvent>),
     ) -> Self {
-        let Ticket {
-            request,
-            seat,
-            waiting,
-            admitted: _,
-        } = ticket;
-        drop(waiting);
         let state = &request.state;
-        let held = Held::new(
-            sequences,
-            seat,
-            InFlight::new(&state.metrics.requests_running),
-        );
         let (stream, over) = oneshot::channel();
         let shutdown = state.tasks.shutdown_token().clone();
         state
@@ -151,6 +137,7 @@ impl Running {
                     continue;
                 }
                 () = sleep_until(patience), if patience.is_some() => {
+                    self.ask_again();
                     self.check_patience()?;
                     continue;
                 }
@@ -206,7 +193,7 @@ impl Running {
             metrics
                 .prefix_cache_hit_tokens
                 .inc_by(output.cached_tokens.into());
-            self.held.prefilled(index, request.state.now());
+            self.held.prefilled(index);
         }
         let chunk = choice.take(output, &request.stop);
         metrics
@@ -219,6 +206,8 @@ impl Running {
         }
         if let Some(finish) = &chunk.finish {
             self.held.end(index);
+            let workers = &request.state.workers;
+            workers.output_ended(&request.model.name, finish.completion_tokens);
             metrics.finished(finish.reason);
             let since_first = choice
                 .first_token

@@ -3,10 +3,11 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use orchestra_core::{ErrorCode, SamplingParams, TokenId};
+use orchestra_core::{ErrorCode, SamplingParams, TokenId, scheduler::AdmissionClass};
 use serde_json::Value as Json;
 use tokio::time::Instant;
 
+use super::place::placement_error;
 use crate::{
     error::ApiError,
     models::ModelEntry,
@@ -53,9 +54,13 @@ pub(super) async fn tokenise(
     let arrived = Instant::now();
     check_limits(&input)?;
     let model = state.models.get(&input.model).ok_or_else(model_not_found)?;
+    let prompt_field = field_of(&input.prompt);
     // An overloaded router spends nothing on what it would refuse anyway.
     state.admission.check()?;
-    let prompt_field = field_of(&input.prompt);
+    let full = state
+        .workers
+        .check_queue(&model.name, AdmissionClass::default());
+    full.map_err(|error| placement_error(&error, prompt_field))?;
     check_not_empty(&input.prompt, prompt_field)?;
     let prompt_token_ids = token_ids(state, &model, input.prompt).await?;
     check_token_ids(prompt_field, &prompt_token_ids, model.vocab_size)?;

@@ -64,7 +64,7 @@ async fn watch(
     prober: &mut Prober<'_>,
 ) -> Result<(), ProbeError> {
     loop {
-        let asked = state.now();
+        let asked = state.clock.now();
         tokio::select! {
             biased;
             () = prober.closed() => return Ok(()),
@@ -77,7 +77,7 @@ async fn watch(
             // A request could not reach it.
             () = engine.doubted.notified() => {}
         }
-        let asked = state.now();
+        let asked = state.clock.now();
         match prober.health().await {
             Ok(()) => {}
             // It is slow to answer, but it computes.

@@ -246,7 +246,7 @@ impl RouterState {
             Verdict::Unreachable => true,
             Verdict::Failed => self.may_lose(engine),
         };
-        let now = self.now();
+        let now = self.clock.now();
         let mut status = engine.status.lock();
         let before = status.breaker.state();
         match verdict {
@@ -323,7 +323,7 @@ impl RouterState {
     pub(super) fn engine_tick(&self, engine: &Engine) {
         engine.sweep();
         let mut status = engine.status.lock();
-        status.breaker.advance(self.now());
+        status.breaker.advance(self.clock.now());
         self.publish(&mut status);
     }
 
@@ -460,7 +460,7 @@ async fn compare(state: Arc<RouterState>) {
 
 impl RouterState {
     fn eject_outliers(&self) {
-        let now = self.now();
+        let now = self.clock.now();
         let engines: Vec<_> = self.engines.set.read().values().cloned().collect();
         let mut pools: BTreeMap<String, Vec<&Arc<Engine>>> = BTreeMap::new();
         for engine in &engines {

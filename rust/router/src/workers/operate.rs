@@ -82,25 +82,12 @@ impl Workers {
     }
 
     /// Holds new requests back from a worker, or no longer. That outlasts its own reports, and its coming again.
-    pub(crate) fn hold_back(&self, name: &str, is_held_back: bool) -> Result<(), OperateError> {
-        let mut pool = self.pool.lock();
-        let session = pool.session_of(name);
-        if is_held_back {
-            let session = session.ok_or(OperateError::Unknown)?;
-            if pool.held_back.len() >= HELD_BACK_MAX && !pool.held_back.contains(name) {
-                return Err(OperateError::TooMany);
-            }
-            pool.held_back.insert(name.to_owned());
-            pool.show_draining(&session);
-        } else {
-            let was_held_back = pool.held_back.remove(name);
-            match session {
-                Some(session) => pool.show_draining(&session),
-                None if was_held_back => {}
-                None => return Err(OperateError::Unknown),
-            }
-        }
-        drop(pool);
+    pub(crate) fn hold_back(
+        self: &Arc<Self>,
+        name: &str,
+        is_held_back: bool,
+    ) -> Result<(), OperateError> {
+        self.change(|pool| pool.hold_back(name, is_held_back))?;
         self.arrivals.send_replace(());
         Ok(())
     }
@@ -128,6 +115,26 @@ impl Workers {
 }
 
 impl Pool {
+    fn hold_back(&mut self, name: &str, is_held_back: bool) -> Result<(), OperateError> {
+        let session = self.session_of(name);
+        if is_held_back {
+            let session = session.ok_or(OperateError::Unknown)?;
+            if self.held_back.len() >= HELD_BACK_MAX && !self.held_back.contains(name) {
+                return Err(OperateError::TooMany);
+            }
+            self.held_back.insert(name.to_owned());
+            self.show_draining(&session);
+            return Ok(());
+        }
+        let was_held_back = self.held_back.remove(name);
+        match session {
+            Some(session) => self.show_draining(&session),
+            None if was_held_back => {}
+            None => return Err(OperateError::Unknown),
+        }
+        Ok(())
+    }
+
     fn session_of(&self, name: &str) -> Option<Arc<Session>> {
         let worker = self.scheduler.worker_by_name(name)?;
         self.sessions.get(&worker).cloned()

@@ -2,11 +2,11 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
 };
 
 use orchestra_core::{
-    ErrorCode, Time, TokenId,
+    ErrorCode, TokenId,
     scheduler::{WorkerId, WorkerSpec},
     step::{FinishReason, TokenLogprobs},
 };
@@ -16,7 +16,11 @@ use rustc_hash::FxHashMap;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::{Placement, Reserved, outbox::Outbox};
+use super::{
+    Placement,
+    outbox::Outbox,
+    queue::{Prefill, Reserved},
+};
 
 /// Longest error text taken over from a worker, characters.
 const ERROR_CHARS_MAX: usize = 256;
@@ -55,6 +59,8 @@ pub(crate) struct Sink {
     pub(crate) events: mpsc::Sender<SequenceEvent>,
     /// Index that the next token must have.
     pub(crate) next_index: u32,
+    /// The same, for those who look on.
+    pub(crate) progress: Arc<AtomicU32>,
     pub(crate) max_tokens: u32,
     pub(crate) has_logprobs: bool,
 }
@@ -170,12 +176,16 @@ impl Placement {
         let sequence_id = session.next_sequence.fetch_add(1, Ordering::Relaxed);
         start.sequence_id = sequence_id;
         start.weights_epoch = session.spec.weights_epoch;
+        let first_index = sink.next_index;
+        let progress = Arc::clone(&sink.progress);
         // Registered first: the worker may answer before this function returns.
         session.sequences.lock().as_mut()?.insert(sequence_id, sink);
         let running = RunningSequence {
             session,
             sequence_id,
             reserved,
+            first_index,
+            progress,
             is_prefilled: false,
         };
         if running.session.outbox.push(Message::Start(start)) {
@@ -197,6 +207,9 @@ pub(crate) struct RunningSequence {
     session: Arc<Session>,
     sequence_id: u64,
     reserved: Reserved,
+    first_index: u32,
+    /// The index that its next token will have.
+    progress: Arc<AtomicU32>,
     is_prefilled: bool,
 }
 
@@ -205,18 +218,18 @@ impl RunningSequence {
         self.session.worker
     }
 
-    /// A token came, so the prompt is computed.
-    pub(crate) fn prefilled(&mut self, now: Time) {
-        if !self.is_prefilled {
-            self.is_prefilled = true;
-            self.reserved.prefill_done(now);
-        }
+    /// A token came, so the prompt is computed; with the first one there is somebody to tell.
+    pub(crate) fn prefilled(&mut self) -> Option<Prefill> {
+        let was_prefilled = std::mem::replace(&mut self.is_prefilled, true);
+        (!was_prefilled).then(|| self.reserved.prefill())
     }
 }
 
 impl Drop for RunningSequence {
     fn drop(&mut self) {
         self.session.end(self.sequence_id);
+        let produced = self.progress.load(Ordering::Relaxed) - self.first_index;
+        self.reserved.set_num_output_tokens(produced);
     }
 }
 
@@ -236,6 +249,7 @@ impl Sink {
         };
         self.check(&output, finish.is_some(), vocab_size)?;
         self.next_index += output.token_ids.len() as u32;
+        self.progress.store(self.next_index, Ordering::Relaxed);
         let logprobs = if self.has_logprobs {
             output.logprobs
         } else {

@@ -31,7 +31,10 @@ async fn a_full_queue_refuses_and_the_rest_is_served_in_order() {
     let error = router.generate(text("4")).await.err().unwrap();
     assert_eq!(error.code, ErrorCode::QueueFull);
     assert!(error.retry_after_ms.is_some());
-    assert_eq!(error.message, "the queue holds 2 requests, its limit is 2");
+    assert_eq!(
+        error.message,
+        "there are 2 waiting requests, the limit is 2"
+    );
 
     worker.start().await;
     drop(first);
@@ -124,11 +127,12 @@ async fn a_client_cannot_ask_for_more_time_than_the_router_gives() {
         timeout: Some(Duration::from_secs(3600)),
         ..text("x")
     };
-    let mut stream = router.generate(patient).await.unwrap();
-    assert_eq!(
-        next(&mut stream).await.unwrap_err().code,
-        ErrorCode::DeadlineExceeded
-    );
+    // On a slow machine the time may be over before the stream begins.
+    let outcome = match router.generate(patient).await {
+        Ok(mut stream) => next(&mut stream).await,
+        Err(error) => Err(error),
+    };
+    assert_eq!(outcome.unwrap_err().code, ErrorCode::DeadlineExceeded);
 }
 
 #[tokio::test]

@@ -349,3 +349,55 @@ async fn a_worker_that_breaks_the_protocol_is_dropped_and_its_requests_go_on() {
         assert_eq!(finish, Some(FinishReason::Length), "{what}");
     }
 }
+
+#[tokio::test]
+async fn a_request_that_has_begun_asks_a_busy_worker_again() {
+    let impatient = CorridorLimits {
+        max_replays: 0,
+        ..limits()
+    };
+    let (router, mut worker) = TestRouter::with_worker(impatient).await;
+    let mut stream = router.generate(text("prompt")).await.unwrap();
+    let mut start = worker.start().await;
+    worker.tokens(start.sequence_id, 0, &bytes("one")).await;
+    assert_eq!(next(&mut stream).await.unwrap().text, "one");
+    let (answer, ()) = tokio::join!(collect(stream, 1), async {
+        // More often than it could be replayed: nothing was computed for it in between.
+        for _ in 0..3 {
+            worker.fail(start.sequence_id, "queue_full", "busy").await;
+            start = worker.start().await;
+            assert_eq!(start.output_token_ids, bytes("one"));
+        }
+        let reason = v1::FinishReason::Length;
+        worker
+            .finish(start.sequence_id, 3, &bytes("!"), reason)
+            .await;
+    });
+    assert_eq!(answer.unwrap()[0].text, "!");
+}
+
+#[tokio::test]
+async fn a_worker_that_stays_busy_ends_the_wait() {
+    let impatient = CorridorLimits {
+        replay_wait: Duration::from_millis(300),
+        ..limits()
+    };
+    let (router, mut worker) = TestRouter::with_worker(impatient).await;
+    let mut stream = router.generate(text("prompt")).await.unwrap();
+    let start = worker.start().await;
+    worker.tokens(start.sequence_id, 0, &bytes("one")).await;
+    assert_eq!(next(&mut stream).await.unwrap().text, "one");
+    worker.fail(start.sequence_id, "queue_full", "busy").await;
+    let mut num_asked = 0;
+    let error = loop {
+        tokio::select! {
+            chunk = next(&mut stream) => break chunk.unwrap_err(),
+            start = worker.start() => {
+                num_asked += 1;
+                worker.fail(start.sequence_id, "queue_full", "busy").await;
+            }
+        }
+    };
+    assert_eq!(error.code, ErrorCode::QueueFull);
+    assert!(num_asked > 0);
+}

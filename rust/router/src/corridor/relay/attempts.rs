@@ -11,7 +11,7 @@ use orchestra_core::{ErrorCode, scheduler::WorkerId, step::FinishReason};
 use tokio::time::{self, Instant};
 
 use super::{
-    admit::{Admitted, placement_error},
+    admit::Admitted,
     answer::GiveUp,
     run::{Failure, FailureKind, Reply, Run},
 };
@@ -45,7 +45,7 @@ pub(super) struct Attempts {
 
 impl Attempts {
     pub(super) fn new(admitted: Admitted) -> Self {
-        let now = admitted.state.now();
+        let now = admitted.state.clock.now();
         admitted.state.engines.count_request(now);
         Self {
             admitted,
@@ -145,7 +145,7 @@ impl Attempts {
                 Err(error) => {
                     return Err(match self.last.take() {
                         Some((failure, url)) => give_up(failure, url),
-                        None => GiveUp::Ours(placement_error(&error)),
+                        None => GiveUp::Ours(self.admitted.request.placement_error(&error)),
                     });
                 }
             }
@@ -192,7 +192,7 @@ impl Attempts {
                 FailureKind::Connect | FailureKind::Broken | FailureKind::Removed
             );
         let may_retry = self.num_attempts < state.engines.limits.max_attempts
-            && (is_owed || state.engines.take_retry(state.now()));
+            && (is_owed || state.engines.take_retry(state.clock.now()));
         if !may_retry {
             return Err(give_up(failure, url));
         }

@@ -15,7 +15,7 @@ use crate::{
         wire::{Connection, Head, WireError},
     },
     state::RouterState,
-    workers::Reserved,
+    workers::queue::Reserved,
 };
 
 /// The longest answer that is taken in whole.
@@ -189,7 +189,7 @@ impl Run {
         let engine = &self.worker.engine;
         let connect_timeout = self.state.engines.limits.connect_timeout;
         let (head, connection) = engine.send(&outgoing, connect_timeout).await?;
-        engine.hear(self.state.now());
+        engine.hear(self.state.clock.now());
         self.connection = Some(connection);
         let is_fine = (200..300).contains(&head.status);
         if is_fine && request.checked.stream && is_event_stream(&head.headers) {
@@ -236,7 +236,7 @@ impl Run {
 
     /// The engine sent something in time.
     pub(super) fn hear(&self) {
-        self.worker.engine.hear(self.state.now());
+        self.worker.engine.hear(self.state.clock.now());
     }
 
     /// The answer was read to its end: the connection may carry the next request.

@@ -262,7 +262,7 @@ impl EventStream {
         let elapsed = admitted.request.arrived.elapsed().as_secs_f64();
         admitted.state.metrics.time_to_first_token.observe(elapsed);
         if let Some(run) = &self.run {
-            run.reserved.prefill_done(admitted.state.now());
+            run.reserved.prefill().done();
         }
     }
 

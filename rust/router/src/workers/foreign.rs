@@ -1,0 +1,35 @@
+//! Models on foreign engines, as the scheduler sees them: workers without a stream. What runs on them and how they do is
+//! known to [`crate::engines`].
+
+use std::sync::Arc;
+
+use orchestra_core::scheduler::{SchedulerError, WorkerId, WorkerSpec};
+
+use super::Workers;
+
+impl Workers {
+    /// Takes an engine's model in. It is chosen once it is said to be available.
+    pub(crate) fn add_foreign(
+        self: &Arc<Self>,
+        spec: WorkerSpec,
+    ) -> Result<WorkerId, SchedulerError> {
+        self.change(|pool| {
+            let worker = pool.scheduler.add_worker(spec)?;
+            pool.scheduler.set_draining(worker, true);
+            Ok(worker)
+        })
+    }
+
+    /// Lets it go.
+    pub(crate) fn remove_foreign(self: &Arc<Self>, worker: WorkerId) {
+        self.change(|pool| pool.scheduler.remove_worker(worker));
+    }
+
+    /// From now on it is chosen, or it is not.
+    pub(crate) fn set_foreign_available(self: &Arc<Self>, worker: WorkerId, is_available: bool) {
+        self.change(|pool| pool.scheduler.set_draining(worker, !is_available));
+        if is_available {
+            self.arrivals.send_replace(());
+        }
+    }
+}

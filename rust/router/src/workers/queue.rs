@@ -1,0 +1,285 @@
+//! Admission of requests to workers: room on one and a seat for the request, or a wait for both in the core's queue.
+//!
+//! ```text
+//! acquire ── room ──────────→ Admitted: Reserved on a worker, and the request's Seat
+//!         └─ none → Waiting ─→ the same, or why not; dropped, it leaves the queue at once
+//! ```
+//!
+//! Nothing here knows what a worker is or what runs on it. Who asks names in a [`RouteRequest`] the model, what to look
+//! up in the prefix index (token ids, or the `hashed` blocks of whatever the prompt consists of), how much output must fit
+//! (`max_tokens`) and for how much room is kept (`booked_tokens`, by default what the model's outputs usually come to),
+//! and whose request it is: tenant, class and deadline. What comes back is a [`WorkerId`] and two values that give
+//! everything back when they drop. The holder tells [`Reserved`] when the prompt is computed and how many tokens came, and
+//! [`Workers::output_ended`] how long an output was that ended by itself: from that the core learns speeds and lengths.
+//!
+//! One request has one seat. Its further sequences, and those that continue it after a worker was lost, are placed by
+//! [`Workers::accompany`]: at once and before the queue, so they need not wait for others and nobody waits for half of
+//! what it needs.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use orchestra_core::scheduler::{
+    AdmissionClass, Granted, Reservation, ReservationId, RouteRequest, SchedulerError, TicketId,
+    Wait, WorkerId,
+};
+use tokio::{
+    sync::oneshot,
+    time::{self, Instant},
+};
+
+use super::{Pool, Workers};
+
+/// What a request got, or why it got nothing.
+pub(super) type Outcome = Result<Admitted, SchedulerError>;
+
+/// A request that may start: room for its first sequence, and its seat.
+pub(crate) struct Admitted {
+    pub(crate) reserved: Reserved,
+    pub(crate) seat: Seat,
+}
+
+/// One of the seats for running requests, left on drop.
+pub(crate) struct Seat {
+    workers: Arc<Workers>,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.workers.change(|pool| pool.scheduler.leave_seat());
+    }
+}
+
+/// Room on a worker, given back on drop.
+pub(crate) struct Reserved {
+    workers: Arc<Workers>,
+    id: ReservationId,
+    worker: WorkerId,
+    num_output_tokens: u32,
+}
+
+impl Reserved {
+    fn new(workers: &Arc<Workers>, reservation: &Reservation) -> Self {
+        Self {
+            workers: Arc::clone(workers),
+            id: reservation.id,
+            worker: reservation.worker,
+            num_output_tokens: 0,
+        }
+    }
+
+    pub(crate) const fn worker(&self) -> WorkerId {
+        self.worker
+    }
+
+    /// Says when the prompt is computed: its tokens no longer queue on the worker then.
+    pub(crate) fn prefill(&self) -> Prefill {
+        Prefill {
+            workers: Arc::clone(&self.workers),
+            id: self.id,
+        }
+    }
+
+    /// So many tokens came while the room was held; the tenant is charged for these instead of `max_tokens`.
+    pub(crate) const fn set_num_output_tokens(&mut self, count: u32) {
+        self.num_output_tokens = count;
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        self.workers
+            .change(|pool| pool.scheduler.finish(self.id, self.num_output_tokens));
+    }
+}
+
+/// The prompt of a reservation.
+pub(crate) struct Prefill {
+    workers: Arc<Workers>,
+    id: ReservationId,
+}
+
+impl Prefill {
+    /// It is computed. Room may have been made, so this is not to be called under a lock.
+    pub(crate) fn done(&self) {
+        let now = self.workers.clock.now();
+        self.workers
+            .change(|pool| pool.scheduler.prefill_done(self.id, now));
+    }
+}
+
+/// A request that came to the queue.
+enum Entered {
+    Admitted(Admitted),
+    Waiting(Waiting),
+}
+
+/// A request in the queue. Dropping it leaves the queue at once; what was granted meanwhile is given back.
+pub(crate) struct Waiting {
+    workers: Arc<Workers>,
+    ticket: TicketId,
+    outcome: oneshot::Receiver<Outcome>,
+}
+
+impl Future for Waiting {
+    type Output = Outcome;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
+        // The other end goes without a word only with the queue itself.
+        let gone = |_| Err(SchedulerError::NoWorkers { registered: 0 });
+        Pin::new(&mut self.outcome)
+            .poll(cx)
+            .map(|outcome| outcome.unwrap_or_else(gone))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.workers.change(|pool| {
+            if pool.waiting.remove(&self.ticket).is_some() {
+                pool.scheduler.cancel(self.ticket);
+            }
+        });
+    }
+}
+
+impl Workers {
+    /// Waits for a seat, and for a worker with room for the request's first sequence, at most until the instant.
+    ///
+    /// Each wait has its own timer, since whoever waits is polled anyway; the core's deadlines end it as well, where
+    /// something else happens first.
+    pub(crate) async fn acquire(
+        self: &Arc<Self>,
+        request: &RouteRequest<'_>,
+        until: Instant,
+    ) -> Outcome {
+        let waiting = match self.enter(request)? {
+            Entered::Admitted(admitted) => return Ok(admitted),
+            Entered::Waiting(waiting) => waiting,
+        };
+        tokio::select! {
+            biased;
+            outcome = waiting => outcome,
+            () = time::sleep_until(until) => Err(SchedulerError::DeadlineExceeded),
+        }
+    }
+
+    fn enter(self: &Arc<Self>, request: &RouteRequest<'_>) -> Result<Entered, SchedulerError> {
+        let mut pool = self.pool.lock();
+        // Waiting may be in vain; whoever asks elsewhere, or again, fares better.
+        if !pool.scheduler.has_open_worker(request.model) {
+            return Err(SchedulerError::NoWorkers { registered: 0 });
+        }
+        let request = pool.booked(request);
+        let entered = match pool.scheduler.acquire(&request, self.clock.now())? {
+            Wait::Granted(reservation) => Entered::Admitted(self.admitted(&reservation)),
+            Wait::Waiting(ticket) => {
+                let (sender, outcome) = oneshot::channel();
+                pool.waiting.insert(ticket, sender);
+                Entered::Waiting(Waiting {
+                    workers: Arc::clone(self),
+                    ticket,
+                    outcome,
+                })
+            }
+        };
+        // One that waits behind others may be the first to find room.
+        let served = self.serve(&mut pool);
+        drop(pool);
+        served.deliver();
+        Ok(entered)
+    }
+
+    /// Room for one more sequence of a request that has a seat, before all that wait: on the best worker, also where
+    /// that is full and has to queue it.
+    pub(crate) fn accompany(
+        self: &Arc<Self>,
+        request: &RouteRequest<'_>,
+    ) -> Result<Reserved, SchedulerError> {
+        let mut pool = self.pool.lock();
+        let request = pool.booked(request);
+        let reservation = pool.scheduler.accompany(&request, self.clock.now())?;
+        Ok(Reserved::new(self, &reservation))
+    }
+
+    /// Refuses what [`Self::acquire`] would refuse now because too many wait. Costs next to nothing, so it comes before
+    /// work on the request.
+    pub(crate) fn check_queue(
+        &self,
+        model: &str,
+        class: AdmissionClass,
+    ) -> Result<(), SchedulerError> {
+        self.pool.lock().scheduler.check_queue(model, class)
+    }
+
+    /// An output of the model ended by itself after so many tokens.
+    pub(crate) fn output_ended(&self, model: &str, num_output_tokens: u32) {
+        let mut pool = self.pool.lock();
+        pool.scheduler.output_ended(model, num_output_tokens);
+    }
+
+    /// Changes the pool, then gives out the room that this may have made.
+    pub(super) fn change<T>(self: &Arc<Self>, change: impl FnOnce(&mut Pool) -> T) -> T {
+        let mut pool = self.pool.lock();
+        let result = change(&mut pool);
+        let served = self.serve(&mut pool);
+        drop(pool);
+        served.deliver();
+        result
+    }
+
+    /// Takes the grants that are due, to be delivered once the lock is free: what nobody wants any more takes it again.
+    fn serve(self: &Arc<Self>, pool: &mut Pool) -> Served {
+        let grants = pool.scheduler.take_grants(self.clock.now());
+        let outcomes = grants.into_iter().filter_map(|grant| {
+            let outcome = match grant.outcome {
+                Ok(Granted::Reservation(reservation)) => Ok(self.admitted(&reservation)),
+                // Nobody asks this scheduler for GPUs.
+                Ok(Granted::Placement(_)) => return None,
+                Err(error) => Err(error),
+            };
+            Some((pool.waiting.remove(&grant.ticket), outcome))
+        });
+        Served(outcomes.collect())
+    }
+
+    fn admitted(self: &Arc<Self>, reservation: &Reservation) -> Admitted {
+        Admitted {
+            reserved: Reserved::new(self, reservation),
+            seat: Seat {
+                workers: Arc::clone(self),
+            },
+        }
+    }
+}
+
+impl Pool {
+    /// The request with what its model's outputs usually come to, where it does not say itself what to book.
+    fn booked<'a>(&self, request: &RouteRequest<'a>) -> RouteRequest<'a> {
+        let expected = self
+            .scheduler
+            .expected_output(request.model, request.max_tokens);
+        RouteRequest {
+            booked_tokens: request.booked_tokens.or(Some(expected)),
+            ..*request
+        }
+    }
+}
+
+/// Ends of waits, and who hears of each.
+#[must_use]
+struct Served(Vec<(Option<oneshot::Sender<Outcome>>, Outcome)>);
+
+impl Served {
+    fn deliver(self) {
+        for (waiting, outcome) in self.0 {
+            // Where the other side left in this moment, what it was granted drops here and is given back.
+            if let Some(waiting) = waiting {
+                let _ = waiting.send(outcome);
+            }
+        }
+    }
+}
