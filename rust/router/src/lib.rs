@@ -9,6 +9,7 @@
 
 pub mod config;
 pub mod error;
+pub mod kv_events;
 pub mod logging;
 pub mod metrics;
 pub mod request;

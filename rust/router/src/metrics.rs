@@ -7,6 +7,7 @@
 //! A file per concern: [`requests`] and [`workers`] fill in families of [`Metrics`]. A further concern is a struct of
 //! its own, made by its `register(&mut Registry)`, one public field of [`Metrics`] and a line in `tests::SOURCES`.
 
+mod kv_events;
 mod observe;
 mod operation;
 mod requests;
@@ -25,7 +26,12 @@ use prometheus_client::{
     registry::Registry,
 };
 
-pub use self::{observe::ObserveMetrics, operation::OperationMetrics, workers::WorkerMetrics};
+pub use self::{
+    kv_events::{KvEventMetrics, KvEventSeries},
+    observe::ObserveMetrics,
+    operation::OperationMetrics,
+    workers::WorkerMetrics,
+};
 use self::{
     requests::{DoorLabel, E2E_BUCKETS, ReasonLabel, ResponseLabel, TPOT_BUCKETS, TTFT_BUCKETS},
     workers::{CacheConfigLabel, WorkerLabel},
@@ -64,6 +70,8 @@ pub struct Metrics {
     pub worker_schedule: Counter<f64, AtomicU64>,
     /// Time that workers spent in the model, seconds.
     pub worker_execute: Counter<f64, AtomicU64>,
+    /// What engines say about their prefix caches.
+    pub kv_events: KvEventMetrics,
     /// Workers attached now.
     pub workers: Gauge,
     /// What operators do.
@@ -85,6 +93,7 @@ impl Metrics {
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("orchestra");
         let mut metrics = Self {
+            kv_events: KvEventMetrics::register(&mut registry),
             operation: OperationMetrics::register(&mut registry),
             observe: ObserveMetrics::register(&mut registry),
             registry: Arc::default(),

@@ -279,7 +279,8 @@ pub(crate) fn config() -> RouterConfig {
         config.listen.http,
         config.listen.grpc,
         config.listen.workers,
-    ) = (any, any, any);
+        config.listen.admin,
+    ) = (any, any, any, any);
     config.engines.engine_ttft_timeout.0 = PATIENCE;
     config.engines.engine_stall_timeout.0 = PATIENCE;
     config
