@@ -130,7 +130,8 @@ fn seed(fields: &Fields<'_>) -> Result<Option<u64>, ApiError> {
     }
 }
 
-fn stop_strings(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
+/// The stop strings, of which there may be one or a list.
+pub(crate) fn stop_strings(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
     let Some(raw) = fields.raw("stop") else {
         return Ok(Vec::new());
     };

@@ -220,6 +220,7 @@ async fn serve(mut socket: TcpStream, models: String, calls: mpsc::Sender<Call>)
         let own = match path.as_str() {
             "/health" => Some(answer(200, "", "")),
             "/v1/models" => Some(answer(200, "", &models)),
+            _ if head.starts_with("GET ") => Some(answer(404, "", "{}")),
             _ => None,
         };
         if let Some(answer) = own {

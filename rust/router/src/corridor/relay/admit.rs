@@ -25,7 +25,7 @@ const MAX_TOKENS_UNKNOWN: u32 = 256;
 /// A request that has a seat.
 pub(super) struct Admitted {
     pub(super) state: Arc<RouterState>,
-    pub(super) request: RelayRequest,
+    pub(super) request: Arc<RelayRequest>,
     pub(super) deadline: Instant,
     /// Room on the engine that is to be tried first.
     first: Option<Reserved>,
@@ -52,7 +52,7 @@ impl RelayRequest {
         let queue_time = self.arrived.elapsed().as_secs_f64();
         state.metrics.request_queue_time.observe(queue_time);
         Ok(Admitted {
-            request: self,
+            request: Arc::new(self),
             deadline,
             first: Some(reserved),
             _seat: seat,
