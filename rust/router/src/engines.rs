@@ -14,6 +14,7 @@ mod health;
 mod outlier;
 mod pool;
 mod probe;
+mod retire;
 mod set;
 mod url;
 pub(crate) mod wire;

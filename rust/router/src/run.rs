@@ -13,7 +13,7 @@ use crate::{
     http::{HttpDoor, admin},
     listen::{Door, Listener},
     metrics::Metrics,
-    observe::{AccessLog, Observers},
+    observe::{AccessLog, Exporter, ExporterError, Observers},
     operations::{Operations, unix_seconds},
     state::RouterState,
     workers::gateway_service,
@@ -41,6 +41,9 @@ pub enum RunError {
     /// The process has no runtime, signals or standard output.
     #[error(transparent)]
     Process(#[from] io::Error),
+    /// Spans cannot be sent where the settings say.
+    #[error(transparent)]
+    Exporter(#[from] ExporterError),
     /// The reflection service refused our own descriptors.
     #[error("gRPC reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -111,7 +114,12 @@ impl Router {
         let access_log = access_log
             .map(|path| AccessLog::open(path, &state.tasks, &state.metrics))
             .transpose()?;
-        state.observe_by(Observers::new(observe, state.metrics.clone(), access_log));
+        let endpoint = observe.otlp_endpoint.as_deref();
+        let exporter = endpoint
+            .map(|endpoint| Exporter::new(endpoint, &state.tasks, &state.metrics))
+            .transpose()?;
+        let metrics = state.metrics.clone();
+        state.observe_by(Observers::new(observe, metrics, access_log, exporter));
         state.set_settings(config.into());
         state.metrics.operation.settings_read_at(unix_seconds());
         let operations = Arc::new(operations);
@@ -131,7 +139,7 @@ impl Router {
         for (listener, app) in served {
             state.tasks.spawn(listener.serve(app, Arc::clone(&state)));
         }
-        for engine in config.engines.engines() {
+        for engine in state.settings().engines.clone() {
             let url = engine.url.clone();
             if let Err(error) = state.add_engine(engine) {
                 tracing::warn!(%url, %error, "engine not added");
