@@ -125,6 +125,10 @@ pub struct EnginesConfig {
     #[arg(long = "worker", visible_alias = "engine", value_name = "URL")]
     #[arg(env = "ORCHESTRA_WORKER", value_delimiter = ',')]
     pub urls: Vec<EngineUrl>,
+    /// A file with engines, TOML (`[[engine]]`) or JSON, which is followed while the router runs; it says more of each
+    /// than a URL can.
+    #[arg(long, value_name = "PATH", env = "ORCHESTRA_ENGINES_FILE")]
+    pub engines_file: Option<PathBuf>,
     /// How long a connection to an engine may take to open.
     #[arg(long, value_name = "TIME", env = "ORCHESTRA_ENGINE_CONNECT_TIMEOUT")]
     #[arg(default_value_t = Self::default().engine_connect_timeout)]
@@ -156,6 +160,7 @@ impl Default for EnginesConfig {
     fn default() -> Self {
         Self {
             urls: Vec::new(),
+            engines_file: None,
             engine_connect_timeout: Span(Duration::from_secs(1)),
             engine_ttft_timeout: Span(Duration::from_secs(60)),
             engine_stall_timeout: Span(Duration::from_secs(10)),
