@@ -9,6 +9,7 @@
 
 mod engines;
 mod kv_events;
+mod observe;
 mod operation;
 mod requests;
 #[cfg(test)]
@@ -30,6 +31,7 @@ pub(crate) use self::engines::{ABANDONED, ANSWERED, EngineSeries};
 pub use self::{
     engines::EngineMetrics,
     kv_events::{KvEventMetrics, KvEventSeries},
+    observe::ObserveMetrics,
     operation::OperationMetrics,
     workers::WorkerMetrics,
 };
@@ -79,6 +81,8 @@ pub struct Metrics {
     pub workers: Gauge,
     /// What operators do.
     pub operation: OperationMetrics,
+    /// What logs and traces lose.
+    pub observe: ObserveMetrics,
     requests_finished: Family<ReasonLabel, Counter>,
     requests_rejected: Family<ReasonLabel, Counter>,
     http_responses: Family<ResponseLabel, Counter>,
@@ -97,6 +101,7 @@ impl Metrics {
             engines: EngineMetrics::register(&mut registry),
             kv_events: KvEventMetrics::register(&mut registry),
             operation: OperationMetrics::register(&mut registry),
+            observe: ObserveMetrics::register(&mut registry),
             registry: Arc::default(),
             requests_running: Gauge::default(),
             requests_waiting: Gauge::default(),

@@ -30,6 +30,7 @@ use super::{
 use crate::{
     engines::{EngineKind, engine::Engine},
     error::ApiError,
+    observe::Stage,
     respond::{ErrorBody, json_body, log},
 };
 
@@ -247,11 +248,15 @@ impl EventStream {
             metrics
                 .prefix_cache_hit_tokens
                 .inc_by(cached.unwrap_or(0).into());
+            let record = &admitted.request.record;
+            record.prompt(usage.prompt_tokens as usize);
+            record.cached(0, cached.unwrap_or(0));
         }
         let reported = self.memory.usage.map(|usage| usage.completion_tokens);
-        metrics
-            .generation_tokens
-            .inc_by(reported.unwrap_or(self.memory.num_tokens()).into());
+        let completion_tokens = reported.unwrap_or(self.memory.num_tokens());
+        metrics.generation_tokens.inc_by(completion_tokens.into());
+        let record = &admitted.request.record;
+        record.finished(FinishReason::Stop, completion_tokens);
     }
 
     fn count_first(&mut self) {
@@ -261,6 +266,7 @@ impl EventStream {
         let admitted = &self.attempts.admitted;
         let elapsed = admitted.request.arrived.elapsed().as_secs_f64();
         admitted.state.metrics.time_to_first_token.observe(elapsed);
+        admitted.request.record.reached(Stage::FirstToken);
         if let Some(run) = &self.run {
             run.reserved.prefill().done();
         }
@@ -357,8 +363,14 @@ impl EventStream {
     fn fail(&mut self, reason: GiveUp) -> Bytes {
         self.is_over = true;
         let metrics = &self.attempts.admitted.state.metrics;
+        let error = reason.into_error();
+        let record = &self.attempts.admitted.request.record;
+        record.failed(error.code);
+        for choice in self.memory.choices.iter().filter(|it| !it.is_finished) {
+            record.finished(FinishReason::Error, choice.num_tokens);
+        }
         self.memory.finish(FinishReason::Error, metrics);
-        error_event(&reason.into_error())
+        error_event(&error)
     }
 }
 
