@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use orchestra_cluster::StoreUrl;
 use orchestra_core::{config::ConfigIssue, scheduler::NAME_BYTES_MAX};
 use serde::{Deserialize, Serialize};
 
@@ -132,6 +133,14 @@ pub struct EnginesConfig {
     /// than a URL can.
     #[arg(long, value_name = "PATH", env = "ORCHESTRA_ENGINES_FILE")]
     pub engines_file: Option<PathBuf>,
+    /// An etcd with engines, which is followed while the router runs: a JSON object for each under
+    /// `PREFIX/engines/NAME`, with the fields of --engines-file. The prefix is `/orchestra` unless it is given.
+    #[arg(
+        long,
+        value_name = "etcd://HOST:PORT[,…][/PREFIX]",
+        env = "ORCHESTRA_STORE"
+    )]
+    pub store: Option<StoreUrl>,
     /// How long a connection to an engine may take to open.
     #[arg(long, value_name = "TIME", env = "ORCHESTRA_ENGINE_CONNECT_TIMEOUT")]
     #[arg(default_value_t = Self::default().engine_connect_timeout)]
@@ -165,6 +174,7 @@ impl Default for EnginesConfig {
             urls: Vec::new(),
             listed: Vec::new(),
             engines_file: None,
+            store: None,
             engine_connect_timeout: Span(Duration::from_secs(1)),
             engine_ttft_timeout: Span(Duration::from_secs(60)),
             engine_stall_timeout: Span(Duration::from_secs(10)),
