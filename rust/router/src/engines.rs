@@ -10,6 +10,7 @@ mod budget;
 pub mod config;
 pub mod connect;
 pub(crate) mod engine;
+pub mod file;
 mod health;
 mod outlier;
 mod pool;

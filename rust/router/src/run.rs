@@ -1,6 +1,6 @@
 //! A router from its first bound port to its last answered request.
 
-use std::{ffi::OsString, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{ffi::OsString, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use orchestra_core::config::ConfigIssue;
 use serde::Serialize;
@@ -8,7 +8,7 @@ use tonic::service::Routes;
 
 use crate::{
     config::{RouterConfig, join},
-    engines::Engines,
+    engines::{EngineConfig, Engines, file},
     grpc,
     http::{HttpDoor, admin},
     listen::{Door, Listener},
@@ -69,6 +69,19 @@ pub struct Router {
     operations: Arc<Operations>,
 }
 
+/// The engines that the file of engines has at start, and where to look for the next ones.
+fn engines_of_file(
+    config: &RouterConfig,
+) -> Result<Option<(PathBuf, Vec<EngineConfig>)>, RunError> {
+    let Some(path) = &config.engines.engines_file else {
+        return Ok(None);
+    };
+    let engines = file::read(path).map_err(|error| {
+        RunError::Config(vec![ConfigIssue::new("engines_file", error.to_string())])
+    })?;
+    Ok(Some((path.clone(), engines)))
+}
+
 impl Router {
     /// Checks the settings, binds the listeners and begins to accept.
     ///
@@ -84,6 +97,7 @@ impl Router {
     /// See [`Self::start`].
     pub fn start_with(config: &RouterConfig, operations: Operations) -> Result<Self, RunError> {
         config.validate().map_err(RunError::Config)?;
+        let from_file = engines_of_file(config)?;
         let bind = |door, address| {
             let listener = Listener::bind(door, address);
             listener.map_err(|source| RunError::Bind {
@@ -138,6 +152,10 @@ impl Router {
         ];
         for (listener, app) in served {
             state.tasks.spawn(listener.serve(app, Arc::clone(&state)));
+        }
+        if let Some((path, engines)) = from_file {
+            let following = file::follow(Arc::clone(&state), path, engines);
+            state.tasks.spawn(following);
         }
         for engine in state.settings().engines.clone() {
             let url = engine.url.clone();

@@ -128,6 +128,10 @@ pub struct EnginesConfig {
     /// The file's `[[engine]]` tables.
     #[arg(skip)]
     pub listed: Vec<EngineConfig>,
+    /// A file with engines, TOML (`[[engine]]`) or JSON, which is followed while the router runs; it says more of each
+    /// than a URL can.
+    #[arg(long, value_name = "PATH", env = "ORCHESTRA_ENGINES_FILE")]
+    pub engines_file: Option<PathBuf>,
     /// How long a connection to an engine may take to open.
     #[arg(long, value_name = "TIME", env = "ORCHESTRA_ENGINE_CONNECT_TIMEOUT")]
     #[arg(default_value_t = Self::default().engine_connect_timeout)]
@@ -160,6 +164,7 @@ impl Default for EnginesConfig {
         Self {
             urls: Vec::new(),
             listed: Vec::new(),
+            engines_file: None,
             engine_connect_timeout: Span(Duration::from_secs(1)),
             engine_ttft_timeout: Span(Duration::from_secs(60)),
             engine_stall_timeout: Span(Duration::from_secs(10)),
