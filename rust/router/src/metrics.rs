@@ -7,6 +7,7 @@
 //! A file per concern: [`requests`] and [`workers`] fill in families of [`Metrics`]. A further concern is a struct of
 //! its own, made by its `register(&mut Registry)`, one public field of [`Metrics`] and a line in `tests::SOURCES`.
 
+mod engines;
 mod kv_events;
 mod observe;
 mod operation;
@@ -26,7 +27,9 @@ use prometheus_client::{
     registry::Registry,
 };
 
+pub(crate) use self::engines::{ABANDONED, ANSWERED, EngineSeries};
 pub use self::{
+    engines::EngineMetrics,
     kv_events::{KvEventMetrics, KvEventSeries},
     observe::ObserveMetrics,
     operation::OperationMetrics,
@@ -70,6 +73,8 @@ pub struct Metrics {
     pub worker_schedule: Counter<f64, AtomicU64>,
     /// Time that workers spent in the model, seconds.
     pub worker_execute: Counter<f64, AtomicU64>,
+    /// Foreign engines and requests on them.
+    pub engines: EngineMetrics,
     /// What engines say about their prefix caches.
     pub kv_events: KvEventMetrics,
     /// Workers attached now.
@@ -93,6 +98,7 @@ impl Metrics {
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("orchestra");
         let mut metrics = Self {
+            engines: EngineMetrics::register(&mut registry),
             kv_events: KvEventMetrics::register(&mut registry),
             operation: OperationMetrics::register(&mut registry),
             observe: ObserveMetrics::register(&mut registry),
