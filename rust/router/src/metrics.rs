@@ -26,7 +26,7 @@ use prometheus_client::{
 };
 
 pub use self::{
-    kv_events::{KvEventMetrics, KvEventSeries},
+    kv_events::{CacheSeries, KvEventMetrics, KvEventSeries},
     operation::OperationMetrics,
     workers::WorkerMetrics,
 };

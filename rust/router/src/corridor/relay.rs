@@ -16,6 +16,7 @@ mod answer;
 mod attempts;
 mod check;
 mod events;
+mod key;
 mod memory;
 mod read;
 mod run;
@@ -36,7 +37,7 @@ pub(crate) async fn relay(
     request: RelayRequest,
     keep_alive: Duration,
 ) -> Result<Response<Body>, ApiError> {
-    let admitted = request.admit(state).await?;
+    let admitted = request.tokenised(state).await.admit(state).await?;
     let mut attempts = Attempts::new(admitted);
     match attempts.exchange().await {
         Ok(Reply::Whole(answer)) => Ok(attempts.finish(answer)),

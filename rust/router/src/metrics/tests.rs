@@ -18,6 +18,8 @@ fn published_names() -> BTreeSet<String> {
     let worker = metrics.worker("w0", 16, 100);
     worker.report(1, 2, 0.5);
     let _events = metrics.kv_events.worker("w0");
+    let cache = metrics.kv_events.cache("w0");
+    cache.completed(1, Some(1), Some(1.0));
     let text = metrics.encode().unwrap();
     let counters = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
     counters

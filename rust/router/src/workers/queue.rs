@@ -58,6 +58,7 @@ pub(crate) struct Reserved {
     workers: Arc<Workers>,
     id: ReservationId,
     worker: WorkerId,
+    num_cached_tokens: u32,
     num_output_tokens: u32,
 }
 
@@ -67,12 +68,18 @@ impl Reserved {
             workers: Arc::clone(workers),
             id: reservation.id,
             worker: reservation.worker,
+            num_cached_tokens: reservation.num_cached_tokens,
             num_output_tokens: 0,
         }
     }
 
     pub(crate) const fn worker(&self) -> WorkerId {
         self.worker
+    }
+
+    /// Prompt tokens that the worker was taken to hold.
+    pub(crate) const fn num_cached_tokens(&self) -> u32 {
+        self.num_cached_tokens
     }
 
     /// Says when the prompt is computed: its tokens no longer queue on the worker then.
