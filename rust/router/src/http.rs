@@ -51,6 +51,7 @@ use crate::{
     config::RouterConfig,
     corridor::relay::{self, Outward, RelayRequest, Route},
     error::ApiError,
+    observe::Record,
     request::GenerateInput,
     state::RouterState,
 };
@@ -136,8 +137,13 @@ impl HttpDoor {
     }
 
     /// Sends a request to a foreign engine.
-    async fn relay(&self, request: RelayRequest) -> Result<Response<Body>, Refusal> {
+    async fn relay(
+        &self,
+        mut request: RelayRequest,
+        record: Record,
+    ) -> Result<Response<Body>, Refusal> {
         let keep_alive = self.state.settings().listen.sse_keep_alive.0;
+        request.record = record;
         let answered = relay::relay(&self.state, request, keep_alive).await;
         answered.map_err(|error| {
             self.state.metrics.rejected(error.code);
@@ -148,10 +154,13 @@ impl HttpDoor {
     /// Sends `inputs` down the corridor and writes what comes back.
     async fn answer(
         &self,
-        inputs: Vec<GenerateInput>,
-        options: OutputOptions,
+        mut inputs: Vec<GenerateInput>,
+        (options, record): (OutputOptions, Record),
         mut format: impl Format<Choices>,
     ) -> Result<Response<Body>, Refusal> {
+        for input in &mut inputs {
+            input.record = record.clone();
+        }
         let count: usize = inputs.iter().map(|input| input.n as usize).sum();
         let state = Arc::clone(&self.state);
         let opening = async move { Choices::open(&state, inputs).await };
@@ -169,14 +178,15 @@ async fn chat_completions(
     State(door): State<Arc<HttpDoor>>,
     request: Request,
 ) -> Result<Response<Body>, Refusal> {
+    let record = ingress::record_of(&request);
     match door
         .open(request, Route::Chat, ChatRequest::from_fields)
         .await?
     {
-        Entry::Relay(request) => door.relay(request).await,
+        Entry::Relay(request) => door.relay(request, record).await,
         Entry::Corridor(request) => {
             let format = ChatFormat::new(&request);
-            door.answer(vec![request.input], request.options, format)
+            door.answer(vec![request.input], (request.options, record), format)
                 .await
         }
     }
@@ -186,12 +196,14 @@ async fn completions(
     State(door): State<Arc<HttpDoor>>,
     request: Request,
 ) -> Result<Response<Body>, Refusal> {
+    let record = ingress::record_of(&request);
     let parse = CompletionRequest::from_fields;
     match door.open(request, Route::Completions, parse).await? {
-        Entry::Relay(request) => door.relay(request).await,
+        Entry::Relay(request) => door.relay(request, record).await,
         Entry::Corridor(request) => {
             let format = CompletionFormat::new(&request);
-            door.answer(request.inputs, request.options, format).await
+            door.answer(request.inputs, (request.options, record), format)
+                .await
         }
     }
 }

@@ -28,6 +28,7 @@ mod run;
 pub mod corridor;
 pub mod engines;
 pub mod models;
+pub mod observe;
 pub mod settings;
 pub mod state;
 pub mod tasks;

@@ -8,6 +8,7 @@
 //! its own, made by its `register(&mut Registry)`, one public field of [`Metrics`] and a line in `tests::SOURCES`.
 
 mod kv_events;
+mod observe;
 mod operation;
 mod requests;
 #[cfg(test)]
@@ -27,6 +28,7 @@ use prometheus_client::{
 
 pub use self::{
     kv_events::{CacheSeries, KvEventMetrics, KvEventSeries},
+    observe::ObserveMetrics,
     operation::OperationMetrics,
     workers::WorkerMetrics,
 };
@@ -74,6 +76,8 @@ pub struct Metrics {
     pub workers: Gauge,
     /// What operators do.
     pub operation: OperationMetrics,
+    /// What logs and traces lose.
+    pub observe: ObserveMetrics,
     requests_finished: Family<ReasonLabel, Counter>,
     requests_rejected: Family<ReasonLabel, Counter>,
     http_responses: Family<ResponseLabel, Counter>,
@@ -91,6 +95,7 @@ impl Metrics {
         let mut metrics = Self {
             kv_events: KvEventMetrics::register(&mut registry),
             operation: OperationMetrics::register(&mut registry),
+            observe: ObserveMetrics::register(&mut registry),
             registry: Arc::default(),
             requests_running: Gauge::default(),
             requests_waiting: Gauge::default(),

@@ -7,6 +7,8 @@ use orchestra_core::{
     step::{FinishReason, TokenLogprobs},
 };
 
+use crate::observe::Record;
+
 /// One generation request, parsed and not yet checked against a model.
 #[derive(Clone, Debug)]
 pub struct GenerateInput {
@@ -24,6 +26,8 @@ pub struct GenerateInput {
     pub timeout: Option<Duration>,
     /// Isolates the prefix cache.
     pub cache_salt: String,
+    /// What is taken down of it.
+    pub record: Record,
 }
 
 /// The three forms of a prompt.

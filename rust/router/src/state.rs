@@ -1,16 +1,21 @@
 //! What every request and every worker session shares.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 
 pub use crate::models::ModelInfo;
 use crate::{
     clock::Clock,
+    config::ObserveConfig,
     corridor::Admission,
     engines::Engines,
     metrics::Metrics,
     models::Models,
+    observe::Observers,
     settings::{Live, Settings},
     tasks::Tasks,
     workers::Workers,
@@ -68,6 +73,7 @@ pub struct RouterState {
     pub(crate) engines: Engines,
     pub(crate) clock: Clock,
     settings: Live,
+    observers: OnceLock<Arc<Observers>>,
 }
 
 impl RouterState {
@@ -109,6 +115,7 @@ impl RouterState {
                 limits,
                 ..Settings::default()
             }),
+            observers: OnceLock::new(),
             metrics,
             tasks,
             models: Models::default(),
@@ -124,6 +131,7 @@ impl RouterState {
 
     /// From the next request on these settings count, as far as they may change while the router runs.
     pub fn set_settings(&self, settings: Settings) {
+        self.observers().set_limits(&settings.observe);
         self.settings.set(settings);
     }
 
@@ -131,6 +139,20 @@ impl RouterState {
     pub fn is_ready(&self) -> bool {
         let has_available = self.workers.has_available() || self.engines.has_available();
         has_available && !self.admission.is_draining()
+    }
+
+    /// Where the records of requests go; before [`Self::observe_by`], into memory only.
+    pub(crate) fn observers(&self) -> &Arc<Observers> {
+        self.observers.get_or_init(|| {
+            let config = ObserveConfig::default();
+            Arc::new(Observers::new(&config, self.metrics.clone(), None))
+        })
+    }
+
+    /// The records of requests go there. To be called before the first of them.
+    pub(crate) fn observe_by(&self, observers: Observers) {
+        // It is set once, at start.
+        let _ = self.observers.set(Arc::new(observers));
     }
 
     /// The models that a request could name now, by name.

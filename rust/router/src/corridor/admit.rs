@@ -89,6 +89,7 @@ impl Tokenised {
         let waiting = InFlight::new(&state.admission.requests_waiting);
         let entered = Instant::now();
         let route = request.route(&request.prompt_token_ids, 0, &[]);
+        state.workers.explain_to(&request.record, &route);
         let admitted = state.workers.acquire(&route, request.deadline).await;
         match admitted {
             Ok(admitted) => Ok(Ticket {

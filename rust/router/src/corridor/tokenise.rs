@@ -11,6 +11,7 @@ use super::place::placement_error;
 use crate::{
     error::ApiError,
     models::ModelEntry,
+    observe::Record,
     request::{GenerateInput, Prompt, SamplingPatch},
     state::RouterState,
     text::template::Conversation,
@@ -42,6 +43,8 @@ pub(super) struct CheckedRequest {
     pub(super) stop: Vec<String>,
     pub(super) n: u32,
     pub(super) cache_salt: String,
+    /// What is taken down of it, to the end of its stream.
+    pub(super) record: Record,
     pub(super) arrived: Instant,
     pub(super) deadline: Instant,
 }
@@ -54,6 +57,7 @@ pub(super) async fn tokenise(
     let arrived = Instant::now();
     check_limits(&input)?;
     let model = state.models.get(&input.model).ok_or_else(model_not_found)?;
+    input.record.model(&model.name);
     let prompt_field = field_of(&input.prompt);
     // An overloaded router spends nothing on what it would refuse anyway.
     state.admission.check()?;
@@ -64,6 +68,7 @@ pub(super) async fn tokenise(
     check_not_empty(&input.prompt, prompt_field)?;
     let prompt_token_ids = token_ids(state, &model, input.prompt).await?;
     check_token_ids(prompt_field, &prompt_token_ids, model.vocab_size)?;
+    input.record.prompt(prompt_token_ids.len());
     let sampling = sampling(
         &model,
         &input.sampling,
@@ -81,6 +86,7 @@ pub(super) async fn tokenise(
         stop: input.stop,
         n: input.n,
         cache_salt: input.cache_salt,
+        record: input.record,
         arrived,
         deadline: arrived + timeout,
     }))

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::{
     error::ApiError,
+    observe::Record,
     request::{Chunk, Finish, GenerateInput, Prompt, SamplingPatch},
 };
 
@@ -26,6 +27,7 @@ pub(super) fn generate_input(request: v1::GenerateRequest) -> Result<GenerateInp
         timeout: (request.timeout_ms > 0)
             .then(|| Duration::from_millis(u64::from(request.timeout_ms))),
         cache_salt: request.cache_salt,
+        record: Record::default(),
     })
 }
 

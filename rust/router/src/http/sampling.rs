@@ -8,6 +8,7 @@ use serde_json::value::RawValue;
 use super::fields::{Fields, read, wrong_type};
 use crate::{
     error::ApiError,
+    observe::Record,
     request::{GenerateInput, Prompt, SamplingPatch},
 };
 
@@ -67,6 +68,7 @@ pub(crate) fn generate_input(
             .map_or(1, NonZeroU32::get),
         timeout: None,
         cache_salt: fields.read("cache_salt", "a string")?.unwrap_or_default(),
+        record: Record::default(),
     })
 }
 
@@ -128,7 +130,8 @@ fn seed(fields: &Fields<'_>) -> Result<Option<u64>, ApiError> {
     }
 }
 
-fn stop_strings(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
+/// The stop strings, of which there may be one or a list.
+pub(crate) fn stop_strings(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
     let Some(raw) = fields.raw("stop") else {
         return Ok(Vec::new());
     };

@@ -3,8 +3,9 @@ use std::collections::BTreeSet;
 use super::*;
 
 /// Where families are registered, each with a line of its own.
-const SOURCES: [&str; 4] = [
+const SOURCES: [&str; 5] = [
     include_str!("kv_events.rs"),
+    include_str!("observe.rs"),
     include_str!("operation.rs"),
     include_str!("requests.rs"),
     include_str!("workers.rs"),

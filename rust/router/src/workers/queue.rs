@@ -58,7 +58,7 @@ pub(crate) struct Reserved {
     workers: Arc<Workers>,
     id: ReservationId,
     worker: WorkerId,
-    num_cached_tokens: u32,
+    predicted_cached_tokens: u32,
     num_output_tokens: u32,
 }
 
@@ -68,7 +68,7 @@ impl Reserved {
             workers: Arc::clone(workers),
             id: reservation.id,
             worker: reservation.worker,
-            num_cached_tokens: reservation.num_cached_tokens,
+            predicted_cached_tokens: reservation.num_cached_tokens,
             num_output_tokens: 0,
         }
     }
@@ -77,9 +77,9 @@ impl Reserved {
         self.worker
     }
 
-    /// Prompt tokens that the worker was taken to hold.
-    pub(crate) const fn num_cached_tokens(&self) -> u32 {
-        self.num_cached_tokens
+    /// Prompt tokens whose KV the worker should hold.
+    pub(crate) const fn predicted_cached_tokens(&self) -> u32 {
+        self.predicted_cached_tokens
     }
 
     /// Says when the prompt is computed: its tokens no longer queue on the worker then.

@@ -12,6 +12,7 @@ use orchestra_router::{
     corridor::{TokenStream, generate},
     error::ApiError,
     metrics::Metrics,
+    observe::Record,
     request::{Chunk, GenerateInput, Prompt, SamplingPatch},
     state::{CorridorLimits, RouterState},
     workers::gateway_service,
@@ -357,6 +358,7 @@ pub(crate) fn input(prompt: Prompt) -> GenerateInput {
         n: 1,
         timeout: None,
         cache_salt: String::new(),
+        record: Record::default(),
     }
 }
 

@@ -12,7 +12,7 @@ use super::{
     key,
 };
 use crate::{
-    error::ApiError, http::fields::Fields, models::ForeignModel, request::Prompt,
+    error::ApiError, http::fields::Fields, models::ForeignModel, observe::Record, request::Prompt,
     request_id::REQUEST_ID_KEY,
 };
 
@@ -88,6 +88,8 @@ pub(crate) struct RelayRequest {
     /// To be tokenised, where the model's files are here.
     pub(super) prompt: Option<Box<Prompt>>,
     pub(super) arrived: Instant,
+    /// What is taken down of it.
+    pub(crate) record: Record,
 }
 
 /// Reads a body whose model foreign engines have.
@@ -113,6 +115,7 @@ pub(crate) fn read(
         checked,
         key: pack(text.as_bytes()),
         arrived: Instant::now(),
+        record: Record::default(),
     })
 }
 

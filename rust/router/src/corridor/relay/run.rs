@@ -142,7 +142,7 @@ impl Run {
         let details = usage.and_then(|usage| usage.prompt_tokens_details);
         let completed = Completed {
             prompt_tokens: usage.map_or(request.key.len() as u32, |usage| usage.prompt_tokens),
-            predicted: self.reserved.num_cached_tokens(),
+            predicted: self.reserved.predicted_cached_tokens(),
             reported: details.and_then(|details| details.cached_tokens),
             has_usage: usage.is_some(),
         };
