@@ -169,3 +169,67 @@ async fn requests_go_where_their_beginning_is_held_and_the_engine_confirms_it() 
     state.shut_down().await;
     tasks.shut_down().await;
 }
+
+/// Against a real engine: `ORCHESTRA_TEST_VLLM="URL EVENTS REPLAY MODEL_FILES"`, with a block size of 32, the topic `kv`
+/// and `--enable-prompt-tokens-details`.
+#[tokio::test]
+#[ignore = "needs a vLLM that runs, named by ORCHESTRA_TEST_VLLM"]
+async fn a_real_vllm_confirms_what_its_events_say() {
+    let named = std::env::var("ORCHESTRA_TEST_VLLM").unwrap();
+    let [url, events, replay, files] = named.split(' ').collect::<Vec<_>>()[..] else {
+        panic!("ORCHESTRA_TEST_VLLM must be four words")
+    };
+    let state = RouterState::new(CorridorLimits::default(), Metrics::new());
+    let config = EngineConfig {
+        kv_block_size: 32,
+        kv_events: Some(events.parse().unwrap()),
+        kv_topic: "kv".into(),
+        kv_replay: Some(replay.parse().unwrap()),
+        model_files: Some(files.into()),
+        ..EngineConfig::new(url.parse().unwrap())
+    };
+    state.add_engine(config).unwrap();
+    eventually(|| state.list_engines().iter().all(|engine| engine.is_up)).await;
+    let name = format!("{url} {}", state.list_engines()[0].models[0]);
+    let held = || state.workers.cached_blocks(&name);
+    eventually(|| {
+        state
+            .metrics
+            .encode()
+            .unwrap()
+            .contains("kv_event_streams 1\n")
+    })
+    .await;
+
+    // A beginning that it has never seen, and then longer and longer chats with it.
+    let salt = fastrand::u64(..);
+    let mut messages =
+        vec![json!({"role": "system", "content": format!("run {salt} ").repeat(20)})];
+    let model = &state.list_engines()[0].models[0];
+    let before = u64::from(held().unwrap_or(0));
+    for turn in 0..4 {
+        messages.push(json!({"role": "user", "content": format!("turn {turn} ").repeat(30)}));
+        let body = json!({"model": model, "messages": messages, "max_tokens": 1, "temperature": 0});
+        let body = Bytes::from(body.to_string());
+        let fields = Fields::parse(&body).unwrap();
+        let outward = Outward::of(&axum::http::HeaderMap::new());
+        let model = state.models.foreign(model).unwrap();
+        let request = read(Route::Chat, outward, model, &body, &fields).unwrap();
+        let response = relay(&state, request, PATIENCE).await.unwrap();
+        assert_eq!(response.status(), 200);
+        let answer = response.into_body().collect().await.unwrap().to_bytes();
+        let answer: Value = serde_json::from_slice(&answer).unwrap();
+        // Each turn fills new blocks, and their events come.
+        let num_blocks = answer["usage"]["prompt_tokens"].as_u64().unwrap() / 32;
+        eventually(|| held().map(u64::from) >= Some(before + num_blocks)).await;
+    }
+    let published = state.metrics.encode().unwrap();
+    let figure = |of: &str| {
+        let line = format!("orchestra_cached_tokens_{of}_total{{worker=\"{name}\"}} ");
+        let rest = published.split_once(&line).unwrap().1;
+        rest.lines().next().unwrap().parse::<u64>().unwrap()
+    };
+    assert!(figure("predicted") > 0, "{published}");
+    assert_eq!(figure("predicted"), figure("reported"), "{published}");
+    state.shut_down().await;
+}
