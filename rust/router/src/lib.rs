@@ -14,6 +14,7 @@ pub mod metrics;
 pub mod request;
 
 mod auth;
+pub mod caller;
 mod clock;
 mod grpc;
 mod http;
@@ -30,6 +31,7 @@ pub mod models;
 pub mod settings;
 pub mod state;
 pub mod tasks;
+pub mod tenants;
 pub mod text;
 pub mod workers;
 

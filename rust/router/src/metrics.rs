@@ -7,6 +7,7 @@
 //! A file per concern: [`requests`] and [`workers`] fill in families of [`Metrics`]. A further concern is a struct of
 //! its own, made by its `register(&mut Registry)`, one public field of [`Metrics`] and a line in `tests::SOURCES`.
 
+mod admission;
 mod operation;
 mod requests;
 #[cfg(test)]
@@ -24,7 +25,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-pub use self::{operation::OperationMetrics, workers::WorkerMetrics};
+pub use self::{admission::AdmissionMetrics, operation::OperationMetrics, workers::WorkerMetrics};
 use self::{
     requests::{DoorLabel, E2E_BUCKETS, ReasonLabel, ResponseLabel, TPOT_BUCKETS, TTFT_BUCKETS},
     workers::{CacheConfigLabel, WorkerLabel},
@@ -67,6 +68,8 @@ pub struct Metrics {
     pub workers: Gauge,
     /// What operators do.
     pub operation: OperationMetrics,
+    /// How requests get to a worker.
+    pub admission: AdmissionMetrics,
     requests_finished: Family<ReasonLabel, Counter>,
     requests_rejected: Family<ReasonLabel, Counter>,
     http_responses: Family<ResponseLabel, Counter>,
@@ -83,6 +86,7 @@ impl Metrics {
         let mut registry = Registry::with_prefix("orchestra");
         let mut metrics = Self {
             operation: OperationMetrics::register(&mut registry),
+            admission: AdmissionMetrics::register(&mut registry),
             registry: Arc::default(),
             requests_running: Gauge::default(),
             requests_waiting: Gauge::default(),

@@ -7,6 +7,8 @@ use orchestra_core::{
     step::{FinishReason, TokenLogprobs},
 };
 
+use crate::caller::Caller;
+
 /// One generation request, parsed and not yet checked against a model.
 #[derive(Clone, Debug)]
 pub struct GenerateInput {
@@ -24,6 +26,8 @@ pub struct GenerateInput {
     pub timeout: Option<Duration>,
     /// Isolates the prefix cache.
     pub cache_salt: String,
+    /// Who asks, and how urgently.
+    pub caller: Caller,
 }
 
 /// The three forms of a prompt.

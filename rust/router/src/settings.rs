@@ -8,11 +8,12 @@ use crate::{
     auth::ApiKeys,
     config::{ListenConfig, RouterConfig},
     state::CorridorLimits,
+    tenants::Tenants,
 };
 
 /// The keys whose new value counts from the next request, connection or worker on. The others need a restart: they
 /// size or open something at start.
-pub(crate) const LIVE: [&str; 15] = [
+pub(crate) const LIVE: [&str; 17] = [
     "admin_key",
     "admin_key_file",
     "api_key",
@@ -28,6 +29,8 @@ pub(crate) const LIVE: [&str; 15] = [
     "replay_wait",
     "request_timeout",
     "sse_keep_alive",
+    "tenants_file",
+    "trust_tenant_header",
 ];
 
 /// One state of them.
@@ -41,15 +44,22 @@ pub struct Settings {
     pub(crate) keys: ApiKeys,
     /// Who may operate.
     pub(crate) admin_keys: ApiKeys,
+    /// Those that were configured.
+    pub(crate) tenants: Tenants,
+    /// Whether a header may name the tenant.
+    pub(crate) trust_tenant_header: bool,
 }
 
 impl From<&RouterConfig> for Settings {
     fn from(config: &RouterConfig) -> Self {
+        let tenants = Tenants::new(&config.tenants);
         Self {
             limits: config.corridor.limits(),
             listen: config.listen.clone(),
-            keys: ApiKeys::new(&config.api_keys),
+            keys: ApiKeys::of_tenants(&config.api_keys, &config.tenants, &tenants),
             admin_keys: ApiKeys::new(&config.admin_keys),
+            trust_tenant_header: config.trust_tenant_header,
+            tenants,
         }
     }
 }

@@ -3,7 +3,8 @@ use std::collections::BTreeSet;
 use super::*;
 
 /// Where families are registered, each with a line of its own.
-const SOURCES: [&str; 3] = [
+const SOURCES: [&str; 4] = [
+    include_str!("admission.rs"),
     include_str!("operation.rs"),
     include_str!("requests.rs"),
     include_str!("workers.rs"),

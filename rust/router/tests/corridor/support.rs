@@ -357,6 +357,7 @@ pub(crate) fn input(prompt: Prompt) -> GenerateInput {
         n: 1,
         timeout: None,
         cache_salt: String::new(),
+        caller: orchestra_router::caller::Caller::default(),
     }
 }
 

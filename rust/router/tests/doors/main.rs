@@ -21,6 +21,7 @@ mod process;
 mod settings;
 mod shutdown;
 mod support;
+mod tenants;
 
 #[expect(dead_code, reason = "shared with the unit tests, which use more of it")]
 #[path = "../../src/text/fixtures.rs"]

@@ -36,10 +36,17 @@ pub(super) struct Admitted {
 impl RelayRequest {
     /// Waits for a seat, and for an engine with room.
     pub(super) async fn admit(self, state: &Arc<RouterState>) -> Result<Admitted, ApiError> {
-        let deadline = self.arrived + state.settings().limits.request_timeout;
-        let presence = state.admission.enter()?;
+        let limit = state.settings().limits.request_timeout;
+        let timeout = self.caller.timeout.map_or(limit, |asked| asked.min(limit));
+        let deadline = self.arrived + timeout;
+        let presence = state.enter(&self.caller.tenant, &self.model.name)?;
         let waiting = InFlight::new(&state.admission.requests_waiting);
-        let admitted = state.workers.acquire(&self.route(&[]), deadline).await;
+        let until = self.caller.first_token_by(self.arrived, deadline);
+        let route = RouteRequest {
+            deadline: Some(state.clock.at(until)),
+            ..self.route(&[])
+        };
+        let admitted = state.acquire(&route, until).await;
         let queue::Admitted { reserved, seat } =
             admitted.map_err(|error| self.placement_error(&error))?;
         drop(waiting);
@@ -64,7 +71,7 @@ impl RelayRequest {
             max_tokens: self.checked.max_tokens.unwrap_or(MAX_TOKENS_UNKNOWN),
             salt: &self.checked.cache_salt,
             exclude,
-            ..RouteRequest::default()
+            ..self.caller.terms()
         }
     }
 

@@ -9,7 +9,8 @@ use tokio::time::Instant;
 
 use super::check::{self, Checked};
 use crate::{
-    error::ApiError, http::fields::Fields, models::ForeignModel, request_id::REQUEST_ID_KEY,
+    caller::Caller, error::ApiError, http::fields::Fields, models::ForeignModel,
+    request_id::REQUEST_ID_KEY,
 };
 
 /// How much of a prompt decides about its placement, bytes; the rest does not count as its prefix.
@@ -82,6 +83,7 @@ pub(crate) struct RelayRequest {
     /// The text of the prompt, four bytes to a token.
     pub(super) key: Vec<u32>,
     pub(super) arrived: Instant,
+    pub(crate) caller: Caller,
 }
 
 /// Reads a body whose model foreign engines have.
@@ -102,6 +104,7 @@ pub(crate) fn read(
         checked,
         key: pack(prompt.as_bytes()),
         arrived: Instant::now(),
+        caller: Caller::default(),
     })
 }
 
