@@ -9,6 +9,7 @@ mod file;
 mod listen;
 mod load;
 mod log;
+mod observe;
 mod sources;
 #[cfg(test)]
 mod tests;
@@ -24,6 +25,7 @@ pub use self::{
     listen::ListenConfig,
     load::{LoadError, Loaded, Task, load},
     log::{LogConfig, LogFormat},
+    observe::ObserveConfig,
     sources::{Setting, Source, to_toml},
     units::{ByteSize, Secret, Span},
 };
@@ -48,6 +50,9 @@ pub struct RouterConfig {
     /// What the process prints.
     #[command(flatten)]
     pub log: LogConfig,
+    /// What it writes about requests.
+    #[command(flatten)]
+    pub observe: ObserveConfig,
     /// Key that clients must send as `Authorization: Bearer KEY`; give it several times, or separated by commas,
     /// for several keys. Without any, everyone may call.
     #[arg(long = "api-key", value_name = "KEY", env = "ORCHESTRA_API_KEY")]
@@ -109,6 +114,12 @@ impl RouterConfig {
         let corridor = &self.corridor;
         let runs_one = corridor.max_concurrent_requests > 0;
         check("max_concurrent_requests", runs_one, "must be at least 1");
+        let share = self.observe.explain_share;
+        check(
+            "explain_share",
+            (0.0..=1.0).contains(&share),
+            "must be between 0 and 1",
+        );
         let tries_one = self.engines.engine_max_attempts > 0;
         check("engine_max_attempts", tries_one, "must be at least 1");
         for (key, secrets) in [("api_key", &self.api_keys), ("admin_key", &self.admin_keys)] {

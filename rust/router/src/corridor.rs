@@ -24,16 +24,21 @@ use std::sync::Arc;
 
 pub(crate) use self::admit::Admission;
 pub use self::stream::TokenStream;
-use crate::{error::ApiError, request::GenerateInput, state::RouterState};
+use crate::{error::ApiError, observe::Stage, request::GenerateInput, state::RouterState};
 
 /// Runs a request. An error means that nothing was started.
 pub async fn generate(
     state: &Arc<RouterState>,
     input: GenerateInput,
 ) -> Result<TokenStream, ApiError> {
+    let record = input.record.clone();
     let tokenised = tokenise::tokenise(state, input).await?;
+    record.reached(Stage::Tokenised);
     let ticket = tokenised.admit().await?;
+    record.reached(Stage::Admitted);
     let placed = ticket.place()?;
+    record.reached(Stage::Placed);
     let running = placed.dispatch()?;
+    record.reached(Stage::Dispatched);
     Ok(running.stream())
 }

@@ -25,6 +25,7 @@ use crate::{
     config::RouterConfig,
     corridor,
     error::ApiError,
+    observe::{Arrival, EXPLAIN_KEY, Record, TRACEPARENT_KEY, TRACESTATE_KEY},
     request_id::{REQUEST_ID_KEY, request_id},
     respond::grpc_status,
     state::{ModelInfo, RouterState},
@@ -96,6 +97,7 @@ impl Door {
         &self,
         metadata: &MetadataMap,
         request: GenerateRequest,
+        record: &Record,
     ) -> Result<corridor::TokenStream, ApiError> {
         let refused = |error: &ApiError| self.state.metrics.rejected(error.code);
         let authorization = metadata
@@ -112,6 +114,7 @@ impl Door {
         let deadline = deadline.and_then(wire::grpc_timeout);
         input.timeout = input.timeout.into_iter().chain(deadline).min();
         input.caller = caller;
+        input.record = record.clone();
         Box::pin(corridor::generate(&self.state, input))
             .await
             .inspect_err(refused)
@@ -127,12 +130,18 @@ impl Inference for Door {
         request: Request<GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let (metadata, _, request) = request.into_parts();
-        let given_id = metadata
-            .get(REQUEST_ID_KEY)
-            .map(MetadataValue::as_encoded_bytes);
-        let request_id = request_id(given_id);
+        let given = |key| metadata.get(key).map(MetadataValue::as_encoded_bytes);
+        let request_id = request_id(given(REQUEST_ID_KEY));
+        let record = self.state.observers().record(&Arrival {
+            door: "grpc",
+            route: "orchestra.v1.Inference/Generate",
+            request_id: &request_id,
+            traceparent: given(TRACEPARENT_KEY),
+            tracestate: given(TRACESTATE_KEY),
+            wants_explanation: given(EXPLAIN_KEY) == Some(b"1"),
+        });
         let span = tracing::info_span!("request", request_id, door = "grpc");
-        let opening = self.open(&metadata, request).instrument(span);
+        let opening = self.open(&metadata, request, &record).instrument(span);
         let with_id = |metadata: &mut MetadataMap| {
             if let Ok(value) = request_id.parse() {
                 metadata.insert(REQUEST_ID_KEY, value);
@@ -140,6 +149,8 @@ impl Inference for Door {
         };
         let tokens = opening.await.map_err(|error| {
             let mut status = grpc_status(&error);
+            record.failed(error.code);
+            record.status(status.code() as u16);
             with_id(status.metadata_mut());
             status
         })?;

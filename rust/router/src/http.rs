@@ -52,6 +52,7 @@ use crate::{
     config::RouterConfig,
     corridor::relay::{self, Outward, RelayRequest, Route},
     error::ApiError,
+    observe::Record,
     request::GenerateInput,
     state::RouterState,
     tenants::Tenant,
@@ -156,8 +157,13 @@ impl HttpDoor {
     }
 
     /// Sends a request to a foreign engine.
-    async fn relay(&self, request: RelayRequest) -> Result<Response<Body>, Refusal> {
+    async fn relay(
+        &self,
+        mut request: RelayRequest,
+        record: Record,
+    ) -> Result<Response<Body>, Refusal> {
         let keep_alive = self.state.settings().listen.sse_keep_alive.0;
+        request.record = record;
         let answered = relay::relay(&self.state, request, keep_alive).await;
         answered.map_err(|error| {
             self.state.metrics.rejected(error.code);
@@ -169,11 +175,12 @@ impl HttpDoor {
     async fn answer(
         &self,
         (mut inputs, caller): (Vec<GenerateInput>, Caller),
-        options: OutputOptions,
+        (options, record): (OutputOptions, Record),
         mut format: impl Format<Choices>,
     ) -> Result<Response<Body>, Refusal> {
         for input in &mut inputs {
             input.caller = caller.clone().or_class(input.caller.asked_class);
+            input.record = record.clone();
         }
         let count: usize = inputs.iter().map(|input| input.n as usize).sum();
         let state = Arc::clone(&self.state);
@@ -192,14 +199,16 @@ async fn chat_completions(
     State(door): State<Arc<HttpDoor>>,
     request: Request,
 ) -> Result<Response<Body>, Refusal> {
+    let record = ingress::record_of(&request);
     match door
         .open(request, Route::Chat, ChatRequest::from_fields)
         .await?
     {
-        Entry::Relay(request) => door.relay(request).await,
+        Entry::Relay(request) => door.relay(request, record).await,
         Entry::Corridor(request, caller) => {
             let format = ChatFormat::new(&request);
-            door.answer((vec![request.input], caller), request.options, format)
+            let options = (request.options, record);
+            door.answer((vec![request.input], caller), options, format)
                 .await
         }
     }
@@ -209,13 +218,14 @@ async fn completions(
     State(door): State<Arc<HttpDoor>>,
     request: Request,
 ) -> Result<Response<Body>, Refusal> {
+    let record = ingress::record_of(&request);
     let parse = CompletionRequest::from_fields;
     match door.open(request, Route::Completions, parse).await? {
-        Entry::Relay(request) => door.relay(request).await,
+        Entry::Relay(request) => door.relay(request, record).await,
         Entry::Corridor(request, caller) => {
             let format = CompletionFormat::new(&request);
-            door.answer((request.inputs, caller), request.options, format)
-                .await
+            let options = (request.options, record);
+            door.answer((request.inputs, caller), options, format).await
         }
     }
 }

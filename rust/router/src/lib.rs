@@ -9,6 +9,7 @@
 
 pub mod config;
 pub mod error;
+pub mod kv_events;
 pub mod logging;
 pub mod metrics;
 pub mod request;
@@ -28,6 +29,7 @@ mod run;
 pub mod corridor;
 pub mod engines;
 pub mod models;
+pub mod observe;
 pub mod settings;
 pub mod state;
 pub mod tasks;

@@ -8,6 +8,8 @@
 //! its own, made by its `register(&mut Registry)`, one public field of [`Metrics`] and a line in `tests::SOURCES`.
 
 mod admission;
+mod kv_events;
+mod observe;
 mod operation;
 mod requests;
 #[cfg(test)]
@@ -25,7 +27,13 @@ use prometheus_client::{
     registry::Registry,
 };
 
-pub use self::{admission::AdmissionMetrics, operation::OperationMetrics, workers::WorkerMetrics};
+pub use self::{
+    admission::AdmissionMetrics,
+    kv_events::{KvEventMetrics, KvEventSeries},
+    observe::ObserveMetrics,
+    operation::OperationMetrics,
+    workers::WorkerMetrics,
+};
 use self::{
     requests::{DoorLabel, E2E_BUCKETS, ReasonLabel, ResponseLabel, TPOT_BUCKETS, TTFT_BUCKETS},
     workers::{CacheConfigLabel, WorkerLabel},
@@ -64,12 +72,16 @@ pub struct Metrics {
     pub worker_schedule: Counter<f64, AtomicU64>,
     /// Time that workers spent in the model, seconds.
     pub worker_execute: Counter<f64, AtomicU64>,
+    /// What engines say about their prefix caches.
+    pub kv_events: KvEventMetrics,
     /// Workers attached now.
     pub workers: Gauge,
     /// What operators do.
     pub operation: OperationMetrics,
     /// How requests get to a worker.
     pub admission: AdmissionMetrics,
+    /// What logs and traces lose.
+    pub observe: ObserveMetrics,
     requests_finished: Family<ReasonLabel, Counter>,
     requests_rejected: Family<ReasonLabel, Counter>,
     http_responses: Family<ResponseLabel, Counter>,
@@ -85,8 +97,10 @@ impl Metrics {
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("orchestra");
         let mut metrics = Self {
+            kv_events: KvEventMetrics::register(&mut registry),
             operation: OperationMetrics::register(&mut registry),
             admission: AdmissionMetrics::register(&mut registry),
+            observe: ObserveMetrics::register(&mut registry),
             registry: Arc::default(),
             requests_running: Gauge::default(),
             requests_waiting: Gauge::default(),

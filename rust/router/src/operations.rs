@@ -70,6 +70,7 @@ impl Operations {
         } else {
             tracing::error!("nothing changed: the settings cannot be used");
         }
+        state.observers().reopen();
         state.metrics.operation.reloaded(is_applied);
         if is_applied {
             state.metrics.operation.settings_read_at(unix_seconds());

@@ -8,6 +8,7 @@ use orchestra_core::{
 };
 
 use crate::caller::Caller;
+use crate::observe::Record;
 
 /// One generation request, parsed and not yet checked against a model.
 #[derive(Clone, Debug)]
@@ -28,6 +29,8 @@ pub struct GenerateInput {
     pub cache_salt: String,
     /// Who asks, and how urgently.
     pub caller: Caller,
+    /// What is taken down of it.
+    pub record: Record,
 }
 
 /// The three forms of a prompt.

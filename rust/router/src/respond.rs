@@ -123,6 +123,8 @@ pub(crate) fn http_error_as(status: StatusCode, error: &ApiError) -> Response<Bo
     let body = json_body(&ErrorBody::from(error));
     let mut response = Response::new(Body::from(body));
     *response.status_mut() = status;
+    // For whoever takes the answer down.
+    response.extensions_mut().insert(error.code);
     let headers = response.headers_mut();
     headers.insert(
         header::CONTENT_TYPE,

@@ -13,6 +13,7 @@ use crate::{
     http::{HttpDoor, admin},
     listen::{Door, Listener},
     metrics::Metrics,
+    observe::{AccessLog, Observers},
     operations::{Operations, unix_seconds},
     state::RouterState,
     workers::gateway_service,
@@ -105,6 +106,12 @@ impl Router {
             Metrics::new(),
             Engines::new(config.engines.limits()),
         );
+        let observe = &config.observe;
+        let access_log = observe.access_log.as_deref();
+        let access_log = access_log
+            .map(|path| AccessLog::open(path, &state.tasks, &state.metrics))
+            .transpose()?;
+        state.observe_by(Observers::new(observe, state.metrics.clone(), access_log));
         state.set_settings(config.into());
         state.metrics.operation.settings_read_at(unix_seconds());
         let operations = Arc::new(operations);

@@ -6,20 +6,21 @@ use parking_lot::RwLock;
 
 use crate::{
     auth::ApiKeys,
-    config::{ListenConfig, RouterConfig},
+    config::{ListenConfig, ObserveConfig, RouterConfig},
     state::CorridorLimits,
     tenants::Tenants,
 };
 
 /// The keys whose new value counts from the next request, connection or worker on. The others need a restart: they
 /// size or open something at start.
-pub(crate) const LIVE: [&str; 17] = [
+pub(crate) const LIVE: [&str; 20] = [
     "admin_key",
     "admin_key_file",
     "api_key",
     "api_key_file",
     "body_timeout",
     "drain_timeout",
+    "explain_share",
     "hang_timeout",
     "header_timeout",
     "heartbeat_timeout",
@@ -28,6 +29,8 @@ pub(crate) const LIVE: [&str; 17] = [
     "max_replays",
     "replay_wait",
     "request_timeout",
+    "slow_total",
+    "slow_ttft",
     "sse_keep_alive",
     "tenants_file",
     "trust_tenant_header",
@@ -40,6 +43,8 @@ pub struct Settings {
     pub limits: CorridorLimits,
     /// What a connection may cost.
     pub listen: ListenConfig,
+    /// What is written about requests.
+    pub observe: ObserveConfig,
     /// Who may call.
     pub(crate) keys: ApiKeys,
     /// Who may operate.
@@ -56,6 +61,7 @@ impl From<&RouterConfig> for Settings {
         Self {
             limits: config.corridor.limits(),
             listen: config.listen.clone(),
+            observe: config.observe.clone(),
             keys: ApiKeys::of_tenants(&config.api_keys, &config.tenants, &tenants),
             admin_keys: ApiKeys::new(&config.admin_keys),
             trust_tenant_header: config.trust_tenant_header,

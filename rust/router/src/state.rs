@@ -1,16 +1,21 @@
 //! What every request and every worker session shares.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 
 pub use crate::models::ModelInfo;
 use crate::{
     clock::Clock,
+    config::ObserveConfig,
     corridor::Admission,
     engines::Engines,
     metrics::Metrics,
     models::Models,
+    observe::Observers,
     settings::{Live, Settings},
     tasks::Tasks,
     workers::Workers,
@@ -71,6 +76,7 @@ pub struct RouterState {
     pub(crate) engines: Engines,
     pub(crate) clock: Clock,
     settings: Live,
+    observers: OnceLock<Arc<Observers>>,
 }
 
 impl RouterState {
@@ -112,6 +118,7 @@ impl RouterState {
                 limits,
                 ..Settings::default()
             }),
+            observers: OnceLock::new(),
             metrics,
             tasks,
             models: Models::default(),
@@ -129,6 +136,7 @@ impl RouterState {
     pub fn set_settings(&self, settings: Settings) {
         self.workers
             .set_tenant_weights(&self.settings().tenants, &settings.tenants);
+        self.observers().set_limits(&settings.observe);
         self.settings.set(settings);
     }
 
@@ -136,6 +144,20 @@ impl RouterState {
     pub fn is_ready(&self) -> bool {
         let has_available = self.workers.has_available() || self.engines.has_available();
         has_available && !self.admission.is_draining()
+    }
+
+    /// Where the records of requests go; before [`Self::observe_by`], into memory only.
+    pub(crate) fn observers(&self) -> &Arc<Observers> {
+        self.observers.get_or_init(|| {
+            let config = ObserveConfig::default();
+            Arc::new(Observers::new(&config, self.metrics.clone(), None))
+        })
+    }
+
+    /// The records of requests go there. To be called before the first of them.
+    pub(crate) fn observe_by(&self, observers: Observers) {
+        // It is set once, at start.
+        let _ = self.observers.set(Arc::new(observers));
     }
 
     /// The models that a request could name now, by name.

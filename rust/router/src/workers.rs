@@ -4,6 +4,7 @@
 //! [`outbox`] what is on its way to the worker, [`watchdog`] finds workers that went quiet. [`queue`] is how requests get
 //! room on them.
 
+mod explain;
 mod foreign;
 pub mod gateway;
 mod hello;

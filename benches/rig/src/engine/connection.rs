@@ -232,6 +232,13 @@ impl Served {
                 self.engine.control().gone();
                 After::Close
             }
+            Fault::Hold => {
+                let engine = Arc::clone(&self.engine);
+                tokio::select! {
+                    () = engine.control().released() => return Ok(None),
+                    _ = self.connection.closed() => self.gone(),
+                }
+            }
             _ => return Ok(None),
         }))
     }
@@ -295,12 +302,13 @@ impl Served {
             .words
             .fetch_add(words as u64, Ordering::Relaxed);
         self.head(200, body.len());
-        let is_cut = fault.is_some_and(|order| order.fault != Fault::Slow);
+        let fault = fault.filter(|order| !matches!(order.fault, Fault::Slow | Fault::Hold));
+        let is_cut = fault.is_some();
         let sent = if is_cut { body.len() / 2 } else { body.len() };
         self.out.extend_from_slice(&body[..sent]);
         self.connection.write(&self.out).await?;
         match fault.map(|order| order.fault) {
-            None | Some(Fault::Slow) => Ok(After::Next),
+            None => Ok(After::Next),
             Some(Fault::HangStream) => {
                 self.connection.closed().await;
                 Ok(self.gone())
@@ -328,10 +336,8 @@ pub(super) fn pace_of(engine: &Engine, fault: Option<&Order>) -> Duration {
 }
 
 fn is_before_head(fault: Fault) -> bool {
-    matches!(
-        fault,
-        Fault::Status | Fault::GarbageJson | Fault::HangHeaders
-    )
+    use Fault::{GarbageJson, HangHeaders, Hold, Status};
+    matches!(fault, Status | GarbageJson | HangHeaders | Hold)
 }
 
 /// Ends the process as a crash does.

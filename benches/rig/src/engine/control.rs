@@ -8,6 +8,7 @@ use std::{
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 
 /// Armed faults at most; more are refused.
 const MAX_ARMED: usize = 4096;
@@ -42,6 +43,8 @@ pub enum Fault {
     EarlyEnd,
     /// `itl_ms` between words from here on.
     Slow,
+    /// Nothing is answered until `DELETE /_control`, then everything is.
+    Hold,
 }
 
 /// `POST /_control`.
@@ -59,6 +62,9 @@ pub struct Order {
     /// For [`Fault::Status`].
     #[serde(default = "internal_error")]
     pub status: u16,
+    /// It happens to a stream that is running, before its next word, instead of to a request that comes.
+    #[serde(default)]
+    pub now: bool,
     /// For [`Fault::Slow`], milliseconds.
     #[serde(default)]
     pub itl_ms: u64,
@@ -116,6 +122,10 @@ struct Report {
 #[derive(Debug, Default)]
 pub struct Control {
     armed: Mutex<VecDeque<Order>>,
+    sudden: Mutex<VecDeque<Order>>,
+    /// The length of `sudden`: read before every word.
+    num_sudden: AtomicUsize,
+    released: Notify,
     departures: Mutex<VecDeque<f64>>,
     last: Mutex<Vec<u8>>,
     /// What is counted.
@@ -128,17 +138,41 @@ impl Control {
         if !(400..600).contains(&order.status) {
             return Err("status must be from 400 to 599".to_owned());
         }
-        let mut armed = self.armed.lock();
-        if armed.len() == MAX_ARMED {
+        let queue = if order.now { &self.sudden } else { &self.armed };
+        let mut queue = queue.lock();
+        if queue.len() == MAX_ARMED {
             return Err(format!("{MAX_ARMED} faults are armed already"));
         }
-        armed.push_back(order);
+        if order.now {
+            self.num_sudden.fetch_add(1, Ordering::Relaxed);
+        }
+        queue.push_back(order);
         Ok(())
     }
 
-    /// Disarms everything.
+    /// Disarms everything, and lets go of what is held.
     pub fn disarm(&self) {
         self.armed.lock().clear();
+        let mut sudden = self.sudden.lock();
+        sudden.clear();
+        self.num_sudden.store(0, Ordering::Relaxed);
+        self.released.notify_waiters();
+    }
+
+    /// Waits for the next [`Self::disarm`].
+    pub(super) async fn released(&self) {
+        self.released.notified().await;
+    }
+
+    /// The fault that happens to a running stream before its next word.
+    pub(super) fn strike(&self) -> Option<Order> {
+        if self.num_sudden.load(Ordering::Relaxed) == 0 {
+            return None;
+        }
+        let order = self.sudden.lock().pop_front()?;
+        self.num_sudden.fetch_sub(1, Ordering::Relaxed);
+        add(&self.counters.faults);
+        Some(order)
     }
 
     /// The fault that happens to the request that has just come.

@@ -96,12 +96,13 @@ impl Served {
         choices: &mut [Answer],
     ) -> io::Result<Option<After>> {
         for (index, choice) in choices.iter_mut().enumerate() {
-            let due = course
+            let planned = course
                 .fault
                 .filter(|order| order.after_events == course.events);
-            let fault = due.map(|order| order.fault);
+            let due = planned.cloned().or_else(|| self.engine.control().strike());
+            let fault = due.as_ref().map(|order| order.fault);
             if fault == Some(Fault::Slow) {
-                course.pace = pace_of(&self.engine, due);
+                course.pace = pace_of(&self.engine, due.as_ref());
             } else if let Some(fault) = fault
                 && let Some(after) = self.break_stream(fault).await?
             {

@@ -226,6 +226,37 @@ async fn a_client_that_leaves_is_noticed() {
 }
 
 #[tokio::test]
+async fn a_fault_can_come_in_the_middle_of_a_stream() {
+    let paced = EngineConfig {
+        ttft: Duration::from_millis(1),
+        ..config(Kind::Vllm)
+    };
+    let rig = Rig::start(paced);
+    rig.arm(json!({"fault": "reset", "now": true}));
+    // It waits for a stream; a whole answer is none.
+    assert_eq!(rig.post(CHAT, chat(&json!({}))).await.0, 200);
+    assert!(rig.stream(CHAT, chat(&json!({}))).await.2.is_err());
+    assert!(rig.stream(CHAT, chat(&json!({}))).await.2.is_ok());
+}
+
+#[tokio::test]
+async fn what_is_held_is_answered_when_it_is_let_go() {
+    let rig = Rig::start(config(Kind::Vllm));
+    rig.arm(json!({"fault": "hold"}));
+    let mut connection = rig.connect().await;
+    send(&mut connection, CHAT, &chat(&json!({}))).await;
+    let counters = &rig.engine.control().counters;
+    while counters.faults.load(Ordering::Relaxed) == 0 {
+        tokio::task::yield_now().await;
+    }
+    // One that was not held is answered before it.
+    assert_eq!(rig.post(CHAT, chat(&json!({}))).await.0, 200);
+    assert_eq!(counters.completed.load(Ordering::Relaxed), 1);
+    rig.engine.control().disarm();
+    assert_eq!(receive(&mut connection).await.unwrap().0, 200);
+}
+
+#[tokio::test]
 async fn the_last_request_is_kept_byte_for_byte() {
     let rig = Rig::start(config(Kind::Sglang));
     let body = chat(&json!({"unknown": [1.50, "é"]}));

@@ -183,6 +183,7 @@ impl Tokenised {
             deadline: Some(state.clock.at(until)),
             ..request.route(&request.prompt_token_ids, 0, &[])
         };
+        state.workers.explain_to(&request.record, &route);
         match state.acquire(&route, until).await {
             Ok(admitted) => Ok(Ticket {
                 request,

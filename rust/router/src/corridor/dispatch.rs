@@ -82,7 +82,12 @@ impl Choice {
                 max_tokens: request.sampling.max_tokens,
                 has_logprobs: request.sampling.logprobs.is_some(),
             };
+            let session = Arc::clone(&placement.session);
+            let predicted_cached_tokens = placement.reserved.predicted_cached_tokens();
             if let Some(sequence) = placement.start(self.start_message(request), sink) {
+                let choice = (self.index, self.num_replays > 0);
+                let name = &session.spec.name;
+                request.record.placed(choice, name, predicted_cached_tokens);
                 return Ok(sequence);
             }
             self.refused.push(worker);

@@ -82,6 +82,7 @@ impl CheckedRequest {
         let token_ids = self.token_ids_with(output);
         let route = self.route(&token_ids, output.len(), exclude);
         let workers = &self.state.workers;
+        workers.explain_to(&self.record, &route);
         workers.placement(workers.accompany(&route)?)
     }
 

@@ -18,16 +18,18 @@ mod check;
 mod events;
 mod memory;
 mod read;
+mod resume;
 mod run;
 mod shape;
+mod splice;
 mod stream;
 
 use std::{sync::Arc, time::Duration};
 
 use axum::{body::Body, http::Response};
 
+use self::attempts::Attempts;
 pub(crate) use self::read::{Outward, RelayRequest, Route, read};
-use self::{attempts::Attempts, run::Reply, stream::EventStream};
 use crate::{error::ApiError, state::RouterState};
 
 /// Runs a request on a foreign engine. An error means that nothing of an answer has gone to the client.
@@ -38,9 +40,11 @@ pub(crate) async fn relay(
 ) -> Result<Response<Body>, ApiError> {
     let admitted = request.admit(state).await?;
     let mut attempts = Attempts::new(admitted);
+    if attempts.admitted.request.checked.stream {
+        return stream::respond(attempts, keep_alive).await;
+    }
     match attempts.exchange().await {
-        Ok(Reply::Whole(answer)) => Ok(attempts.finish(answer)),
-        Ok(Reply::Events(run)) => EventStream::new(attempts, run).respond(keep_alive).await,
-        Err(failure) => attempts.give_up(failure),
+        Ok(reply) => attempts.finish(reply),
+        Err(reason) => attempts.give_up(reason),
     }
 }

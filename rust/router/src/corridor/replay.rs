@@ -5,7 +5,7 @@
 //! so whatever the lost worker sent is taken in before the replay begins, and the new worker's tokens have to continue
 //! at exactly that index.
 //!
-//! A worker that *refuses* a choice which has begun (its queue is full) is asked again after a pause, for as long as
+//! A worker that *refuses* a choice of a request which has begun (its queue is full) is asked again after a pause, for as long as
 //! a choice waits for a worker: what a client has half of is not given up because everybody is busy.
 
 use std::time::Duration;
@@ -109,10 +109,11 @@ impl Running {
     ) -> Result<(), ApiError> {
         let settings = self.request.state.settings();
         let limits = &settings.limits;
+        // Any choice counts: what the client has of the others would be lost too.
+        let has_begun = self.choices.iter().any(|choice| !choice.output.is_empty());
         let choice = &mut self.choices[index];
         let worker = self.held.end(index);
         let now = Instant::now();
-        let has_begun = !choice.output.is_empty();
         let (until, again) = if has_begun && interruption.is_refusal() {
             choice.refused.extend(worker);
             // Bounded by time: however often it is asked for, nothing is computed for it meanwhile.

@@ -110,6 +110,9 @@ impl Running {
             let mut running = running?;
             let chunk = running.next().await;
             running.has_failed = chunk.is_err();
+            if let Err(error) = &chunk {
+                running.request.record.failed(error.code);
+            }
             let is_last = chunk.is_err() || running.choices.iter().all(|choice| choice.is_finished);
             Some((chunk, (!is_last).then_some(running)))
         });
@@ -194,6 +197,7 @@ impl Running {
                 .prefix_cache_hit_tokens
                 .inc_by(output.cached_tokens.into());
             self.held.prefilled(index);
+            request.record.first_token(index, output.cached_tokens);
         }
         let chunk = choice.take(output, &request.stop);
         metrics
@@ -209,6 +213,9 @@ impl Running {
             let workers = &request.state.workers;
             workers.output_ended(&request.model.name, finish.completion_tokens);
             metrics.finished(finish.reason);
+            request
+                .record
+                .finished(finish.reason, finish.completion_tokens);
             let since_first = choice
                 .first_token
                 .map_or(0.0, |first| (now - first).as_secs_f64());
@@ -237,8 +244,10 @@ impl Drop for Running {
         } else {
             FinishReason::Abort
         };
-        for _ in self.choices.iter().filter(|choice| !choice.is_finished) {
-            self.request.state.metrics.finished(reason);
+        let request = &self.request;
+        for choice in self.choices.iter().filter(|choice| !choice.is_finished) {
+            request.state.metrics.finished(reason);
+            request.record.finished(reason, choice.output.len() as u32);
         }
     }
 }

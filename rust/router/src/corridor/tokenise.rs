@@ -15,6 +15,7 @@ use crate::{
     caller::Caller,
     error::ApiError,
     models::ModelEntry,
+    observe::Record,
     request::{GenerateInput, Prompt, SamplingPatch},
     state::RouterState,
     text::template::Conversation,
@@ -50,6 +51,8 @@ pub(super) struct CheckedRequest {
     pub(super) n: u32,
     pub(super) cache_salt: String,
     pub(super) caller: Caller,
+    /// What is taken down of it, to the end of its stream.
+    pub(super) record: Record,
     pub(super) arrived: Instant,
     pub(super) deadline: Instant,
 }
@@ -62,6 +65,7 @@ pub(super) async fn tokenise(
     let arrived = Instant::now();
     check_limits(&input)?;
     let model = state.models.get(&input.model).ok_or_else(model_not_found)?;
+    input.record.model(&model.name);
     let prompt_field = field_of(&input.prompt);
     // An overloaded router spends nothing on what it would refuse anyway.
     let presence = state.enter(&input.caller.tenant, &model.name)?;
@@ -70,6 +74,7 @@ pub(super) async fn tokenise(
     check_not_empty(&input.prompt, prompt_field)?;
     let prompt_token_ids = token_ids(state, &model, input.prompt).await?;
     check_token_ids(prompt_field, &prompt_token_ids, model.vocab_size)?;
+    input.record.prompt(prompt_token_ids.len());
     let sampling = sampling(
         &model,
         &input.sampling,
@@ -89,6 +94,7 @@ pub(super) async fn tokenise(
         n: input.n,
         cache_salt: input.cache_salt,
         caller: input.caller,
+        record: input.record,
         arrived,
         deadline: arrived + timeout,
     };

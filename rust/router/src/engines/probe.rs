@@ -102,7 +102,8 @@ impl<'a> Prober<'a> {
             .and_then(|list| Some(list.data.first()?.owned_by.clone()));
         let kind = match owner.flatten().as_deref().and_then(kind_of_owner) {
             Some(kind) => kind,
-            None => self.kind().await?,
+            // A server that does not answer on routes that it does not know is none of those.
+            None => self.kind().await.unwrap_or_default(),
         };
         let mut listed = list.ok_or(ProbeError::Models).map(|list| {
             let model = |listed: ListedModel| EngineModel {

@@ -113,6 +113,8 @@ impl Connection {
     /// Sends a request and waits for the head of its answer. The engine may answer before it has read everything.
     pub(crate) async fn send(&mut self, head: &[u8], body: &[u8]) -> Result<Head, WireError> {
         (self.has_answered, self.is_sent) = (false, false);
+        // Where the future is dropped before the head has come, the rest belongs to nobody.
+        self.body = Decoder::UntilClosed;
         let mut sent = 0;
         poll_fn(|cx| {
             if !self.is_sent

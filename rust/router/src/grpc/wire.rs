@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use crate::{
     caller::Caller,
     error::ApiError,
+    observe::Record,
     request::{Chunk, Finish, GenerateInput, Prompt, SamplingPatch},
 };
 
@@ -29,6 +30,7 @@ pub(super) fn generate_input(request: v1::GenerateRequest) -> Result<GenerateInp
         cache_salt: request.cache_salt,
         // From the metadata.
         caller: Caller::default(),
+        record: Record::default(),
     })
 }
 

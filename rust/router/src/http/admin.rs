@@ -5,6 +5,7 @@
 //! | `GET /admin/workers` | [`workers::list`] |
 //! | `POST /admin/workers/{id}/drain`, `…/undrain` | [`workers::drain`], [`workers::undrain`] |
 //! | `DELETE /admin/workers/{id}` | [`workers::remove`] |
+//! | `GET /admin/decisions/{request_id}` | [`decision`] |
 //! | `POST /admin/drain` | [`drain`]: the router itself |
 //! | `GET /admin/config` | [`config_in_effect`] |
 //! | `PUT /admin/log` | [`set_log`] |
@@ -18,7 +19,7 @@ use std::sync::Arc;
 use axum::{
     Router,
     body::Body,
-    extract::{MatchedPath, Request, State},
+    extract::{MatchedPath, Path, Request, State},
     http::{Response, StatusCode, header},
     middleware::{self, Next},
     routing::{delete, get, post, put},
@@ -37,11 +38,12 @@ use crate::{
 };
 
 /// The routes as metrics name them.
-const ROUTES: [&str; 7] = [
+const ROUTES: [&str; 8] = [
     "/admin/workers",
     "/admin/workers/{id}",
     "/admin/workers/{id}/drain",
     "/admin/workers/{id}/undrain",
+    "/admin/decisions/{request_id}",
     "/admin/drain",
     "/admin/config",
     "/admin/log",
@@ -69,6 +71,7 @@ pub(crate) fn router(
         .route("/admin/workers/{id}", delete(workers::remove))
         .route("/admin/workers/{id}/drain", post(workers::drain))
         .route("/admin/workers/{id}/undrain", post(workers::undrain))
+        .route("/admin/decisions/{request_id}", get(decision))
         .route("/admin/drain", post(drain))
         .route("/admin/config", get(config_in_effect))
         .route("/admin/log", put(set_log))
@@ -126,6 +129,22 @@ async fn drain(State(door): State<Arc<AdminDoor>>) -> Response<Body> {
     tracing::info!("draining: an operator asked for it");
     door.http.state.begin_drain();
     status("draining")
+}
+
+/// Where a request was placed and why: one of the last `--decisions`.
+async fn decision(
+    State(door): State<Arc<AdminDoor>>,
+    Path(request_id): Path<String>,
+) -> Result<Response<Body>, Refusal> {
+    let found = door.http.state.observers().decision(&request_id);
+    let found = found.ok_or_else(|| {
+        let message = "no request with this id was placed lately";
+        Refusal::new(
+            StatusCode::NOT_FOUND,
+            ApiError::invalid("request_id", message),
+        )
+    })?;
+    Ok(json(json_body(&found)))
 }
 
 #[derive(Debug, Serialize)]

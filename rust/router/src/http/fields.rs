@@ -48,6 +48,11 @@ impl<'a> Fields<'a> {
         (raw.get() != "null").then_some(*raw)
     }
 
+    /// All fields, in order.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &'a RawValue)> + '_ {
+        self.0.iter().map(|(key, raw)| (&**key, *raw))
+    }
+
     /// The field as `T`, which `expected` puts in words: "a number".
     pub(crate) fn read<T: Deserialize<'a>>(
         &self,

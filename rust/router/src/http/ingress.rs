@@ -14,6 +14,7 @@ use tracing::Instrument as _;
 use super::{HttpDoor, body::Refusal};
 use crate::{
     error::ApiError,
+    observe::{Arrival, EXPLAIN_KEY, Record, TRACEPARENT_KEY, TRACESTATE_KEY},
     request_id::{REQUEST_ID_KEY, request_id},
 };
 
@@ -29,6 +30,9 @@ const ROUTES: [&str; 8] = [
     "/metrics",
 ];
 
+/// How the routes begin whose requests are recorded.
+const FOR_CLIENTS: &str = "/v1/";
+
 /// The outermost layer.
 pub(super) async fn enter(
     State(door): State<Arc<HttpDoor>>,
@@ -36,12 +40,8 @@ pub(super) async fn enter(
     next: Next,
 ) -> Response<Body> {
     let route = route_label(request.extensions().get::<MatchedPath>());
-    let request_id = request_id(
-        request
-            .headers()
-            .get(REQUEST_ID_KEY)
-            .map(HeaderValue::as_bytes),
-    );
+    let (request_id, record) = arrive(&door, &request, route);
+    request.extensions_mut().insert(record.clone());
     let span = tracing::info_span!("request", request_id, door = "http", route);
     let value = HeaderValue::from_str(&request_id).ok();
     if let Some(value) = value.clone() {
@@ -49,13 +49,40 @@ pub(super) async fn enter(
         request.headers_mut().insert(REQUEST_ID_KEY, value);
     }
     let mut response = next.run(request).instrument(span).await;
-    door.state
-        .metrics
-        .http_response(route, response.status().as_u16());
+    let status = response.status().as_u16();
+    door.state.metrics.http_response(route, status);
+    record.status(status);
+    if let Some(&code) = response.extensions().get::<ErrorCode>() {
+        record.failed(code);
+    }
     if let Some(value) = value {
         response.headers_mut().insert(REQUEST_ID_KEY, value);
     }
     response
+}
+
+/// The request's identity, and the record of one that a client sends.
+fn arrive(door: &HttpDoor, request: &Request, route: &'static str) -> (String, Record) {
+    let given = |key| request.headers().get(key).map(HeaderValue::as_bytes);
+    let request_id = request_id(given(REQUEST_ID_KEY));
+    if !route.starts_with(FOR_CLIENTS) {
+        return (request_id, Record::default());
+    }
+    let record = door.state.observers().record(&Arrival {
+        door: "http",
+        route,
+        request_id: &request_id,
+        traceparent: given(TRACEPARENT_KEY),
+        tracestate: given(TRACESTATE_KEY),
+        wants_explanation: given(EXPLAIN_KEY) == Some(b"1"),
+    });
+    (request_id, record)
+}
+
+/// What is taken down of the request.
+pub(super) fn record_of(request: &Request) -> Record {
+    let record = request.extensions().get::<Record>();
+    record.cloned().unwrap_or_default()
 }
 
 fn route_label(matched: Option<&MatchedPath>) -> &'static str {

@@ -9,6 +9,7 @@ use super::fields::{Fields, read, wrong_type};
 use crate::{
     caller::Caller,
     error::ApiError,
+    observe::Record,
     request::{GenerateInput, Prompt, SamplingPatch},
 };
 
@@ -72,6 +73,7 @@ pub(crate) fn generate_input(
             asked_class: service_tier(fields)?,
             ..Caller::default()
         },
+        record: Record::default(),
     })
 }
 
@@ -146,7 +148,8 @@ fn seed(fields: &Fields<'_>) -> Result<Option<u64>, ApiError> {
     }
 }
 
-fn stop_strings(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
+/// The stop strings, of which there may be one or a list.
+pub(crate) fn stop_strings(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
     let Some(raw) = fields.raw("stop") else {
         return Ok(Vec::new());
     };

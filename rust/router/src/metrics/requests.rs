@@ -27,7 +27,7 @@ pub(super) const E2E_BUCKETS: [f64; 15] = [
 /// Why something ended: the spelling of a closed enum.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct ReasonLabel {
-    reason: &'static str,
+    pub(super) reason: &'static str,
 }
 
 /// A route of ours (never the path that a client typed) and the status it answered with.

@@ -3,8 +3,10 @@ use std::collections::BTreeSet;
 use super::*;
 
 /// Where families are registered, each with a line of its own.
-const SOURCES: [&str; 4] = [
+const SOURCES: [&str; 6] = [
     include_str!("admission.rs"),
+    include_str!("kv_events.rs"),
+    include_str!("observe.rs"),
     include_str!("operation.rs"),
     include_str!("requests.rs"),
     include_str!("workers.rs"),
@@ -17,6 +19,7 @@ fn published_names() -> BTreeSet<String> {
     let _connection = metrics.connection("http");
     let worker = metrics.worker("w0", 16, 100);
     worker.report(1, 2, 0.5);
+    let _events = metrics.kv_events.worker("w0");
     let text = metrics.encode().unwrap();
     let counters = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
     counters

@@ -10,7 +10,7 @@ use super::{InFlight, Metrics};
 /// An attached worker.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct WorkerLabel {
-    worker: String,
+    pub(super) worker: String,
 }
 
 /// A worker's fixed KV figures.

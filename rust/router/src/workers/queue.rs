@@ -60,6 +60,7 @@ pub(crate) struct Reserved {
     workers: Arc<Workers>,
     id: ReservationId,
     worker: WorkerId,
+    predicted_cached_tokens: u32,
     num_output_tokens: u32,
 }
 
@@ -69,12 +70,18 @@ impl Reserved {
             workers: Arc::clone(workers),
             id: reservation.id,
             worker: reservation.worker,
+            predicted_cached_tokens: reservation.num_cached_tokens,
             num_output_tokens: 0,
         }
     }
 
     pub(crate) const fn worker(&self) -> WorkerId {
         self.worker
+    }
+
+    /// Prompt tokens whose KV the worker should hold.
+    pub(crate) const fn predicted_cached_tokens(&self) -> u32 {
+        self.predicted_cached_tokens
     }
 
     /// Says when the prompt is computed: its tokens no longer queue on the worker then.

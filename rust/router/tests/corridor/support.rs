@@ -9,9 +9,11 @@ use orchestra_proto::v1::{
     worker_message::Message as Up,
 };
 use orchestra_router::{
+    caller::Caller,
     corridor::{TokenStream, generate},
     error::ApiError,
     metrics::Metrics,
+    observe::Record,
     request::{Chunk, GenerateInput, Prompt, SamplingPatch},
     state::{CorridorLimits, RouterState},
     workers::gateway_service,
@@ -357,7 +359,8 @@ pub(crate) fn input(prompt: Prompt) -> GenerateInput {
         n: 1,
         timeout: None,
         cache_salt: String::new(),
-        caller: orchestra_router::caller::Caller::default(),
+        caller: Caller::default(),
+        record: Record::default(),
     }
 }
 

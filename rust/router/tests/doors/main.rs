@@ -17,6 +17,7 @@ mod binary;
 mod grpc;
 mod http;
 mod limits;
+mod observe;
 mod process;
 mod settings;
 mod shutdown;

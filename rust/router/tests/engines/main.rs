@@ -10,4 +10,5 @@
 mod failures;
 mod health;
 mod passing;
+mod replay;
 mod support;

@@ -220,6 +220,7 @@ async fn serve(mut socket: TcpStream, models: String, calls: mpsc::Sender<Call>)
         let own = match path.as_str() {
             "/health" => Some(answer(200, "", "")),
             "/v1/models" => Some(answer(200, "", &models)),
+            _ if head.starts_with("GET ") => Some(answer(404, "", "{}")),
             _ => None,
         };
         if let Some(answer) = own {
@@ -279,7 +280,8 @@ pub(crate) fn config() -> RouterConfig {
         config.listen.http,
         config.listen.grpc,
         config.listen.workers,
-    ) = (any, any, any);
+        config.listen.admin,
+    ) = (any, any, any, any);
     config.engines.engine_ttft_timeout.0 = PATIENCE;
     config.engines.engine_stall_timeout.0 = PATIENCE;
     config

@@ -14,6 +14,7 @@ use crate::{
     engines::EngineWorker,
     error::ApiError,
     metrics::InFlight,
+    observe::Stage,
     state::RouterState,
     workers::queue::{self, Reserved, Seat},
 };
@@ -24,7 +25,7 @@ const MAX_TOKENS_UNKNOWN: u32 = 256;
 /// A request that has a seat.
 pub(super) struct Admitted {
     pub(super) state: Arc<RouterState>,
-    pub(super) request: RelayRequest,
+    pub(super) request: Arc<RelayRequest>,
     pub(super) deadline: Instant,
     /// Room on the engine that is to be tried first.
     first: Option<Reserved>,
@@ -36,6 +37,8 @@ pub(super) struct Admitted {
 impl RelayRequest {
     /// Waits for a seat, and for an engine with room.
     pub(super) async fn admit(self, state: &Arc<RouterState>) -> Result<Admitted, ApiError> {
+        self.record.model(&self.model.name);
+        self.record.reached(Stage::Tokenised);
         let limit = state.settings().limits.request_timeout;
         let timeout = self.caller.timeout.map_or(limit, |asked| asked.min(limit));
         let deadline = self.arrived + timeout;
@@ -46,14 +49,16 @@ impl RelayRequest {
             deadline: Some(state.clock.at(until)),
             ..self.route(&[])
         };
+        state.workers.explain_to(&self.record, &route);
         let admitted = state.acquire(&route, until).await;
         let queue::Admitted { reserved, seat } =
             admitted.map_err(|error| self.placement_error(&error))?;
         drop(waiting);
+        self.record.reached(Stage::Admitted);
         let queue_time = self.arrived.elapsed().as_secs_f64();
         state.metrics.request_queue_time.observe(queue_time);
         Ok(Admitted {
-            request: self,
+            request: Arc::new(self),
             deadline,
             first: Some(reserved),
             _seat: seat,
@@ -99,9 +104,18 @@ impl Admitted {
         let first = self.first.take();
         let reserved = match first.filter(|first| !exclude.contains(&first.worker())) {
             Some(first) => first,
-            None => workers.accompany(&self.request.route(exclude))?,
+            None => {
+                let route = self.request.route(exclude);
+                workers.explain_to(&self.request.record, &route);
+                workers.accompany(&route)?
+            }
         };
         let worker = self.state.engines.worker(reserved.worker());
-        Ok((worker.ok_or(SchedulerError::UnknownWorker)?, reserved))
+        let worker = worker.ok_or(SchedulerError::UnknownWorker)?;
+        let record = &self.request.record;
+        let choice = (0, !exclude.is_empty());
+        record.placed(choice, &worker.name, reserved.predicted_cached_tokens());
+        record.reached(Stage::Dispatched);
+        Ok((worker, reserved))
     }
 }

@@ -12,20 +12,33 @@ use tokio::time::{self, Instant};
 
 use super::{
     admit::Admitted,
-    answer::{GiveUp, Whole},
+    answer::GiveUp,
     run::{Failure, FailureKind, Reply, Run},
 };
-use crate::{engines::EngineUrl, error::ApiError};
+use crate::{
+    engines::{EngineUrl, engine::Engine},
+    error::ApiError,
+};
 
 /// How long to wait before an engine is asked again that has just failed: there is no other.
 const SAME_ENGINE_PAUSE: Duration = Duration::from_millis(50);
+
+/// How long until engines are asked again that would not continue an answer.
+const REFUSED_PAUSE: Duration = Duration::from_millis(250);
+
+/// What goes to an engine; `None` where it has no means to do what is asked.
+type BodyFor<'a> = &'a (dyn Fn(&Engine) -> Option<Bytes> + Send + Sync);
 
 /// The attempts of one request.
 pub(super) struct Attempts {
     pub(super) admitted: Admitted,
     /// Engines that failed it.
     excluded: Vec<WorkerId>,
-    pub(super) num_attempts: u32,
+    num_attempts: u32,
+    /// Engines that have no means to continue the answer, in this round.
+    num_unfit: u32,
+    /// Times that the answer was, or was to be, continued.
+    num_resumptions: u32,
     /// How the last one failed, and where.
     last: Option<(Failure, EngineUrl)>,
 }
@@ -38,6 +51,8 @@ impl Attempts {
             admitted,
             excluded: Vec::new(),
             num_attempts: 0,
+            num_unfit: 0,
+            num_resumptions: 0,
             last: None,
         }
     }
@@ -45,18 +60,66 @@ impl Attempts {
     /// Sends the client's own body to one engine after another, until one answers.
     pub(super) async fn exchange(&mut self) -> Result<Reply, GiveUp> {
         let body = self.admitted.request.body.clone();
-        self.exchange_body(&body).await
+        self.exchange_bodies(&|_| Some(body.clone())).await
     }
 
-    /// The same with another body.
-    pub(super) async fn exchange_body(&mut self, body: &Bytes) -> Result<Reply, GiveUp> {
+    /// The same with a body for each engine, where that has one.
+    async fn exchange_bodies(&mut self, body_for: BodyFor<'_>) -> Result<Reply, GiveUp> {
         loop {
             let run = self.begin().await?;
+            let Some(body) = body_for(&run.worker.engine) else {
+                self.excluded.push(run.worker_id());
+                self.num_unfit += 1;
+                continue;
+            };
+            self.num_attempts += 1;
             let url = run.worker.engine.config.url.clone();
-            match run.exchange(&self.admitted, body).await {
+            match run.exchange(&self.admitted, &body).await {
                 Ok(reply) => return Ok(reply),
                 Err((failure, worker)) => self.failed(failure, worker, url)?,
             }
+        }
+    }
+
+    /// Sends the request on in mid-stream. A client waits for the rest of its answer, so this one does not give up where
+    /// nobody takes it at the moment: it tries again, for as long as `replay_wait` says.
+    pub(super) async fn resume(&mut self, body_for: BodyFor<'_>) -> Result<Reply, GiveUp> {
+        let state = Arc::clone(&self.admitted.state);
+        let limits = state.settings().limits.clone();
+        self.num_resumptions += 1;
+        if self.num_resumptions > limits.max_replays {
+            let message = "the engines failed, as often as a request may be continued";
+            return Err(GiveUp::Ours(ApiError::new(
+                ErrorCode::WorkerFailed,
+                message,
+            )));
+        }
+        let until = (Instant::now() + limits.replay_wait).min(self.admitted.deadline);
+        let mut arrivals = state.workers.arrivals();
+        loop {
+            arrivals.mark_unchanged();
+            (self.num_attempts, self.num_unfit) = (0, 0);
+            let reason = match self.exchange_bodies(body_for).await {
+                Ok(reply) => return Ok(reply),
+                Err(reason) => reason,
+            };
+            if Instant::now() >= until {
+                return Err(reason);
+            }
+            if self.num_unfit > 0 && self.num_attempts == 0 {
+                let message = "the engine failed and no other is able to continue its answer";
+                return Err(GiveUp::Ours(ApiError::new(
+                    ErrorCode::WorkerFailed,
+                    message,
+                )));
+            }
+            tokio::select! {
+                biased;
+                () = state.tasks.shutdown_token().cancelled() => return Err(reason),
+                _ = arrivals.changed() => {}
+                () = time::sleep_until(until.min(Instant::now() + REFUSED_PAUSE)) => {}
+            }
+            self.excluded.clear();
         }
     }
 
@@ -68,7 +131,6 @@ impl Attempts {
                 Ok((worker, reserved)) => {
                     let id = worker.id;
                     if let Some(run) = Run::begin(&self.admitted.state, worker, reserved) {
-                        self.num_attempts += 1;
                         return Ok(run);
                     }
                     // Another request is on trial there.
@@ -100,6 +162,11 @@ impl Attempts {
         })
     }
 
+    /// The engine failed in mid-stream.
+    pub(super) fn exclude(&mut self, worker: WorkerId) {
+        self.excluded.push(worker);
+    }
+
     /// Takes a failure in: another attempt may follow, or this was the last.
     pub(super) fn failed(
         &mut self,
@@ -117,8 +184,15 @@ impl Attempts {
                 message,
             )));
         }
+        // An engine that is gone takes no harm from retries, and what ran on it is owed one. So is a client that has the
+        // beginning of its answer.
+        let is_owed = self.num_resumptions > 0
+            || matches!(
+                failure.kind,
+                FailureKind::Connect | FailureKind::Broken | FailureKind::Removed
+            );
         let may_retry = self.num_attempts < state.engines.limits.max_attempts
-            && state.engines.take_retry(state.clock.now());
+            && (is_owed || state.engines.take_retry(state.clock.now()));
         if !may_retry {
             return Err(give_up(failure, url));
         }
@@ -127,7 +201,11 @@ impl Attempts {
     }
 
     /// An answer in one piece.
-    pub(super) fn finish(&self, answer: Whole) -> Response<Body> {
+    pub(super) fn finish(&self, reply: Reply) -> Result<Response<Body>, ApiError> {
+        let Reply::Whole(answer) = reply else {
+            let message = "the engine answered with a stream that nobody asked for";
+            return Err(ApiError::new(ErrorCode::WorkerFailed, message));
+        };
         let metrics = &self.admitted.state.metrics;
         let elapsed = self.admitted.request.arrived.elapsed().as_secs_f64();
         metrics.e2e_request_latency.observe(elapsed);
@@ -139,7 +217,7 @@ impl Attempts {
         for _ in 0..self.admitted.request.checked.num_choices {
             metrics.finished(reason);
         }
-        answer.into_response()
+        Ok(answer.into_response())
     }
 
     /// No answer of any engine.

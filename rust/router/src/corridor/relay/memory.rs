@@ -77,8 +77,25 @@ impl Memory {
         self.text_bytes > TEXT_BYTES_MAX
     }
 
+    /// Output tokens of all choices.
+    pub(super) fn num_tokens(&self) -> u32 {
+        self.choices.iter().map(|choice| choice.num_tokens).sum()
+    }
+
+    /// Every choice that has not ended ends so.
+    pub(super) fn finish(&mut self, reason: FinishReason, metrics: &Metrics) {
+        for choice in self.choices.iter_mut().filter(|choice| !choice.is_finished) {
+            choice.is_finished = true;
+            metrics.finished(reason);
+        }
+    }
+
     /// Takes the data of an event in. What is no piece of an answer, or is an error, is refused.
     pub(super) fn take(&mut self, data: &[u8], metrics: &Metrics) -> Result<(), NoPiece> {
+        // A list would do for a struct, field by field.
+        if !data.trim_ascii_start().starts_with(b"{") {
+            return Err(NoPiece);
+        }
         let piece: Piece<'_> = serde_json::from_slice(data).map_err(|_| NoPiece)?;
         if piece.error.is_some() {
             return Err(NoPiece);

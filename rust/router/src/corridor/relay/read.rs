@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::check::{self, Checked};
 use crate::{
-    caller::Caller, error::ApiError, http::fields::Fields, models::ForeignModel,
+    caller::Caller, error::ApiError, http::fields::Fields, models::ForeignModel, observe::Record,
     request_id::REQUEST_ID_KEY,
 };
 
@@ -84,6 +84,8 @@ pub(crate) struct RelayRequest {
     pub(super) key: Vec<u32>,
     pub(super) arrived: Instant,
     pub(crate) caller: Caller,
+    /// What is taken down of it.
+    pub(crate) record: Record,
 }
 
 /// Reads a body whose model foreign engines have.
@@ -105,6 +107,7 @@ pub(crate) fn read(
         key: pack(prompt.as_bytes()),
         arrived: Instant::now(),
         caller: Caller::default(),
+        record: Record::default(),
     })
 }
 

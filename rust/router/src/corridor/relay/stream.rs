@@ -3,6 +3,7 @@
 use std::{
     convert::Infallible,
     pin::{Pin, pin},
+    sync::Arc,
     time::Duration,
 };
 
@@ -22,10 +23,14 @@ use super::{
     attempts::Attempts,
     events::{self, Events},
     memory::Memory,
+    resume::Resumption,
     run::{Failure, FailureKind, Reply, Run},
+    splice::{self, Splice, Spliced},
 };
 use crate::{
+    engines::engine::Engine,
     error::ApiError,
+    observe::Stage,
     respond::{ErrorBody, json_body, log},
 };
 
@@ -45,6 +50,10 @@ pub(super) struct EventStream {
     has_begun: bool,
     /// Why the engine's stream broke, behind events that are good.
     broken: Option<Failure>,
+    /// Joins a continuation to what was there before.
+    splice: Option<Splice>,
+    /// The last words on usage have to be ours.
+    owes_usage: bool,
     is_over: bool,
 }
 
@@ -58,34 +67,11 @@ impl EventStream {
             run: Some(run),
             has_begun: false,
             broken: None,
+            splice: None,
+            owes_usage: false,
             is_over: false,
             attempts,
         }
-    }
-
-    /// Answers with the stream, once its first event is there: what fails before that has a status of its own. Where it
-    /// takes longer than the keep-alive interval, the status goes out then.
-    pub(super) async fn respond(
-        mut self,
-        keep_alive: Duration,
-    ) -> Result<Response<Body>, ApiError> {
-        let mut first: BoxFuture<'static, First> = Box::pin(async move {
-            let events = self.next().await;
-            (self, events)
-        });
-        let first = match timeout(keep_alive, first.as_mut()).await {
-            Ok((stream, Err(reason))) => return stream.attempts.give_up(reason),
-            Ok(ready) => std::future::ready(ready).boxed(),
-            Err(_) => first,
-        };
-        let mut response = Response::new(Body::from_stream(write(first, keep_alive)));
-        let headers = response.headers_mut();
-        let media_type = HeaderValue::from_static("text/event-stream; charset=utf-8");
-        headers.insert(header::CONTENT_TYPE, media_type);
-        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-        // Asks nginx not to collect the stream before it passes it on.
-        headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-        Ok(response)
     }
 
     /// The next events for the client; `None` behind the last.
@@ -101,7 +87,15 @@ impl EventStream {
                     self.count_first();
                     return Ok(Some(events));
                 }
-                Err(failure) => self.go_on_elsewhere(failure).await?,
+                Err(failure) if self.memory.is_complete() => {
+                    self.fail_run(&failure);
+                    return Ok(Some(self.complete()));
+                }
+                Err(failure) => {
+                    if let Some(events) = self.go_on_elsewhere(failure).await? {
+                        return Ok(Some(events));
+                    }
+                }
             }
         }
         Ok(None)
@@ -144,6 +138,7 @@ impl EventStream {
     fn take(&mut self) -> Result<Bytes, Failure> {
         let metrics = &self.attempts.admitted.state.metrics;
         let mut except = 0;
+        let mut spliced = BytesMut::new();
         while let Some(event) = self.events.next() {
             let Some(data) = events::data(event) else {
                 continue;
@@ -163,11 +158,33 @@ impl EventStream {
                 self.is_over = true;
                 break;
             }
+            if let Some(splice) = &mut self.splice {
+                match splice.event(&data) {
+                    Spliced::Data(event) => splice::write(&event, &mut spliced),
+                    Spliced::Nothing => {}
+                    Spliced::Stopped(event) => {
+                        splice::write(&event, &mut spliced);
+                        self.owes_usage = true;
+                        break;
+                    }
+                }
+            }
         }
         if self.events.is_too_large() {
             self.broken = Some(FailureKind::Garbage.into());
         }
-        let events = self.events.take(except);
+        let mut events = self.events.take(except);
+        if self.owes_usage {
+            self.memory.finish(FinishReason::Stop, metrics);
+            spliced.extend_from_slice(&self.complete());
+            return Ok(spliced.freeze());
+        }
+        if self.splice.is_some() {
+            if self.is_over {
+                spliced.extend_from_slice(DONE_EVENT);
+            }
+            events = spliced.freeze();
+        }
         if self.is_over {
             self.finish();
         }
@@ -185,9 +202,26 @@ impl EventStream {
         if !self.memory.is_complete() {
             return Err(FailureKind::Broken.into());
         }
+        Ok(self.complete())
+    }
+
+    /// The end of a stream that has all of its choices, in our words: the usage where a continuation owes it, `[DONE]`.
+    fn complete(&mut self) -> Bytes {
+        let mut events = BytesMut::new();
+        let request = &self.attempts.admitted.request;
+        if self.owes_usage && request.checked.include_usage {
+            let usage = self
+                .splice
+                .as_ref()
+                .and_then(|it| it.usage_event(self.memory.num_tokens()));
+            if let Some(usage) = usage {
+                splice::write(&usage, &mut events);
+            }
+        }
+        events.extend_from_slice(DONE_EVENT);
         self.is_over = true;
         self.finish();
-        Ok(Bytes::from_static(DONE_EVENT))
+        events.freeze()
     }
 
     /// Every choice has ended.
@@ -214,17 +248,15 @@ impl EventStream {
             metrics
                 .prefix_cache_hit_tokens
                 .inc_by(cached.unwrap_or(0).into());
+            let record = &admitted.request.record;
+            record.prompt(usage.prompt_tokens as usize);
+            record.cached(0, cached.unwrap_or(0));
         }
-        let num_tokens: u32 = self
-            .memory
-            .choices
-            .iter()
-            .map(|choice| choice.num_tokens)
-            .sum();
         let reported = self.memory.usage.map(|usage| usage.completion_tokens);
-        metrics
-            .generation_tokens
-            .inc_by(reported.unwrap_or(num_tokens).into());
+        let completion_tokens = reported.unwrap_or(self.memory.num_tokens());
+        metrics.generation_tokens.inc_by(completion_tokens.into());
+        let record = &admitted.request.record;
+        record.finished(FinishReason::Stop, completion_tokens);
     }
 
     fn count_first(&mut self) {
@@ -234,39 +266,62 @@ impl EventStream {
         let admitted = &self.attempts.admitted;
         let elapsed = admitted.request.arrived.elapsed().as_secs_f64();
         admitted.state.metrics.time_to_first_token.observe(elapsed);
+        admitted.request.record.reached(Stage::FirstToken);
         if let Some(run) = &self.run {
             run.reserved.prefill().done();
         }
     }
 
-    /// The engine failed in mid-stream: another takes over, or the request is given up.
-    async fn go_on_elsewhere(&mut self, failure: Failure) -> Result<(), GiveUp> {
-        let Some(mut run) = self.run.take() else {
-            let message = "the engine failed and no other could continue the request";
-            return Err(GiveUp::Ours(ApiError::new(
-                ErrorCode::WorkerFailed,
-                message,
-            )));
-        };
-        run.fail(&failure);
-        let (worker, url) = (run.worker_id(), run.worker.engine.config.url.clone());
-        drop(run);
-        self.events = Events::default();
-        if self.has_begun {
-            let message = "the engine failed in mid-stream";
-            return Err(GiveUp::Ours(ApiError::new(
-                ErrorCode::WorkerFailed,
-                message,
-            )));
+    /// The engine's connection is closed, and the failure counted against it.
+    fn fail_run(&mut self, failure: &Failure) {
+        if let Some(mut run) = self.run.take() {
+            run.fail(failure);
+            self.attempts.exclude(run.worker_id());
         }
-        self.attempts.failed(failure, worker, url)?;
-        self.memory = Memory::new(self.attempts.admitted.request.checked.num_choices);
-        match self.attempts.exchange().await? {
+        self.events = Events::default();
+    }
+
+    /// The engine failed in mid-stream: another takes over, or the request is given up. The answer is what the client gets
+    /// at once, where it needs no other engine.
+    async fn go_on_elsewhere(&mut self, failure: Failure) -> Result<Option<Bytes>, GiveUp> {
+        let Some(worker) = self.run.as_ref().map(|run| Arc::clone(&run.worker)) else {
+            return Err(no_continuation());
+        };
+        self.fail_run(&failure);
+        let reply = if !self.has_begun {
+            let url = worker.engine.config.url.clone();
+            self.attempts.failed(failure, worker.id, url)?;
+            self.memory = Memory::new(self.attempts.admitted.request.checked.num_choices);
+            self.attempts.exchange().await?
+        } else if self.memory.is_empty() {
+            // Also where there are several choices: the other engine begins anew, and only the names stay.
+            self.splice = Some(Splice::new(
+                self.attempts.admitted.request.route,
+                &self.memory,
+                &[],
+            ));
+            let body = self.attempts.admitted.request.body.clone();
+            self.attempts.resume(&|_| Some(body.clone())).await?
+        } else {
+            let request = &self.attempts.admitted.request;
+            let resumption = Resumption::new(request, &self.memory).ok_or_else(no_continuation)?;
+            self.splice = Some(Splice::new(request.route, &self.memory, &resumption.stop));
+            let kind = worker.engine.status.lock().kind;
+            if resumption.tokens_left(kind) == Some(0) {
+                return Ok(Some(self.end_at_limit()));
+            }
+            let body_for = |engine: &Engine| {
+                let kind = engine.status.lock().kind;
+                resumption.body(&engine.config, kind)
+            };
+            self.attempts.resume(&body_for).await?
+        };
+        match reply {
             Reply::Events(run) => {
                 let limits = &self.attempts.admitted.state.engines.limits;
                 self.silence.begin(limits.ttft_timeout);
                 self.run = Some(run);
-                Ok(())
+                Ok(None)
             }
             Reply::Whole(answer) => {
                 let message = format!("the engine answered with status {}", answer.status);
@@ -278,47 +333,124 @@ impl EventStream {
         }
     }
 
-    /// The error as the last event. No `[DONE]` follows it: a client must not take it for an end.
-    fn fail(&mut self, reason: GiveUp) -> Bytes {
-        self.is_over = true;
-        let error = reason.into_error();
-        log(&error);
-        self.count_unfinished(FinishReason::Error);
-        let mut event = BytesMut::from(&b"data: "[..]);
-        event.extend_from_slice(&json_body(&ErrorBody::from(&error)));
-        event.extend_from_slice(b"\n\n");
-        event.freeze()
+    /// The engine failed between the last token that there may be and the words that it was the last.
+    fn end_at_limit(&mut self) -> Bytes {
+        let mut events = BytesMut::new();
+        if let Some(splice) = &self.splice {
+            splice::write(&splice.last_event("length"), &mut events);
+        }
+        let metrics = &self.attempts.admitted.state.metrics;
+        self.memory.finish(FinishReason::Length, metrics);
+        self.owes_usage = true;
+        events.extend_from_slice(&self.complete());
+        events.freeze()
     }
 
-    fn count_unfinished(&mut self, reason: FinishReason) {
+    /// The error as the last event.
+    fn fail(&mut self, reason: GiveUp) -> Bytes {
+        self.is_over = true;
         let metrics = &self.attempts.admitted.state.metrics;
-        for choice in self
-            .memory
-            .choices
-            .iter_mut()
-            .filter(|choice| !choice.is_finished)
-        {
-            choice.is_finished = true;
-            metrics.finished(reason);
+        let error = reason.into_error();
+        let record = &self.attempts.admitted.request.record;
+        record.failed(error.code);
+        for choice in self.memory.choices.iter().filter(|it| !it.is_finished) {
+            record.finished(FinishReason::Error, choice.num_tokens);
+        }
+        self.memory.finish(FinishReason::Error, metrics);
+        error_event(&error)
+    }
+}
+
+/// The last event of a stream that failed. No `[DONE]` follows it: a client must not take it for an end.
+fn error_event(error: &ApiError) -> Bytes {
+    log(error);
+    let mut event = BytesMut::from(&b"data: "[..]);
+    event.extend_from_slice(&json_body(&ErrorBody::from(error)));
+    event.extend_from_slice(b"\n\n");
+    event.freeze()
+}
+
+/// An answer that comes after the status of another one is out.
+fn status_gone(answer: Result<Response<Body>, ApiError>) -> ApiError {
+    match answer {
+        Err(error) => error,
+        Ok(response) => {
+            let message = format!(
+                "the engine answered with status {}",
+                response.status().as_u16()
+            );
+            ApiError::new(ErrorCode::WorkerFailed, message)
         }
     }
 }
 
-/// A stream, and its first events.
-type First = (EventStream, Result<Option<Bytes>, GiveUp>);
+fn no_continuation() -> GiveUp {
+    let message = "the engine failed, and this answer cannot be continued on another";
+    GiveUp::Ours(ApiError::new(ErrorCode::WorkerFailed, message))
+}
+
+/// What became of a request for a stream by the time of its first event.
+enum Opened {
+    Stream(EventStream, Bytes),
+    /// It got another answer, or none.
+    Instead(Result<Response<Body>, ApiError>),
+}
+
+/// Answers with a stream, once its first event is there: what fails before that has a status of its own. Where it takes
+/// longer than the keep-alive interval, the status goes out then.
+pub(super) async fn respond(
+    attempts: Attempts,
+    keep_alive: Duration,
+) -> Result<Response<Body>, ApiError> {
+    let mut opening: BoxFuture<'static, Opened> = Box::pin(open(attempts));
+    let opening = match timeout(keep_alive, opening.as_mut()).await {
+        Ok(Opened::Instead(answer)) => return answer,
+        Ok(opened) => std::future::ready(opened).boxed(),
+        Err(_) => opening,
+    };
+    let mut response = Response::new(Body::from_stream(write(opening, keep_alive)));
+    let headers = response.headers_mut();
+    let media_type = HeaderValue::from_static("text/event-stream; charset=utf-8");
+    headers.insert(header::CONTENT_TYPE, media_type);
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    // Asks nginx not to collect the stream before it passes it on.
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    Ok(response)
+}
+
+async fn open(mut attempts: Attempts) -> Opened {
+    let run = match attempts.exchange().await {
+        Ok(Reply::Events(run)) => run,
+        Ok(whole) => return Opened::Instead(attempts.finish(whole)),
+        Err(reason) => return Opened::Instead(attempts.give_up(reason)),
+    };
+    let mut stream = EventStream::new(attempts, run);
+    match stream.next().await {
+        Ok(events) => Opened::Stream(stream, events.unwrap_or_default()),
+        Err(reason) => Opened::Instead(stream.attempts.give_up(reason)),
+    }
+}
 
 /// The body of the answer. The wait for events is never broken off for a comment: it may be on its way to an engine.
 fn write(
-    mut first: BoxFuture<'static, First>,
+    mut opening: BoxFuture<'static, Opened>,
     keep_alive: Duration,
 ) -> impl Stream<Item = Result<Bytes, Infallible>> + Send {
     stream! {
-        let (mut stream, mut events) = loop {
-            match timeout(keep_alive, first.as_mut()).await {
-                Ok(first) => break first,
+        let opened = loop {
+            match timeout(keep_alive, opening.as_mut()).await {
+                Ok(opened) => break opened,
                 Err(_) => yield Ok(KEEP_ALIVE),
             }
         };
+        let (mut stream, events) = match opened {
+            Opened::Stream(stream, events) => (stream, events),
+            Opened::Instead(answer) => {
+                yield Ok(error_event(&status_gone(answer)));
+                return;
+            }
+        };
+        let mut events = Ok(Some(events));
         loop {
             match events {
                 Ok(Some(events)) => yield Ok(events),
@@ -342,7 +474,8 @@ fn write(
 impl Drop for EventStream {
     fn drop(&mut self) {
         if self.has_begun {
-            self.count_unfinished(FinishReason::Abort);
+            let metrics = &self.attempts.admitted.state.metrics;
+            self.memory.finish(FinishReason::Abort, metrics);
         }
     }
 }

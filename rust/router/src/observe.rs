@@ -1,0 +1,139 @@
+//! What is left of a request when it is gone: a line in the access log, a decision that can be asked for, a warning
+//! where it was slow.
+//!
+//! A [`Record`] goes with each request from its door to its last token and takes down facts as they arise: a few words
+//! under a lock that nobody else wants. The last holder's drop is the request's end, and only then is anything written
+//! ([`Observers`]), so that no request waits for its record.
+
+mod access_log;
+mod decisions;
+mod record;
+mod throttle;
+mod trace_context;
+
+use std::{sync::Arc, time::Duration};
+
+use parking_lot::RwLock;
+
+pub(crate) use self::trace_context::{TRACEPARENT_KEY, TRACESTATE_KEY};
+pub(crate) use self::{
+    access_log::AccessLog,
+    decisions::DecisionView,
+    record::{Arrival, Candidate, Explained, Passed, Stage},
+};
+use self::{decisions::Decisions, record::Entry, throttle::Throttle};
+pub use self::{record::Record, trace_context::TraceContext};
+use crate::{config::ObserveConfig, metrics::Metrics};
+
+/// HTTP header and gRPC metadata: `1` asks for a full explanation of the request's placement.
+pub(crate) const EXPLAIN_KEY: &str = "x-orchestra-explain";
+/// The least time between two full explanations, and between two warnings of slow requests.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// What may change while the router runs.
+#[derive(Clone, Copy, Debug, Default)]
+struct Limits {
+    slow_ttft: Option<Duration>,
+    slow_total: Option<Duration>,
+    explain_share: f64,
+}
+
+impl From<&ObserveConfig> for Limits {
+    fn from(config: &ObserveConfig) -> Self {
+        Self {
+            slow_ttft: config.slow_ttft.map(|span| span.0),
+            slow_total: config.slow_total.map(|span| span.0),
+            explain_share: config.explain_share,
+        }
+    }
+}
+
+/// Where the records of requests go.
+#[derive(Debug)]
+pub(crate) struct Observers {
+    metrics: Metrics,
+    limits: RwLock<Limits>,
+    decisions: Decisions,
+    access_log: Option<AccessLog>,
+    explanations: Throttle,
+    warnings: Throttle,
+}
+
+impl Observers {
+    pub(crate) fn new(
+        config: &ObserveConfig,
+        metrics: Metrics,
+        access_log: Option<AccessLog>,
+    ) -> Self {
+        Self {
+            metrics,
+            limits: RwLock::new(config.into()),
+            decisions: Decisions::new(config.decisions),
+            access_log,
+            explanations: Throttle::new(PAUSE),
+            warnings: Throttle::new(PAUSE),
+        }
+    }
+
+    /// From the next request on these limits count.
+    pub(crate) fn set_limits(&self, config: &ObserveConfig) {
+        *self.limits.write() = config.into();
+    }
+
+    /// Opens the access log anew, as after a rotation.
+    pub(crate) fn reopen(&self) {
+        if let Some(log) = &self.access_log {
+            log.reopen();
+        }
+    }
+
+    /// The record of a request that has just arrived.
+    pub(crate) fn record(self: &Arc<Self>, arrival: &Arrival<'_>) -> Record {
+        let share = self.limits.read().explain_share;
+        let is_asked = arrival.wants_explanation || (share > 0.0 && fastrand::f64() < share);
+        let is_explained = is_asked && self.explanations.may_pass();
+        Record::new(arrival, is_explained, Arc::clone(self))
+    }
+
+    /// What is remembered of the request with this id; of several, the last.
+    pub(crate) fn decision(&self, request_id: &str) -> Option<DecisionView> {
+        self.decisions.find(request_id)
+    }
+
+    /// A request was placed, so it can be asked for.
+    fn remember(&self, entry: &Arc<Entry>) {
+        self.decisions.push(Arc::clone(entry));
+    }
+
+    /// A request is over.
+    fn ended(&self, entry: &Entry) {
+        let passed = entry.passed();
+        self.warn_if_slow(entry, &passed);
+        if let Some(log) = &self.access_log {
+            log.write(entry, &passed);
+        }
+    }
+
+    fn warn_if_slow(&self, entry: &Entry, passed: &Passed) {
+        let Limits {
+            slow_ttft,
+            slow_total,
+            ..
+        } = *self.limits.read();
+        let exceeds = |time: Option<Duration>, limit: Option<Duration>| {
+            time.zip(limit).is_some_and(|(time, limit)| time > limit)
+        };
+        let is_slow_ttft = exceeds(passed.ttft, slow_ttft);
+        let is_slow_total = exceeds(Some(passed.total), slow_total);
+        let metrics = &self.metrics.observe;
+        if is_slow_ttft {
+            metrics.slow("ttft");
+        }
+        if is_slow_total {
+            metrics.slow("total");
+        }
+        if (is_slow_ttft || is_slow_total) && self.warnings.may_pass() {
+            entry.warn_slow(passed);
+        }
+    }
+}
