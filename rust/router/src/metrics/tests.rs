@@ -3,7 +3,8 @@ use std::collections::BTreeSet;
 use super::*;
 
 /// Where families are registered, each with a line of its own.
-const SOURCES: [&str; 6] = [
+const SOURCES: [&str; 7] = [
+    include_str!("admission.rs"),
     include_str!("engines.rs"),
     include_str!("kv_events.rs"),
     include_str!("observe.rs"),
