@@ -294,7 +294,7 @@ impl RouterState {
     }
 
     /// The engine answers, and says this of itself.
-    pub(super) fn engine_up(&self, engine: &Arc<Engine>, identity: Identity) {
+    pub(super) fn engine_up(&self, engine: &Arc<Engine>, identity: &Identity) {
         let mut status = engine.status.lock();
         // It may have been removed while it was asked.
         if engine.removed.is_cancelled() {
@@ -358,11 +358,13 @@ impl RouterState {
     fn update_models(&self, engine: &Arc<Engine>, status: &mut Status, models: &[EngineModel]) {
         let is_listed =
             |worker: &Arc<EngineWorker>| models.iter().any(|model| model.id == worker.model);
-        let (kept, gone) = std::mem::take(&mut status.workers)
+        let (kept, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut status.workers)
             .into_iter()
             .partition(is_listed);
         status.workers = kept;
-        gone.iter().for_each(|worker| self.detach_model(worker));
+        for worker in gone {
+            self.detach_model(&worker);
+        }
         for model in models {
             if status.workers.iter().any(|worker| worker.model == model.id) {
                 continue;

@@ -319,7 +319,10 @@ impl EventStream {
                 self.run = Some(run);
                 Ok(None)
             }
-            Reply::Whole(answer) => Err(GiveUp::Theirs(answer, worker.engine.config.url.clone())),
+            Reply::Whole(answer) => Err(GiveUp::Theirs(
+                Box::new(answer),
+                worker.engine.config.url.clone(),
+            )),
         }
     }
 
@@ -406,7 +409,7 @@ enum Resumed {
 
 /// What became of a request for a stream by the time of its first event.
 enum Opened {
-    Stream(EventStream, Bytes),
+    Stream(Box<EventStream>, Bytes),
     /// It got another answer, or none.
     Instead(Result<Response<Body>, ApiError>),
 }
@@ -439,7 +442,7 @@ async fn open(mut attempts: Attempts) -> Opened {
         Ok(whole) => return Opened::Instead(attempts.finish(whole)),
         Err(reason) => return Opened::Instead(attempts.give_up(reason)),
     };
-    let mut stream = EventStream::new(attempts, run);
+    let mut stream = Box::new(EventStream::new(attempts, run));
     match stream.next().await {
         Ok(events) => Opened::Stream(stream, events.unwrap_or_default()),
         Err(reason) => Opened::Instead(stream.attempts.give_up(reason)),
