@@ -7,15 +7,18 @@
 
 mod breaker;
 mod budget;
+mod compare;
 pub mod config;
 pub mod connect;
 pub(crate) mod engine;
 pub mod file;
 mod health;
+mod models;
 mod outlier;
 mod pool;
 mod probe;
 mod set;
+mod standing;
 mod url;
 pub(crate) mod wire;
 
@@ -26,4 +29,4 @@ pub use self::{
     set::{EngineError, EngineStatus, Engines},
     url::{EngineUrl, UrlError},
 };
-pub(crate) use self::{engine::EngineWorker, set::Verdict};
+pub(crate) use self::{engine::EngineWorker, standing::Verdict};
