@@ -41,8 +41,8 @@ impl Break {
             Self::Garbage => call.event("{\"choices\": [}").await,
             Self::HalfEvent => call.write(chunk("data: {\"choices\": [{\"ind")).await,
             Self::ErrorEvent => {
-                call.event("{\"error\": {\"message\": \"dead\", \"code\": 500}}")
-                    .await
+                let dead = "{\"error\": {\"message\": \"dead\", \"code\": 500}}";
+                call.event(dead).await;
             }
             Self::EarlyDone => call.event("[DONE]").await,
             Self::BadChunk => call.write("zz\r\nnot a chunk").await,

@@ -102,8 +102,8 @@ impl Admitted {
     ) -> Result<(Arc<EngineWorker>, Reserved), SchedulerError> {
         let workers = &self.state.workers;
         let first = self.first.take();
-        let first = first.filter(|first| !exclude.contains(&first.worker()));
-        let reserved = if let Some(first) = first {
+        let is_fit = |first: &Reserved| !exclude.contains(&first.worker());
+        let reserved = if let Some(first) = first.filter(is_fit) {
             first
         } else {
             let route = self.request.route(exclude);

@@ -35,7 +35,7 @@ pub(super) enum Reply {
 pub(super) struct Failure {
     pub(super) kind: FailureKind,
     /// Its own words.
-    pub(super) answer: Option<Whole>,
+    pub(super) answer: Option<Box<Whole>>,
 }
 
 /// The kinds of failures, as metrics name them.
@@ -222,7 +222,7 @@ impl Run {
         if matches!(whole.status, 401 | 403..=405 | 408 | 429 | 500..) || whole.status < 200 {
             return Err(Failure {
                 kind: FailureKind::Status,
-                answer: Some(whole),
+                answer: Some(Box::new(whole)),
             });
         }
         self.succeed();
