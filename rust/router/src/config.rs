@@ -29,7 +29,11 @@ pub use self::{
     sources::{Setting, Source, to_toml},
     units::{ByteSize, Secret, Span},
 };
-use crate::{engines::EnginesConfig, logging};
+use crate::{
+    engines::EnginesConfig,
+    logging,
+    tenants::{self, TenantConfig},
+};
 
 /// All settings of `orchestra-router`.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -64,6 +68,15 @@ pub struct RouterConfig {
     /// A file with further keys for operators, one per line.
     #[arg(long, value_name = "PATH", env = "ORCHESTRA_ADMIN_KEY_FILE")]
     pub admin_key_file: Option<PathBuf>,
+    /// A TOML file with a table `[[tenant]]` for each tenant: its name, keys, weight and limits.
+    #[arg(long, value_name = "PATH", env = "ORCHESTRA_TENANTS_FILE")]
+    pub tenants_file: Option<PathBuf>,
+    /// What is in that file.
+    #[arg(skip)]
+    pub tenants: Vec<TenantConfig>,
+    /// Believe the header `x-orchestra-tenant`: only where all requests come through something that sets it.
+    #[arg(long, env = "ORCHESTRA_TRUST_TENANT_HEADER")]
+    pub trust_tenant_header: bool,
 }
 
 impl RouterConfig {
@@ -101,11 +114,15 @@ impl RouterConfig {
         let corridor = &self.corridor;
         let runs_one = corridor.max_concurrent_requests > 0;
         check("max_concurrent_requests", runs_one, "must be at least 1");
-        let share = self.observe.explain_share;
+        for (key, share) in self.observe.shares() {
+            let is_share = (0.0..=1.0).contains(&share);
+            check(key, is_share, "must be between 0 and 1");
+        }
+        let endpoint = self.observe.otlp_endpoint.as_deref();
         check(
-            "explain_share",
-            (0.0..=1.0).contains(&share),
-            "must be between 0 and 1",
+            "otlp_endpoint",
+            endpoint.is_none_or(observe::is_endpoint),
+            "must be a URL like http://localhost:4317",
         );
         let tries_one = self.engines.engine_max_attempts > 0;
         check("engine_max_attempts", tries_one, "must be at least 1");
@@ -121,6 +138,8 @@ impl RouterConfig {
             logging::parse_filter(&self.log.filter).is_ok(),
             "not a level or directives",
         );
+        issues.extend(self.engines.engine_issues());
+        issues.extend(tenants::validate(&self.tenants));
         if issues.is_empty() {
             Ok(())
         } else {

@@ -13,11 +13,15 @@ pub mod config;
 pub mod connect;
 pub(crate) mod engine;
 mod exact;
+pub mod file;
+mod follower;
 mod health;
 mod outlier;
 mod pool;
 mod probe;
+mod retire;
 mod set;
+pub(crate) mod store;
 mod url;
 pub(crate) mod wire;
 

@@ -7,6 +7,8 @@
 //! A file per concern: [`requests`] and [`workers`] fill in families of [`Metrics`]. A further concern is a struct of
 //! its own, made by its `register(&mut Registry)`, one public field of [`Metrics`] and a line in `tests::SOURCES`.
 
+mod admission;
+mod engines;
 mod kv_events;
 mod observe;
 mod operation;
@@ -26,7 +28,10 @@ use prometheus_client::{
     registry::Registry,
 };
 
+pub(crate) use self::engines::{ABANDONED, ANSWERED, EngineSeries};
 pub use self::{
+    admission::AdmissionMetrics,
+    engines::EngineMetrics,
     kv_events::{CacheSeries, KvEventMetrics, KvEventSeries},
     observe::ObserveMetrics,
     operation::OperationMetrics,
@@ -70,12 +75,16 @@ pub struct Metrics {
     pub worker_schedule: Counter<f64, AtomicU64>,
     /// Time that workers spent in the model, seconds.
     pub worker_execute: Counter<f64, AtomicU64>,
+    /// Foreign engines and requests on them.
+    pub engines: EngineMetrics,
     /// What engines say about their prefix caches.
     pub kv_events: KvEventMetrics,
     /// Workers attached now.
     pub workers: Gauge,
     /// What operators do.
     pub operation: OperationMetrics,
+    /// How requests get to a worker.
+    pub admission: AdmissionMetrics,
     /// What logs and traces lose.
     pub observe: ObserveMetrics,
     requests_finished: Family<ReasonLabel, Counter>,
@@ -93,8 +102,10 @@ impl Metrics {
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("orchestra");
         let mut metrics = Self {
+            engines: EngineMetrics::register(&mut registry),
             kv_events: KvEventMetrics::register(&mut registry),
             operation: OperationMetrics::register(&mut registry),
+            admission: AdmissionMetrics::register(&mut registry),
             observe: ObserveMetrics::register(&mut registry),
             registry: Arc::default(),
             requests_running: Gauge::default(),

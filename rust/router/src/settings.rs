@@ -7,12 +7,14 @@ use parking_lot::RwLock;
 use crate::{
     auth::ApiKeys,
     config::{ListenConfig, ObserveConfig, RouterConfig},
+    engines::EngineConfig,
     state::CorridorLimits,
+    tenants::Tenants,
 };
 
 /// The keys whose new value counts from the next request, connection or worker on. The others need a restart: they
 /// size or open something at start.
-pub(crate) const LIVE: [&str; 18] = [
+pub(crate) const LIVE: [&str; 22] = [
     "admin_key",
     "admin_key_file",
     "api_key",
@@ -26,11 +28,15 @@ pub(crate) const LIVE: [&str; 18] = [
     "idle_timeout",
     "log",
     "max_replays",
+    "otlp_sample_share",
     "replay_wait",
     "request_timeout",
     "slow_total",
     "slow_ttft",
     "sse_keep_alive",
+    "tenants_file",
+    "trust_tenant_header",
+    "worker",
 ];
 
 /// One state of them.
@@ -42,20 +48,30 @@ pub struct Settings {
     pub listen: ListenConfig,
     /// What is written about requests.
     pub observe: ObserveConfig,
+    /// The engines that the settings name.
+    pub engines: Vec<EngineConfig>,
     /// Who may call.
     pub(crate) keys: ApiKeys,
     /// Who may operate.
     pub(crate) admin_keys: ApiKeys,
+    /// Those that were configured.
+    pub(crate) tenants: Tenants,
+    /// Whether a header may name the tenant.
+    pub(crate) trust_tenant_header: bool,
 }
 
 impl From<&RouterConfig> for Settings {
     fn from(config: &RouterConfig) -> Self {
+        let tenants = Tenants::new(&config.tenants);
         Self {
             limits: config.corridor.limits(),
             listen: config.listen.clone(),
             observe: config.observe.clone(),
-            keys: ApiKeys::new(&config.api_keys),
+            engines: config.engines.engines().collect(),
+            keys: ApiKeys::of_tenants(&config.api_keys, &config.tenants, &tenants),
             admin_keys: ApiKeys::new(&config.admin_keys),
+            trust_tenant_header: config.trust_tenant_header,
+            tenants,
         }
     }
 }

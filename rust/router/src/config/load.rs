@@ -9,6 +9,7 @@ use super::{
     RouterConfig, Secret, file,
     sources::{Layers, Setting, without_environment},
 };
+use crate::tenants;
 
 /// The front of Orchestra: clients speak OpenAI HTTP or gRPC to it, workers attach to it.
 #[derive(Debug, Parser)]
@@ -107,10 +108,13 @@ pub fn load(args: &[OsString]) -> Result<Loaded, LoadError> {
         issues.push(issue);
         String::new()
     });
-    let entries = file::parse(&text, &name, &mut issues);
+    let mut document = file::Document::parse(&text, &name, &mut issues);
+    let engines = document.take_list("engine", &mut issues);
+    let entries = document.entries(&mut issues);
     let layers = Layers::new(&command, &given, (&entries, &name), &mut issues);
     let matches = layers.command.clone().try_get_matches_from(args)?;
     let mut cli = Cli::from_arg_matches(&matches)?;
+    cli.config.engines.listed = engines;
     cli.config.read_key_files(&mut issues);
     if let Err(found) = cli.config.validate() {
         issues.extend(found.into_iter().map(|issue| {
@@ -143,7 +147,7 @@ impl Cli {
 }
 
 impl RouterConfig {
-    /// Adds the keys that are in files.
+    /// Adds the keys and tenants that are in files.
     fn read_key_files(&mut self, issues: &mut Vec<ConfigIssue>) {
         for (key, path, keys) in [
             ("api_key_file", &self.api_key_file, &mut self.api_keys),
@@ -153,6 +157,10 @@ impl RouterConfig {
                 Ok(found) => keys.extend(found.into_iter().flatten()),
                 Err(message) => issues.push(ConfigIssue::new(key, message)),
             }
+        }
+        match self.tenants_file.as_deref().map(tenants::read).transpose() {
+            Ok(found) => self.tenants.extend(found.into_iter().flatten()),
+            Err(message) => issues.push(ConfigIssue::new("tenants_file", message)),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use orchestra_cluster::StoreUrl;
 use orchestra_core::{config::ConfigIssue, scheduler::NAME_BYTES_MAX};
 use serde::{Deserialize, Serialize};
 
@@ -164,6 +165,21 @@ pub struct EnginesConfig {
     #[arg(long = "worker", visible_alias = "engine", value_name = "URL")]
     #[arg(env = "ORCHESTRA_WORKER", value_delimiter = ',')]
     pub urls: Vec<EngineUrl>,
+    /// The file's `[[engine]]` tables.
+    #[arg(skip)]
+    pub listed: Vec<EngineConfig>,
+    /// A file with engines, TOML (`[[engine]]`) or JSON, which is followed while the router runs; it says more of each
+    /// than a URL can.
+    #[arg(long, value_name = "PATH", env = "ORCHESTRA_ENGINES_FILE")]
+    pub engines_file: Option<PathBuf>,
+    /// An etcd with engines, which is followed while the router runs: a JSON object for each under
+    /// `PREFIX/engines/NAME`, with the fields of --engines-file. The prefix is `/orchestra` unless it is given.
+    #[arg(
+        long,
+        value_name = "etcd://HOST:PORT[,…][/PREFIX]",
+        env = "ORCHESTRA_STORE"
+    )]
+    pub store: Option<StoreUrl>,
     /// How long a connection to an engine may take to open.
     #[arg(long, value_name = "TIME", env = "ORCHESTRA_ENGINE_CONNECT_TIMEOUT")]
     #[arg(default_value_t = Self::default().engine_connect_timeout)]
@@ -195,6 +211,9 @@ impl Default for EnginesConfig {
     fn default() -> Self {
         Self {
             urls: Vec::new(),
+            listed: Vec::new(),
+            engines_file: None,
+            store: None,
             engine_connect_timeout: Span(Duration::from_secs(1)),
             engine_ttft_timeout: Span(Duration::from_secs(60)),
             engine_stall_timeout: Span(Duration::from_secs(10)),
@@ -206,9 +225,25 @@ impl Default for EnginesConfig {
 }
 
 impl EnginesConfig {
-    /// The engines that flags name.
+    /// The engines that flags and the file name.
     pub fn engines(&self) -> impl Iterator<Item = EngineConfig> + '_ {
-        self.urls.iter().cloned().map(EngineConfig::new)
+        let urls = self.urls.iter().cloned().map(EngineConfig::new);
+        urls.chain(self.listed.iter().cloned())
+    }
+
+    /// What is wrong with any of them.
+    pub(crate) fn engine_issues(&self) -> Vec<ConfigIssue> {
+        let mut seen = Vec::new();
+        let mut issues = Vec::new();
+        for engine in self.engines() {
+            issues.extend(engine.validate().err().into_iter().flatten());
+            if seen.contains(&engine.url) {
+                let message = format!("{} is given twice", engine.url);
+                issues.push(ConfigIssue::new("engine.url", message));
+            }
+            seen.push(engine.url);
+        }
+        issues
     }
 
     /// How all engines are treated.

@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -15,7 +15,7 @@ use tokio::{sync::Notify, time};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    breaker::Breaker,
+    breaker::{Breaker, BreakerState},
     caching::Caching,
     config::EngineConfig,
     connect::Network,
@@ -23,7 +23,10 @@ use super::{
     pool::Pool,
     wire::{Connection, Head, WireError},
 };
-use crate::models::ModelText;
+use crate::{
+    metrics::{EngineMetrics, EngineSeries},
+    models::ModelText,
+};
 
 /// What kind of server an engine is; decides how streams are continued on it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -48,8 +51,8 @@ pub(crate) struct Engine {
     network: Network,
     idle: Pool,
     pub(crate) status: Mutex<Status>,
-    /// Requests on it now.
-    pub(crate) num_running: AtomicU32,
+    /// Its metrics; requests on it now are among them.
+    pub(crate) series: EngineSeries,
     /// When it last sent a byte of an answer, microseconds of the router's clock.
     heard: AtomicU64,
     /// Cancelled when the engine is taken off the router: what runs on it goes elsewhere.
@@ -74,6 +77,8 @@ pub(crate) struct Status {
     pub(crate) kind: EngineKind,
     /// What the scheduler knows it as, one for each model.
     pub(crate) workers: Vec<Arc<EngineWorker>>,
+    /// What metrics were told.
+    pub(crate) shown: Option<(bool, BreakerState)>,
     /// What the scheduler was told.
     pub(crate) was_available: bool,
 }
@@ -126,7 +131,8 @@ pub(crate) enum SendError {
 }
 
 impl Engine {
-    pub(crate) fn new(config: EngineConfig, network: Network) -> Self {
+    pub(crate) fn new(config: EngineConfig, network: Network, metrics: &EngineMetrics) -> Self {
+        let series = metrics.engine(config.url.as_str());
         let mut fixed_head =
             format!(" HTTP/1.1\r\nhost: {}\r\n", config.url.authority()).into_bytes();
         if let Some(key) = &config.api_key {
@@ -139,7 +145,7 @@ impl Engine {
             network,
             idle: Pool::default(),
             status: Mutex::default(),
-            num_running: AtomicU32::new(0),
+            series,
             heard: AtomicU64::new(0),
             removed: CancellationToken::new(),
             doubted: Notify::new(),

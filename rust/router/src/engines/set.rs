@@ -171,7 +171,11 @@ impl RouterState {
             return Err(EngineError::TooMany);
         }
         let url = config.url.clone();
-        let engine = Arc::new(Engine::new(config, Arc::clone(&engines.network)));
+        let engine = Arc::new(Engine::new(
+            config,
+            Arc::clone(&engines.network),
+            &self.metrics.engines,
+        ));
         tracing::info!(%url, "engine added");
         set.insert(url, Arc::clone(&engine));
         drop(set);
@@ -188,7 +192,7 @@ impl RouterState {
         let engine = self.engines.get(url)?;
         let mut status = engine.status.lock();
         status.is_draining = is_draining;
-        self.publish(&mut status);
+        self.publish(&engine, &mut status);
         tracing::info!(%url, is_draining, "engine drains, or takes requests again");
         Ok(())
     }
@@ -201,7 +205,7 @@ impl RouterState {
         engine.forget_connections();
         let mut status = engine.status.lock();
         status.is_up = false;
-        self.publish(&mut status);
+        self.publish(&engine, &mut status);
         for worker in std::mem::take(&mut status.workers) {
             self.detach_model(&worker);
         }
@@ -225,7 +229,7 @@ impl RouterState {
                     .iter()
                     .map(|worker| worker.model.clone())
                     .collect(),
-                num_running: engine.num_running.load(Ordering::Relaxed),
+                num_running: engine.series.running.get().try_into().unwrap_or(0),
             }
         };
         engines.iter().map(status_of).collect()
@@ -235,7 +239,7 @@ impl RouterState {
     pub(crate) fn engine_begin(&self, engine: &Engine) -> bool {
         let mut status = engine.status.lock();
         let passes = status.is_up && status.breaker.begin();
-        self.publish(&mut status);
+        self.publish(engine, &mut status);
         passes
     }
 
@@ -266,7 +270,7 @@ impl RouterState {
             let url = &engine.config.url;
             tracing::info!(%url, breaker = after.as_str(), "engine's circuit breaker changed");
         }
-        self.publish(&mut status);
+        self.publish(engine, &mut status);
         drop(status);
         if verdict == Verdict::Unreachable {
             engine.doubted.notify_one();
@@ -307,7 +311,7 @@ impl RouterState {
             let models: Vec<_> = status.workers.iter().map(|worker| &worker.model).collect();
             tracing::info!(url = %engine.config.url, kind = ?status.kind, ?models, "engine up");
         }
-        self.publish(&mut status);
+        self.publish(engine, &mut status);
     }
 
     /// The engine does not answer as it should.
@@ -317,7 +321,7 @@ impl RouterState {
         if std::mem::replace(&mut status.is_up, false) {
             tracing::warn!(url = %engine.config.url, reason, "engine down");
         }
-        self.publish(&mut status);
+        self.publish(engine, &mut status);
     }
 
     /// What has to be done now and then.
@@ -325,11 +329,16 @@ impl RouterState {
         engine.sweep();
         let mut status = engine.status.lock();
         status.breaker.advance(self.clock.now());
-        self.publish(&mut status);
+        self.publish(engine, &mut status);
     }
 
     /// Tells the scheduler where an engine takes requests now and did not, or the other way round.
-    fn publish(&self, status: &mut Status) {
+    fn publish(&self, engine: &Engine, status: &mut Status) {
+        let shown = (status.is_up, status.breaker.state());
+        if status.shown != Some(shown) {
+            status.shown = Some(shown);
+            engine.series.report(shown.0, shown.1.as_str());
+        }
         let is_available = status.is_available() && !status.workers.is_empty();
         if is_available == status.was_available {
             return;
@@ -478,9 +487,10 @@ impl RouterState {
                 }
                 status.breaker.open(now);
                 status.window.clear();
+                self.metrics.engines.ejected();
                 let (url, tally) = (&engine.config.url, tallies[index]);
                 tracing::warn!(%url, requests = tally.requests, failures = tally.failures, "engine ejected: it fails much more often than the others");
-                self.publish(&mut status);
+                self.publish(engine, &mut status);
             }
         }
     }

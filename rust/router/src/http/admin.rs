@@ -3,6 +3,7 @@
 //! | route | does |
 //! |---|---|
 //! | `GET /admin/workers` | [`workers::list`] |
+//! | `POST /admin/workers` | [`workers::add`] |
 //! | `POST /admin/workers/{id}/drain`, `…/undrain` | [`workers::drain`], [`workers::undrain`] |
 //! | `DELETE /admin/workers/{id}` | [`workers::remove`] |
 //! | `GET /admin/decisions/{request_id}` | [`decision`] |
@@ -67,7 +68,7 @@ pub(crate) fn router(
         operations,
     });
     Router::new()
-        .route("/admin/workers", get(workers::list))
+        .route("/admin/workers", get(workers::list).post(workers::add))
         .route("/admin/workers/{id}", delete(workers::remove))
         .route("/admin/workers/{id}/drain", post(workers::drain))
         .route("/admin/workers/{id}/undrain", post(workers::undrain))
@@ -109,7 +110,8 @@ impl AdminDoor {
         }
         let settings = self.http.state.settings();
         let given = ingress::authorization(headers);
-        settings.admin_keys.check(given).map_err(Refusal::from)
+        let checked = settings.admin_keys.check(given);
+        checked.map(drop).map_err(Refusal::from)
     }
 }
 

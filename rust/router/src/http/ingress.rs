@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::{
     body::Body,
     extract::{MatchedPath, Request, State},
-    http::{HeaderMap, HeaderValue, Response, StatusCode, header},
+    http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header},
     middleware::Next,
 };
 use orchestra_core::ErrorCode;
@@ -42,6 +42,11 @@ pub(super) async fn enter(
     let route = route_label(request.extensions().get::<MatchedPath>());
     let (request_id, record) = arrive(&door, &request, route);
     request.extensions_mut().insert(record.clone());
+    if let Some(traceparent) = record.traceparent().and_then(|text| text.parse().ok()) {
+        // What an engine does for the request belongs under our span.
+        let key = HeaderName::from_static(TRACEPARENT_KEY);
+        request.headers_mut().insert(key, traceparent);
+    }
     let span = tracing::info_span!("request", request_id, door = "http", route);
     let value = HeaderValue::from_str(&request_id).ok();
     if let Some(value) = value.clone() {
@@ -93,19 +98,21 @@ fn route_label(matched: Option<&MatchedPath>) -> &'static str {
         .unwrap_or("other")
 }
 
-/// Lets a request with a key through.
+/// Lets a request with a key through, and notes whose it is.
 pub(super) async fn authenticate(
     State(door): State<Arc<HttpDoor>>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Result<Response<Body>, Refusal> {
-    door.state
+    let tenant = door
+        .state
         .settings()
         .keys
         .check(authorization(request.headers()))
         .inspect_err(|error| {
             door.state.metrics.rejected(error.code);
         })?;
+    request.extensions_mut().insert(tenant);
     Ok(next.run(request).await)
 }
 

@@ -81,6 +81,8 @@ pub(super) enum GiveUp {
     Ours(ApiError),
     /// In those of the last engine.
     Theirs(Whole, EngineUrl),
+    /// The answer broke off, and no engine takes it up again.
+    NotContinuable,
 }
 
 impl GiveUp {
@@ -88,6 +90,7 @@ impl GiveUp {
         match self {
             Self::Ours(error) => http_error(&error),
             Self::Theirs(answer, url) => answer.into_error_response(&url),
+            Self::NotContinuable => http_error(&self.into_error()),
         }
     }
 
@@ -95,6 +98,10 @@ impl GiveUp {
     pub(super) fn into_error(self) -> ApiError {
         match self {
             Self::Ours(error) => error,
+            Self::NotContinuable => {
+                let message = "the engine failed, and this answer cannot be continued on another";
+                ApiError::new(ErrorCode::WorkerFailed, message)
+            }
             Self::Theirs(answer, _) => {
                 let code = if answer.status == 429 {
                     ErrorCode::QueueFull

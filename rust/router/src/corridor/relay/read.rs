@@ -12,8 +12,8 @@ use super::{
     key,
 };
 use crate::{
-    error::ApiError, http::fields::Fields, models::ForeignModel, observe::Record, request::Prompt,
-    request_id::REQUEST_ID_KEY,
+    caller::Caller, error::ApiError, http::fields::Fields, models::ForeignModel, observe::Record,
+    request::Prompt, request_id::REQUEST_ID_KEY,
 };
 
 /// How much of a prompt decides about its placement, bytes; the rest does not count as its prefix.
@@ -88,6 +88,7 @@ pub(crate) struct RelayRequest {
     /// To be tokenised, where the model's files are here.
     pub(super) prompt: Option<Box<Prompt>>,
     pub(super) arrived: Instant,
+    pub(crate) caller: Caller,
     /// What is taken down of it.
     pub(crate) record: Record,
 }
@@ -115,6 +116,7 @@ pub(crate) fn read(
         checked,
         key: pack(text.as_bytes()),
         arrived: Instant::now(),
+        caller: Caller::default(),
         record: Record::default(),
     })
 }

@@ -1,6 +1,6 @@
 //! A request on one engine: from the placement to the end of its answer, or to its failure.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::Arc;
 
 use axum::http::{HeaderMap, HeaderValue, header};
 use bytes::{Bytes, BytesMut};
@@ -14,6 +14,7 @@ use crate::{
         engine::{Outgoing, SendError},
         wire::{Connection, Head, WireError},
     },
+    metrics::{ABANDONED, ANSWERED},
     state::RouterState,
     workers::queue::Reserved,
 };
@@ -106,6 +107,8 @@ pub(super) struct Run {
     pub(super) reserved: Reserved,
     connection: Option<Connection>,
     verdict: Verdict,
+    /// As metrics name it.
+    outcome: &'static str,
 }
 
 impl Run {
@@ -118,13 +121,14 @@ impl Run {
         if !state.engine_begin(&worker.engine) {
             return None;
         }
-        worker.engine.num_running.fetch_add(1, Ordering::Relaxed);
+        worker.engine.series.running.inc();
         Some(Self {
             state: Arc::clone(state),
             worker,
             reserved,
             connection: None,
             verdict: Verdict::Nothing,
+            outcome: ABANDONED,
         })
     }
 
@@ -134,7 +138,7 @@ impl Run {
 
     /// The engine did what it should.
     pub(super) fn succeed(&mut self) {
-        self.verdict = Verdict::Fine;
+        (self.verdict, self.outcome) = (Verdict::Fine, ANSWERED);
     }
 
     /// The answer is complete: what was cached is compared with what was taken to be.
@@ -153,7 +157,7 @@ impl Run {
 
     /// The engine did not.
     pub(super) fn fail(&mut self, failure: &Failure) {
-        self.verdict = failure.kind.verdict();
+        (self.verdict, self.outcome) = (failure.kind.verdict(), failure.kind.as_str());
     }
 
     /// Sends the request and reads the answer: all of it, or where it is a stream its head.
@@ -265,8 +269,9 @@ impl Run {
 impl Drop for Run {
     fn drop(&mut self) {
         let engine = &self.worker.engine;
-        engine.num_running.fetch_sub(1, Ordering::Relaxed);
+        engine.series.running.dec();
         self.state.engine_end(engine, self.verdict);
+        self.state.metrics.engines.attempt(self.outcome);
     }
 }
 
