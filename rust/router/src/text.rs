@@ -5,6 +5,7 @@ pub mod detokenizer;
 #[cfg(test)]
 pub(crate) mod fixtures;
 pub mod json;
+mod segments;
 pub mod stop;
 pub mod template;
 pub mod tokenizer;

@@ -4,6 +4,8 @@ use orchestra_core::TokenId;
 use rustc_hash::FxHashMap;
 use tokenizers::Tokenizer;
 
+use super::segments::Segments;
+
 /// The files do not make a tokeniser.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("tokenizer.json cannot be read: {0}")]
@@ -14,6 +16,9 @@ pub struct ModelTokenizer {
     tokenizer: Tokenizer,
     joining: Joining,
     pieces: Pieces,
+    token_bytes_max: usize,
+    /// What was tokenised before; `None` where its text cannot be cut.
+    segments: Option<Segments>,
 }
 
 /// How tokens join into text.
@@ -58,9 +63,11 @@ impl ModelTokenizer {
         let joining = Joining::of_decoder(&decoder);
         let pieces = Pieces::of_vocabulary(&tokenizer, joining);
         Ok(Self {
-            tokenizer,
             joining,
+            token_bytes_max: pieces.longest(),
+            segments: Segments::new(&tokenizer),
             pieces,
+            tokenizer,
         })
     }
 
@@ -71,10 +78,16 @@ impl ModelTokenizer {
         text: &str,
         add_special_tokens: bool,
     ) -> Result<Vec<TokenId>, TokenizerError> {
-        self.tokenizer
-            .encode_fast(text, add_special_tokens)
-            .map(|encoding| encoding.get_ids().to_vec())
-            .map_err(|e| TokenizerError(e.to_string()))
+        let encode = |text: &str| {
+            self.tokenizer
+                .encode_fast(text, add_special_tokens)
+                .map(|encoding| encoding.get_ids().to_vec())
+                .map_err(|e| TokenizerError(e.to_string()))
+        };
+        match &self.segments {
+            Some(segments) if !add_special_tokens => segments.encode(text, encode),
+            _ => encode(text),
+        }
     }
 
     /// Text of several tokens without the special ones. For tests and short pieces: it decodes from the start.
@@ -103,14 +116,7 @@ impl ModelTokenizer {
 
     /// Longest piece of text that one token stands for, bytes. At least 1.
     pub fn token_bytes_max(&self) -> usize {
-        let ends = &self.pieces.ends;
-        let starts = std::iter::once(&0).chain(ends);
-        ends.iter()
-            .zip(starts)
-            .map(|(end, start)| (end - start) as usize)
-            .max()
-            .unwrap_or(1)
-            .max(1)
+        self.token_bytes_max
     }
 }
 
@@ -176,6 +182,13 @@ impl Pieces {
         };
         let start = index.checked_sub(1).map_or(0, |before| self.ends[before]);
         &self.bytes[start as usize..end as usize]
+    }
+
+    /// Longest piece of text that one token stands for, bytes. At least 1.
+    fn longest(&self) -> usize {
+        let starts = std::iter::once(&0).chain(&self.ends);
+        let lengths = self.ends.iter().zip(starts).map(|(end, start)| end - start);
+        lengths.max().unwrap_or(1).max(1) as usize
     }
 }
 
