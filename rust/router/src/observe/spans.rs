@@ -54,6 +54,9 @@ pub(super) fn spans_of(entry: &Entry) -> Vec<Span> {
         events: first_token(&facts, nanos),
         ..span(trace, nanos(entry.arrived), nanos(ended))
     });
+    if operation(entry.route).is_none() {
+        return spans;
+    }
     let mut begin = entry.arrived;
     for (name, last) in STAGES {
         let reached = match last {
@@ -95,7 +98,7 @@ fn span(trace: &TraceContext, begin: u64, end: u64) -> Span {
 
 /// Operation and model.
 fn name(route: &str, model: &str) -> String {
-    let operation = operation(route);
+    let operation = operation(route).unwrap_or(route);
     if model.is_empty() {
         operation.to_owned()
     } else {
@@ -103,22 +106,25 @@ fn name(route: &str, model: &str) -> String {
     }
 }
 
-fn operation(route: &str) -> &str {
+/// What the conventions call it; `None` where the route generates nothing, and so has no stages.
+fn operation(route: &str) -> Option<&'static str> {
     match route {
-        "/v1/chat/completions" => "chat",
-        "/v1/completions" => "text_completion",
-        "orchestra.v1.Inference/Generate" => "generate_content",
-        other => other,
+        "/v1/chat/completions" => Some("chat"),
+        "/v1/completions" => Some("text_completion"),
+        "orchestra.v1.Inference/Generate" => Some("generate_content"),
+        _ => None,
     }
 }
 
 fn attributes(entry: &Entry, facts: &Facts) -> Vec<KeyValue> {
     let mut all = vec![
-        text("gen_ai.operation.name", operation(entry.route)),
-        text("gen_ai.provider.name", "orchestra"),
         text("orchestra.request_id", &entry.request_id),
         text("orchestra.door", entry.door),
     ];
+    if let Some(operation) = operation(entry.route) {
+        all.push(text("gen_ai.operation.name", operation));
+        all.push(text("gen_ai.provider.name", "orchestra"));
+    }
     if entry.door == "http" {
         all.push(text("http.route", entry.route));
         all.push(number("http.response.status_code", facts.status.into()));

@@ -182,6 +182,24 @@ async fn a_file_that_cannot_be_used_changes_nothing() {
 }
 
 #[tokio::test]
+async fn an_operator_changes_what_is_logged() {
+    let config = file("log.toml", "log = 'error'\n");
+    let router = Binary::start("log", &config, &[]);
+    let refused = post("/v1/completions", r#"{"model": "a", "prompt": "x"}"#);
+    assert_eq!(ask(router.at.http, &refused).await.status, 404);
+    assert_eq!(router.logged(), "");
+    let wish = post("/admin/log", r#"{"filter": "debug"}"#).replacen("POST", "PUT", 1);
+    let answer = ask(router.at.admin, wish).await;
+    assert_eq!(
+        (answer.status, answer.body.as_str()),
+        (200, r#"{"filter":"debug"}"#)
+    );
+    assert_eq!(ask(router.at.http, &refused).await.status, 404);
+    let log = router.logged();
+    assert!(log.contains("request refused"), "{log}");
+}
+
+#[tokio::test]
 async fn sigterm_refuses_the_new_and_lets_the_running_finish() {
     let config = file("term.toml", "");
     let mut router = Binary::start("term", &config, &[]);

@@ -1,6 +1,6 @@
 //! Traces, as a collector that speaks OTLP gets them.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{collections::BTreeMap, fmt::Write as _, net::SocketAddr};
 
 use opentelemetry_proto::tonic::{
     collector::trace::v1::{
@@ -60,22 +60,17 @@ fn completion(headers: &str, model: &str) -> String {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
-fn shown(value: &Option<AnyValue>) -> String {
-    match value
-        .as_ref()
-        .and_then(|value| value.value.as_ref())
-        .unwrap()
-    {
+fn shown(value: &AnyValue) -> String {
+    match value.value.as_ref().unwrap() {
         Value::StringValue(text) => text.clone(),
         Value::IntValue(number) => number.to_string(),
-        Value::ArrayValue(list) => list
-            .values
-            .iter()
-            .map(|item| shown(&Some(item.clone())))
-            .collect(),
+        Value::ArrayValue(list) => list.values.iter().map(shown).collect(),
         other => panic!("{other:?}"),
     }
 }
@@ -83,7 +78,12 @@ fn shown(value: &Option<AnyValue>) -> String {
 fn attributes(span: &Span) -> BTreeMap<&str, String> {
     let attributes = span.attributes.iter();
     attributes
-        .map(|attribute| (attribute.key.as_str(), shown(&attribute.value)))
+        .map(|attribute| {
+            (
+                attribute.key.as_str(),
+                shown(attribute.value.as_ref().unwrap()),
+            )
+        })
         .collect()
 }
 
@@ -158,6 +158,7 @@ async fn a_refused_request_ends_in_its_stage_and_an_unsampled_one_nowhere() {
     config.observe.otlp_sample_share = 0.0;
     let (router, at, _worker) = start_with_worker(&config).await;
     let unsampled = format!("traceparent: 00-{TRACE}-{PARENT}-00\r\n");
+    assert_eq!(get(at.http, "/v1/models").await.status, 200);
     for headers in ["", &unsampled] {
         assert_eq!(
             ask(at.http, completion(headers, "org/none")).await.status,
