@@ -107,7 +107,7 @@ impl AccessLog {
             queue_ms: passed.queue.map(ms),
             ttft_ms: passed.ttft.map(ms),
             total_ms: ms(passed.total),
-            worker: &facts.worker,
+            worker: facts.worker(),
             replays: facts.replays,
             retries: facts.retries,
         };
