@@ -26,7 +26,7 @@ FUZZ_FLAGS := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 	--cfg fuzzing -Cdebug-assertions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench bench-router soak simulate fuzz gpu proto docs clean
+.PHONY: help setup serve test lint bench bench-router chaos soak simulate fuzz gpu proto docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,9 @@ bench: setup ## Measure serving on this machine; benches/README.md says how to r
 
 bench-router: setup ## Measure the router beside its rivals and nginx (ARGS=--full for the whole grid)
 	$(PY) -m benches.router $(ARGS)
+
+chaos: setup ## Break engines and workers under load, 1,000 faults, every word checked (ARGS='--seed 7 …')
+	$(PY) -m tests.chaos $(ARGS)
 
 soak: ## Run the Rust property tests on CASES random histories each: some 10^6 operations, some minutes
 	PROPTEST_CASES=$(CASES) cargo test --release --locked -p orchestra-core

@@ -125,6 +125,7 @@ class Router:
 
     process: subprocess.Popen[str]
     http: str
+    workers: str
     log: Path
 
     @property
@@ -176,7 +177,8 @@ def running_router(folder: Path, engines: list[Engine], *flags: str) -> Iterator
         )
     try:
         assert process.stdout is not None
-        router = Router(process, _first_line(process.stdout, "the router")["http"], log)
+        addresses = _first_line(process.stdout, "the router")
+        router = Router(process, addresses["http"], addresses["workers"], log)
         eventually(lambda: all(engine.counters()["probes"] > 1 for engine in engines))
         if engines:
             eventually(router.is_ready)

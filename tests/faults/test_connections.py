@@ -41,7 +41,11 @@ BAD_BODIES = {
     "deep": (b"[" * 100_000, 400),
     "no object": (b"[1, 2]", 400),
     "unknown model": (Asked(5).body(model="other"), 404),
+    "no model": (b'{"messages": [{"role": "user", "content": "hi"}]}', 400),
     "no messages": (b'{"model": "mock"}', 400),
+    "an empty list": (b'{"model": "mock", "messages": []}', 400),
+    "temperature of 99": (Asked(5).body(temperature=99), 400),
+    "a million choices": (Asked(5).body(n=1_000_000), 400),
     "stream is a word": (Asked(5).body(stream="yes"), 400),
     "max_tokens is a word": (Asked(5).body(max_tokens="many"), 400),
 }

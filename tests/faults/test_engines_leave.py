@@ -5,6 +5,7 @@ import http.client
 import json
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -37,12 +38,19 @@ def gets_requests(fleet: Fleet, engine: Engine) -> bool:
 
 def test_a_restarted_engine_is_used_again(start: StartFleet) -> None:
     fleet = start()
-    engine = fleet.engines[0]
+    engine, other = fleet.engines
     engine.kill()
     assert is_right(fleet.router, Asked(5))
-    engine.start()
-    # The rivals take a minute.
-    eventually(lambda: gets_requests(fleet, engine), timeout_s=5)
+    # One that is busy is no better choice than one that has just come back.
+    other.arm("hold")
+    with ThreadPoolExecutor() as pool:
+        held = pool.submit(is_right, fleet.router, Asked(5))
+        eventually(lambda: other.counters()["running"] == 1)
+        engine.start()
+        # The rivals take a minute.
+        eventually(lambda: gets_requests(fleet, engine), timeout_s=5)
+        other.disarm()
+        assert held.result()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

@@ -4,22 +4,42 @@ use std::sync::Arc;
 
 use orchestra_core::ErrorCode;
 
-use crate::{config::Secret, error::ApiError};
+use crate::{
+    config::Secret,
+    error::ApiError,
+    tenants::{Tenant, TenantConfig, Tenants},
+};
 
-/// The keys that open the client doors.
+/// The keys that open a door, and whose they are.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct ApiKeys(Arc<[Secret]>);
+pub(crate) struct ApiKeys {
+    keys: Arc<[(Secret, Arc<Tenant>)]>,
+    anonymous: Arc<Tenant>,
+}
 
 impl ApiKeys {
     /// Any of `keys` will do.
     pub(crate) fn new(keys: &[Secret]) -> Self {
-        Self(keys.into())
+        Self::of_tenants(keys, &[], &Tenants::default())
     }
 
-    /// Checks the value of an `authorization` header, of HTTP or of gRPC metadata.
-    pub(crate) fn check(&self, authorization: Option<&[u8]>) -> Result<(), ApiError> {
-        if self.0.is_empty() {
-            return Ok(());
+    /// Any of `keys`, and those of the tenants.
+    pub(crate) fn of_tenants(keys: &[Secret], configs: &[TenantConfig], tenants: &Tenants) -> Self {
+        let of_nobody = keys.iter().map(|key| (key.clone(), tenants.anonymous()));
+        let of_tenants = configs.iter().flat_map(|config| {
+            let keys = config.api_keys.iter().cloned();
+            keys.map(|key| (key, tenants.named(&config.name)))
+        });
+        Self {
+            keys: of_nobody.chain(of_tenants).collect(),
+            anonymous: tenants.anonymous(),
+        }
+    }
+
+    /// Checks the value of an `authorization` header, of HTTP or of gRPC metadata; whose key it is.
+    pub(crate) fn check(&self, authorization: Option<&[u8]>) -> Result<Arc<Tenant>, ApiError> {
+        if self.keys.is_empty() {
+            return Ok(Arc::clone(&self.anonymous));
         }
         let error = |message| Err(ApiError::new(ErrorCode::Unauthenticated, message));
         let Some(value) = authorization else {
@@ -30,14 +50,16 @@ impl ApiKeys {
             _ => return error("the Authorization header must be: Bearer KEY"),
         };
         // Every key is compared, so that the time does not tell which one is close.
-        let matches = self
-            .0
-            .iter()
-            .fold(false, |found, secret| found | secret.matches(key));
-        if matches {
-            Ok(())
-        } else {
-            error("the API key is not valid")
+        let found = self.keys.iter().fold(None, |found, (secret, tenant)| {
+            if secret.matches(key) {
+                Some(tenant)
+            } else {
+                found
+            }
+        });
+        match found {
+            Some(tenant) => Ok(Arc::clone(tenant)),
+            None => error("the API key is not valid"),
         }
     }
 }
@@ -66,6 +88,24 @@ mod tests {
             assert!(!error.message.contains("sk-"), "{}", error.message);
         }
         assert!(keys.check(None).is_err());
+    }
+
+    #[test]
+    fn a_key_says_whose_request_it_is() {
+        let configs = [TenantConfig {
+            name: "search".to_owned(),
+            api_keys: vec!["sk-s".into()],
+            ..TenantConfig::default()
+        }];
+        let keys = ApiKeys::of_tenants(&["sk-a".into()], &configs, &Tenants::new(&configs));
+        let name_of = |key: &str| {
+            let value = format!("Bearer {key}");
+            keys.check(Some(value.as_bytes()))
+                .map(|tenant| tenant.name.to_string())
+        };
+        assert_eq!(name_of("sk-s").unwrap(), "search");
+        assert_eq!(name_of("sk-a").unwrap(), "");
+        assert!(name_of("sk-x").is_err());
     }
 
     #[test]

@@ -29,7 +29,11 @@ pub use self::{
     sources::{Setting, Source, to_toml},
     units::{ByteSize, Secret, Span},
 };
-use crate::{engines::EnginesConfig, logging};
+use crate::{
+    engines::EnginesConfig,
+    logging,
+    tenants::{self, TenantConfig},
+};
 
 /// All settings of `orchestra-router`.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -64,6 +68,15 @@ pub struct RouterConfig {
     /// A file with further keys for operators, one per line.
     #[arg(long, value_name = "PATH", env = "ORCHESTRA_ADMIN_KEY_FILE")]
     pub admin_key_file: Option<PathBuf>,
+    /// A TOML file with a table `[[tenant]]` for each tenant: its name, keys, weight and limits.
+    #[arg(long, value_name = "PATH", env = "ORCHESTRA_TENANTS_FILE")]
+    pub tenants_file: Option<PathBuf>,
+    /// What is in that file.
+    #[arg(skip)]
+    pub tenants: Vec<TenantConfig>,
+    /// Believe the header `x-orchestra-tenant`: only where all requests come through something that sets it.
+    #[arg(long, env = "ORCHESTRA_TRUST_TENANT_HEADER")]
+    pub trust_tenant_header: bool,
 }
 
 impl RouterConfig {
@@ -126,6 +139,7 @@ impl RouterConfig {
             "not a level or directives",
         );
         issues.extend(self.engines.engine_issues());
+        issues.extend(tenants::validate(&self.tenants));
         if issues.is_empty() {
             Ok(())
         } else {

@@ -21,6 +21,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::Instrument as _;
 
 use crate::{
+    caller::Caller,
     config::RouterConfig,
     corridor,
     error::ApiError,
@@ -102,17 +103,17 @@ impl Door {
         let authorization = metadata
             .get("authorization")
             .map(MetadataValue::as_encoded_bytes);
-        self.state
-            .settings()
-            .keys
-            .check(authorization)
-            .inspect_err(refused)?;
+        let settings = self.state.settings();
+        let tenant = settings.keys.check(authorization).inspect_err(refused)?;
+        let header = |key: &str| metadata.get(key).map(MetadataValue::as_encoded_bytes);
+        let caller = Caller::read(&settings, tenant, header).inspect_err(refused)?;
         let mut input = wire::generate_input(request).inspect_err(refused)?;
         let deadline = metadata
             .get("grpc-timeout")
             .and_then(|value| value.to_str().ok());
         let deadline = deadline.and_then(wire::grpc_timeout);
         input.timeout = input.timeout.into_iter().chain(deadline).min();
+        input.caller = caller;
         input.record = record.clone();
         Box::pin(corridor::generate(&self.state, input))
             .await

@@ -9,7 +9,7 @@
 
 pub(crate) mod admin;
 mod body;
-mod chat;
+pub(crate) mod chat;
 mod choices;
 mod completions;
 mod envelope;
@@ -44,16 +44,18 @@ use self::{
     choices::{Choices, collect},
     completions::{CompletionFormat, CompletionRequest},
     fields::Fields,
-    sampling::OutputOptions,
+    sampling::{OutputOptions, service_tier},
     sse::Format,
 };
 use crate::{
+    caller::Caller,
     config::RouterConfig,
     corridor::relay::{self, Outward, RelayRequest, Route},
     error::ApiError,
     observe::Record,
     request::GenerateInput,
     state::RouterState,
+    tenants::Tenant,
 };
 
 /// The door as a service, for whoever accepts connections by other means than [`crate::Router`].
@@ -64,7 +66,7 @@ pub fn http_service(state: Arc<RouterState>, config: &RouterConfig) -> Router {
 
 /// A request that was read, and the way that it goes.
 enum Entry<T> {
-    Corridor(T),
+    Corridor(T, Caller),
     Relay(RelayRequest),
 }
 
@@ -119,6 +121,7 @@ impl HttpDoor {
         parse: fn(&Fields<'_>) -> Result<T, ApiError>,
     ) -> Result<Entry<T>, Refusal> {
         let outward = Outward::of(request.headers());
+        let caller = self.caller(&request)?;
         let state = Arc::clone(&self.state);
         self.read(request, move |body| {
             let fields = Fields::parse(body)?;
@@ -129,11 +132,28 @@ impl HttpDoor {
                 None
             };
             match model {
-                Some(model) => relay::read(route, outward, model, body, &fields).map(Entry::Relay),
-                None => parse(&fields).map(Entry::Corridor),
+                Some(model) => {
+                    let caller = caller.or_class(service_tier(&fields)?);
+                    let mut request = relay::read(route, outward, model, body, &fields)?;
+                    request.caller = caller;
+                    Ok(Entry::Relay(request))
+                }
+                None => Ok(Entry::Corridor(parse(&fields)?, caller)),
             }
         })
         .await
+    }
+
+    /// Who asks, by the key that let the request in and by its headers.
+    fn caller(&self, request: &Request) -> Result<Caller, Refusal> {
+        let tenant: Option<&Arc<Tenant>> = request.extensions().get();
+        let header = |key: &str| request.headers().get(key).map(HeaderValue::as_bytes);
+        let settings = self.state.settings();
+        let caller = Caller::read(&settings, tenant.cloned().unwrap_or_default(), header);
+        caller.map_err(|error| {
+            self.state.metrics.rejected(error.code);
+            error.into()
+        })
     }
 
     /// Sends a request to a foreign engine.
@@ -154,11 +174,12 @@ impl HttpDoor {
     /// Sends `inputs` down the corridor and writes what comes back.
     async fn answer(
         &self,
-        mut inputs: Vec<GenerateInput>,
+        (mut inputs, caller): (Vec<GenerateInput>, Caller),
         (options, record): (OutputOptions, Record),
         mut format: impl Format<Choices>,
     ) -> Result<Response<Body>, Refusal> {
         for input in &mut inputs {
+            input.caller = caller.clone().or_class(input.caller.asked_class);
             input.record = record.clone();
         }
         let count: usize = inputs.iter().map(|input| input.n as usize).sum();
@@ -184,9 +205,10 @@ async fn chat_completions(
         .await?
     {
         Entry::Relay(request) => door.relay(request, record).await,
-        Entry::Corridor(request) => {
+        Entry::Corridor(request, caller) => {
             let format = ChatFormat::new(&request);
-            door.answer(vec![request.input], (request.options, record), format)
+            let options = (request.options, record);
+            door.answer((vec![request.input], caller), options, format)
                 .await
         }
     }
@@ -200,10 +222,10 @@ async fn completions(
     let parse = CompletionRequest::from_fields;
     match door.open(request, Route::Completions, parse).await? {
         Entry::Relay(request) => door.relay(request, record).await,
-        Entry::Corridor(request) => {
+        Entry::Corridor(request, caller) => {
             let format = CompletionFormat::new(&request);
-            door.answer(request.inputs, (request.options, record), format)
-                .await
+            let options = (request.options, record);
+            door.answer((request.inputs, caller), options, format).await
         }
     }
 }

@@ -15,6 +15,7 @@ pub mod metrics;
 pub mod request;
 
 mod auth;
+pub mod caller;
 mod clock;
 mod grpc;
 mod http;
@@ -32,6 +33,7 @@ pub mod observe;
 pub mod settings;
 pub mod state;
 pub mod tasks;
+pub mod tenants;
 pub mod text;
 pub mod workers;
 

@@ -7,6 +7,7 @@
 //! A file per concern: [`requests`] and [`workers`] fill in families of [`Metrics`]. A further concern is a struct of
 //! its own, made by its `register(&mut Registry)`, one public field of [`Metrics`] and a line in `tests::SOURCES`.
 
+mod admission;
 mod engines;
 mod kv_events;
 mod observe;
@@ -29,8 +30,9 @@ use prometheus_client::{
 
 pub(crate) use self::engines::{ABANDONED, ANSWERED, EngineSeries};
 pub use self::{
+    admission::AdmissionMetrics,
     engines::EngineMetrics,
-    kv_events::{KvEventMetrics, KvEventSeries},
+    kv_events::{CacheSeries, KvEventMetrics, KvEventSeries},
     observe::ObserveMetrics,
     operation::OperationMetrics,
     workers::WorkerMetrics,
@@ -81,6 +83,8 @@ pub struct Metrics {
     pub workers: Gauge,
     /// What operators do.
     pub operation: OperationMetrics,
+    /// How requests get to a worker.
+    pub admission: AdmissionMetrics,
     /// What logs and traces lose.
     pub observe: ObserveMetrics,
     requests_finished: Family<ReasonLabel, Counter>,
@@ -101,6 +105,7 @@ impl Metrics {
             engines: EngineMetrics::register(&mut registry),
             kv_events: KvEventMetrics::register(&mut registry),
             operation: OperationMetrics::register(&mut registry),
+            admission: AdmissionMetrics::register(&mut registry),
             observe: ObserveMetrics::register(&mut registry),
             registry: Arc::default(),
             requests_running: Gauge::default(),

@@ -7,6 +7,7 @@ use orchestra_core::{
     step::{FinishReason, TokenLogprobs},
 };
 
+use crate::caller::Caller;
 use crate::observe::Record;
 
 /// One generation request, parsed and not yet checked against a model.
@@ -26,6 +27,8 @@ pub struct GenerateInput {
     pub timeout: Option<Duration>,
     /// Isolates the prefix cache.
     pub cache_salt: String,
+    /// Who asks, and how urgently.
+    pub caller: Caller,
     /// What is taken down of it.
     pub record: Record,
 }

@@ -8,7 +8,7 @@ use tonic::service::Routes;
 
 use crate::{
     config::{RouterConfig, join},
-    engines::{EngineConfig, Engines, file},
+    engines::{EngineConfig, Engines, file, store},
     grpc,
     http::{HttpDoor, admin},
     listen::{Door, Listener},
@@ -67,6 +67,27 @@ pub struct Router {
     state: Arc<RouterState>,
     addresses: Addresses,
     operations: Arc<Operations>,
+}
+
+/// Adds the engines of flags and settings, and follows what says more of them.
+fn use_engines(
+    state: &Arc<RouterState>,
+    config: &RouterConfig,
+    from_file: Option<(PathBuf, Vec<EngineConfig>)>,
+) {
+    if let Some((path, engines)) = from_file {
+        let following = file::follow(Arc::clone(state), path, engines);
+        state.tasks.spawn(following);
+    }
+    if let Some(url) = config.engines.store.clone() {
+        state.tasks.spawn(store::follow(Arc::clone(state), url));
+    }
+    for engine in state.settings().engines.clone() {
+        let url = engine.url.clone();
+        if let Err(error) = state.add_engine(engine) {
+            tracing::warn!(%url, %error, "engine not added");
+        }
+    }
 }
 
 /// The engines that the file of engines has at start, and where to look for the next ones.
@@ -153,16 +174,7 @@ impl Router {
         for (listener, app) in served {
             state.tasks.spawn(listener.serve(app, Arc::clone(&state)));
         }
-        if let Some((path, engines)) = from_file {
-            let following = file::follow(Arc::clone(&state), path, engines);
-            state.tasks.spawn(following);
-        }
-        for engine in state.settings().engines.clone() {
-            let url = engine.url.clone();
-            if let Err(error) = state.add_engine(engine) {
-                tracing::warn!(%url, %error, "engine not added");
-            }
-        }
+        use_engines(&state, config, from_file);
         Ok(Self {
             state,
             addresses,

@@ -9,11 +9,12 @@ use crate::{
     config::{ListenConfig, ObserveConfig, RouterConfig},
     engines::EngineConfig,
     state::CorridorLimits,
+    tenants::Tenants,
 };
 
 /// The keys whose new value counts from the next request, connection or worker on. The others need a restart: they
 /// size or open something at start.
-pub(crate) const LIVE: [&str; 20] = [
+pub(crate) const LIVE: [&str; 22] = [
     "admin_key",
     "admin_key_file",
     "api_key",
@@ -33,6 +34,8 @@ pub(crate) const LIVE: [&str; 20] = [
     "slow_total",
     "slow_ttft",
     "sse_keep_alive",
+    "tenants_file",
+    "trust_tenant_header",
     "worker",
 ];
 
@@ -51,17 +54,24 @@ pub struct Settings {
     pub(crate) keys: ApiKeys,
     /// Who may operate.
     pub(crate) admin_keys: ApiKeys,
+    /// Those that were configured.
+    pub(crate) tenants: Tenants,
+    /// Whether a header may name the tenant.
+    pub(crate) trust_tenant_header: bool,
 }
 
 impl From<&RouterConfig> for Settings {
     fn from(config: &RouterConfig) -> Self {
+        let tenants = Tenants::new(&config.tenants);
         Self {
             limits: config.corridor.limits(),
             listen: config.listen.clone(),
             observe: config.observe.clone(),
             engines: config.engines.engines().collect(),
-            keys: ApiKeys::new(&config.api_keys),
+            keys: ApiKeys::of_tenants(&config.api_keys, &config.tenants, &tenants),
             admin_keys: ApiKeys::new(&config.admin_keys),
+            trust_tenant_header: config.trust_tenant_header,
+            tenants,
         }
     }
 }

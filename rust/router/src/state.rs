@@ -44,6 +44,8 @@ pub struct CorridorLimits {
     /// How long a request whose worker was lost waits for one to come.
     #[serde(with = "humantime_serde")]
     pub replay_wait: Duration,
+    /// Refuse a request at once whose first token is predicted to come too late for it.
+    pub refuse_hopeless: bool,
 }
 
 impl Default for CorridorLimits {
@@ -56,6 +58,7 @@ impl Default for CorridorLimits {
             hang_timeout: Duration::from_secs(30),
             max_replays: 3,
             replay_wait: Duration::from_secs(10),
+            refuse_hopeless: false,
         }
     }
 }
@@ -131,6 +134,8 @@ impl RouterState {
 
     /// From the next request on these settings count, as far as they may change while the router runs.
     pub fn set_settings(&self, settings: Settings) {
+        self.workers
+            .set_tenant_weights(&self.settings().tenants, &settings.tenants);
         self.observers().set_limits(&settings.observe);
         self.settings.set(settings);
     }

@@ -72,6 +72,7 @@ impl Workers {
         let config = SchedulerConfig {
             max_num_waiting,
             max_num_waiting_per_tenant: max_num_waiting.max(1),
+            refuse_hopeless: limits.refuse_hopeless,
             ..SchedulerConfig::default()
         };
         let Ok(mut scheduler) = Scheduler::new(config) else {

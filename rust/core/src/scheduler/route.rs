@@ -67,6 +67,9 @@ pub struct RouteRequest<'a> {
     /// Whose request it is, at most 128 bytes; the empty name is the tenant of all who give none. Tenants share what
     /// [`acquire`](Scheduler::acquire) grants.
     pub tenant: &'a str,
+    /// Most requests of its tenant that may wait, where that is less than
+    /// [`max_num_waiting_per_tenant`](super::SchedulerConfig::max_num_waiting_per_tenant).
+    pub queue_limit: Option<u32>,
     /// How urgent it is while it waits.
     pub class: AdmissionClass,
     /// By when the first token is wanted. A request that still waits then is refused.

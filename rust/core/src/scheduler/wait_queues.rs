@@ -381,6 +381,7 @@ impl WaitingRoute {
             exclude: &self.exclude,
             session_key: &self.session_key,
             tenant: &self.tenant,
+            queue_limit: None,
             class: self.class,
             deadline: self.deadline,
             hashed: hashed.map(|hashed| HashedPrompt {

@@ -289,7 +289,10 @@ impl Scheduler {
         let of_tenant = self.waiting.num_by_tenant.get(request.tenant);
         let of_tenant = of_tenant.copied().unwrap_or(0);
         let limit = self.config.max_num_waiting_per_tenant;
-        let (kind, current, limit) = if of_tenant >= limit {
+        let limit = request.queue_limit.map_or(limit, |own| own.min(limit));
+        // A limit that is not below the one on all says nothing of its own.
+        let is_own = limit < self.config.max_num_waiting;
+        let (kind, current, limit) = if is_own && of_tenant >= limit {
             ("waiting requests of this tenant", of_tenant, limit)
         } else if let Some(current) = self.full_for(request.class) {
             ("waiting requests", current, self.config.max_num_waiting)

@@ -70,6 +70,22 @@ fn room_is_kept_for_what_is_booked_and_a_worker_must_fit_all() {
 }
 
 #[test]
+fn a_tenant_s_own_limit_counts_its_own_that_wait() {
+    let mut scheduler = counter(SchedulerConfig::default());
+    granted(&mut scheduler, &request("", &[1], 1));
+    let limited = |limit| RouteRequest {
+        queue_limit: Some(limit),
+        ..request("few", &[1], 1)
+    };
+    waits(&mut scheduler, &request("many", &[1], 1));
+    waits(&mut scheduler, &limited(1));
+    let refused = scheduler.acquire(&limited(1), Time::ZERO).unwrap_err();
+    let message = "there are 1 waiting requests of this tenant, the limit is 1";
+    assert_eq!(refused.to_string(), message);
+    waits(&mut scheduler, &limited(2));
+}
+
+#[test]
 fn a_model_s_outputs_teach_what_to_book() {
     let mut scheduler = counter(SchedulerConfig::default());
     assert_eq!(scheduler.expected_output("m", 8), 8);

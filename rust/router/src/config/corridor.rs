@@ -34,6 +34,9 @@ pub struct CorridorConfig {
     #[arg(long, value_name = "TIME", env = "ORCHESTRA_REPLAY_WAIT")]
     #[arg(default_value_t = Self::default().replay_wait)]
     pub replay_wait: Span,
+    /// Refuse a request at once whose first token is predicted to come too late for it.
+    #[arg(long, env = "ORCHESTRA_REFUSE_HOPELESS")]
+    pub refuse_hopeless: bool,
 }
 
 impl Default for CorridorConfig {
@@ -47,6 +50,7 @@ impl Default for CorridorConfig {
             hang_timeout: Span(limits.hang_timeout),
             max_replays: limits.max_replays,
             replay_wait: Span(limits.replay_wait),
+            refuse_hopeless: limits.refuse_hopeless,
         }
     }
 }
@@ -62,6 +66,7 @@ impl CorridorConfig {
             hang_timeout: self.hang_timeout.0,
             max_replays: self.max_replays,
             replay_wait: self.replay_wait.0,
+            refuse_hopeless: self.refuse_hopeless,
         }
     }
 }

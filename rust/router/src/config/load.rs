@@ -9,6 +9,7 @@ use super::{
     RouterConfig, Secret, file,
     sources::{Layers, Setting, without_environment},
 };
+use crate::tenants;
 
 /// The front of Orchestra: clients speak OpenAI HTTP or gRPC to it, workers attach to it.
 #[derive(Debug, Parser)]
@@ -146,7 +147,7 @@ impl Cli {
 }
 
 impl RouterConfig {
-    /// Adds the keys that are in files.
+    /// Adds the keys and tenants that are in files.
     fn read_key_files(&mut self, issues: &mut Vec<ConfigIssue>) {
         for (key, path, keys) in [
             ("api_key_file", &self.api_key_file, &mut self.api_keys),
@@ -156,6 +157,10 @@ impl RouterConfig {
                 Ok(found) => keys.extend(found.into_iter().flatten()),
                 Err(message) => issues.push(ConfigIssue::new(key, message)),
             }
+        }
+        match self.tenants_file.as_deref().map(tenants::read).transpose() {
+            Ok(found) => self.tenants.extend(found.into_iter().flatten()),
+            Err(message) => issues.push(ConfigIssue::new("tenants_file", message)),
         }
     }
 }

@@ -5,15 +5,26 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use orchestra_core::RejectReason;
+use orchestra_core::{
+    ErrorCode, RejectReason,
+    scheduler::{RouteRequest, SchedulerError},
+};
+use parking_lot::Mutex;
 use prometheus_client::metrics::gauge::Gauge;
+use rustc_hash::FxHashMap;
 use tokio::time::Instant;
 use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
 
-use super::tokenise::{CheckedRequest, Tokenised};
+use super::{
+    place::retry_after_ms,
+    tokenise::{CheckedRequest, Tokenised},
+};
 use crate::{
+    caller::Caller,
     error::ApiError,
     metrics::{InFlight, Metrics},
+    state::RouterState,
+    tenants::Tenant,
     workers::queue::Admitted,
 };
 
@@ -22,6 +33,8 @@ pub(crate) struct Admission {
     is_draining: AtomicBool,
     /// One token per request that waits or runs.
     present: TaskTracker,
+    /// Requests that are here of each tenant with a limit on them; never 0.
+    by_tenant: Mutex<FxHashMap<Arc<str>, u32>>,
     pub(super) requests_waiting: Gauge,
 }
 
@@ -35,9 +48,28 @@ pub(super) struct Ticket {
     pub(super) entered: Instant,
 }
 
-/// A request is here until this drops; a drain waits for it.
+/// A request is here until this drops; a drain waits for it, and its tenant's limit counts it.
 pub(super) struct Presence {
     _token: TaskTrackerToken,
+    _counted: Option<Counted>,
+}
+
+/// A request of a tenant whose requests are counted.
+struct Counted {
+    admission: Arc<Admission>,
+    tenant: Arc<str>,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut by_tenant = self.admission.by_tenant.lock();
+        if let Some(count) = by_tenant.get_mut(&self.tenant) {
+            *count -= 1;
+            if *count == 0 {
+                by_tenant.remove(&self.tenant);
+            }
+        }
+    }
 }
 
 impl Admission {
@@ -45,6 +77,7 @@ impl Admission {
         Arc::new(Self {
             is_draining: AtomicBool::new(false),
             present: TaskTracker::new(),
+            by_tenant: Mutex::default(),
             requests_waiting: metrics.requests_waiting.clone(),
         })
     }
@@ -63,35 +96,95 @@ impl Admission {
         self.present.wait().await;
     }
 
-    /// Counts a request in. Refused once a drain has begun.
-    pub(super) fn enter(&self) -> Result<Presence, RejectReason> {
-        // The token first: a drain that begins between the two waits for this one.
-        let token = self.present.token();
-        self.check()?;
-        Ok(Presence { _token: token })
+    /// Counts a request of the tenant, where that has a limit; with the limit where it is reached.
+    fn count(self: &Arc<Self>, tenant: &Tenant) -> Result<Option<Counted>, u32> {
+        let Some(limit) = tenant.max_concurrent_requests else {
+            return Ok(None);
+        };
+        let mut by_tenant = self.by_tenant.lock();
+        let count = by_tenant.entry(Arc::clone(&tenant.name)).or_default();
+        if *count >= limit {
+            return Err(limit);
+        }
+        *count += 1;
+        Ok(Some(Counted {
+            admission: Arc::clone(self),
+            tenant: Arc::clone(&tenant.name),
+        }))
+    }
+}
+
+impl RouterState {
+    /// Waits for a seat, and for a worker with room, at most until the instant.
+    pub(super) async fn acquire(
+        &self,
+        route: &RouteRequest<'_>,
+        until: Instant,
+    ) -> Result<Admitted, SchedulerError> {
+        let outcome = self.workers.acquire(route, until).await;
+        match &outcome {
+            Ok(_) => self.metrics.admission.admitted(route.class),
+            Err(SchedulerError::Displaced { .. }) => self.metrics.admission.displaced(route.class),
+            Err(_) => {}
+        }
+        outcome
     }
 
-    /// Refuses what [`Self::enter`] would refuse now.
-    pub(super) fn check(&self) -> Result<(), RejectReason> {
-        if self.is_draining() {
-            return Err(RejectReason::ShuttingDown);
+    /// Counts a request of a tenant in, for a model. Refused once a drain has begun, and where the tenant has as many
+    /// here as it may.
+    pub(super) fn enter(&self, tenant: &Tenant, model: &str) -> Result<Presence, ApiError> {
+        // The token first: a drain that begins between the two waits for this one.
+        let token = self.admission.present.token();
+        if self.admission.is_draining() {
+            return Err(RejectReason::ShuttingDown.into());
         }
-        Ok(())
+        let counted = self.admission.count(tenant).map_err(|limit| {
+            let message =
+                format!("the tenant has {limit} requests here, its max_concurrent_requests");
+            let after = retry_after_ms(self.workers.queue_wait(model));
+            ApiError::new(ErrorCode::QueueFull, message).retry_after_ms(after)
+        })?;
+        Ok(Presence {
+            _token: token,
+            _counted: counted,
+        })
+    }
+}
+
+impl Caller {
+    /// By when the first token of a request is wanted that came then and may take until the deadline.
+    pub(super) fn first_token_by(&self, arrived: Instant, deadline: Instant) -> Instant {
+        let asked = self.ttft_timeout.map(|timeout| arrived + timeout);
+        asked.map_or(deadline, |asked| asked.min(deadline))
+    }
+
+    /// What a request for room says of who asks.
+    pub(super) fn terms(&self) -> RouteRequest<'_> {
+        RouteRequest {
+            tenant: &self.tenant.name,
+            class: self.class(),
+            queue_limit: self.tenant.max_queued_requests,
+            ..RouteRequest::default()
+        }
     }
 }
 
 impl Tokenised {
     /// Waits for a seat, and for a worker with room for the first choice.
     pub(super) async fn admit(self) -> Result<Ticket, ApiError> {
-        let request = self.0;
+        let Self { request, presence } = self;
         let state = Arc::clone(&request.state);
-        let presence = state.admission.enter()?;
         let waiting = InFlight::new(&state.admission.requests_waiting);
         let entered = Instant::now();
-        let route = request.route(&request.prompt_token_ids, 0, &[]);
+        let until = request
+            .caller
+            .first_token_by(request.arrived, request.deadline);
+        let route = RouteRequest {
+            deadline: Some(state.clock.at(until)),
+            ..request.route(&request.prompt_token_ids, 0, &[])
+        };
         state.workers.explain_to(&request.record, &route);
-        let admitted = state.workers.acquire(&route, request.deadline).await;
-        match admitted {
+        match state.acquire(&route, until).await {
             Ok(admitted) => Ok(Ticket {
                 request,
                 admitted,

@@ -108,8 +108,7 @@ impl CheckedRequest {
             max_tokens: self.sampling.max_tokens.saturating_sub(num_output as u32),
             salt: &self.cache_salt,
             exclude,
-            deadline: Some(self.state.clock.at(self.deadline)),
-            ..RouteRequest::default()
+            ..self.caller.terms()
         }
     }
 

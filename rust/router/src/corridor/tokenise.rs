@@ -1,14 +1,18 @@
 //! From a door's input to token ids, checked against the model and every limit. Nothing is held yet, so a refusal
 //! changes nothing.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
-use orchestra_core::{ErrorCode, SamplingParams, TokenId, scheduler::AdmissionClass};
+use orchestra_core::{ErrorCode, SamplingParams, TokenId};
 use serde_json::Value as Json;
 use tokio::time::Instant;
 
-use super::place::placement_error;
+use super::{admit::Presence, place::placement_error};
 use crate::{
+    caller::Caller,
     error::ApiError,
     models::ModelEntry,
     observe::Record,
@@ -30,7 +34,10 @@ const INLINE_BYTES_MAX: usize = 1024;
 const NORMALISED_SHARE_MIN: usize = 4;
 
 /// A request that is fit to run.
-pub(super) struct Tokenised(pub(super) CheckedRequest);
+pub(super) struct Tokenised {
+    pub(super) request: CheckedRequest,
+    pub(super) presence: Presence,
+}
 
 /// What every later stage needs to know of the request.
 pub(super) struct CheckedRequest {
@@ -43,6 +50,7 @@ pub(super) struct CheckedRequest {
     pub(super) stop: Vec<String>,
     pub(super) n: u32,
     pub(super) cache_salt: String,
+    pub(super) caller: Caller,
     /// What is taken down of it, to the end of its stream.
     pub(super) record: Record,
     pub(super) arrived: Instant,
@@ -60,10 +68,8 @@ pub(super) async fn tokenise(
     input.record.model(&model.name);
     let prompt_field = field_of(&input.prompt);
     // An overloaded router spends nothing on what it would refuse anyway.
-    state.admission.check()?;
-    let full = state
-        .workers
-        .check_queue(&model.name, AdmissionClass::default());
+    let presence = state.enter(&input.caller.tenant, &model.name)?;
+    let full = state.workers.check_queue(&model.name, input.caller.class());
     full.map_err(|error| placement_error(&error, prompt_field))?;
     check_not_empty(&input.prompt, prompt_field)?;
     let prompt_token_ids = token_ids(state, &model, input.prompt).await?;
@@ -76,8 +82,9 @@ pub(super) async fn tokenise(
         prompt_token_ids.len(),
     )?;
     let limit = state.settings().limits.request_timeout;
-    let timeout = input.timeout.map_or(limit, |asked| asked.min(limit));
-    Ok(Tokenised(CheckedRequest {
+    let asked = input.timeout.into_iter().chain(input.caller.timeout);
+    let timeout = asked.fold(limit, Duration::min);
+    let request = CheckedRequest {
         state: Arc::clone(state),
         model,
         prompt_token_ids,
@@ -86,10 +93,12 @@ pub(super) async fn tokenise(
         stop: input.stop,
         n: input.n,
         cache_salt: input.cache_salt,
+        caller: input.caller,
         record: input.record,
         arrived,
         deadline: arrived + timeout,
-    }))
+    };
+    Ok(Tokenised { request, presence })
 }
 
 fn check_limits(input: &GenerateInput) -> Result<(), ApiError> {

@@ -7,6 +7,7 @@ use orchestra_proto::v1::{self, generate_request};
 use serde_json::{Value, json};
 
 use crate::{
+    caller::Caller,
     error::ApiError,
     observe::Record,
     request::{Chunk, Finish, GenerateInput, Prompt, SamplingPatch},
@@ -27,6 +28,8 @@ pub(super) fn generate_input(request: v1::GenerateRequest) -> Result<GenerateInp
         timeout: (request.timeout_ms > 0)
             .then(|| Duration::from_millis(u64::from(request.timeout_ms))),
         cache_salt: request.cache_salt,
+        // From the metadata.
+        caller: Caller::default(),
         record: Record::default(),
     })
 }

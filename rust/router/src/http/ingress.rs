@@ -99,19 +99,21 @@ fn route_label(matched: Option<&MatchedPath>) -> &'static str {
         .unwrap_or("other")
 }
 
-/// Lets a request with a key through.
+/// Lets a request with a key through, and notes whose it is.
 pub(super) async fn authenticate(
     State(door): State<Arc<HttpDoor>>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Result<Response<Body>, Refusal> {
-    door.state
+    let tenant = door
+        .state
         .settings()
         .keys
         .check(authorization(request.headers()))
         .inspect_err(|error| {
             door.state.metrics.rejected(error.code);
         })?;
+    request.extensions_mut().insert(tenant);
     Ok(next.run(request).await)
 }
 

@@ -2,11 +2,12 @@
 
 use std::num::NonZeroU32;
 
-use orchestra_core::TokenId;
+use orchestra_core::{TokenId, scheduler::AdmissionClass};
 use serde_json::value::RawValue;
 
 use super::fields::{Fields, read, wrong_type};
 use crate::{
+    caller::Caller,
     error::ApiError,
     observe::Record,
     request::{GenerateInput, Prompt, SamplingPatch},
@@ -68,8 +69,25 @@ pub(crate) fn generate_input(
             .map_or(1, NonZeroU32::get),
         timeout: None,
         cache_salt: fields.read("cache_salt", "a string")?.unwrap_or_default(),
+        caller: Caller {
+            asked_class: service_tier(fields)?,
+            ..Caller::default()
+        },
         record: Record::default(),
     })
+}
+
+/// OpenAI's tiers as classes; `scale` is one that is paid for there and is nothing of its own here.
+pub(crate) fn service_tier(fields: &Fields<'_>) -> Result<Option<AdmissionClass>, ApiError> {
+    let expected = "auto, default, flex, priority or scale";
+    let tier: Option<String> = fields.read("service_tier", expected)?;
+    match tier.as_deref() {
+        None | Some("auto") => Ok(None),
+        Some("default" | "scale") => Ok(Some(AdmissionClass::Standard)),
+        Some("flex") => Ok(Some(AdmissionClass::Batch)),
+        Some("priority") => Ok(Some(AdmissionClass::Interactive)),
+        Some(_) => Err(wrong_type("service_tier", expected)),
+    }
 }
 
 /// The sampling fields, each of its type.

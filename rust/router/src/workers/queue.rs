@@ -20,6 +20,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use orchestra_core::scheduler::{
@@ -32,6 +33,7 @@ use tokio::{
 };
 
 use super::{Pool, Workers};
+use crate::tenants::{self, Tenants};
 
 /// What a request got, or why it got nothing.
 pub(super) type Outcome = Result<Admitted, SchedulerError>;
@@ -222,10 +224,28 @@ impl Workers {
         self.pool.lock().scheduler.check_queue(model, class)
     }
 
+    /// How long those that wait for the model now will wait, where that can be said.
+    pub(crate) fn queue_wait(&self, model: &str) -> Option<Duration> {
+        self.pool.lock().scheduler.queue_wait(model)
+    }
+
     /// An output of the model ended by itself after so many tokens.
     pub(crate) fn output_ended(&self, model: &str, num_output_tokens: u32) {
         let mut pool = self.pool.lock();
         pool.scheduler.output_ended(model, num_output_tokens);
+    }
+
+    /// Tenants that were configured get the weights that they have now.
+    pub(crate) fn set_tenant_weights(&self, old: &Tenants, new: &Tenants) {
+        let mut pool = self.pool.lock();
+        let forgotten = old.iter().map(|tenant| (&tenant.name, tenants::WEIGHT));
+        let weights = new.iter().map(|tenant| (&tenant.name, tenant.weight));
+        for (name, weight) in forgotten.chain(weights) {
+            if let Err(error) = pool.scheduler.set_tenant_weight(name, weight) {
+                // Names, weights and their number were checked when they were read.
+                tracing::error!(%error, "a tenant's weight cannot be set");
+            }
+        }
     }
 
     /// Changes the pool, then gives out the room that this may have made.

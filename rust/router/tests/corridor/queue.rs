@@ -1,8 +1,14 @@
 //! Waiting for a worker with room.
 
-use orchestra_core::{ErrorCode, step::FinishReason};
+use std::time::Duration;
+
+use orchestra_core::{ErrorCode, scheduler::AdmissionClass, step::FinishReason};
 use orchestra_proto::v1;
-use orchestra_router::request::{GenerateInput, SamplingPatch};
+use orchestra_router::{
+    caller::Caller,
+    request::{GenerateInput, SamplingPatch},
+    state::CorridorLimits,
+};
 
 use crate::support::{TestRouter, Worker, bytes, collect, hello, limits, text, within};
 
@@ -147,4 +153,86 @@ async fn a_worker_s_kv_is_not_promised_twice() {
     };
     let error = router.generate(impossible).await.err().unwrap();
     assert_eq!(error.code, ErrorCode::ContextTooLong);
+}
+
+fn of_class(prompt: &str, class: AdmissionClass) -> GenerateInput {
+    GenerateInput {
+        caller: Caller {
+            asked_class: Some(class),
+            ..Caller::default()
+        },
+        ..text(prompt)
+    }
+}
+
+#[tokio::test]
+async fn the_urgent_go_first() {
+    let (router, mut worker) = small_worker(1).await;
+    let running = router.generate(text("1")).await.unwrap();
+    worker.start().await;
+    let mut batch = Box::pin(router.generate(of_class("batch", AdmissionClass::Batch)));
+    let mut urgent = Box::pin(router.generate(of_class("urgent", AdmissionClass::Interactive)));
+    assert!(futures_util::poll!(batch.as_mut()).is_pending());
+    assert!(futures_util::poll!(urgent.as_mut()).is_pending());
+    drop(running);
+    worker.abort().await;
+    let urgent = urgent.await.unwrap();
+    assert_eq!(worker.start().await.prompt_token_ids[1..], bytes("urgent"));
+    assert!(futures_util::poll!(batch.as_mut()).is_pending());
+    drop(urgent);
+    worker.abort().await;
+    let _batch = batch.await.unwrap();
+    assert_eq!(worker.start().await.prompt_token_ids[1..], bytes("batch"));
+    let admitted = |class: &str| {
+        let name = format!("orchestra_requests_admitted_total{{class=\"{class}\"}}");
+        router.metric(&name)
+    };
+    let counts = ["interactive", "standard", "batch"].map(admitted);
+    assert_eq!(counts, [Some(1), Some(1), Some(1)]);
+}
+
+#[tokio::test]
+async fn a_full_queue_gives_way_to_the_urgent() {
+    let bounds = CorridorLimits {
+        max_concurrent_requests: 1,
+        max_queued_requests: 2,
+        ..limits()
+    };
+    let (router, mut worker) = TestRouter::with_worker(bounds).await;
+    let _running = router.generate(text("1")).await.unwrap();
+    worker.start().await;
+    let waiting = |class| Box::pin(router.generate(of_class("x", class)));
+    let mut batch = [AdmissionClass::Batch; 2].map(waiting);
+    for request in &mut batch {
+        assert!(futures_util::poll!(request.as_mut()).is_pending());
+    }
+    let mut standard = waiting(AdmissionClass::Standard);
+    assert!(futures_util::poll!(standard.as_mut()).is_pending());
+    // The newest of the lowest class has gone for it, and says when to come again.
+    let [older, newer] = batch;
+    let error = newer.await.err().unwrap();
+    assert_eq!(error.code, ErrorCode::QueueFull);
+    assert_eq!(error.retry_after_ms, Some(1000));
+    assert_eq!(
+        router.metric("orchestra_requests_displaced_total{class=\"batch\"}"),
+        Some(1)
+    );
+    // Nobody of a lower class waits for this one to take the place of.
+    let error = waiting(AdmissionClass::Batch).await.err().unwrap();
+    assert_eq!(error.code, ErrorCode::QueueFull);
+    drop(older);
+    let mut again = waiting(AdmissionClass::Batch);
+    assert!(futures_util::poll!(again.as_mut()).is_pending());
+}
+
+#[tokio::test]
+async fn a_first_token_that_is_wanted_soon_is_not_waited_for_in_vain() {
+    let (router, mut worker) = small_worker(1).await;
+    let _running = router.generate(text("1")).await.unwrap();
+    worker.start().await;
+    let mut hurried = text("2");
+    hurried.caller.ttft_timeout = Some(Duration::from_millis(50));
+    let error = router.generate(hurried).await.err().unwrap();
+    assert_eq!(error.code, ErrorCode::DeadlineExceeded);
+    assert_eq!(router.metric("orchestra_requests_waiting"), Some(0));
 }

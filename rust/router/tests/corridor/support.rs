@@ -9,6 +9,7 @@ use orchestra_proto::v1::{
     worker_message::Message as Up,
 };
 use orchestra_router::{
+    caller::Caller,
     corridor::{TokenStream, generate},
     error::ApiError,
     metrics::Metrics,
@@ -358,6 +359,7 @@ pub(crate) fn input(prompt: Prompt) -> GenerateInput {
         n: 1,
         timeout: None,
         cache_salt: String::new(),
+        caller: Caller::default(),
         record: Record::default(),
     }
 }

@@ -22,6 +22,7 @@ mod process;
 mod settings;
 mod shutdown;
 mod support;
+mod tenants;
 mod traces;
 
 #[expect(dead_code, reason = "shared with the unit tests, which use more of it")]

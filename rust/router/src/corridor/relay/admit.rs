@@ -39,12 +39,18 @@ impl RelayRequest {
     pub(super) async fn admit(self, state: &Arc<RouterState>) -> Result<Admitted, ApiError> {
         self.record.model(&self.model.name);
         self.record.reached(Stage::Tokenised);
-        let deadline = self.arrived + state.settings().limits.request_timeout;
-        let presence = state.admission.enter()?;
+        let limit = state.settings().limits.request_timeout;
+        let timeout = self.caller.timeout.map_or(limit, |asked| asked.min(limit));
+        let deadline = self.arrived + timeout;
+        let presence = state.enter(&self.caller.tenant, &self.model.name)?;
         let waiting = InFlight::new(&state.admission.requests_waiting);
-        let route = self.route(&[]);
+        let until = self.caller.first_token_by(self.arrived, deadline);
+        let route = RouteRequest {
+            deadline: Some(state.clock.at(until)),
+            ..self.route(&[])
+        };
         state.workers.explain_to(&self.record, &route);
-        let admitted = state.workers.acquire(&route, deadline).await;
+        let admitted = state.acquire(&route, until).await;
         let queue::Admitted { reserved, seat } =
             admitted.map_err(|error| self.placement_error(&error))?;
         drop(waiting);
@@ -70,7 +76,7 @@ impl RelayRequest {
             max_tokens: self.checked.max_tokens.unwrap_or(MAX_TOKENS_UNKNOWN),
             salt: &self.checked.cache_salt,
             exclude,
-            ..RouteRequest::default()
+            ..self.caller.terms()
         }
     }
 
