@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use orchestra_core::{ErrorCode, step::FinishReason};
+use orchestra_core::{ErrorCode, scheduler::AdmissionClass, step::FinishReason};
 use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::time::Instant;
@@ -93,6 +93,8 @@ pub(super) struct Facts {
     pub(super) stages: [Option<Instant>; NUM_STAGES],
     pub(super) ended: Option<Instant>,
     pub(super) model: String,
+    pub(super) tenant: Option<Arc<str>>,
+    pub(super) class: Option<AdmissionClass>,
     /// HTTP's or gRPC's.
     pub(super) status: u16,
     pub(super) code: Option<ErrorCode>,
@@ -215,6 +217,14 @@ impl Record {
     /// The model that it names, which is one that is served.
     pub(crate) fn model(&self, name: &str) {
         self.note(|facts| name.clone_into(&mut facts.model));
+    }
+
+    /// Whose it is, where that is a tenant, and how urgent.
+    pub(crate) fn caller(&self, tenant: &Arc<str>, class: AdmissionClass) {
+        self.note(|facts| {
+            facts.tenant = Some(Arc::clone(tenant)).filter(|name| !name.is_empty());
+            facts.class = Some(class);
+        });
     }
 
     /// One of its prompts has this many tokens.
