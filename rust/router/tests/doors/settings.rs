@@ -158,6 +158,28 @@ fn engines_are_tables_of_the_file() {
 }
 
 #[test]
+fn tenants_are_tables_of_the_file_and_their_keys_are_never_repeated() {
+    let fine =
+        "[[tenant]]\nname = 'a'\napi_keys = 'sk-1'\n[[tenant]]\nname = 'b'\napi_keys = ['sk-2']\n";
+    let fine = file("tenants.toml", fine);
+    assert_eq!(router(&fine, &["--check"], &[]).status.code(), Some(0));
+    let twice = "[[tenant]]\nname = 'a'\n[[tenant]]\nname = 'a'\n";
+    let said = complaints(&file("tenants-twice.toml", twice), &[], &[]);
+    assert!(said.contains("is another tenant's too"), "{said}");
+    let wrong = "[[tenant]]\nname = 'a'\napi_keys = 4711\n[[engine]]\nurl = 'http://a:1'\napi_key = 4711\n\
+                 [[tenant]]\napi_keys = [4711]\n";
+    let said = complaints(&file("tenants-wrong.toml", wrong), &[], &[]);
+    for line in [
+        "tenant[0].api_keys: must be a text or a list of texts",
+        "tenant[1].api_keys: must be a text or a list of texts",
+        "engine[0].api_key: must be a text",
+    ] {
+        assert!(said.contains(line), "{line}: {said}");
+    }
+    assert!(!said.contains("4711"), "{said}");
+}
+
+#[test]
 fn a_check_says_by_its_status_whether_a_router_would_start() {
     let fine = file("fine.toml", "http = '127.0.0.1:0'\n");
     let output = router(&fine, &["--check"], &[]);
