@@ -8,6 +8,7 @@
 //! its own, made by its `register(&mut Registry)`, one public field of [`Metrics`] and a line in `tests::SOURCES`.
 
 mod admission;
+mod engines;
 mod kv_events;
 mod observe;
 mod operation;
@@ -27,9 +28,11 @@ use prometheus_client::{
     registry::Registry,
 };
 
+pub(crate) use self::engines::{ABANDONED, ANSWERED, EngineSeries};
 pub use self::{
     admission::AdmissionMetrics,
-    kv_events::{KvEventMetrics, KvEventSeries},
+    engines::EngineMetrics,
+    kv_events::{CacheSeries, KvEventMetrics, KvEventSeries},
     observe::ObserveMetrics,
     operation::OperationMetrics,
     workers::WorkerMetrics,
@@ -72,6 +75,8 @@ pub struct Metrics {
     pub worker_schedule: Counter<f64, AtomicU64>,
     /// Time that workers spent in the model, seconds.
     pub worker_execute: Counter<f64, AtomicU64>,
+    /// Foreign engines and requests on them.
+    pub engines: EngineMetrics,
     /// What engines say about their prefix caches.
     pub kv_events: KvEventMetrics,
     /// Workers attached now.
@@ -97,6 +102,7 @@ impl Metrics {
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("orchestra");
         let mut metrics = Self {
+            engines: EngineMetrics::register(&mut registry),
             kv_events: KvEventMetrics::register(&mut registry),
             operation: OperationMetrics::register(&mut registry),
             admission: AdmissionMetrics::register(&mut registry),

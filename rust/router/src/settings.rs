@@ -7,13 +7,14 @@ use parking_lot::RwLock;
 use crate::{
     auth::ApiKeys,
     config::{ListenConfig, ObserveConfig, RouterConfig},
+    engines::EngineConfig,
     state::CorridorLimits,
     tenants::Tenants,
 };
 
 /// The keys whose new value counts from the next request, connection or worker on. The others need a restart: they
 /// size or open something at start.
-pub(crate) const LIVE: [&str; 20] = [
+pub(crate) const LIVE: [&str; 22] = [
     "admin_key",
     "admin_key_file",
     "api_key",
@@ -27,6 +28,7 @@ pub(crate) const LIVE: [&str; 20] = [
     "idle_timeout",
     "log",
     "max_replays",
+    "otlp_sample_share",
     "replay_wait",
     "request_timeout",
     "slow_total",
@@ -34,6 +36,7 @@ pub(crate) const LIVE: [&str; 20] = [
     "sse_keep_alive",
     "tenants_file",
     "trust_tenant_header",
+    "worker",
 ];
 
 /// One state of them.
@@ -45,6 +48,8 @@ pub struct Settings {
     pub listen: ListenConfig,
     /// What is written about requests.
     pub observe: ObserveConfig,
+    /// The engines that the settings name.
+    pub engines: Vec<EngineConfig>,
     /// Who may call.
     pub(crate) keys: ApiKeys,
     /// Who may operate.
@@ -62,6 +67,7 @@ impl From<&RouterConfig> for Settings {
             limits: config.corridor.limits(),
             listen: config.listen.clone(),
             observe: config.observe.clone(),
+            engines: config.engines.engines().collect(),
             keys: ApiKeys::of_tenants(&config.api_keys, &config.tenants, &tenants),
             admin_keys: ApiKeys::new(&config.admin_keys),
             trust_tenant_header: config.trust_tenant_header,

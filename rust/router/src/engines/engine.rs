@@ -2,8 +2,8 @@
 
 use std::{
     sync::{
-        Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -15,12 +15,17 @@ use tokio::{sync::Notify, time};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    breaker::Breaker,
+    breaker::{Breaker, BreakerState},
+    caching::Caching,
     config::EngineConfig,
     connect::Network,
     outlier::Window,
     pool::Pool,
     wire::{Connection, Head, WireError},
+};
+use crate::{
+    metrics::{EngineMetrics, EngineSeries},
+    models::ModelText,
 };
 
 /// What kind of server an engine is; decides how streams are continued on it.
@@ -46,14 +51,16 @@ pub(crate) struct Engine {
     network: Network,
     idle: Pool,
     pub(crate) status: Mutex<Status>,
-    /// Requests on it now.
-    pub(crate) num_running: AtomicU32,
+    /// Its metrics; requests on it now are among them.
+    pub(crate) series: EngineSeries,
     /// When it last sent a byte of an answer, microseconds of the router's clock.
     heard: AtomicU64,
     /// Cancelled when the engine is taken off the router: what runs on it goes elsewhere.
     pub(crate) removed: CancellationToken,
     /// Wakes its health check: a request could not reach it.
     pub(crate) doubted: Notify,
+    /// What its model files say, once they were read.
+    pub(crate) text: OnceLock<Arc<ModelText>>,
     /// What is the same in the head of every request.
     fixed_head: Vec<u8>,
 }
@@ -70,6 +77,8 @@ pub(crate) struct Status {
     pub(crate) kind: EngineKind,
     /// What the scheduler knows it as, one for each model.
     pub(crate) workers: Vec<Arc<EngineWorker>>,
+    /// What metrics were told.
+    pub(crate) shown: Option<(bool, BreakerState)>,
     /// What the scheduler was told.
     pub(crate) was_available: bool,
 }
@@ -88,6 +97,10 @@ pub(crate) struct EngineWorker {
     pub(crate) name: String,
     pub(crate) model: String,
     pub(crate) engine: Arc<Engine>,
+    /// What was believed of its cache, and what it said.
+    pub(crate) caching: Arc<Caching>,
+    /// Cancelled when it is let go.
+    pub(super) gone: CancellationToken,
 }
 
 impl std::fmt::Debug for EngineWorker {
@@ -118,7 +131,8 @@ pub(crate) enum SendError {
 }
 
 impl Engine {
-    pub(crate) fn new(config: EngineConfig, network: Network) -> Self {
+    pub(crate) fn new(config: EngineConfig, network: Network, metrics: &EngineMetrics) -> Self {
+        let series = metrics.engine(config.url.as_str());
         let mut fixed_head =
             format!(" HTTP/1.1\r\nhost: {}\r\n", config.url.authority()).into_bytes();
         if let Some(key) = &config.api_key {
@@ -131,10 +145,11 @@ impl Engine {
             network,
             idle: Pool::default(),
             status: Mutex::default(),
-            num_running: AtomicU32::new(0),
+            series,
             heard: AtomicU64::new(0),
             removed: CancellationToken::new(),
             doubted: Notify::new(),
+            text: OnceLock::new(),
             fixed_head,
         }
     }

@@ -12,7 +12,7 @@ use std::{
 use orchestra_core::{
     Time,
     config::ConfigIssue,
-    scheduler::{KvSource, NAME_BYTES_MAX, WorkerId, WorkerSpec},
+    scheduler::{NAME_BYTES_MAX, WorkerId},
 };
 use parking_lot::{Mutex, RwLock};
 use rustc_hash::FxHashMap;
@@ -22,10 +22,11 @@ use tokio::time::{self, MissedTickBehavior};
 use super::{
     breaker::BreakerState,
     budget::RetryBudget,
+    caching::Caching,
     config::{EngineConfig, EngineLimits},
     connect::{Network, Tcp},
     engine::{Engine, EngineKind, EngineWorker, Status},
-    health,
+    exact, health,
     outlier::outliers,
     probe::{EngineModel, Identity},
     url::EngineUrl,
@@ -37,9 +38,9 @@ const ENGINES_MAX: usize = 4096;
 /// "Tokens" of a chunk of text, each four bytes of it: the scheduler's block on engines.
 pub(crate) const CHUNK_TOKENS: u32 = 32;
 /// KV blocks of an engine that does not say how many it has: more than any has.
-const NUM_BLOCKS_UNKNOWN: u32 = 1 << 24;
+pub(super) const NUM_BLOCKS_UNKNOWN: u32 = 1 << 24;
 /// Chunks that an engine is taken to remember at most: 2 MiB of text, which is about half a million tokens.
-const CHUNKS_ASSUMED_MAX: u32 = 16 << 10;
+pub(super) const CHUNKS_ASSUMED_MAX: u32 = 16 << 10;
 /// How often the engines are compared with each other.
 const COMPARISON_PERIOD: Duration = Duration::from_secs(1);
 
@@ -170,7 +171,11 @@ impl RouterState {
             return Err(EngineError::TooMany);
         }
         let url = config.url.clone();
-        let engine = Arc::new(Engine::new(config, Arc::clone(&engines.network)));
+        let engine = Arc::new(Engine::new(
+            config,
+            Arc::clone(&engines.network),
+            &self.metrics.engines,
+        ));
         tracing::info!(%url, "engine added");
         set.insert(url, Arc::clone(&engine));
         drop(set);
@@ -187,7 +192,7 @@ impl RouterState {
         let engine = self.engines.get(url)?;
         let mut status = engine.status.lock();
         status.is_draining = is_draining;
-        self.publish(&mut status);
+        self.publish(&engine, &mut status);
         tracing::info!(%url, is_draining, "engine drains, or takes requests again");
         Ok(())
     }
@@ -200,7 +205,7 @@ impl RouterState {
         engine.forget_connections();
         let mut status = engine.status.lock();
         status.is_up = false;
-        self.publish(&mut status);
+        self.publish(&engine, &mut status);
         for worker in std::mem::take(&mut status.workers) {
             self.detach_model(&worker);
         }
@@ -224,7 +229,7 @@ impl RouterState {
                     .iter()
                     .map(|worker| worker.model.clone())
                     .collect(),
-                num_running: engine.num_running.load(Ordering::Relaxed),
+                num_running: engine.series.running.get().try_into().unwrap_or(0),
             }
         };
         engines.iter().map(status_of).collect()
@@ -234,7 +239,7 @@ impl RouterState {
     pub(crate) fn engine_begin(&self, engine: &Engine) -> bool {
         let mut status = engine.status.lock();
         let passes = status.is_up && status.breaker.begin();
-        self.publish(&mut status);
+        self.publish(engine, &mut status);
         passes
     }
 
@@ -265,7 +270,7 @@ impl RouterState {
             let url = &engine.config.url;
             tracing::info!(%url, breaker = after.as_str(), "engine's circuit breaker changed");
         }
-        self.publish(&mut status);
+        self.publish(engine, &mut status);
         drop(status);
         if verdict == Verdict::Unreachable {
             engine.doubted.notify_one();
@@ -306,7 +311,7 @@ impl RouterState {
             let models: Vec<_> = status.workers.iter().map(|worker| &worker.model).collect();
             tracing::info!(url = %engine.config.url, kind = ?status.kind, ?models, "engine up");
         }
-        self.publish(&mut status);
+        self.publish(engine, &mut status);
     }
 
     /// The engine does not answer as it should.
@@ -316,7 +321,7 @@ impl RouterState {
         if std::mem::replace(&mut status.is_up, false) {
             tracing::warn!(url = %engine.config.url, reason, "engine down");
         }
-        self.publish(&mut status);
+        self.publish(engine, &mut status);
     }
 
     /// What has to be done now and then.
@@ -324,11 +329,16 @@ impl RouterState {
         engine.sweep();
         let mut status = engine.status.lock();
         status.breaker.advance(self.clock.now());
-        self.publish(&mut status);
+        self.publish(engine, &mut status);
     }
 
     /// Tells the scheduler where an engine takes requests now and did not, or the other way round.
-    fn publish(&self, status: &mut Status) {
+    fn publish(&self, engine: &Engine, status: &mut Status) {
+        let shown = (status.is_up, status.breaker.state());
+        if status.shown != Some(shown) {
+            status.shown = Some(shown);
+            engine.series.report(shown.0, shown.1.as_str());
+        }
         let is_available = status.is_available() && !status.workers.is_empty();
         if is_available == status.was_available {
             return;
@@ -358,7 +368,9 @@ impl RouterState {
             if status.workers.iter().any(|worker| worker.model == model.id) {
                 continue;
             }
-            match self.attach_model(engine, model) {
+            // Events tell of the engine's one cache, which its first model fills; the others are adapters of that.
+            let has_events = engine.has_events() && models[0].id == model.id;
+            match self.attach_model(engine, model, has_events) {
                 Ok(worker) => {
                     self.workers
                         .set_foreign_available(worker.id, status.was_available);
@@ -376,45 +388,37 @@ impl RouterState {
         &self,
         engine: &Arc<Engine>,
         model: &EngineModel,
+        has_events: bool,
     ) -> Result<Arc<EngineWorker>, AttachModelError> {
-        let config = &engine.config;
-        let num_blocks = config
-            .kv_tokens
-            .map_or(NUM_BLOCKS_UNKNOWN, |tokens| tokens.div_ceil(CHUNK_TOKENS));
-        let spec = WorkerSpec {
-            name: worker_name(config.url.as_str(), &model.id),
-            model: model.id.clone(),
-            block_size: CHUNK_TOKENS,
-            num_blocks,
-            max_num_seqs: config.max_num_seqs,
-            // Text is not counted in tokens here: the engine says itself what is too long for it.
-            max_model_len: u32::MAX,
-            kv_source: KvSource::Assumed {
-                max_blocks: num_blocks.min(CHUNKS_ASSUMED_MAX),
-                ttl_s: 0,
-            },
-            ..WorkerSpec::default()
-        };
-        let name = spec.name.clone();
-        let id = self.workers.add_foreign(spec)?;
+        let name = worker_name(engine.config.url.as_str(), &model.id);
+        let spec = exact::spec(engine, name.clone(), &model.id, has_events);
+        let id = self.workers.add_foreign(spec.clone())?;
+        let text = engine.text.get();
         let attached = self
             .models
-            .attach_foreign(&model.id, id, model.max_model_len);
+            .attach_foreign(&model.id, id, model.max_model_len, text);
         if let Err(error) = attached {
             self.workers.remove_foreign(id);
             return Err(error.into());
         }
+        let series = self.metrics.kv_events.cache(&name);
         let worker = Arc::new(EngineWorker {
             id,
+            caching: Arc::new(Caching::new(name.clone(), has_events, series)),
             name,
             model: model.id.clone(),
             engine: Arc::clone(engine),
+            gone: engine.removed.child_token(),
         });
+        if has_events {
+            self.follow_kv_events(&worker, spec);
+        }
         self.engines.workers.write().insert(id, Arc::clone(&worker));
         Ok(worker)
     }
 
     fn detach_model(&self, worker: &EngineWorker) {
+        worker.gone.cancel();
         self.engines.workers.write().remove(&worker.id);
         self.workers.remove_foreign(worker.id);
         self.models.detach_foreign(&worker.model, worker.id);
@@ -483,9 +487,10 @@ impl RouterState {
                 }
                 status.breaker.open(now);
                 status.window.clear();
+                self.metrics.engines.ejected();
                 let (url, tally) = (&engine.config.url, tallies[index]);
                 tracing::warn!(%url, requests = tally.requests, failures = tally.failures, "engine ejected: it fails much more often than the others");
-                self.publish(&mut status);
+                self.publish(engine, &mut status);
             }
         }
     }

@@ -3,8 +3,9 @@ use std::collections::BTreeSet;
 use super::*;
 
 /// Where families are registered, each with a line of its own.
-const SOURCES: [&str; 6] = [
+const SOURCES: [&str; 7] = [
     include_str!("admission.rs"),
+    include_str!("engines.rs"),
     include_str!("kv_events.rs"),
     include_str!("observe.rs"),
     include_str!("operation.rs"),
@@ -19,7 +20,11 @@ fn published_names() -> BTreeSet<String> {
     let _connection = metrics.connection("http");
     let worker = metrics.worker("w0", 16, 100);
     worker.report(1, 2, 0.5);
+    let engine = metrics.engines.engine("http://a:1");
+    engine.report(true, "closed");
     let _events = metrics.kv_events.worker("w0");
+    let cache = metrics.kv_events.cache("w0");
+    cache.completed(1, Some(1), Some(1.0));
     let text = metrics.encode().unwrap();
     let counters = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
     counters

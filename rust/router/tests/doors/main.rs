@@ -23,6 +23,7 @@ mod settings;
 mod shutdown;
 mod support;
 mod tenants;
+mod traces;
 
 #[expect(dead_code, reason = "shared with the unit tests, which use more of it")]
 #[path = "../../src/text/fixtures.rs"]

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::support::{
-    Client, Engine, MODEL, ask, chat, config, eventually, get, num_up, post, start,
+    Client, Engine, MODEL, ask, chat, config, eventually, get, num_up, post, start, start_with_file,
 };
 
 async fn status(address: std::net::SocketAddr, path: &str) -> u16 {
@@ -109,6 +109,65 @@ async fn an_engine_that_fails_again_and_again_is_paused_and_tried_again() {
         () = fine => {}
     }
     assert_eq!(num_up(&router), 1);
+}
+
+#[tokio::test]
+async fn a_file_of_engines_is_followed() {
+    let (mut a, mut b) = (Engine::start().await, Engine::start().await);
+    let path = std::env::temp_dir().join(format!("engines-{}.toml", std::process::id()));
+    let write = |text: String| {
+        // As a careful writer does it: no reader sees half a file.
+        let fresh = path.with_extension("new");
+        std::fs::write(&fresh, text).unwrap();
+        std::fs::rename(&fresh, &path).unwrap();
+    };
+    write(format!("[[engine]]\nurl = '{}'\n", a.url()));
+    let (router, address) = start_with_file(&path);
+    let urls = || -> Vec<String> {
+        let engines = router.state().list_engines();
+        engines
+            .iter()
+            .filter(|engine| engine.is_up)
+            .map(|engine| engine.config.url.to_string())
+            .collect()
+    };
+    let only = |url: String| {
+        let expected = vec![url];
+        eventually("the engine", move || std::future::ready(urls() == expected))
+    };
+    only(a.url()).await;
+    let mut running = Client::send(address, chat(", \"stream\": true")).await;
+    let mut call = a.call().await;
+    call.begin_stream().await;
+    call.say("one ").await;
+    running.until("one ").await;
+
+    // A broken file changes nothing, and the next one counts.
+    write("[[engine]]\nurl = 'nonsense'\n".to_owned());
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(urls(), [a.url()]);
+    write(format!(
+        "[[engine]]\nurl = '{}'\nmax_num_seqs = 7\n",
+        b.url()
+    ));
+    eventually("both engines", || std::future::ready(urls().len() == 2)).await;
+    let client = Client::send(address, chat("")).await;
+    b.call().await.answer(200, "{}").await;
+    assert_eq!(client.answer().await.status, 200);
+    // What runs on the one that is leaving ends in peace.
+    call.say("two").await;
+    call.finish_stream().await;
+    assert_eq!(running.answer().await.text(), ("one two".to_owned(), true));
+    only(b.url()).await;
+    std::fs::remove_file(&path).unwrap();
+}
+
+#[tokio::test]
+async fn a_file_that_is_broken_at_start_is_an_error() {
+    let mut config = config();
+    config.engines.engines_file = Some("/nowhere/engines.toml".into());
+    let error = orchestra_router::Router::start(&config).err().unwrap();
+    assert!(error.to_string().contains("engines_file"), "{error}");
 }
 
 #[tokio::test]

@@ -312,6 +312,15 @@ pub(crate) async fn start(mut config: RouterConfig, engines: &[&Engine]) -> (Rou
     (router, address)
 }
 
+/// A router that follows a file of engines.
+pub(crate) fn start_with_file(path: &std::path::Path) -> (Router, SocketAddr) {
+    let mut config = config();
+    config.engines.engines_file = Some(path.to_owned());
+    let router = Router::start(&config).unwrap();
+    let address = router.addresses().http;
+    (router, address)
+}
+
 /// How many engines take requests.
 pub(crate) fn num_up(router: &Router) -> usize {
     let engines = router.state().list_engines();

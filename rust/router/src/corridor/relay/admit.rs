@@ -102,13 +102,13 @@ impl Admitted {
     ) -> Result<(Arc<EngineWorker>, Reserved), SchedulerError> {
         let workers = &self.state.workers;
         let first = self.first.take();
-        let reserved = match first.filter(|first| !exclude.contains(&first.worker())) {
-            Some(first) => first,
-            None => {
-                let route = self.request.route(exclude);
-                workers.explain_to(&self.request.record, &route);
-                workers.accompany(&route)?
-            }
+        let first = first.filter(|first| !exclude.contains(&first.worker()));
+        let reserved = if let Some(first) = first {
+            first
+        } else {
+            let route = self.request.route(exclude);
+            workers.explain_to(&self.request.record, &route);
+            workers.accompany(&route)?
         };
         let worker = self.state.engines.worker(reserved.worker());
         let worker = worker.ok_or(SchedulerError::UnknownWorker)?;

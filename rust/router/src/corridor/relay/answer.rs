@@ -7,8 +7,9 @@ use axum::{
 use bytes::Bytes;
 use memchr::memmem;
 use orchestra_core::ErrorCode;
-use serde::de::IgnoredAny;
+use serde::{Deserialize, de::IgnoredAny};
 
+use super::events::Usage;
 use crate::{
     engines::EngineUrl,
     error::ApiError,
@@ -30,6 +31,16 @@ impl Whole {
     /// Whether the body is JSON, as every answer of this API is.
     pub(super) fn is_json(&self) -> bool {
         serde_json::from_slice::<IgnoredAny>(&self.body).is_ok()
+    }
+
+    /// What it cost, where it says so.
+    pub(super) fn usage(&self) -> Option<Usage> {
+        #[derive(Deserialize)]
+        struct Answer {
+            usage: Option<Usage>,
+        }
+        let answer: Answer = serde_json::from_slice(&self.body).ok()?;
+        answer.usage
     }
 
     /// The answer as the client gets it, the body byte for byte.
@@ -70,6 +81,8 @@ pub(super) enum GiveUp {
     Ours(ApiError),
     /// In those of the last engine.
     Theirs(Whole, EngineUrl),
+    /// The answer broke off, and no engine takes it up again.
+    NotContinuable,
 }
 
 impl GiveUp {
@@ -77,6 +90,7 @@ impl GiveUp {
         match self {
             Self::Ours(error) => http_error(&error),
             Self::Theirs(answer, url) => answer.into_error_response(&url),
+            Self::NotContinuable => http_error(&self.into_error()),
         }
     }
 
@@ -84,6 +98,10 @@ impl GiveUp {
     pub(super) fn into_error(self) -> ApiError {
         match self {
             Self::Ours(error) => error,
+            Self::NotContinuable => {
+                let message = "the engine failed, and this answer cannot be continued on another";
+                ApiError::new(ErrorCode::WorkerFailed, message)
+            }
             Self::Theirs(answer, _) => {
                 let code = if answer.status == 429 {
                     ErrorCode::QueueFull

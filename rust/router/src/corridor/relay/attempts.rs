@@ -107,11 +107,7 @@ impl Attempts {
                 return Err(reason);
             }
             if self.num_unfit > 0 && self.num_attempts == 0 {
-                let message = "the engine failed and no other is able to continue its answer";
-                return Err(GiveUp::Ours(ApiError::new(
-                    ErrorCode::WorkerFailed,
-                    message,
-                )));
+                return Err(GiveUp::NotContinuable);
             }
             tokio::select! {
                 biased;
@@ -191,11 +187,14 @@ impl Attempts {
                 failure.kind,
                 FailureKind::Connect | FailureKind::Broken | FailureKind::Removed
             );
-        let may_retry = self.num_attempts < state.engines.limits.max_attempts
-            && (is_owed || state.engines.take_retry(state.clock.now()));
-        if !may_retry {
+        if self.num_attempts >= state.engines.limits.max_attempts {
             return Err(give_up(failure, url));
         }
+        if !is_owed && !state.engines.take_retry(state.clock.now()) {
+            state.metrics.engines.budget_exhausted();
+            return Err(give_up(failure, url));
+        }
+        state.metrics.engines.retried(failure.kind.as_str());
         self.last = Some((failure, url));
         Ok(())
     }
@@ -217,6 +216,7 @@ impl Attempts {
         for _ in 0..self.admitted.request.checked.num_choices {
             metrics.finished(reason);
         }
+        self.admitted.request.record.finished(reason, 0);
         Ok(answer.into_response())
     }
 
@@ -224,6 +224,7 @@ impl Attempts {
     pub(super) fn give_up(&self, reason: GiveUp) -> Result<Response<Body>, ApiError> {
         match reason {
             GiveUp::Ours(error) => Err(error),
+            GiveUp::NotContinuable => Err(reason.into_error()),
             theirs @ GiveUp::Theirs(..) => {
                 for _ in 0..self.admitted.request.checked.num_choices {
                     self.admitted.state.metrics.finished(FinishReason::Error);

@@ -7,10 +7,13 @@ use axum::http::{HeaderMap, HeaderValue, header};
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::check::{self, Checked};
+use super::{
+    check::{self, Checked},
+    key,
+};
 use crate::{
     caller::Caller, error::ApiError, http::fields::Fields, models::ForeignModel, observe::Record,
-    request_id::REQUEST_ID_KEY,
+    request::Prompt, request_id::REQUEST_ID_KEY,
 };
 
 /// How much of a prompt decides about its placement, bytes; the rest does not count as its prefix.
@@ -80,8 +83,10 @@ pub(crate) struct RelayRequest {
     /// What the client wrote.
     pub(super) body: Bytes,
     pub(super) checked: Checked,
-    /// The text of the prompt, four bytes to a token.
+    /// The prefix that decides about the placement: tokens, or the text of the prompt, four bytes to a token.
     pub(super) key: Vec<u32>,
+    /// To be tokenised, where the model's files are here.
+    pub(super) prompt: Option<Box<Prompt>>,
     pub(super) arrived: Instant,
     pub(crate) caller: Caller,
     /// What is taken down of it.
@@ -97,14 +102,19 @@ pub(crate) fn read(
     fields: &Fields<'_>,
 ) -> Result<RelayRequest, ApiError> {
     let checked = check::check(route, body, fields)?;
-    let prompt = fields.raw(route.prompt_field()).map_or("", |raw| raw.get());
+    let text = fields.raw(route.prompt_field()).map_or("", |raw| raw.get());
+    let has_text = model.text.get().is_some();
     Ok(RelayRequest {
+        prompt: has_text
+            .then(|| key::prompt(route, fields))
+            .flatten()
+            .map(Box::new),
         route,
         model,
         outward,
         body: body.clone(),
         checked,
-        key: pack(prompt.as_bytes()),
+        key: pack(text.as_bytes()),
         arrived: Instant::now(),
         caller: Caller::default(),
         record: Record::default(),

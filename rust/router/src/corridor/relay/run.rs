@@ -1,19 +1,20 @@
 //! A request on one engine: from the placement to the end of its answer, or to its failure.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::Arc;
 
 use axum::http::{HeaderMap, HeaderValue, header};
 use bytes::{Bytes, BytesMut};
 use orchestra_core::scheduler::WorkerId;
 use tokio::time::{self, Instant};
 
-use super::{admit::Admitted, answer::Whole};
+use super::{admit::Admitted, answer::Whole, events::Usage, read::RelayRequest};
 use crate::{
     engines::{
-        EngineWorker, Verdict,
+        Completed, EngineWorker, Verdict,
         engine::{Outgoing, SendError},
         wire::{Connection, Head, WireError},
     },
+    metrics::{ABANDONED, ANSWERED},
     state::RouterState,
     workers::queue::Reserved,
 };
@@ -106,6 +107,8 @@ pub(super) struct Run {
     pub(super) reserved: Reserved,
     connection: Option<Connection>,
     verdict: Verdict,
+    /// As metrics name it.
+    outcome: &'static str,
 }
 
 impl Run {
@@ -118,13 +121,14 @@ impl Run {
         if !state.engine_begin(&worker.engine) {
             return None;
         }
-        worker.engine.num_running.fetch_add(1, Ordering::Relaxed);
+        worker.engine.series.running.inc();
         Some(Self {
             state: Arc::clone(state),
             worker,
             reserved,
             connection: None,
             verdict: Verdict::Nothing,
+            outcome: ABANDONED,
         })
     }
 
@@ -134,12 +138,26 @@ impl Run {
 
     /// The engine did what it should.
     pub(super) fn succeed(&mut self) {
-        self.verdict = Verdict::Fine;
+        (self.verdict, self.outcome) = (Verdict::Fine, ANSWERED);
+    }
+
+    /// The answer is complete: what was cached is compared with what was taken to be.
+    pub(super) fn account(&self, request: &RelayRequest, usage: Option<Usage>) {
+        let details = usage.and_then(|usage| usage.prompt_tokens_details);
+        let completed = Completed {
+            prompt_tokens: usage.map_or(request.key.len() as u32, |usage| usage.prompt_tokens),
+            predicted: self.reserved.predicted_cached_tokens(),
+            reported: details.and_then(|details| details.cached_tokens),
+            has_usage: usage.is_some(),
+        };
+        self.worker
+            .caching
+            .completed(completed, self.state.clock.now());
     }
 
     /// The engine did not.
     pub(super) fn fail(&mut self, failure: &Failure) {
-        self.verdict = failure.kind.verdict();
+        (self.verdict, self.outcome) = (failure.kind.verdict(), failure.kind.as_str());
     }
 
     /// Sends the request and reads the answer: all of it, or where it is a stream its head.
@@ -208,6 +226,7 @@ impl Run {
             });
         }
         self.succeed();
+        self.account(request, whole.usage());
         Ok(Some(whole))
     }
 
@@ -250,8 +269,9 @@ impl Run {
 impl Drop for Run {
     fn drop(&mut self) {
         let engine = &self.worker.engine;
-        engine.num_running.fetch_sub(1, Ordering::Relaxed);
+        engine.series.running.dec();
         self.state.engine_end(engine, self.verdict);
+        self.state.metrics.engines.attempt(self.outcome);
     }
 }
 

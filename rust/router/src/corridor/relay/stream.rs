@@ -28,7 +28,7 @@ use super::{
     splice::{self, Splice, Spliced},
 };
 use crate::{
-    engines::engine::Engine,
+    engines::{EngineKind, engine::Engine},
     error::ApiError,
     observe::Stage,
     respond::{ErrorBody, json_body, log},
@@ -228,6 +228,7 @@ impl EventStream {
     fn finish(&mut self) {
         if let Some(mut run) = self.run.take() {
             run.succeed();
+            run.account(&self.attempts.admitted.request, self.memory.usage);
             // The rest of the answer is the end of its framing, which mostly came with the last event.
             if matches!(
                 run.read(&mut BytesMut::new()).now_or_never(),
@@ -285,36 +286,32 @@ impl EventStream {
     /// at once, where it needs no other engine.
     async fn go_on_elsewhere(&mut self, failure: Failure) -> Result<Option<Bytes>, GiveUp> {
         let Some(worker) = self.run.as_ref().map(|run| Arc::clone(&run.worker)) else {
-            return Err(no_continuation());
+            return Err(GiveUp::NotContinuable);
         };
         self.fail_run(&failure);
-        let reply = if !self.has_begun {
+        let reply = if self.has_begun {
+            let kind = worker.engine.status.lock().kind;
+            let resumed = self.resume(kind).await;
+            let outcome = match &resumed {
+                Ok(_) => "continued",
+                Err(GiveUp::NotContinuable) => "not_continuable",
+                Err(_) => "failed",
+            };
+            self.attempts
+                .admitted
+                .state
+                .metrics
+                .engines
+                .replayed(outcome);
+            match resumed? {
+                Resumed::Ended(events) => return Ok(Some(events)),
+                Resumed::Elsewhere(reply) => reply,
+            }
+        } else {
             let url = worker.engine.config.url.clone();
             self.attempts.failed(failure, worker.id, url)?;
             self.memory = Memory::new(self.attempts.admitted.request.checked.num_choices);
             self.attempts.exchange().await?
-        } else if self.memory.is_empty() {
-            // Also where there are several choices: the other engine begins anew, and only the names stay.
-            self.splice = Some(Splice::new(
-                self.attempts.admitted.request.route,
-                &self.memory,
-                &[],
-            ));
-            let body = self.attempts.admitted.request.body.clone();
-            self.attempts.resume(&|_| Some(body.clone())).await?
-        } else {
-            let request = &self.attempts.admitted.request;
-            let resumption = Resumption::new(request, &self.memory).ok_or_else(no_continuation)?;
-            self.splice = Some(Splice::new(request.route, &self.memory, &resumption.stop));
-            let kind = worker.engine.status.lock().kind;
-            if resumption.tokens_left(kind) == Some(0) {
-                return Ok(Some(self.end_at_limit()));
-            }
-            let body_for = |engine: &Engine| {
-                let kind = engine.status.lock().kind;
-                resumption.body(&engine.config, kind)
-            };
-            self.attempts.resume(&body_for).await?
         };
         match reply {
             Reply::Events(run) => {
@@ -323,14 +320,31 @@ impl EventStream {
                 self.run = Some(run);
                 Ok(None)
             }
-            Reply::Whole(answer) => {
-                let message = format!("the engine answered with status {}", answer.status);
-                Err(GiveUp::Ours(ApiError::new(
-                    ErrorCode::WorkerFailed,
-                    message,
-                )))
-            }
+            Reply::Whole(answer) => Err(GiveUp::Theirs(answer, worker.engine.config.url.clone())),
         }
+    }
+
+    /// Sends the request on to another engine, with what the client has of the answer.
+    async fn resume(&mut self, kind: EngineKind) -> Result<Resumed, GiveUp> {
+        let request = &self.attempts.admitted.request;
+        if self.memory.is_empty() {
+            // Also where there are several choices: the other engine begins anew, and only the names stay.
+            self.splice = Some(Splice::new(request.route, &self.memory, &[]));
+            let body = request.body.clone();
+            let reply = self.attempts.resume(&|_| Some(body.clone())).await?;
+            return Ok(Resumed::Elsewhere(reply));
+        }
+        let resumption = Resumption::new(request, &self.memory).ok_or(GiveUp::NotContinuable)?;
+        self.splice = Some(Splice::new(request.route, &self.memory, &resumption.stop));
+        if resumption.tokens_left(kind) == Some(0) {
+            return Ok(Resumed::Ended(self.end_at_limit()));
+        }
+        let body_for = |engine: &Engine| {
+            let kind = engine.status.lock().kind;
+            resumption.body(&engine.config, kind)
+        };
+        let reply = self.attempts.resume(&body_for).await?;
+        Ok(Resumed::Elsewhere(reply))
     }
 
     /// The engine failed between the last token that there may be and the words that it was the last.
@@ -384,9 +398,11 @@ fn status_gone(answer: Result<Response<Body>, ApiError>) -> ApiError {
     }
 }
 
-fn no_continuation() -> GiveUp {
-    let message = "the engine failed, and this answer cannot be continued on another";
-    GiveUp::Ours(ApiError::new(ErrorCode::WorkerFailed, message))
+/// Where a broken stream goes on.
+enum Resumed {
+    Elsewhere(Reply),
+    /// It needs nobody: this is all that was missing.
+    Ended(Bytes),
 }
 
 /// What became of a request for a stream by the time of its first event.
