@@ -4,6 +4,8 @@ use orchestra_core::scheduler::AdmissionClass;
 use orchestra_proto::v1;
 use orchestra_router::{corridor::TokenStream, request::GenerateInput, state::CorridorLimits};
 
+use tokio::task::JoinSet;
+
 use crate::{
     queue::{end_with, of_class, small_worker},
     support::{TestRouter, Worker, bytes, collect, eventually, limits, next},
@@ -18,8 +20,14 @@ fn urgent() -> GenerateInput {
 }
 
 /// Reads the stream beside what follows, as a client does: a request that nobody reads cannot go on.
-fn read(stream: TokenStream) -> tokio::task::JoinHandle<String> {
-    tokio::spawn(async move { collect(stream, 1).await.unwrap().remove(0).text })
+fn read(stream: TokenStream) -> JoinSet<String> {
+    let mut reading = JoinSet::new();
+    reading.spawn(async move { collect(stream, 1).await.unwrap().remove(0).text });
+    reading
+}
+
+async fn text_of(mut reading: JoinSet<String>) -> String {
+    reading.join_next().await.unwrap().unwrap()
 }
 
 /// A batch request that has got as far as "one", and its worker.
@@ -58,7 +66,7 @@ async fn a_batch_request_gives_way_and_goes_on_where_it_was() {
     worker
         .finish(resumed.sequence_id, 3, &bytes(" two"), reason)
         .await;
-    assert_eq!(answer.await.unwrap(), " two");
+    assert_eq!(text_of(answer).await, " two");
     assert_eq!(router.metric("orchestra_requests_resumed_total"), Some(1));
     eventually("the end", || {
         router.metric("orchestra_requests_running") == Some(0)
@@ -86,7 +94,7 @@ async fn a_seat_is_given_up_too() {
     worker
         .finish(resumed.sequence_id, 3, &bytes("."), reason)
         .await;
-    assert_eq!(answer.await.unwrap(), ".");
+    assert_eq!(text_of(answer).await, ".");
 }
 
 #[tokio::test]
@@ -106,7 +114,7 @@ async fn nobody_gives_way_for_ever() {
     assert!(futures_util::poll!(urgent.as_mut()).is_pending());
     let reason = v1::FinishReason::Length;
     worker.finish(sequence, 3, &bytes("."), reason).await;
-    assert_eq!(answer.await.unwrap(), ".");
+    assert_eq!(text_of(answer).await, ".");
     let _urgent = urgent.await.unwrap();
     assert_eq!(worker.start().await.prompt_token_ids[1..], bytes("urgent"));
 }
@@ -135,7 +143,7 @@ async fn others_do_not_give_way() {
 async fn a_client_that_leaves_in_the_pause_leaves_the_queue() {
     let (router, mut worker) = small_worker(1).await;
     let (stream, sequence) = running_batch(&router, &mut worker).await;
-    let reading = read(stream);
+    let mut reading = read(stream);
     let urgent = router.generate(urgent()).await.unwrap();
     assert_eq!(worker.abort().await, sequence);
     let start = worker.start().await;
@@ -143,8 +151,7 @@ async fn a_client_that_leaves_in_the_pause_leaves_the_queue() {
         router.metric("orchestra_requests_preempted_total") == Some(1)
     })
     .await;
-    reading.abort();
-    assert!(reading.await.unwrap_err().is_cancelled());
+    reading.shutdown().await;
     drop(urgent);
     assert_eq!(worker.abort().await, start.sequence_id);
     // The next to start is the next to ask.
@@ -177,5 +184,5 @@ async fn a_paused_request_whose_worker_goes_waits_for_another() {
     other
         .finish(resumed.sequence_id, 3, &bytes("!"), reason)
         .await;
-    assert_eq!(answer.await.unwrap(), "!");
+    assert_eq!(text_of(answer).await, "!");
 }
