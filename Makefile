@@ -14,6 +14,8 @@ PY := $(VENV)/bin/python
 EXTENSION := python/orchestra/_core.abi3.so
 ETCD := target/tools/etcd
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust proto -type f)
+# What the tests of faults and the router bench start.
+PROGRAMS := target/release/orchestra-router
 PROTOS := orchestra/v1/types.proto orchestra/v1/inference.proto
 LINT_GATES := check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-docs check-tidy
 
@@ -24,12 +26,12 @@ FUZZ_FLAGS := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 	--cfg fuzzing -Cdebug-assertions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench soak simulate fuzz gpu proto docs clean
+.PHONY: help setup serve test lint bench bench-router chaos soak simulate fuzz gpu proto docs clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-setup: $(VENV)/.installed $(EXTENSION) $(ETCD) ## Install the pinned dependencies into .venv and build the extension
+setup: $(VENV)/.installed $(EXTENSION) $(PROGRAMS) $(ETCD) ## Install the pinned dependencies into .venv, build the extension and the programs
 
 serve: setup ## Serve the demonstration model (MODEL=path for another, ARGS='--tp 2 …' for options)
 	$(VENV)/bin/orchestra serve $(MODEL) $(ARGS)
@@ -42,6 +44,12 @@ lint: setup ## Run the gates that execute no product code: format, clippy, ruff,
 
 bench: setup ## Measure serving on this machine; benches/README.md says how to read the table
 	$(PY) -m benches.serving $(ARGS)
+
+bench-router: setup ## Measure the router beside its rivals and nginx (ARGS=--full for the whole grid)
+	$(PY) -m benches.router $(ARGS)
+
+chaos: setup ## Break engines and workers under load, 1,000 faults, every word checked (ARGS='--seed 7 …')
+	$(PY) -m tests.chaos $(ARGS)
 
 soak: ## Run the Rust property tests on CASES random histories each: some 10^6 operations, some minutes
 	PROPTEST_CASES=$(CASES) cargo test --release --locked -p orchestra-core
@@ -125,6 +133,11 @@ $(ETCD):
 	if command -v etcd; then ln -s "$$(command -v etcd)" $@; else \
 	  cd $(@D)/package && { apt-get download etcd-server || { apt-get update && apt-get download etcd-server; }; } && \
 	  dpkg-deb --extract etcd-server_*.deb . && ln -s package/usr/bin/etcd ../etcd; fi
+
+# All in one call: cargo builds the same crates for all of them. It leaves alone what no edit has changed.
+$(PROGRAMS): $(RUST_SOURCES) $(shell find benches/rig -type f)
+	cargo build --release --locked --quiet -p orchestra-router -p orchestra-rig
+	touch target/release/orchestra-router target/release/mock-engine target/release/loadgen
 
 define PRINT_REQUIREMENTS
 import tomllib

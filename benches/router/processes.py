@@ -45,11 +45,19 @@ def pinned(core: int, command: list[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def running(command: list[str], core: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process on a core, killed with its children at the end; what it says goes to `log`."""
+def running(
+    command: list[str], core: int, log: Path, *, is_read: bool = False
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process on a core, killed with its children at the end.
+
+    What it says goes to `log`; its standard output can be read instead, and has to be then.
+    """
     with log.open("wb") as output:
         process = subprocess.Popen(
-            pinned(core, command), stdout=subprocess.PIPE, stderr=output, cwd=tempfile.gettempdir()
+            pinned(core, command),
+            stdout=subprocess.PIPE if is_read else output,
+            stderr=output,
+            cwd=tempfile.gettempdir(),
         )
     try:
         yield process
@@ -69,7 +77,7 @@ def running(command: list[str], core: int, log: Path) -> Iterator[subprocess.Pop
 def mock_engines(flags: list[str], folder: Path) -> Iterator[list[int]]:
     """Mock engines in one process; their ports."""
     command = [str(RELEASE / "mock-engine"), *flags]
-    with running(command, RIG_CORE, folder / "mock-engine.log") as process:
+    with running(command, RIG_CORE, folder / "mock-engine.log", is_read=True) as process:
         assert process.stdout is not None
         yield json.loads(process.stdout.readline())["ports"]
 

@@ -102,10 +102,23 @@ def _orchestra(port: int, urls: list[str], _folder: Path) -> list[str]:
 def _rival(package: str, policy: str) -> Callable[[int, list[str], Path], list[str]]:
     def command(port: int, urls: list[str], _folder: Path) -> list[str]:
         program = str(ENVIRONMENTS / package / "bin" / package)
-        launch = [] if package == "vllm-router" else ["launch"]
+        is_vllm = package == "vllm-router"
+        launch = [] if is_vllm else ["launch"]
+        # Nor do we write a line for each request.
+        quiet = ["--log-level", "warning" if is_vllm else "warn"]
         listen = ["--host", "127.0.0.1", "--port", str(port)]
         metrics = ["--prometheus-port", str(free_port())]
-        return [program, *launch, *listen, *metrics, "--policy", policy, "--worker-urls", *urls]
+        return [
+            program,
+            *launch,
+            *listen,
+            *metrics,
+            *quiet,
+            "--policy",
+            policy,
+            "--worker-urls",
+            *urls,
+        ]
 
     return command
 

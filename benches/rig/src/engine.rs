@@ -78,17 +78,20 @@ pub struct Engine {
     control: Control,
     cache: Mutex<PrefixCache>,
     created: u64,
+    /// In every event, so that a reader can tell who said it.
+    fingerprint: String,
 }
 
 impl Engine {
-    /// An engine without faults.
-    pub fn new(config: Arc<EngineConfig>) -> Self {
+    /// An engine without faults, known to readers by its port.
+    pub fn new(config: Arc<EngineConfig>, port: u16) -> Self {
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
         Self {
             control: Control::default(),
             cache: Mutex::new(PrefixCache::new(config.prefix_cache_blocks)),
             created: since_epoch.map_or(0, |time| time.as_secs()),
             config,
+            fingerprint: format!("mock-{port}"),
         }
     }
 

@@ -101,11 +101,15 @@ impl RouterConfig {
         let corridor = &self.corridor;
         let runs_one = corridor.max_concurrent_requests > 0;
         check("max_concurrent_requests", runs_one, "must be at least 1");
-        let share = self.observe.explain_share;
+        for (key, share) in self.observe.shares() {
+            let is_share = (0.0..=1.0).contains(&share);
+            check(key, is_share, "must be between 0 and 1");
+        }
+        let endpoint = self.observe.otlp_endpoint.as_deref();
         check(
-            "explain_share",
-            (0.0..=1.0).contains(&share),
-            "must be between 0 and 1",
+            "otlp_endpoint",
+            endpoint.is_none_or(observe::is_endpoint),
+            "must be a URL like http://localhost:4317",
         );
         let tries_one = self.engines.engine_max_attempts > 0;
         check("engine_max_attempts", tries_one, "must be at least 1");
@@ -121,6 +125,7 @@ impl RouterConfig {
             logging::parse_filter(&self.log.filter).is_ok(),
             "not a level or directives",
         );
+        issues.extend(self.engines.engine_issues());
         if issues.is_empty() {
             Ok(())
         } else {

@@ -9,7 +9,7 @@
 
 pub(crate) mod admin;
 mod body;
-mod chat;
+pub(crate) mod chat;
 mod choices;
 mod completions;
 mod envelope;

@@ -15,7 +15,7 @@ mod feed;
 mod msgpack;
 mod subscriber;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 mod zmtp;

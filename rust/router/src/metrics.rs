@@ -30,7 +30,7 @@ use prometheus_client::{
 pub(crate) use self::engines::{ABANDONED, ANSWERED, EngineSeries};
 pub use self::{
     engines::EngineMetrics,
-    kv_events::{KvEventMetrics, KvEventSeries},
+    kv_events::{CacheSeries, KvEventMetrics, KvEventSeries},
     observe::ObserveMetrics,
     operation::OperationMetrics,
     workers::WorkerMetrics,

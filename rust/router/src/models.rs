@@ -67,6 +67,16 @@ pub struct ModelText {
 }
 
 impl ModelText {
+    /// The model's tokeniser.
+    pub(crate) fn tokenizer(&self) -> &ModelTokenizer {
+        &self.tokenizer
+    }
+
+    /// The model's chat template, or why there is none.
+    pub(crate) fn template(&self) -> Result<&ChatTemplate, TemplateError> {
+        self.template.as_ref().map_err(Clone::clone)
+    }
+
     /// Reads the files. Takes tens of milliseconds for a large vocabulary: not for an async task.
     pub fn from_files(files: &v1::ModelFiles, digest: String) -> Result<Self, ModelFilesError> {
         let tokenizer_config = parse("tokenizer_config.json", &files.tokenizer_config_json)?;

@@ -7,7 +7,9 @@
 
 mod access_log;
 mod decisions;
+mod exporter;
 mod record;
+mod spans;
 mod throttle;
 mod trace_context;
 
@@ -15,14 +17,15 @@ use std::{sync::Arc, time::Duration};
 
 use parking_lot::RwLock;
 
+pub use self::record::Record;
 pub(crate) use self::trace_context::{TRACEPARENT_KEY, TRACESTATE_KEY};
 pub(crate) use self::{
     access_log::AccessLog,
     decisions::DecisionView,
+    exporter::{Exporter, ExporterError},
     record::{Arrival, Candidate, Explained, Passed, Stage},
 };
-use self::{decisions::Decisions, record::Entry, throttle::Throttle};
-pub use self::{record::Record, trace_context::TraceContext};
+use self::{decisions::Decisions, record::Entry, throttle::Throttle, trace_context::TraceContext};
 use crate::{config::ObserveConfig, metrics::Metrics};
 
 /// HTTP header and gRPC metadata: `1` asks for a full explanation of the request's placement.
@@ -36,6 +39,7 @@ struct Limits {
     slow_ttft: Option<Duration>,
     slow_total: Option<Duration>,
     explain_share: f64,
+    trace_share: f64,
 }
 
 impl From<&ObserveConfig> for Limits {
@@ -44,6 +48,7 @@ impl From<&ObserveConfig> for Limits {
             slow_ttft: config.slow_ttft.map(|span| span.0),
             slow_total: config.slow_total.map(|span| span.0),
             explain_share: config.explain_share,
+            trace_share: config.otlp_sample_share,
         }
     }
 }
@@ -55,6 +60,7 @@ pub(crate) struct Observers {
     limits: RwLock<Limits>,
     decisions: Decisions,
     access_log: Option<AccessLog>,
+    exporter: Option<Exporter>,
     explanations: Throttle,
     warnings: Throttle,
 }
@@ -64,12 +70,14 @@ impl Observers {
         config: &ObserveConfig,
         metrics: Metrics,
         access_log: Option<AccessLog>,
+        exporter: Option<Exporter>,
     ) -> Self {
         Self {
             metrics,
             limits: RwLock::new(config.into()),
             decisions: Decisions::new(config.decisions),
             access_log,
+            exporter,
             explanations: Throttle::new(PAUSE),
             warnings: Throttle::new(PAUSE),
         }
@@ -89,10 +97,24 @@ impl Observers {
 
     /// The record of a request that has just arrived.
     pub(crate) fn record(self: &Arc<Self>, arrival: &Arrival<'_>) -> Record {
-        let share = self.limits.read().explain_share;
-        let is_asked = arrival.wants_explanation || (share > 0.0 && fastrand::f64() < share);
+        let Limits {
+            explain_share,
+            trace_share,
+            ..
+        } = *self.limits.read();
+        let is_asked = arrival.wants_explanation || is_drawn(explain_share);
         let is_explained = is_asked && self.explanations.may_pass();
-        Record::new(arrival, is_explained, Arc::clone(self))
+        let trace = TraceContext::from_caller(arrival.traceparent, arrival.tracestate);
+        let trace = match trace {
+            None if self.has_traces() => Some(TraceContext::new(is_drawn(trace_share))),
+            trace => trace,
+        };
+        Record::new(arrival, is_explained, trace, Arc::clone(self))
+    }
+
+    /// Whether spans are sent anywhere.
+    fn has_traces(&self) -> bool {
+        self.exporter.is_some()
     }
 
     /// What is remembered of the request with this id; of several, the last.
@@ -106,11 +128,14 @@ impl Observers {
     }
 
     /// A request is over.
-    fn ended(&self, entry: &Entry) {
+    fn ended(&self, entry: &Arc<Entry>) {
         let passed = entry.passed();
         self.warn_if_slow(entry, &passed);
         if let Some(log) = &self.access_log {
             log.write(entry, &passed);
+        }
+        if let Some(exporter) = &self.exporter {
+            exporter.send(entry);
         }
     }
 
@@ -136,4 +161,9 @@ impl Observers {
             entry.warn_slow(passed);
         }
     }
+}
+
+/// Whether this one belongs to the share.
+fn is_drawn(share: f64) -> bool {
+    share > 0.0 && fastrand::f64() < share
 }

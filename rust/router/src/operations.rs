@@ -38,7 +38,7 @@ impl Operations {
 
     /// Reads everything again, as the process did at start from the same `args`. What may change counts from the next
     /// request on; what needs a restart is named and kept. Settings that cannot be used change nothing.
-    pub(crate) async fn reload(&self, state: &RouterState, args: Vec<OsString>) {
+    pub(crate) async fn reload(&self, state: &Arc<RouterState>, args: Vec<OsString>) {
         let loaded = state.tasks.run_blocking(move || load(&args)).await;
         let is_applied = match loaded {
             Ok(Ok(loaded)) => {
@@ -77,7 +77,7 @@ impl Operations {
         }
     }
 
-    fn apply(&self, state: &RouterState, loaded: Loaded) {
+    fn apply(&self, state: &Arc<RouterState>, loaded: Loaded) {
         let mut settings = self.settings.lock();
         let kept = take_live(&settings, loaded.settings);
         for key in &kept.needs_restart {
@@ -86,7 +86,9 @@ impl Operations {
                 "the setting changed, which takes a restart: the old value is kept"
             );
         }
+        let before = &state.settings().engines;
         state.set_settings((&loaded.config).into());
+        state.change_engines(before, &state.settings().engines);
         if let Err(error) = self.log.set(&loaded.config.log.filter) {
             tracing::warn!(%error, "the log filter is kept");
         }

@@ -49,7 +49,9 @@ pub fn exit_status(args: impl IntoIterator<Item = OsString>) -> u8 {
     };
     let outcome = match loaded.task {
         Task::Check => Ok(()),
-        Task::PrintConfig => print(&to_toml(&loaded.settings)).map_err(RunError::from),
+        Task::PrintConfig => {
+            print(&to_toml(&loaded.settings, &loaded.config.engines.listed)).map_err(RunError::from)
+        }
         Task::Run { print_addresses } => run_to_the_end(loaded, &args, print_addresses),
     };
     match outcome {

@@ -8,12 +8,12 @@ use tonic::service::Routes;
 
 use crate::{
     config::{RouterConfig, join},
-    engines::{EngineConfig, Engines, file},
+    engines::{EngineConfig, Engines, file, store},
     grpc,
     http::{HttpDoor, admin},
     listen::{Door, Listener},
     metrics::Metrics,
-    observe::{AccessLog, Observers},
+    observe::{AccessLog, Exporter, ExporterError, Observers},
     operations::{Operations, unix_seconds},
     state::RouterState,
     workers::gateway_service,
@@ -41,6 +41,9 @@ pub enum RunError {
     /// The process has no runtime, signals or standard output.
     #[error(transparent)]
     Process(#[from] io::Error),
+    /// Spans cannot be sent where the settings say.
+    #[error(transparent)]
+    Exporter(#[from] ExporterError),
     /// The reflection service refused our own descriptors.
     #[error("gRPC reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -64,6 +67,27 @@ pub struct Router {
     state: Arc<RouterState>,
     addresses: Addresses,
     operations: Arc<Operations>,
+}
+
+/// Adds the engines of flags and settings, and follows what says more of them.
+fn use_engines(
+    state: &Arc<RouterState>,
+    config: &RouterConfig,
+    from_file: Option<(PathBuf, Vec<EngineConfig>)>,
+) {
+    if let Some((path, engines)) = from_file {
+        let following = file::follow(Arc::clone(state), path, engines);
+        state.tasks.spawn(following);
+    }
+    if let Some(url) = config.engines.store.clone() {
+        state.tasks.spawn(store::follow(Arc::clone(state), url));
+    }
+    for engine in state.settings().engines.clone() {
+        let url = engine.url.clone();
+        if let Err(error) = state.add_engine(engine) {
+            tracing::warn!(%url, %error, "engine not added");
+        }
+    }
 }
 
 /// The engines that the file of engines has at start, and where to look for the next ones.
@@ -125,7 +149,12 @@ impl Router {
         let access_log = access_log
             .map(|path| AccessLog::open(path, &state.tasks, &state.metrics))
             .transpose()?;
-        state.observe_by(Observers::new(observe, state.metrics.clone(), access_log));
+        let endpoint = observe.otlp_endpoint.as_deref();
+        let exporter = endpoint
+            .map(|endpoint| Exporter::new(endpoint, &state.tasks, &state.metrics))
+            .transpose()?;
+        let metrics = state.metrics.clone();
+        state.observe_by(Observers::new(observe, metrics, access_log, exporter));
         state.set_settings(config.into());
         state.metrics.operation.settings_read_at(unix_seconds());
         let operations = Arc::new(operations);
@@ -145,16 +174,7 @@ impl Router {
         for (listener, app) in served {
             state.tasks.spawn(listener.serve(app, Arc::clone(&state)));
         }
-        if let Some((path, engines)) = from_file {
-            let following = file::follow(Arc::clone(&state), path, engines);
-            state.tasks.spawn(following);
-        }
-        for engine in config.engines.engines() {
-            let url = engine.url.clone();
-            if let Err(error) = state.add_engine(engine) {
-                tracing::warn!(%url, %error, "engine not added");
-            }
-        }
+        use_engines(&state, config, from_file);
         Ok(Self {
             state,
             addresses,

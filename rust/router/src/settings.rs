@@ -7,12 +7,13 @@ use parking_lot::RwLock;
 use crate::{
     auth::ApiKeys,
     config::{ListenConfig, ObserveConfig, RouterConfig},
+    engines::EngineConfig,
     state::CorridorLimits,
 };
 
 /// The keys whose new value counts from the next request, connection or worker on. The others need a restart: they
 /// size or open something at start.
-pub(crate) const LIVE: [&str; 18] = [
+pub(crate) const LIVE: [&str; 20] = [
     "admin_key",
     "admin_key_file",
     "api_key",
@@ -26,11 +27,13 @@ pub(crate) const LIVE: [&str; 18] = [
     "idle_timeout",
     "log",
     "max_replays",
+    "otlp_sample_share",
     "replay_wait",
     "request_timeout",
     "slow_total",
     "slow_ttft",
     "sse_keep_alive",
+    "worker",
 ];
 
 /// One state of them.
@@ -42,6 +45,8 @@ pub struct Settings {
     pub listen: ListenConfig,
     /// What is written about requests.
     pub observe: ObserveConfig,
+    /// The engines that the settings name.
+    pub engines: Vec<EngineConfig>,
     /// Who may call.
     pub(crate) keys: ApiKeys,
     /// Who may operate.
@@ -54,6 +59,7 @@ impl From<&RouterConfig> for Settings {
             limits: config.corridor.limits(),
             listen: config.listen.clone(),
             observe: config.observe.clone(),
+            engines: config.engines.engines().collect(),
             keys: ApiKeys::new(&config.api_keys),
             admin_keys: ApiKeys::new(&config.admin_keys),
         }

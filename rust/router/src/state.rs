@@ -145,7 +145,7 @@ impl RouterState {
     pub(crate) fn observers(&self) -> &Arc<Observers> {
         self.observers.get_or_init(|| {
             let config = ObserveConfig::default();
-            Arc::new(Observers::new(&config, self.metrics.clone(), None))
+            Arc::new(Observers::new(&config, self.metrics.clone(), None, None))
         })
     }
 

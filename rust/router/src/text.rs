@@ -3,7 +3,7 @@
 pub mod clock;
 pub mod detokenizer;
 #[cfg(test)]
-mod fixtures;
+pub(crate) mod fixtures;
 pub mod json;
 pub mod stop;
 pub mod template;

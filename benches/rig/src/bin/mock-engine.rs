@@ -158,11 +158,12 @@ fn start(cli: &Cli) -> io::Result<Vec<(Arc<Engine>, TcpListener)>> {
         } else {
             cli.ports.from + offset
         };
-        let engine = Engine::new(Arc::clone(&config));
+        let listener = bind(SocketAddr::new(cli.host, port))?;
+        let engine = Engine::new(Arc::clone(&config), listener.local_addr()?.port());
         for order in &orders {
             engine.control().arm(order.clone()).map_err(bad)?;
         }
-        Ok((Arc::new(engine), bind(SocketAddr::new(cli.host, port))?))
+        Ok((Arc::new(engine), listener))
     };
     (0..cli.ports.count).map(start_one).collect()
 }

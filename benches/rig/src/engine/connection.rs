@@ -294,7 +294,7 @@ impl Served {
             completion: words,
         };
         let number = self.number();
-        let render = Render::new(&generation, &engine.config.model, engine.created, number);
+        let render = Render::new(&generation, &engine, number);
         let body = render.body(&choices, &ids, usage);
         self.engine
             .control()

@@ -2,7 +2,7 @@
 
 use std::io::Write as _;
 
-use super::{answer::Piece, request::Generation};
+use super::{Engine, answer::Piece, request::Generation};
 
 /// What every event of one answer repeats.
 pub(super) struct Render {
@@ -23,19 +23,20 @@ pub(super) struct Usage {
 }
 
 impl Render {
-    pub(super) fn new(generation: &Generation, model: &str, created: u64, number: u64) -> Self {
+    pub(super) fn new(generation: &Generation, engine: &Engine, number: u64) -> Self {
         let (prefix, object) = match (generation.is_chat, generation.streams) {
             (true, true) => ("chatcmpl", "chat.completion.chunk"),
             (true, false) => ("chatcmpl", "chat.completion"),
             (false, _) => ("cmpl", "text_completion"),
         };
-        let model = quoted(model.as_bytes());
+        let model = quoted(engine.config.model.as_bytes());
+        let (created, fingerprint) = (engine.created, &engine.fingerprint);
         Self {
             is_chat: generation.is_chat,
             logprobs: generation.logprobs,
             token_ids: generation.token_ids,
             opening: format!(
-                r#"{{"id":"{prefix}-{number:016x}","object":"{object}","created":{created},"model":{model}"#
+                r#"{{"id":"{prefix}-{number:016x}","object":"{object}","created":{created},"model":{model},"system_fingerprint":"{fingerprint}""#
             ),
         }
     }

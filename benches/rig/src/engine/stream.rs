@@ -41,7 +41,7 @@ impl Served {
         let config = &engine.config;
         let cached = engine.cache.lock().insert(&generation.prompt);
         let mut course = Course {
-            render: Render::new(&generation, &config.model, engine.created, self.number()),
+            render: Render::new(&generation, &engine, self.number()),
             fault,
             events: 0,
             when: began + config.ttft,

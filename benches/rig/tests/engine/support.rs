@@ -41,7 +41,7 @@ impl Rig {
     pub(crate) fn start(config: EngineConfig) -> Self {
         let listener = bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
         let address = listener.local_addr().unwrap();
-        let engine = Arc::new(Engine::new(Arc::new(config)));
+        let engine = Arc::new(Engine::new(Arc::new(config), address.port()));
         let mut serving = tokio::task::JoinSet::new();
         serving.spawn(Arc::clone(&engine).serve(listener));
         Self {

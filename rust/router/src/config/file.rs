@@ -3,9 +3,10 @@
 use std::{fs, io, path::Path};
 
 use orchestra_core::config::ConfigIssue;
+use serde::de::DeserializeOwned;
 use toml::{
     Spanned,
-    de::{DeTable, DeValue},
+    de::{DeTable, DeValue, ValueDeserializer},
 };
 
 /// Larger files are not settings.
@@ -34,36 +35,92 @@ pub(super) fn read(path: &Path) -> Result<String, ConfigIssue> {
     text.map_err(|error| ConfigIssue::new("config", format!("{}: {error}", path.display())))
 }
 
-/// The file's settings. Where it is not TOML there is an issue for each place; a value of the wrong shape is one too,
-/// and the rest is read.
-pub(super) fn parse(text: &str, path: &str, issues: &mut Vec<ConfigIssue>) -> Vec<Entry> {
-    let (table, errors) = DeTable::parse_recoverable(text);
-    for error in errors {
-        let line = error.span().map_or(1, |span| line_of(text, span.start));
-        issues.push(ConfigIssue::new(format!("{path}:{line}"), error.message()));
-    }
-    let mut entries = Vec::with_capacity(table.get_ref().len());
-    for (key, value) in table.get_ref() {
-        let line = line_of(text, key.span().start);
-        let key = key.get_ref().to_string();
-        match texts(value) {
-            Some((values, is_list)) => entries.push(Entry {
-                key,
-                line,
-                values,
-                is_list,
-            }),
-            None => issues.push(ConfigIssue::new(
-                key,
-                format!(
-                    "must be a text, a number, true, false, or a list of these ({path}:{line})"
-                ),
-            )),
+/// A file that was read.
+pub(super) struct Document<'a> {
+    text: &'a str,
+    path: &'a str,
+    table: DeTable<'a>,
+}
+
+impl<'a> Document<'a> {
+    /// Reads TOML. Where it is none there is an issue for each place, and the rest is read.
+    pub(super) fn parse(text: &'a str, path: &'a str, issues: &mut Vec<ConfigIssue>) -> Self {
+        let (table, errors) = DeTable::parse_recoverable(text);
+        for error in errors {
+            let line = error.span().map_or(1, |span| line_of(text, span.start));
+            issues.push(ConfigIssue::new(format!("{path}:{line}"), error.message()));
+        }
+        Self {
+            text,
+            path,
+            table: table.into_inner(),
         }
     }
-    // A table of TOML has no order of its own.
-    entries.sort_unstable_by_key(|entry| entry.line);
-    entries
+
+    /// Takes out the tables `[[key]]`. What cannot be read is an issue at its place.
+    pub(super) fn take_list<T: DeserializeOwned>(
+        &mut self,
+        key: &str,
+        issues: &mut Vec<ConfigIssue>,
+    ) -> Vec<T> {
+        let Some(value) = self.table.remove(key) else {
+            return Vec::new();
+        };
+        let place = |offset: usize| format!("{}:{}", self.path, line_of(self.text, offset));
+        let begin = value.span().start;
+        let DeValue::Array(items) = value.into_inner() else {
+            let message = format!("must be tables, each begun by [[{key}]] ({})", place(begin));
+            issues.push(ConfigIssue::new(key, message));
+            return Vec::new();
+        };
+        let mut list = Vec::with_capacity(items.len());
+        for (index, item) in items.into_iter().enumerate() {
+            let begin = item.span().start;
+            match serde_path_to_error::deserialize(ValueDeserializer::from(item)) {
+                Ok(item) => list.push(item),
+                Err(error) => {
+                    let key = match error.path().to_string().as_str() {
+                        "." => format!("{key}[{index}]"),
+                        path => format!("{key}[{index}].{path}"),
+                    };
+                    let error = error.into_inner();
+                    let place = place(error.span().map_or(begin, |span| span.start));
+                    issues.push(ConfigIssue::new(
+                        key,
+                        format!("{} ({place})", error.message()),
+                    ));
+                }
+            }
+        }
+        list
+    }
+
+    /// The settings at the top. A value of the wrong shape is an issue.
+    pub(super) fn entries(&self, issues: &mut Vec<ConfigIssue>) -> Vec<Entry> {
+        let Self { text, path, table } = self;
+        let mut entries = Vec::with_capacity(table.len());
+        for (key, value) in table {
+            let line = line_of(text, key.span().start);
+            let key = key.get_ref().to_string();
+            match texts(value) {
+                Some((values, is_list)) => entries.push(Entry {
+                    key,
+                    line,
+                    values,
+                    is_list,
+                }),
+                None => issues.push(ConfigIssue::new(
+                    key,
+                    format!(
+                        "must be a text, a number, true, false, or a list of these ({path}:{line})"
+                    ),
+                )),
+            }
+        }
+        // A table of TOML has no order of its own.
+        entries.sort_unstable_by_key(|entry| entry.line);
+        entries
+    }
 }
 
 fn texts(value: &Spanned<DeValue<'_>>) -> Option<(Vec<String>, bool)> {
@@ -99,7 +156,7 @@ mod tests {
     fn settings_come_with_their_lines_and_every_fault_is_named() {
         let text = "# limits\nmax_replays = 2\nlog = 'debug'\napi_key = [\n  'a', 'b',\n]\n\n[http]\nx = 1\n";
         let mut issues = Vec::new();
-        let entries = parse(text, "r.toml", &mut issues);
+        let entries = Document::parse(text, "r.toml", &mut issues).entries(&mut issues);
         let seen: Vec<_> = entries
             .iter()
             .map(|entry| (entry.key.as_str(), entry.line, entry.values.join(",")))
@@ -114,7 +171,7 @@ mod tests {
         assert!(issues[0].message.contains("r.toml:8"), "{}", issues[0]);
 
         let mut issues = Vec::new();
-        parse("a = \nb = 1\nc = ]\n", "r.toml", &mut issues);
+        Document::parse("a = \nb = 1\nc = ]\n", "r.toml", &mut issues);
         let keys: Vec<_> = issues.iter().map(|issue| issue.key.as_str()).collect();
         assert!(
             keys.contains(&"r.toml:1") && keys.contains(&"r.toml:3"),

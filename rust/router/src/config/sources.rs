@@ -17,6 +17,7 @@ use clap::{
 use orchestra_core::config::ConfigIssue;
 
 use super::file::Entry;
+use crate::engines::EngineConfig;
 
 /// Flags about the process's start rather than settings: not in the file.
 const NOT_SETTINGS: [&str; 6] = [
@@ -27,6 +28,9 @@ const NOT_SETTINGS: [&str; 6] = [
     "check",
     "print_addresses",
 ];
+
+/// The file's lists of tables.
+const LISTS: [&str; 1] = ["engine"];
 
 /// Who gave a setting its value.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,8 +74,8 @@ pub struct Setting {
     pub source: Source,
 }
 
-/// The settings in effect as a file that could be read again, but for the keys.
-pub fn to_toml(settings: &[Setting]) -> String {
+/// The settings in effect as a file that could be read again, but for the keys. `engines` are those of the file.
+pub fn to_toml(settings: &[Setting], engines: &[EngineConfig]) -> String {
     let mut text = String::new();
     for setting in settings {
         let values: Vec<_> = setting.values.iter().map(|value| literal(value)).collect();
@@ -81,6 +85,11 @@ pub fn to_toml(settings: &[Setting]) -> String {
             (false, Some(value)) => writeln!(text, "{key} = {value} # {source}"),
             (false, None) => writeln!(text, "# {key} is not set"),
         };
+    }
+    for engine in engines {
+        // Texts and numbers, which TOML can say.
+        let engine = toml::to_string(engine).unwrap_or_default();
+        let _ = write!(text, "\n[[engine]] # file\n{engine}");
     }
     text
 }
@@ -208,9 +217,11 @@ fn is_list(arg: &Arg) -> bool {
 /// Refuses keys that are no setting's.
 fn check_names(command: &Command, entries: &[Entry], path: &str, issues: &mut Vec<ConfigIssue>) {
     let known: Vec<_> = settings(command).map(key_of).collect();
+    let lists = LISTS.map(str::to_owned);
+    let named: Vec<_> = known.iter().chain(&lists).collect();
     for entry in entries.iter().filter(|entry| !known.contains(&entry.key)) {
-        let distance = |key: &&String| strsim::damerau_levenshtein(key, &entry.key);
-        let nearest = known.iter().min_by_key(distance).map_or("", String::as_str);
+        let distance = |key: &&&String| strsim::damerau_levenshtein(key, &entry.key);
+        let nearest = named.iter().min_by_key(distance).map_or("", |key| key);
         let line = entry.line;
         let message = format!("there is no such setting; did you mean {nearest}? ({path}:{line})");
         issues.push(ConfigIssue::new(entry.key.clone(), message));

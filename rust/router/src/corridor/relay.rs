@@ -16,6 +16,7 @@ mod answer;
 mod attempts;
 mod check;
 mod events;
+mod key;
 mod memory;
 mod read;
 mod resume;
@@ -38,7 +39,7 @@ pub(crate) async fn relay(
     request: RelayRequest,
     keep_alive: Duration,
 ) -> Result<Response<Body>, ApiError> {
-    let admitted = request.admit(state).await?;
+    let admitted = request.tokenised(state).await.admit(state).await?;
     let mut attempts = Attempts::new(admitted);
     if attempts.admitted.request.checked.stream {
         return stream::respond(attempts, keep_alive).await;

@@ -2,11 +2,15 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use orchestra_cluster::StoreUrl;
 use orchestra_core::{config::ConfigIssue, scheduler::NAME_BYTES_MAX};
 use serde::{Deserialize, Serialize};
 
 use super::url::EngineUrl;
-use crate::config::{Secret, Span};
+use crate::{
+    config::{Secret, Span},
+    kv_events::Endpoint,
+};
 
 /// One foreign engine. Flags give the URL alone; files and the admin API give all of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -29,12 +33,18 @@ pub struct EngineConfig {
     /// How a broken stream is continued on it.
     #[serde(default)]
     pub replay: ReplayMeans,
-    /// ZMQ endpoint where it publishes its KV events: `tcp://host:port`.
+    /// Tokens of one block of its KV cache; counts where `model_files` are given.
+    #[serde(default = "kv_block_size")]
+    pub kv_block_size: u32,
+    /// ZMQ endpoint where it publishes its KV events: `tcp://host:port` or `ipc:///path`. Needs `model_files`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub kv_events: Option<String>,
+    pub kv_events: Option<Endpoint>,
+    /// The topic that it publishes them under; empty takes all.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub kv_topic: String,
     /// ZMQ endpoint that gives lost KV events again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub kv_replay: Option<String>,
+    pub kv_replay: Option<Endpoint>,
     /// Directory with the model's tokeniser and template, for exact prefixes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model_files: Option<PathBuf>,
@@ -44,6 +54,14 @@ pub struct EngineConfig {
 const fn max_num_seqs() -> u32 {
     256
 }
+
+/// vLLM's own default.
+const fn kv_block_size() -> u32 {
+    16
+}
+
+/// Longest topic of KV events, bytes.
+const TOPIC_BYTES_MAX: usize = 128;
 
 /// How an engine continues an answer that another one began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,7 +91,9 @@ impl EngineConfig {
             max_num_seqs: max_num_seqs(),
             kv_tokens: None,
             replay: ReplayMeans::Auto,
+            kv_block_size: kv_block_size(),
             kv_events: None,
+            kv_topic: String::new(),
             kv_replay: None,
             model_files: None,
         }
@@ -103,6 +123,26 @@ impl EngineConfig {
             self.kv_tokens != Some(0),
             "must be at least 1",
         );
+        check(
+            "engine.kv_block_size",
+            self.kv_block_size > 0,
+            "must be at least 1",
+        );
+        check(
+            "engine.kv_events",
+            self.kv_events.is_none() || self.model_files.is_some(),
+            "needs model_files: events tell of tokens",
+        );
+        check(
+            "engine.kv_replay",
+            self.kv_replay.is_none() || self.kv_events.is_some(),
+            "needs kv_events",
+        );
+        check(
+            "engine.kv_topic",
+            self.kv_topic.len() <= TOPIC_BYTES_MAX,
+            "must have at most 128 bytes",
+        );
         let key = self.api_key.as_ref();
         check(
             "engine.api_key",
@@ -125,10 +165,21 @@ pub struct EnginesConfig {
     #[arg(long = "worker", visible_alias = "engine", value_name = "URL")]
     #[arg(env = "ORCHESTRA_WORKER", value_delimiter = ',')]
     pub urls: Vec<EngineUrl>,
+    /// The file's `[[engine]]` tables.
+    #[arg(skip)]
+    pub listed: Vec<EngineConfig>,
     /// A file with engines, TOML (`[[engine]]`) or JSON, which is followed while the router runs; it says more of each
     /// than a URL can.
     #[arg(long, value_name = "PATH", env = "ORCHESTRA_ENGINES_FILE")]
     pub engines_file: Option<PathBuf>,
+    /// An etcd with engines, which is followed while the router runs: a JSON object for each under
+    /// `PREFIX/engines/NAME`, with the fields of --engines-file. The prefix is `/orchestra` unless it is given.
+    #[arg(
+        long,
+        value_name = "etcd://HOST:PORT[,…][/PREFIX]",
+        env = "ORCHESTRA_STORE"
+    )]
+    pub store: Option<StoreUrl>,
     /// How long a connection to an engine may take to open.
     #[arg(long, value_name = "TIME", env = "ORCHESTRA_ENGINE_CONNECT_TIMEOUT")]
     #[arg(default_value_t = Self::default().engine_connect_timeout)]
@@ -160,7 +211,9 @@ impl Default for EnginesConfig {
     fn default() -> Self {
         Self {
             urls: Vec::new(),
+            listed: Vec::new(),
             engines_file: None,
+            store: None,
             engine_connect_timeout: Span(Duration::from_secs(1)),
             engine_ttft_timeout: Span(Duration::from_secs(60)),
             engine_stall_timeout: Span(Duration::from_secs(10)),
@@ -172,9 +225,25 @@ impl Default for EnginesConfig {
 }
 
 impl EnginesConfig {
-    /// The engines that flags name.
+    /// The engines that flags and the file name.
     pub fn engines(&self) -> impl Iterator<Item = EngineConfig> + '_ {
-        self.urls.iter().cloned().map(EngineConfig::new)
+        let urls = self.urls.iter().cloned().map(EngineConfig::new);
+        urls.chain(self.listed.iter().cloned())
+    }
+
+    /// What is wrong with any of them.
+    pub(crate) fn engine_issues(&self) -> Vec<ConfigIssue> {
+        let mut seen = Vec::new();
+        let mut issues = Vec::new();
+        for engine in self.engines() {
+            issues.extend(engine.validate().err().into_iter().flatten());
+            if seen.contains(&engine.url) {
+                let message = format!("{} is given twice", engine.url);
+                issues.push(ConfigIssue::new("engine.url", message));
+            }
+            seen.push(engine.url);
+        }
+        issues
     }
 
     /// How all engines are treated.
@@ -244,6 +313,7 @@ mod tests {
             r#"{"url": "http://a:1", "ulr": 1}"#,
             r#"{"url": "https://a:1"}"#,
             r#"{"url": "http://a:1", "replay": "often"}"#,
+            r#"{"url": "http://a:1", "kv_events": "a:2"}"#,
             "{}",
         ] {
             assert!(
@@ -260,6 +330,9 @@ mod tests {
             api_key: Some("a\nb".parse().unwrap()),
             max_num_seqs: 0,
             kv_tokens: Some(0),
+            kv_block_size: 0,
+            kv_events: Some("tcp://a:1".parse().unwrap()),
+            kv_topic: "t".repeat(129),
             ..EngineConfig::new("http://a:1".parse().unwrap())
         };
         let issues = config.validate().unwrap_err();
@@ -268,6 +341,9 @@ mod tests {
             "engine.model",
             "engine.max_num_seqs",
             "engine.kv_tokens",
+            "engine.kv_block_size",
+            "engine.kv_events",
+            "engine.kv_topic",
             "engine.api_key",
         ];
         assert_eq!(keys, expected);

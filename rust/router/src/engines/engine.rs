@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -16,13 +16,17 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     breaker::{Breaker, BreakerState},
+    caching::Caching,
     config::EngineConfig,
     connect::Network,
     outlier::Window,
     pool::Pool,
     wire::{Connection, Head, WireError},
 };
-use crate::metrics::{EngineMetrics, EngineSeries};
+use crate::{
+    metrics::{EngineMetrics, EngineSeries},
+    models::ModelText,
+};
 
 /// What kind of server an engine is; decides how streams are continued on it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -55,6 +59,8 @@ pub(crate) struct Engine {
     pub(crate) removed: CancellationToken,
     /// Wakes its health check: a request could not reach it.
     pub(crate) doubted: Notify,
+    /// What its model files say, once they were read.
+    pub(crate) text: OnceLock<Arc<ModelText>>,
     /// What is the same in the head of every request.
     fixed_head: Vec<u8>,
 }
@@ -91,6 +97,10 @@ pub(crate) struct EngineWorker {
     pub(crate) name: String,
     pub(crate) model: String,
     pub(crate) engine: Arc<Engine>,
+    /// What was believed of its cache, and what it said.
+    pub(crate) caching: Arc<Caching>,
+    /// Cancelled when it is let go.
+    pub(super) gone: CancellationToken,
 }
 
 impl std::fmt::Debug for EngineWorker {
@@ -139,6 +149,7 @@ impl Engine {
             heard: AtomicU64::new(0),
             removed: CancellationToken::new(),
             doubted: Notify::new(),
+            text: OnceLock::new(),
             fixed_head,
         }
     }

@@ -5,7 +5,7 @@
 //! requests, and leaves once it has none; one whose settings changed leaves at once and comes back with the new ones.
 
 use std::{
-    collections::BTreeMap,
+    collections::BTreeSet,
     fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -17,7 +17,7 @@ use orchestra_core::config::ConfigIssue;
 use serde::Deserialize;
 use tokio::time::{self, MissedTickBehavior};
 
-use super::{EngineConfig, EngineUrl};
+use super::{EngineConfig, follower::Follower};
 use crate::state::RouterState;
 
 /// How often the file is looked at.
@@ -63,8 +63,6 @@ struct Engines {
     engine: Vec<EngineConfig>,
 }
 
-type ByUrl = BTreeMap<EngineUrl, EngineConfig>;
-
 /// Reads a file whole.
 ///
 /// # Errors
@@ -75,7 +73,7 @@ pub fn read(path: &Path) -> Result<Vec<EngineConfig>, EnginesFileError> {
         return Err(EnginesFileError::TooLarge);
     }
     let engines = parse(&fs::read_to_string(path).map_err(failed)?)?;
-    let mut urls = std::collections::BTreeSet::new();
+    let mut urls = BTreeSet::new();
     for (number, engine) in (1..).zip(&engines) {
         if let Err(mut issues) = engine.validate() {
             let issue = issues.swap_remove(0);
@@ -162,63 +160,6 @@ pub(crate) async fn follow(state: Arc<RouterState>, path: PathBuf, engines: Vec<
         }
     };
     let _: Option<()> = shutdown.run_until_cancelled(following).await;
-}
-
-/// What was taken over from the file.
-#[derive(Default)]
-struct Follower {
-    present: ByUrl,
-    /// Out of the file, and not yet gone.
-    leaving: Vec<EngineUrl>,
-}
-
-impl Follower {
-    fn apply(&mut self, state: &Arc<RouterState>, engines: Vec<EngineConfig>) {
-        let wanted: ByUrl = engines
-            .into_iter()
-            .map(|engine| (engine.url.clone(), engine))
-            .collect();
-        let is_gone = |url: &&EngineUrl| !wanted.contains_key(*url);
-        for url in self.present.keys().filter(is_gone) {
-            // It may have been removed by other means.
-            let _ = state.drain_engine(url, true);
-            self.leaving.push(url.clone());
-        }
-        self.leaving.retain(|url| {
-            let comes_back = wanted.contains_key(url);
-            if comes_back {
-                let _ = state.remove_engine(url);
-            }
-            !comes_back
-        });
-        for (url, engine) in &wanted {
-            match self.present.get(url) {
-                Some(known) if known == engine => continue,
-                Some(_) => drop(state.remove_engine(url)),
-                None => {}
-            }
-            if let Err(error) = state.add_engine(engine.clone()) {
-                tracing::warn!(%url, %error, "engine not added");
-            }
-        }
-        self.present = wanted;
-    }
-
-    /// Lets engines go that are out of the file and have no request left.
-    fn remove_idle(&mut self, state: &Arc<RouterState>) {
-        if self.leaving.is_empty() {
-            return;
-        }
-        let engines = state.list_engines();
-        self.leaving.retain(|url| {
-            let running = engines.iter().find(|engine| engine.config.url == *url);
-            let is_busy = running.is_some_and(|engine| engine.num_running > 0);
-            if !is_busy {
-                let _ = state.remove_engine(url);
-            }
-            is_busy
-        });
-    }
 }
 
 #[cfg(test)]

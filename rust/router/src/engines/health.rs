@@ -10,6 +10,7 @@ use tokio::time;
 
 use super::{
     engine::Engine,
+    exact,
     probe::{ProbeError, Prober},
 };
 use crate::state::RouterState;
@@ -27,6 +28,7 @@ const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
 pub(super) async fn look_after(state: Arc<RouterState>, engine: Arc<Engine>) {
     let shutdown = state.tasks.shutdown_token().clone();
     let attending = async {
+        exact::load(&state, &engine).await;
         loop {
             let Err(error) = attend(&state, &engine).await;
             state.engine_down(&engine, &error.to_string());

@@ -4,11 +4,13 @@ use std::sync::Arc;
 
 use orchestra_core::{
     hash::SeedParts,
-    scheduler::{KvSource, NAME_BYTES_MAX, SchedulerError, WorkerSpec},
+    scheduler::{NAME_BYTES_MAX, SchedulerError},
 };
 
 use super::{
+    caching::Caching,
     engine::{Engine, EngineWorker, Status},
+    exact,
     probe::EngineModel,
 };
 use crate::{models::ForeignModelError, state::RouterState};
@@ -16,9 +18,9 @@ use crate::{models::ForeignModelError, state::RouterState};
 /// "Tokens" of a chunk of text, each four bytes of it: the scheduler's block on engines.
 pub(crate) const CHUNK_TOKENS: u32 = 32;
 /// KV blocks of an engine that does not say how many it has: more than any has.
-const NUM_BLOCKS_UNKNOWN: u32 = 1 << 24;
+pub(super) const NUM_BLOCKS_UNKNOWN: u32 = 1 << 24;
 /// Chunks that an engine is taken to remember at most: 2 MiB of text, which is about half a million tokens.
-const CHUNKS_ASSUMED_MAX: u32 = 16 << 10;
+pub(super) const CHUNKS_ASSUMED_MAX: u32 = 16 << 10;
 
 impl RouterState {
     /// Takes in the models that the engine has now, and lets go of those that it had.
@@ -41,7 +43,9 @@ impl RouterState {
             if status.workers.iter().any(|worker| worker.model == model.id) {
                 continue;
             }
-            match self.attach_model(engine, model) {
+            // Events tell of the engine's one cache, which its first model fills; the others are adapters of that.
+            let has_events = engine.has_events() && models[0].id == model.id;
+            match self.attach_model(engine, model, has_events) {
                 Ok(worker) => {
                     self.workers
                         .set_foreign_available(worker.id, status.was_available);
@@ -59,45 +63,37 @@ impl RouterState {
         &self,
         engine: &Arc<Engine>,
         model: &EngineModel,
+        has_events: bool,
     ) -> Result<Arc<EngineWorker>, AttachModelError> {
-        let config = &engine.config;
-        let num_blocks = config
-            .kv_tokens
-            .map_or(NUM_BLOCKS_UNKNOWN, |tokens| tokens.div_ceil(CHUNK_TOKENS));
-        let spec = WorkerSpec {
-            name: worker_name(config.url.as_str(), &model.id),
-            model: model.id.clone(),
-            block_size: CHUNK_TOKENS,
-            num_blocks,
-            max_num_seqs: config.max_num_seqs,
-            // Text is not counted in tokens here: the engine says itself what is too long for it.
-            max_model_len: u32::MAX,
-            kv_source: KvSource::Assumed {
-                max_blocks: num_blocks.min(CHUNKS_ASSUMED_MAX),
-                ttl_s: 0,
-            },
-            ..WorkerSpec::default()
-        };
-        let name = spec.name.clone();
-        let id = self.workers.add_foreign(spec)?;
+        let name = worker_name(engine.config.url.as_str(), &model.id);
+        let spec = exact::spec(engine, name.clone(), &model.id, has_events);
+        let id = self.workers.add_foreign(spec.clone())?;
+        let text = engine.text.get();
         let attached = self
             .models
-            .attach_foreign(&model.id, id, model.max_model_len);
+            .attach_foreign(&model.id, id, model.max_model_len, text);
         if let Err(error) = attached {
             self.workers.remove_foreign(id);
             return Err(error.into());
         }
+        let series = self.metrics.kv_events.cache(&name);
         let worker = Arc::new(EngineWorker {
             id,
+            caching: Arc::new(Caching::new(name.clone(), has_events, series)),
             name,
             model: model.id.clone(),
             engine: Arc::clone(engine),
+            gone: engine.removed.child_token(),
         });
+        if has_events {
+            self.follow_kv_events(&worker, spec);
+        }
         self.engines.workers.write().insert(id, Arc::clone(&worker));
         Ok(worker)
     }
 
     pub(super) fn detach_model(&self, worker: &EngineWorker) {
+        worker.gone.cancel();
         self.engines.workers.write().remove(&worker.id);
         self.workers.remove_foreign(worker.id);
         self.models.detach_foreign(&worker.model, worker.id);

@@ -3,6 +3,7 @@
 //! | route | does |
 //! |---|---|
 //! | `GET /admin/workers` | [`workers::list`] |
+//! | `POST /admin/workers` | [`workers::add`] |
 //! | `POST /admin/workers/{id}/drain`, `…/undrain` | [`workers::drain`], [`workers::undrain`] |
 //! | `DELETE /admin/workers/{id}` | [`workers::remove`] |
 //! | `GET /admin/decisions/{request_id}` | [`decision`] |
@@ -67,7 +68,7 @@ pub(crate) fn router(
         operations,
     });
     Router::new()
-        .route("/admin/workers", get(workers::list))
+        .route("/admin/workers", get(workers::list).post(workers::add))
         .route("/admin/workers/{id}", delete(workers::remove))
         .route("/admin/workers/{id}/drain", post(workers::drain))
         .route("/admin/workers/{id}/undrain", post(workers::undrain))

@@ -73,7 +73,8 @@ fn logprobs(fields: &Fields<'_>) -> Result<Option<u32>, ApiError> {
     Ok(is_wanted.then(|| top.unwrap_or(0)))
 }
 
-fn messages_of(raw: &RawValue) -> Result<Vec<Value>, ApiError> {
+/// The messages of a chat, each with its content as one string.
+pub(crate) fn messages_of(raw: &RawValue) -> Result<Vec<Value>, ApiError> {
     let mut messages: Vec<Value> = read(raw, "messages", "a list of objects")?;
     if messages.is_empty() {
         return Err(ApiError::invalid(

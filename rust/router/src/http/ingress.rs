@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::{
     body::Body,
     extract::{MatchedPath, Request, State},
-    http::{HeaderMap, HeaderValue, Response, StatusCode, header},
+    http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header},
     middleware::Next,
 };
 use orchestra_core::ErrorCode;
@@ -42,6 +42,11 @@ pub(super) async fn enter(
     let route = route_label(request.extensions().get::<MatchedPath>());
     let (request_id, record) = arrive(&door, &request, route);
     request.extensions_mut().insert(record.clone());
+    if let Some(traceparent) = record.traceparent().and_then(|text| text.parse().ok()) {
+        // What an engine does for the request belongs under our span.
+        let key = HeaderName::from_static(TRACEPARENT_KEY);
+        request.headers_mut().insert(key, traceparent);
+    }
     let span = tracing::info_span!("request", request_id, door = "http", route);
     let value = HeaderValue::from_str(&request_id).ok();
     if let Some(value) = value.clone() {

@@ -336,6 +336,33 @@ mod tests {
         });
     }
 
+    /// Two messages of a real engine, vLLM 0.32.
+    #[test]
+    fn a_real_engine_s_messages_are_read() {
+        let payloads: [&[u8]; 2] = [
+            include_bytes!("testdata/vllm_0.32_first.msgpack"),
+            include_bytes!("testdata/vllm_0.32_second.msgpack"),
+        ];
+        let [first, second] = payloads.map(|payload| match &decode(payload).unwrap()[..] {
+            [Event::Stored(stored)] => stored.clone(),
+            other => panic!("{other:?}"),
+        });
+        assert_eq!((first.hashes.len(), first.token_ids.len()), (7, 7 * 32));
+        assert_eq!(
+            (first.parent, second.parent),
+            (None, first.hashes.last().copied())
+        );
+        assert_eq!((second.hashes.len(), second.token_ids.len()), (1, 32));
+        for stored in [first, second] {
+            assert_eq!((stored.block_size, stored.group), (32, 0));
+            assert_eq!(
+                (stored.medium, stored.kind),
+                (Some("GPU"), Some("full_attention"))
+            );
+            assert!(stored.extra_keys.iter().all(Vec::is_empty));
+        }
+    }
+
     #[test]
     fn removals_are_read_in_both_forms() {
         let removed = |medium, group| {

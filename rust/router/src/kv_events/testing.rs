@@ -14,7 +14,7 @@ use super::Endpoint;
 use crate::tasks::Tasks;
 
 /// Packs a value. An array `["0x", "deadbeef"]` becomes the bytes that it spells.
-pub(super) fn to_msgpack(value: &Value) -> Vec<u8> {
+pub(crate) fn to_msgpack(value: &Value) -> Vec<u8> {
     let mut bytes = Vec::new();
     write(value, &mut bytes);
     bytes
@@ -70,13 +70,13 @@ fn write(value: &Value, out: &mut Vec<u8>) {
 
 /// A mock of an engine's publisher, as vLLM's behaves: numbers its messages, sends them to whoever subscribed, and
 /// replays those that it kept. Its side of the protocol is written here, apart from the client that is tested.
-pub(super) struct MockEngine {
+pub(crate) struct MockEngine {
     state: Arc<Mutex<State>>,
     sent: watch::Sender<u64>,
     cut: watch::Sender<u64>,
     num_subscribers: watch::Sender<usize>,
-    pub(super) events: Endpoint,
-    pub(super) replay: Endpoint,
+    pub(crate) events: Endpoint,
+    pub(crate) replay: Endpoint,
     tasks: Tasks,
 }
 
@@ -91,7 +91,7 @@ struct State {
 }
 
 impl MockEngine {
-    pub(super) async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let listeners = [
             TcpListener::bind("127.0.0.1:0").await.unwrap(),
             TcpListener::bind("127.0.0.1:0").await.unwrap(),
@@ -145,7 +145,7 @@ impl MockEngine {
     }
 
     /// Numbers a message of these events and sends it, or does not.
-    pub(super) fn publish(&self, events: &Value, is_sent: bool) {
+    pub(crate) fn publish(&self, events: &Value, is_sent: bool) {
         self.publish_bytes(to_msgpack(&json!([0.5, events, 0])), is_sent);
     }
 
@@ -187,7 +187,7 @@ impl MockEngine {
     }
 
     /// Returns when somebody subscribed who was not cut off.
-    pub(super) async fn subscribed(&self) {
+    pub(crate) async fn subscribed(&self) {
         let mut count = self.num_subscribers.subscribe();
         count.wait_for(|&count| count > 0).await.unwrap();
     }

@@ -7,6 +7,7 @@
 use std::{fmt, io, path::PathBuf, str::FromStr, time::Duration};
 
 use rustix::net::sockopt;
+use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
     net::{TcpStream, UnixStream},
@@ -28,7 +29,8 @@ const LONG: u8 = 2;
 const COMMAND: u8 = 4;
 
 /// Where an engine publishes: `tcp://host:port` or `ipc:///path`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Endpoint {
     /// `host:port`.
     Tcp(String),
@@ -59,6 +61,20 @@ impl FromStr for Endpoint {
             return Err(InvalidEndpoint);
         }
         Ok(Self::Tcp(authority.to_owned()))
+    }
+}
+
+impl TryFrom<String> for Endpoint {
+    type Error = InvalidEndpoint;
+
+    fn try_from(text: String) -> Result<Self, InvalidEndpoint> {
+        text.parse()
+    }
+}
+
+impl From<Endpoint> for String {
+    fn from(endpoint: Endpoint) -> Self {
+        endpoint.to_string()
     }
 }
 

@@ -22,6 +22,8 @@ fn published_names() -> BTreeSet<String> {
     let engine = metrics.engines.engine("http://a:1");
     engine.report(true, "closed");
     let _events = metrics.kv_events.worker("w0");
+    let cache = metrics.kv_events.cache("w0");
+    cache.completed(1, Some(1), Some(1.0));
     let text = metrics.encode().unwrap();
     let counters = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
     counters

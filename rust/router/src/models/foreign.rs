@@ -1,19 +1,24 @@
 //! Models of foreign engines: a name, and the engines that have it. Their text is the engines' own affair.
 
-use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, OnceLock},
+    time::SystemTime,
+};
 
 use orchestra_core::scheduler::WorkerId;
 
-use super::{ModelInfo, Models, epoch_seconds};
+use super::{ModelInfo, ModelText, Models, epoch_seconds};
 
 /// Most models of all foreign engines together; an engine may list hundreds of adapters.
 const FOREIGN_MODELS_MAX: usize = 4096;
 
 /// A model of foreign engines.
-#[derive(Debug)]
 pub(crate) struct ForeignModel {
     /// The name that clients use.
     pub(crate) name: String,
+    /// How its engines tokenise, from the files that came with the first engine that has some.
+    pub(crate) text: OnceLock<Arc<ModelText>>,
 }
 
 /// Why an engine's model was not taken in.
@@ -54,6 +59,7 @@ impl Models {
         name: &str,
         worker: WorkerId,
         max_model_len: Option<u32>,
+        text: Option<&Arc<ModelText>>,
     ) -> Result<(), ForeignModelError> {
         let served = self.served.read();
         if served
@@ -69,11 +75,15 @@ impl Models {
         let entry = foreign.entry(name.to_owned()).or_insert_with(|| Foreign {
             model: Arc::new(ForeignModel {
                 name: name.to_owned(),
+                text: OnceLock::new(),
             }),
             workers: Vec::new(),
             created: SystemTime::now(),
         });
         entry.workers.push((worker, max_model_len));
+        if let Some(text) = text {
+            entry.model.text.get_or_init(|| Arc::clone(text));
+        }
         Ok(())
     }
 

@@ -90,7 +90,7 @@ pub(crate) struct Candidate {
 /// What is known of a request so far.
 #[derive(Debug, Default)]
 pub(super) struct Facts {
-    stages: [Option<Instant>; NUM_STAGES],
+    pub(super) stages: [Option<Instant>; NUM_STAGES],
     pub(super) ended: Option<Instant>,
     pub(super) model: String,
     /// HTTP's or gRPC's.
@@ -155,6 +155,7 @@ impl Record {
     pub(super) fn new(
         arrival: &Arrival<'_>,
         is_explained: bool,
+        trace: Option<TraceContext>,
         observers: Arc<Observers>,
     ) -> Self {
         let entry = Entry {
@@ -163,7 +164,7 @@ impl Record {
             route: arrival.route,
             arrived: Instant::now(),
             arrived_at: SystemTime::now(),
-            trace: TraceContext::from_caller(arrival.traceparent, arrival.tracestate),
+            trace,
             is_explained,
             facts: Mutex::default(),
         };
@@ -177,9 +178,11 @@ impl Record {
         }
     }
 
-    /// Which trace the request belongs to, where it belongs to one.
-    pub fn trace(&self) -> Option<&TraceContext> {
-        self.0.as_ref()?.entry.trace.as_ref()
+    /// The `traceparent` for what the request causes elsewhere, where it has a span of ours that is its parent.
+    pub(crate) fn traceparent(&self) -> Option<String> {
+        let open = self.0.as_ref()?;
+        let trace = open.entry.trace.as_ref()?;
+        open.observers.has_traces().then(|| trace.traceparent())
     }
 
     /// Whether every worker is to be judged when the request is placed.

@@ -14,22 +14,22 @@ const SAMPLED: u8 = 1;
 
 /// The trace of one request.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TraceContext {
+pub(super) struct TraceContext {
     /// 16 bytes, not all zero.
-    pub trace_id: u128,
+    pub(super) trace_id: u128,
     /// The caller's span; `None` where the trace begins here.
-    pub parent_id: Option<u64>,
+    pub(super) parent_id: Option<u64>,
     /// This router's span, which is the parent of what it calls.
-    pub span_id: u64,
+    pub(super) span_id: u64,
     /// Whether the trace is recorded.
-    pub is_sampled: bool,
+    pub(super) is_sampled: bool,
     /// The caller's `tracestate`.
-    pub state: Option<String>,
+    pub(super) state: Option<String>,
 }
 
 impl TraceContext {
     /// The caller's trace; `None` where there is none that can be read.
-    pub(crate) fn from_caller(
+    pub(super) fn from_caller(
         traceparent: Option<&[u8]>,
         tracestate: Option<&[u8]>,
     ) -> Option<Self> {
@@ -59,8 +59,19 @@ impl TraceContext {
         })
     }
 
+    /// A trace that begins here.
+    pub(super) fn new(is_sampled: bool) -> Self {
+        Self {
+            trace_id: fastrand::u128(1..),
+            parent_id: None,
+            span_id: fresh_id(),
+            is_sampled,
+            state: None,
+        }
+    }
+
     /// The `traceparent` for what this router calls, with its own span as the parent.
-    pub fn traceparent(&self) -> String {
+    pub(super) fn traceparent(&self) -> String {
         let Self {
             trace_id, span_id, ..
         } = self;
@@ -69,7 +80,7 @@ impl TraceContext {
     }
 
     /// The trace's id as people and logs write it.
-    pub(crate) fn trace_id_text(&self) -> String {
+    pub(super) fn trace_id_text(&self) -> String {
         let mut text = String::with_capacity(32);
         let _ = write!(text, "{:032x}", self.trace_id);
         text
@@ -77,7 +88,7 @@ impl TraceContext {
 }
 
 /// A span's id: 8 bytes, not all zero.
-pub(crate) fn fresh_id() -> u64 {
+pub(super) fn fresh_id() -> u64 {
     fastrand::u64(1..)
 }
 

@@ -32,4 +32,13 @@ impl Workers {
             self.arrivals.send_replace(());
         }
     }
+
+    /// Blocks that the worker of this name is known to hold.
+    #[cfg(test)]
+    pub(crate) fn cached_blocks(&self, name: &str) -> Option<u32> {
+        let pool = self.pool.lock();
+        let mut workers = pool.scheduler.workers();
+        let (_, snapshot) = workers.find(|(_, snapshot)| snapshot.spec.name == name)?;
+        Some(snapshot.num_cached_blocks)
+    }
 }

@@ -104,7 +104,10 @@ async fn only_operators_operate() {
         assert_eq!(ask(at.admin, with(headers)).await.status, 401, "{headers}");
     }
     let key = "authorization: Bearer op-1\r\n";
-    assert_eq!(ask(at.admin, with(key)).await.body, r#"{"workers":[]}"#);
+    assert_eq!(
+        ask(at.admin, with(key)).await.body,
+        r#"{"workers":[],"engines":[]}"#
+    );
     let page = format!("{key}origin: http://example.org\r\n");
     assert_eq!(ask(at.admin, with(&page)).await.status, 403);
     // The clients' door has none of it.
@@ -151,4 +154,81 @@ async fn what_cannot_be_done_is_said() {
     let wish = post("/admin/log", r#"{"filter": "debug"}"#).replacen("POST", "PUT", 1);
     assert_eq!(ask(at.admin, wish).await.status, 400);
     eventually(at.http, "/ready", 200).await;
+}
+
+/// An address where nothing listens.
+async fn nowhere() -> String {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    format!("http://{}", listener.local_addr().unwrap())
+}
+
+#[tokio::test]
+async fn engines_are_added_drained_and_removed() {
+    let (_router, at) = start(&config());
+    let url = nowhere().await;
+    let id = url.replace(':', "%3A").replace('/', "%2F");
+    let body = format!(r#"{{"url": "{url}", "api_key": "sk-engine", "max_num_seqs": 7}}"#);
+    let add = || ask(at.admin, post("/admin/workers", &body));
+    assert_eq!(add().await.body, r#"{"status":"added"}"#);
+    let again = add().await;
+    assert_eq!(
+        (again.status, again.error().1.as_deref()),
+        (409, Some("url"))
+    );
+
+    let listed = get(at.admin, "/admin/workers").await;
+    assert!(!listed.body.contains("sk-engine"), "{}", listed.body);
+    let engine = &listed.json()["engines"][0];
+    assert_eq!(engine["config"]["max_num_seqs"], 7);
+    assert_eq!(
+        (&engine["is_up"], &engine["is_draining"]),
+        (&false.into(), &false.into())
+    );
+    let drained = ask(
+        at.admin,
+        order("POST", &format!("/admin/workers/{id}/drain")),
+    )
+    .await;
+    assert_eq!(drained.status, 200);
+    let listed = get(at.admin, "/admin/workers").await.json();
+    assert_eq!(listed["engines"][0]["is_draining"], true);
+
+    let removed = ask(at.admin, order("DELETE", &format!("/admin/workers/{id}"))).await;
+    assert_eq!(removed.body, r#"{"status":"draining"}"#);
+    let gone = async {
+        while !get(at.admin, "/admin/workers")
+            .await
+            .body
+            .contains(r#""engines":[]"#)
+        {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    };
+    within("end of the engine", gone).await;
+    let again = ask(
+        at.admin,
+        order("DELETE", &format!("/admin/workers/{id}?now=true")),
+    )
+    .await;
+    assert_eq!(again.status, 404);
+
+    for (body, param) in [
+        (r#"{"url": "https://a:1"}"#, "url"),
+        (
+            r#"{"url": "http://a:1", "max_num_seqs": "x"}"#,
+            "max_num_seqs",
+        ),
+        (
+            r#"{"url": "http://a:1", "max_num_seqs": 0}"#,
+            "engine.max_num_seqs",
+        ),
+        ("[]", "engine"),
+    ] {
+        let answer = ask(at.admin, post("/admin/workers", body)).await;
+        assert_eq!(
+            (answer.status, answer.error().1.as_deref()),
+            (400, Some(param)),
+            "{body}"
+        );
+    }
 }

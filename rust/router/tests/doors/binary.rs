@@ -118,10 +118,9 @@ async fn sighup_changes_the_next_request_and_no_running_one() {
     worker.write(start.sequence_id, 0, "one").await;
     running.until("one").await;
 
-    file(
-        "hup.toml",
-        "api_key = 'sk-new'\nmax_connections = 7\nlog = 'debug'\n",
-    );
+    let engines = "[[engine]]\nurl = 'http://127.0.0.1:9'\n";
+    let settings = "api_key = 'sk-new'\nmax_connections = 7\nlog = 'debug'\n";
+    file("hup.toml", &format!("{settings}{engines}"));
     router.signal(Signal::HUP);
     router
         .metric("orchestra_config_reloads_total{outcome=\"applied\"} 1")
@@ -138,6 +137,25 @@ async fn sighup_changes_the_next_request_and_no_running_one() {
     );
     assert!(shown.contains(r#"{"key":"log","values":["debug"],"source":"#));
     assert!(shown.contains(r#"{"key":"api_key","values":["***"],"source":"#));
+
+    let listed = get(router.at.admin, "/admin/workers").await.body;
+    assert!(listed.contains(r#""url":"http://127.0.0.1:9""#), "{listed}");
+
+    file("hup.toml", settings);
+    router.signal(Signal::HUP);
+    router
+        .metric("orchestra_config_reloads_total{outcome=\"applied\"} 2")
+        .await;
+    let gone = async {
+        while get(router.at.admin, "/admin/workers")
+            .await
+            .body
+            .contains("127.0.0.1:9")
+        {
+            time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    within("end of the engine", gone).await;
 
     worker.finish(start.sequence_id, 3, "two").await;
     running.until("data: [DONE]\n\n").await;
@@ -161,6 +179,24 @@ async fn a_file_that_cannot_be_used_changes_nothing() {
     for key in ["key=\"max_replays\"", "key=\"logg\""] {
         assert!(log.contains(key), "{log}");
     }
+}
+
+#[tokio::test]
+async fn an_operator_changes_what_is_logged() {
+    let config = file("log.toml", "log = 'error'\n");
+    let router = Binary::start("log", &config, &[]);
+    let refused = post("/v1/completions", r#"{"model": "a", "prompt": "x"}"#);
+    assert_eq!(ask(router.at.http, &refused).await.status, 404);
+    assert_eq!(router.logged(), "");
+    let wish = post("/admin/log", r#"{"filter": "debug"}"#).replacen("POST", "PUT", 1);
+    let answer = ask(router.at.admin, wish).await;
+    assert_eq!(
+        (answer.status, answer.body.as_str()),
+        (200, r#"{"filter":"debug"}"#)
+    );
+    assert_eq!(ask(router.at.http, &refused).await.status, 404);
+    let log = router.logged();
+    assert!(log.contains("request refused"), "{log}");
 }
 
 #[tokio::test]

@@ -22,6 +22,7 @@ mod process;
 mod settings;
 mod shutdown;
 mod support;
+mod traces;
 
 #[expect(dead_code, reason = "shared with the unit tests, which use more of it")]
 #[path = "../../src/text/fixtures.rs"]

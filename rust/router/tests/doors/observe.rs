@@ -2,6 +2,9 @@
 
 use std::{fs, path::Path, time::Duration};
 
+use orchestra_proto::v1::{
+    GenerateRequest, generate_request::Prompt, inference_client::InferenceClient,
+};
 use orchestra_router::config::Span;
 use serde_json::{Value, json};
 use tokio::time;
@@ -117,6 +120,52 @@ async fn each_request_leaves_one_line_at_its_end() {
     assert_eq!(seen(3, keys), [json!(200), json!("abort"), json!(3)]);
     within("stop", router.stop(std::future::pending())).await;
     assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 4);
+}
+
+#[tokio::test]
+async fn a_request_over_grpc_leaves_a_line_too() {
+    let mut config = config();
+    let path = fresh("grpc-access.log");
+    config.observe.access_log = Some(path.clone());
+    let (_router, at, mut worker) = start_with_worker(&config).await;
+    let endpoint = format!("http://{}", at.grpc);
+    let mut client = InferenceClient::connect(endpoint).await.unwrap();
+    let ask = |model: &str| {
+        let mut request = tonic::Request::new(GenerateRequest {
+            model: model.to_owned(),
+            prompt: Some(Prompt::Text("x".to_owned())),
+            ..GenerateRequest::default()
+        });
+        let (_, traceparent) = PARENT.trim_end().split_once(": ").unwrap();
+        let metadata = request.metadata_mut();
+        metadata.insert("traceparent", traceparent.parse().unwrap());
+        request
+    };
+    client.generate(ask("org/none")).await.unwrap_err();
+    let mut stream = client.generate(ask(MODEL)).await.unwrap().into_inner();
+    let start = worker.start().await;
+    worker.finish(start.sequence_id, 0, "one").await;
+    while within("piece", stream.message()).await.unwrap().is_some() {}
+    let lines = lines(&path, 2).await;
+    let keys = [
+        "door",
+        "route",
+        "trace_id",
+        "status",
+        "error",
+        "finish_reason",
+    ];
+    let seen = |index: usize| keys.map(|key| lines[index][key].clone());
+    let trace_id = json!("4bf92f3577b34da6a3ce929d0e0e4736");
+    let (door, route) = (json!("grpc"), json!("orchestra.v1.Inference/Generate"));
+    // NOT_FOUND, then OK.
+    let refused = [json!(5), json!("model_not_found"), Value::Null];
+    let served = [json!(0), Value::Null, json!("length")];
+    for (index, [status, error, finish]) in [refused, served].into_iter().enumerate() {
+        let of_door = [door.clone(), route.clone(), trace_id.clone()];
+        let [door, route, trace_id] = of_door;
+        assert_eq!(seen(index), [door, route, trace_id, status, error, finish]);
+    }
 }
 
 #[tokio::test]

@@ -117,6 +117,47 @@ fn everything_wrong_is_said_at_once_with_its_place() {
 }
 
 #[test]
+fn engines_are_tables_of_the_file() {
+    let text =
+        "[[engine]]\nurl = 'http://a:1'\napi_key = 'sk-engine'\n\n[[engine]]\nurl = 'http://b:1'\n";
+    let config = file("engines.toml", text);
+    let shown = printed(&config, &["--worker", "http://c:1"], &[]);
+    let expected =
+        "[[engine]] # file\nurl = \"http://a:1\"\napi_key = \"***\"\nmax_num_seqs = 256\n";
+    assert!(shown.contains(expected), "{shown}");
+    assert!(
+        shown.contains("worker = [\"http://c:1\"] # flag\n"),
+        "{shown}"
+    );
+    assert!(!shown.contains("sk-engine"));
+
+    let text = "[[engine]]\nurl = 'https://a:1'\n[[engine]]\nurl = 'http://b:1'\nmodle = 'm'\n";
+    let said = complaints(&file("wrong-engines.toml", text), &[], &[]);
+    for (key, line) in [
+        ("engine[0].url: ", 2),
+        ("engine[1].modle: unknown field `modle`", 5),
+    ] {
+        let found = said.lines().find(|said| said.contains(key));
+        let found = found.unwrap_or_else(|| panic!("{key}: {said}"));
+        assert!(
+            found.ends_with(&format!("wrong-engines.toml:{line})")),
+            "{found}"
+        );
+    }
+    let twice = file("twice.toml", "[[engine]]\nurl = 'http://a:1'\n");
+    let said = complaints(&twice, &["--worker", "http://a:1"], &[]);
+    assert!(
+        said.contains("engine.url: http://a:1 is given twice"),
+        "{said}"
+    );
+    let no_list = complaints(&file("no-list.toml", "engine = 3\n"), &[], &[]);
+    assert!(
+        no_list.contains("engine: must be tables, each begun by [[engine]]"),
+        "{no_list}"
+    );
+}
+
+#[test]
 fn a_check_says_by_its_status_whether_a_router_would_start() {
     let fine = file("fine.toml", "http = '127.0.0.1:0'\n");
     let output = router(&fine, &["--check"], &[]);

@@ -9,6 +9,7 @@
 
 mod failures;
 mod health;
+mod observing;
 mod passing;
 mod replay;
 mod support;

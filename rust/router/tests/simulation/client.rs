@@ -14,17 +14,19 @@ use tokio::{task::JoinSet, time};
 use turmoil::net::TcpStream;
 
 use crate::{
+    chat::chat_until,
     router::{HTTP_PORT, ROUTER},
     trace::{Trace, token},
     worker::MODEL,
 };
 
-const CLIENTS: u64 = 16;
+/// Of each kind: half ask Orchestra's workers, half foreign engines.
+const CLIENTS: u64 = 12;
 const TOKENS_MAX: u32 = 60;
 /// One request of so many is left in the middle.
 const LEAVES: u32 = 16;
 /// How long a client waits that was told to come again.
-const PAUSE: Duration = Duration::from_millis(50);
+pub(crate) const PAUSE: Duration = Duration::from_millis(50);
 
 /// Runs the clients until `is_over`; each finishes the request that it has begun.
 pub(crate) async fn run(seed: u64, is_over: Rc<Cell<bool>>, trace: Trace) -> turmoil::Result {
@@ -42,8 +44,9 @@ pub(crate) async fn run(seed: u64, is_over: Rc<Cell<bool>>, trace: Trace) -> tur
             rng: fastrand::Rng::with_seed(seed ^ (number << 32)),
             trace: trace.clone(),
         };
-        let is_over = Rc::clone(&is_over);
-        clients.spawn_local(client.ask_until(is_over));
+        clients.spawn_local(client.ask_until(Rc::clone(&is_over)));
+        let rng = fastrand::Rng::with_seed(!seed ^ (number << 32));
+        clients.spawn_local(chat_until(rng, Rc::clone(&is_over), trace.clone()));
     }
     while let Some(ended) = clients.join_next().await {
         ended.unwrap();
@@ -51,8 +54,17 @@ pub(crate) async fn run(seed: u64, is_over: Rc<Cell<bool>>, trace: Trace) -> tur
     Ok(())
 }
 
+/// A JSON request.
+pub(crate) fn post(path: &str, body: &Value) -> Request<Full<Bytes>> {
+    Request::post(path)
+        .header("host", ROUTER)
+        .header("content-type", "application/json")
+        .body(Full::new(Bytes::from(body.to_string())))
+        .unwrap()
+}
+
 /// Sends a request on a connection of its own, which ends with the answer's body.
-async fn send(request: Request<Full<Bytes>>) -> Response<Incoming> {
+pub(crate) async fn send(request: Request<Full<Bytes>>) -> Response<Incoming> {
     let stream = TcpStream::connect((ROUTER, HTTP_PORT)).await.unwrap();
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.unwrap();
     tokio::spawn(connection);
@@ -111,12 +123,7 @@ impl Client {
             "model": MODEL, "prompt": "x", "seed": asked.seed, "max_tokens": asked.max_tokens,
             "n": asked.choices, "stream": asked.is_streamed, "return_token_ids": true,
         });
-        let request = Request::post("/v1/completions")
-            .header("host", ROUTER)
-            .header("content-type", "application/json")
-            .body(Full::new(Bytes::from(body.to_string())))
-            .unwrap();
-        let answer = send(request).await;
+        let answer = send(post("/v1/completions", &body)).await;
         let come_again = [
             StatusCode::SERVICE_UNAVAILABLE,
             StatusCode::TOO_MANY_REQUESTS,
@@ -137,31 +144,59 @@ impl Client {
     }
 
     /// `true` where the client left before the end.
-    async fn read(&self, asked: &mut Asked, mut body: Incoming) -> bool {
+    async fn read(&self, asked: &mut Asked, body: Incoming) -> bool {
         if !asked.is_streamed {
             let body = body.collect().await.unwrap().to_bytes();
             asked.take(&serde_json::from_slice(&body).unwrap());
             return false;
         }
-        let mut received = Vec::new();
-        loop {
-            let frame = body.frame().await.expect("the stream was cut").unwrap();
-            received.extend_from_slice(&frame.into_data().unwrap());
-            while let Some(end) = received.windows(2).position(|pair| pair == b"\n\n") {
-                let event: Vec<u8> = received.drain(..end + 2).collect();
-                let data = event
-                    .strip_prefix(b"data: ")
-                    .expect("not an event")
-                    .trim_ascii();
-                if data == b"[DONE]" {
-                    return false;
-                }
-                asked.take(&serde_json::from_slice(data).unwrap());
-                let received: usize = asked.token_ids.iter().map(Vec::len).sum();
-                if asked.leaves_after.is_some_and(|limit| received > limit) {
-                    return true;
-                }
+        let mut events = events_of(body);
+        while let Some(Some(event)) = events.next().await {
+            asked.take(&event);
+            let received: usize = asked.token_ids.iter().map(Vec::len).sum();
+            if asked.leaves_after.is_some_and(|limit| received > limit) {
+                return true;
             }
+        }
+        false
+    }
+}
+
+/// The events of a stream.
+pub(crate) fn events_of(body: Incoming) -> Events {
+    Events {
+        body,
+        received: Vec::new(),
+    }
+}
+
+/// See [`events_of`].
+pub(crate) struct Events {
+    body: Incoming,
+    received: Vec<u8>,
+}
+
+impl Events {
+    /// The next event, `Some(None)` for `[DONE]`; `None` where the body ends.
+    pub(crate) async fn next(&mut self) -> Option<Option<Value>> {
+        loop {
+            if let Some(end) = self.received.windows(2).position(|pair| pair == b"\n\n") {
+                let event: Vec<u8> = self.received.drain(..end + 2).collect();
+                if event.starts_with(b":") {
+                    continue;
+                }
+                let data = event.strip_prefix(b"data: ").expect("not an event");
+                if data.trim_ascii() == b"[DONE]" {
+                    return Some(None);
+                }
+                return Some(Some(serde_json::from_slice(data).unwrap()));
+            }
+            let Some(frame) = self.body.frame().await else {
+                assert!(self.received.is_empty(), "the stream ends in half an event");
+                return None;
+            };
+            let data = frame.expect("the stream was cut").into_data().unwrap();
+            self.received.extend_from_slice(&data);
         }
     }
 }

@@ -1,25 +1,78 @@
-//! Faults, drawn from the seed: what happens to which worker, and when it is over.
+//! Faults, drawn from the seed: what happens to which worker or engine, and when it is over.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use turmoil::Sim;
 
-use crate::{
-    router::ROUTER,
-    trace::Trace,
-    worker::{Misdeed, Orders},
-};
+use crate::{engine, router::ROUTER, trace::Trace, worker};
 
-const MISDEEDS: [(Misdeed, &str); 8] = [
-    (Misdeed::WrongIndex, "fault: wrong index"),
-    (Misdeed::UnknownToken, "fault: unknown token"),
-    (Misdeed::KvGap, "fault: gap in KV events"),
-    (Misdeed::Fail, "fault: sequences failed"),
-    (Misdeed::Refuse, "fault: sequences refused"),
-    (Misdeed::Stuck, "fault: no steps"),
-    (Misdeed::Silent, "fault: silence"),
-    (Misdeed::Leave, "fault: left while busy"),
+const OF_WORKERS: [(worker::Misdeed, &str); 8] = [
+    (worker::Misdeed::WrongIndex, "fault: wrong index"),
+    (worker::Misdeed::UnknownToken, "fault: unknown token"),
+    (worker::Misdeed::KvGap, "fault: gap in KV events"),
+    (worker::Misdeed::Fail, "fault: sequences failed"),
+    (worker::Misdeed::Refuse, "fault: sequences refused"),
+    (worker::Misdeed::Stuck, "fault: no steps"),
+    (worker::Misdeed::Silent, "fault: silence"),
+    (worker::Misdeed::Leave, "fault: left while busy"),
 ];
+const OF_ENGINES: [(engine::Misdeed, &str); 8] = [
+    (engine::Misdeed::Cut, "fault: stream cut"),
+    (engine::Misdeed::Garbage, "fault: garbage event"),
+    (engine::Misdeed::Truncated, "fault: half an event"),
+    (engine::Misdeed::Stall, "fault: stall"),
+    (engine::Misdeed::Failed, "fault: status 500"),
+    (engine::Misdeed::Busy, "fault: status 503"),
+    (engine::Misdeed::GarbageAnswer, "fault: garbage answer"),
+    (engine::Misdeed::Hang, "fault: no answer"),
+];
+
+/// Tells a host what to do wrong next, once.
+#[derive(Clone)]
+pub(crate) struct Orders<M>(Arc<Mutex<Option<M>>>);
+
+impl<M> Default for Orders<M> {
+    fn default() -> Self {
+        Self(Arc::default())
+    }
+}
+
+impl<M: Copy> Orders<M> {
+    fn give(&self, misdeed: M) {
+        *self.0.lock() = Some(misdeed);
+    }
+
+    /// The order, where it is one of these; others stay.
+    pub(crate) fn take_if(&self, is_meant: impl FnOnce(M) -> bool) -> Option<M> {
+        self.0.lock().take_if(|misdeed| is_meant(*misdeed))
+    }
+}
+
+/// Whom an order goes to.
+#[derive(Clone)]
+pub(crate) enum Culprit {
+    Worker(Orders<worker::Misdeed>),
+    Engine(Orders<engine::Misdeed>),
+}
+
+impl Culprit {
+    /// Orders the misdeed with this number; what it is.
+    fn order(&self, number: usize) -> &'static str {
+        match self {
+            Self::Worker(orders) => {
+                let (misdeed, what) = OF_WORKERS[number];
+                orders.give(misdeed);
+                what
+            }
+            Self::Engine(orders) => {
+                let (misdeed, what) = OF_ENGINES[number];
+                orders.give(misdeed);
+                what
+            }
+        }
+    }
+}
 
 /// What ends a fault that lasts.
 #[derive(Clone, Copy)]
@@ -29,21 +82,21 @@ enum Remedy {
     Release,
 }
 
-/// Injects faults into the workers' hosts, one fault at a time for each.
+/// Injects faults into the hosts of workers and engines, one lasting fault at a time for each.
 pub(crate) struct Injector {
     rng: fastrand::Rng,
-    workers: Vec<(String, Orders)>,
-    /// By worker: when its fault is over, and how.
+    hosts: Vec<(String, Culprit)>,
+    /// By host: when its fault is over, and how.
     lasting: BTreeMap<usize, (Duration, Remedy)>,
     next_at: Duration,
     trace: Trace,
 }
 
 impl Injector {
-    pub(crate) fn new(seed: u64, workers: Vec<(String, Orders)>, trace: Trace) -> Self {
+    pub(crate) fn new(seed: u64, hosts: Vec<(String, Culprit)>, trace: Trace) -> Self {
         Self {
             rng: fastrand::Rng::with_seed(seed),
-            workers,
+            hosts,
             lasting: BTreeMap::new(),
             next_at: Duration::ZERO,
             trace,
@@ -58,32 +111,32 @@ impl Injector {
             .lasting
             .iter()
             .filter(|(_, it)| is_over(it))
-            .map(|(&worker, &it)| (worker, it.1))
+            .map(|(&host, &it)| (host, it.1))
             .collect();
-        for (worker, remedy) in over {
-            self.remedy(sim, worker, remedy);
+        for (host, remedy) in over {
+            self.remedy(sim, host, remedy);
         }
         if now < self.next_at {
             return 0;
         }
         self.next_at = now + Duration::from_millis(self.rng.u64(1..=40));
-        let worker = self.rng.usize(..self.workers.len());
-        if self.lasting.contains_key(&worker) {
+        let host = self.rng.usize(..self.hosts.len());
+        if self.lasting.contains_key(&host) {
             return 0;
         }
-        self.inject(sim, worker);
+        self.inject(sim, host);
         1
     }
 
     /// Ends every fault, so that what still runs can come to its end.
     pub(crate) fn stop(&mut self, sim: &mut Sim<'_>) {
-        for (worker, (_, remedy)) in std::mem::take(&mut self.lasting) {
-            self.remedy(sim, worker, remedy);
+        for (host, (_, remedy)) in std::mem::take(&mut self.lasting) {
+            self.remedy(sim, host, remedy);
         }
     }
 
-    fn inject(&mut self, sim: &mut Sim<'_>, worker: usize) {
-        let (name, orders) = &self.workers[worker];
+    fn inject(&mut self, sim: &mut Sim<'_>, host: usize) {
+        let (name, culprit) = &self.hosts[host];
         let name = name.as_str();
         let (what, remedy) = match self.rng.u32(..12) {
             0 => {
@@ -101,24 +154,23 @@ impl Injector {
             }
             3 => {
                 sim.bounce(name);
-                self.trace.note("fault: restart", worker as u64);
+                self.trace.note("fault: restart", host as u64);
                 return;
             }
             kind => {
-                let (misdeed, what) = MISDEEDS[kind as usize - 4];
-                orders.give(misdeed);
-                self.trace.note(what, worker as u64);
+                let what = culprit.order(kind as usize - 4);
+                self.trace.note(what, host as u64);
                 return;
             }
         };
-        self.trace.note(what, worker as u64);
+        self.trace.note(what, host as u64);
         let lasts = Duration::from_millis(self.rng.u64(1..=1500));
-        self.lasting.insert(worker, (sim.elapsed() + lasts, remedy));
+        self.lasting.insert(host, (sim.elapsed() + lasts, remedy));
     }
 
-    fn remedy(&mut self, sim: &mut Sim<'_>, worker: usize, remedy: Remedy) {
-        self.lasting.remove(&worker);
-        let name = self.workers[worker].0.as_str();
+    fn remedy(&mut self, sim: &mut Sim<'_>, host: usize, remedy: Remedy) {
+        self.lasting.remove(&host);
+        let name = self.hosts[host].0.as_str();
         match remedy {
             Remedy::Bounce => sim.bounce(name),
             Remedy::Repair => sim.repair(name, ROUTER),

@@ -1,4 +1,4 @@
-//! The whole router in a simulated network: clients, router and workers on hosts of their own, one thread, simulated
+//! The whole router in a simulated network: clients, router, workers and foreign engines on hosts of their own, one thread, simulated
 //! time, and faults drawn from a seed. Every token of every request is checked.
 //!
 //! `cargo test -p orchestra-router --test simulation` runs a few hundred faults, `make simulate` 10⁵ of them;
@@ -7,6 +7,7 @@
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
+    clippy::panic,
     clippy::print_stderr,
     reason = "a test fails by panicking, and says what it ran"
 )]
@@ -15,7 +16,9 @@
     reason = "a simulated host ends with its runtime, and its tasks too"
 )]
 
+mod chat;
 mod client;
+mod engine;
 mod faults;
 mod router;
 mod run;

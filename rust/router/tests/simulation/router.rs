@@ -1,21 +1,34 @@
 //! The router's host: the real HTTP door and the real workers' door on simulated sockets.
 
-use std::{sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use axum::Router;
+use futures_util::future::BoxFuture;
 use hyper::server::conn::{http1, http2};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
 use orchestra_router::{
-    RouterConfig, http_service, metrics::Metrics, state::RouterState, workers::gateway_service,
+    RouterConfig,
+    engines::{
+        EngineConfig, EngineUrl, Engines,
+        connect::{Connect, Socket},
+    },
+    http_service,
+    metrics::Metrics,
+    state::RouterState,
+    workers::gateway_service,
 };
 use tonic::service::Routes;
-use turmoil::net::TcpListener;
+use turmoil::net::{TcpListener, TcpStream};
+
+use crate::engine;
 
 /// The host's name.
 pub(crate) const ROUTER: &str = "router";
+/// The hosts of foreign engines.
+pub(crate) const ENGINES: [&str; 4] = ["e0", "e1", "e2", "e3"];
 /// Where clients connect.
 pub(crate) const HTTP_PORT: u16 = 8000;
 /// Where workers attach.
@@ -31,13 +44,25 @@ pub(crate) fn config() -> RouterConfig {
     corridor.request_timeout.0 = Duration::from_secs(3600);
     corridor.replay_wait.0 = Duration::from_secs(1800);
     corridor.max_replays = u32::MAX;
+    let engines = &mut config.engines;
+    engines.engine_stall_timeout.0 = Duration::from_millis(500);
+    engines.engine_ttft_timeout.0 = Duration::from_secs(1);
+    engines.engine_answer_timeout.0 = Duration::from_secs(2);
+    engines.engine_max_attempts = u32::MAX;
+    engines.engine_retry_percent = 10_000;
     config
 }
 
 /// Runs the router until the simulation ends.
 pub(crate) async fn run() -> turmoil::Result {
     let config = config();
-    let state = RouterState::for_simulation(config.corridor.limits(), Metrics::new());
+    let engines = Engines::on_network(config.engines.limits(), Arc::new(SimulatedTcp));
+    let limits = config.corridor.limits();
+    let state = RouterState::simulated_with_engines(limits, Metrics::new(), engines);
+    for name in ENGINES {
+        let url = format!("http://{name}:{}", engine::PORT);
+        state.add_engine(EngineConfig::new(url.parse().unwrap()))?;
+    }
     let clients = http_service(Arc::clone(&state), &config);
     let workers = Routes::new(gateway_service(state))
         .prepare()
@@ -45,6 +70,19 @@ pub(crate) async fn run() -> turmoil::Result {
     tokio::spawn(serve_clients(clients));
     serve_workers(workers).await;
     Ok(())
+}
+
+/// The way to the engines.
+struct SimulatedTcp;
+
+impl Connect for SimulatedTcp {
+    fn connect(&self, url: &EngineUrl) -> BoxFuture<'static, io::Result<Box<dyn Socket>>> {
+        let (host, port) = (url.host().to_owned(), url.port());
+        Box::pin(async move {
+            let stream = TcpStream::connect((host, port)).await?;
+            Ok(Box::new(stream) as Box<dyn Socket>)
+        })
+    }
 }
 
 async fn serve_clients(app: Router) {

@@ -2,27 +2,35 @@
 
 use std::{cell::Cell, env, rc::Rc, time::Duration};
 
+use parking_lot::Mutex;
+
 use crate::{
-    client,
-    faults::Injector,
-    router::{self, ROUTER},
+    client, engine,
+    faults::{Culprit, Injector, Orders},
+    router::{self, ENGINES, ROUTER},
     trace::Trace,
-    worker::{self, Orders},
+    worker,
 };
 
 const WORKERS: usize = 6;
 /// Runs of one test, each with a seed of its own.
 const RUNS: u64 = 4;
+/// How far a host runs before the next one does; coarser is faster.
+const TICK: Duration = Duration::from_millis(2);
 /// Longer than any run takes, in simulated time.
 const TIME_LIMIT: Duration = Duration::from_secs(1 << 20);
 /// How long requests may take to end after the last fault, in simulated time.
 const LAST_REQUESTS: Duration = Duration::from_secs(600);
+
+/// One run at a time: libraries number things across the whole process, and order by these numbers.
+static ALONE: Mutex<()> = Mutex::new(());
 
 /// A simulated cluster under `num_faults` faults, to the end of its last request.
 fn run(seed: u64, num_faults: u64) -> Trace {
     let trace = Trace::default();
     let mut sim = turmoil::Builder::new()
         .rng_seed(seed)
+        .tick_duration(TICK)
         .simulation_duration(TIME_LIMIT)
         .min_message_latency(Duration::from_micros(200))
         .max_message_latency(Duration::from_millis(3))
@@ -30,14 +38,19 @@ fn run(seed: u64, num_faults: u64) -> Trace {
         .build();
     fastrand::seed(seed);
     sim.host(ROUTER, router::run);
-    let workers: Vec<_> = (0..WORKERS)
-        .map(|number| (format!("w{number}"), Orders::default()))
-        .collect();
-    for (name, orders) in workers.clone() {
+    let mut hosts = Vec::new();
+    for number in 0..WORKERS {
+        let (name, orders) = (format!("w{number}"), Orders::default());
+        hosts.push((name.clone(), Culprit::Worker(orders.clone())));
         let trace = trace.clone();
         sim.host(name.clone(), move || {
             worker::run(name.clone(), orders.clone(), trace.clone())
         });
+    }
+    for name in ENGINES {
+        let orders = Orders::default();
+        hosts.push((name.to_owned(), Culprit::Engine(orders.clone())));
+        sim.host(name, move || engine::run(orders.clone()));
     }
     let is_over = Rc::new(Cell::new(false));
     sim.client(
@@ -45,7 +58,7 @@ fn run(seed: u64, num_faults: u64) -> Trace {
         client::run(seed, Rc::clone(&is_over), trace.clone()),
     );
 
-    let mut injector = Injector::new(seed, workers, trace.clone());
+    let mut injector = Injector::new(seed, hosts, trace.clone());
     let mut injected = 0;
     while injected < num_faults {
         injected += injector.tick(&mut sim);
@@ -82,21 +95,25 @@ fn setting(name: &str) -> Option<u64> {
 
 #[test]
 fn no_token_is_lost_repeated_or_out_of_order() {
-    let faults_per_run = setting("FAULTS").unwrap_or(400) / RUNS;
+    let _alone = ALONE.lock();
+    let faults_per_run = setting("FAULTS").unwrap_or(240) / RUNS;
     let first_seed = setting("SEED").unwrap_or(1);
     for seed in first_seed..first_seed + RUNS {
         let trace = run(seed, faults_per_run);
-        assert!(
-            trace.count("answered") > faults_per_run / 10,
-            "{}",
-            trace.summary()
-        );
+        for what in ["answered", "engines: answered"] {
+            assert!(
+                trace.count(what) > faults_per_run / 10,
+                "{what}: {}",
+                trace.summary()
+            );
+        }
     }
 }
 
 #[test]
 fn a_seed_is_one_history() {
-    let history = run(7, 60).fingerprint();
-    assert_eq!(history, run(7, 60).fingerprint());
-    assert_ne!(history, run(8, 60).fingerprint());
+    let _alone = ALONE.lock();
+    let history = run(7, 40).fingerprint();
+    assert_eq!(history, run(7, 40).fingerprint());
+    assert_ne!(history, run(8, 40).fingerprint());
 }

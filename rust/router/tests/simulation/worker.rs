@@ -1,6 +1,6 @@
 //! A worker's host: speaks the real protocol, computes nothing, and misbehaves when it is told to.
 
-use std::{cell::Cell, rc::Rc, time::Duration};
+use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use orchestra_proto::v1::{
@@ -17,6 +17,7 @@ use tower::service_fn;
 use turmoil::net::TcpStream;
 
 use crate::{
+    faults::Orders,
     fixtures,
     router::{ROUTER, WORKERS_PORT},
     trace::{Trace, token},
@@ -49,23 +50,13 @@ pub(crate) enum Misdeed {
     Leave,
 }
 
-/// Tells a worker what to do wrong next. The worker takes it when it steps.
-#[derive(Clone, Default)]
-pub(crate) struct Orders(Rc<Cell<Option<Misdeed>>>);
-
-impl Orders {
-    pub(crate) fn give(&self, misdeed: Misdeed) {
-        self.0.set(Some(misdeed));
-    }
-}
-
 /// Attaches, works, and attaches again whenever that ends.
-pub(crate) async fn run(name: String, orders: Orders, trace: Trace) -> turmoil::Result {
+pub(crate) async fn run(name: String, orders: Orders<Misdeed>, trace: Trace) -> turmoil::Result {
     loop {
         if let Some(mut worker) = Worker::attach(&name).await {
             trace.note("attached", name.len() as u64);
             // An order that came too late for an earlier life would end this one at its first step.
-            orders.0.set(None);
+            orders.take_if(|_| true);
             worker.work(&orders).await;
         }
         time::sleep(REDIAL_AFTER).await;
@@ -123,7 +114,7 @@ impl Worker {
     }
 
     /// Works until the stream ends or an order ends it.
-    async fn work(&mut self, orders: &Orders) {
+    async fn work(&mut self, orders: &Orders<Misdeed>) {
         let mut step_at = Instant::now() + STEP;
         let mut report_at = Instant::now();
         loop {
@@ -139,7 +130,7 @@ impl Worker {
                 }
                 () = time::sleep_until(step_at) => {
                     step_at += STEP;
-                    match orders.0.take() {
+                    match orders.take_if(|_| true) {
                         None => self.step().await,
                         Some(misdeed) => if self.misbehave(misdeed).await.is_none() { return },
                     }

@@ -96,8 +96,8 @@ impl Admitted {
     ) -> Result<(Arc<EngineWorker>, Reserved), SchedulerError> {
         let workers = &self.state.workers;
         let first = self.first.take();
-        let is_fit = |first: &Reserved| !exclude.contains(&first.worker());
-        let reserved = if let Some(first) = first.filter(is_fit) {
+        let first = first.filter(|first| !exclude.contains(&first.worker()));
+        let reserved = if let Some(first) = first {
             first
         } else {
             let route = self.request.route(exclude);

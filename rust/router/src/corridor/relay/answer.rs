@@ -7,8 +7,9 @@ use axum::{
 use bytes::Bytes;
 use memchr::memmem;
 use orchestra_core::ErrorCode;
-use serde::de::IgnoredAny;
+use serde::{Deserialize, de::IgnoredAny};
 
+use super::events::Usage;
 use crate::{
     engines::EngineUrl,
     error::ApiError,
@@ -30,6 +31,16 @@ impl Whole {
     /// Whether the body is JSON, as every answer of this API is.
     pub(super) fn is_json(&self) -> bool {
         serde_json::from_slice::<IgnoredAny>(&self.body).is_ok()
+    }
+
+    /// What it cost, where it says so.
+    pub(super) fn usage(&self) -> Option<Usage> {
+        #[derive(Deserialize)]
+        struct Answer {
+            usage: Option<Usage>,
+        }
+        let answer: Answer = serde_json::from_slice(&self.body).ok()?;
+        answer.usage
     }
 
     /// The answer as the client gets it, the body byte for byte.

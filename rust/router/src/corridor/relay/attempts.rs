@@ -216,6 +216,7 @@ impl Attempts {
         for _ in 0..self.admitted.request.checked.num_choices {
             metrics.finished(reason);
         }
+        self.admitted.request.record.finished(reason, 0);
         Ok(answer.into_response())
     }
 

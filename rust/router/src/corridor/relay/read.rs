@@ -7,9 +7,12 @@ use axum::http::{HeaderMap, HeaderValue, header};
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::check::{self, Checked};
+use super::{
+    check::{self, Checked},
+    key,
+};
 use crate::{
-    error::ApiError, http::fields::Fields, models::ForeignModel, observe::Record,
+    error::ApiError, http::fields::Fields, models::ForeignModel, observe::Record, request::Prompt,
     request_id::REQUEST_ID_KEY,
 };
 
@@ -80,8 +83,10 @@ pub(crate) struct RelayRequest {
     /// What the client wrote.
     pub(super) body: Bytes,
     pub(super) checked: Checked,
-    /// The text of the prompt, four bytes to a token.
+    /// The prefix that decides about the placement: tokens, or the text of the prompt, four bytes to a token.
     pub(super) key: Vec<u32>,
+    /// To be tokenised, where the model's files are here.
+    pub(super) prompt: Option<Box<Prompt>>,
     pub(super) arrived: Instant,
     /// What is taken down of it.
     pub(crate) record: Record,
@@ -96,14 +101,19 @@ pub(crate) fn read(
     fields: &Fields<'_>,
 ) -> Result<RelayRequest, ApiError> {
     let checked = check::check(route, body, fields)?;
-    let prompt = fields.raw(route.prompt_field()).map_or("", |raw| raw.get());
+    let text = fields.raw(route.prompt_field()).map_or("", |raw| raw.get());
+    let has_text = model.text.get().is_some();
     Ok(RelayRequest {
+        prompt: has_text
+            .then(|| key::prompt(route, fields))
+            .flatten()
+            .map(Box::new),
         route,
         model,
         outward,
         body: body.clone(),
         checked,
-        key: pack(prompt.as_bytes()),
+        key: pack(text.as_bytes()),
         arrived: Instant::now(),
         record: Record::default(),
     })

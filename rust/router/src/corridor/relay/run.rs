@@ -7,10 +7,10 @@ use bytes::{Bytes, BytesMut};
 use orchestra_core::scheduler::WorkerId;
 use tokio::time::{self, Instant};
 
-use super::{admit::Admitted, answer::Whole};
+use super::{admit::Admitted, answer::Whole, events::Usage, read::RelayRequest};
 use crate::{
     engines::{
-        EngineWorker, Verdict,
+        Completed, EngineWorker, Verdict,
         engine::{Outgoing, SendError},
         wire::{Connection, Head, WireError},
     },
@@ -141,6 +141,20 @@ impl Run {
         (self.verdict, self.outcome) = (Verdict::Fine, ANSWERED);
     }
 
+    /// The answer is complete: what was cached is compared with what was taken to be.
+    pub(super) fn account(&self, request: &RelayRequest, usage: Option<Usage>) {
+        let details = usage.and_then(|usage| usage.prompt_tokens_details);
+        let completed = Completed {
+            prompt_tokens: usage.map_or(request.key.len() as u32, |usage| usage.prompt_tokens),
+            predicted: self.reserved.predicted_cached_tokens(),
+            reported: details.and_then(|details| details.cached_tokens),
+            has_usage: usage.is_some(),
+        };
+        self.worker
+            .caching
+            .completed(completed, self.state.clock.now());
+    }
+
     /// The engine did not.
     pub(super) fn fail(&mut self, failure: &Failure) {
         (self.verdict, self.outcome) = (failure.kind.verdict(), failure.kind.as_str());
@@ -212,6 +226,7 @@ impl Run {
             });
         }
         self.succeed();
+        self.account(request, whole.usage());
         Ok(Some(whole))
     }
 

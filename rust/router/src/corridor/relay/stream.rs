@@ -213,6 +213,7 @@ impl EventStream {
     fn finish(&mut self) {
         if let Some(mut run) = self.run.take() {
             run.succeed();
+            run.account(&self.attempts.admitted.request, self.memory.usage);
             // The rest of the answer is the end of its framing, which mostly came with the last event.
             if matches!(
                 run.read(&mut BytesMut::new()).now_or_never(),

@@ -16,6 +16,7 @@ fn resumption(route: Route, body: &Value, events: &[Value]) -> Option<Resumption
     let body = Bytes::from(body.to_string());
     let model = Arc::new(ForeignModel {
         name: "m".to_owned(),
+        text: std::sync::OnceLock::new(),
     });
     let fields = Fields::parse(&body).unwrap();
     let outward = Outward::of(&HeaderMap::new());
