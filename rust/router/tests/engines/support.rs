@@ -83,6 +83,12 @@ impl Call {
         self.event(&delta(0, text, None)).await;
     }
 
+    /// The same, where the router may have gone.
+    pub(crate) async fn try_say(&mut self, text: &str) -> std::io::Result<()> {
+        let event = chunk(&format!("data: {}\n\n", delta(0, text, None)));
+        self.socket.write_all(event.as_bytes()).await
+    }
+
     /// The rest of a stream that is complete; the connection carries on.
     pub(crate) async fn finish_stream(mut self) {
         self.event(&delta(0, "", Some("stop"))).await;

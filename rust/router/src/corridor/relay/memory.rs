@@ -37,8 +37,8 @@ pub(super) struct ChoiceMemory {
     pub(super) token_ids: Option<Vec<u32>>,
     /// Tokens, counted by their ids, log-probabilities or the usage, or else by the pieces that brought text.
     pub(super) num_tokens: u32,
-    /// Some were counted by pieces alone, of which one may hold several.
-    pub(super) is_guessed: bool,
+    /// Those of them that were counted by pieces alone, of which one may hold several tokens.
+    pub(super) num_guessed: u32,
     /// It has things besides text, which no engine takes back in: calls of tools, reasoning, a refusal.
     pub(super) has_more_than_text: bool,
     pub(super) has_logprobs: bool,
@@ -91,7 +91,7 @@ impl Memory {
     pub(super) fn recount(&mut self, num_tokens: u32) {
         if let [choice] = &mut self.choices[..] {
             choice.num_tokens = num_tokens;
-            choice.is_guessed = false;
+            choice.num_guessed = 0;
         }
     }
 
@@ -145,7 +145,7 @@ impl Memory {
             self.usage = Some(usage);
             if let [choice] = &mut self.choices[..] {
                 choice.num_tokens = self.tokens_before + usage.completion_tokens;
-                choice.is_guessed = false;
+                choice.num_guessed = 0;
             }
         }
         Ok(())
@@ -184,7 +184,9 @@ impl ChoiceMemory {
         let by_text = u32::from(!text.is_empty());
         let counted = by_ids.or(by_logprobs);
         self.num_tokens += counted.unwrap_or(by_text);
-        self.is_guessed |= counted.is_none() && by_text > 0;
+        if counted.is_none() {
+            self.num_guessed += by_text;
+        }
         if !is_long {
             self.text.push_str(text);
         }
@@ -230,7 +232,7 @@ mod tests {
             let memory = remember(events);
             let choice = &memory.choices[0];
             assert_eq!(
-                (choice.num_tokens, choice.is_guessed),
+                (choice.num_tokens, choice.num_guessed > 0),
                 (num_tokens, is_guessed),
                 "{events:?}"
             );

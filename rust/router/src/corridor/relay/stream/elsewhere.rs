@@ -115,7 +115,7 @@ impl EventStream {
         let [choice] = &self.memory.choices[..] else {
             return;
         };
-        if choice.is_guessed
+        if choice.num_guessed > 0
             && let Some(count) = count_tokens(&self.attempts.admitted, &choice.text).await
         {
             // Each piece with text had a token at least.
