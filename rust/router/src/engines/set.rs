@@ -24,6 +24,8 @@ use super::{
 };
 use crate::state::RouterState;
 
+/// Engines of a model that are asked where any of them will do.
+const WORKERS_ASKED_MAX: usize = 3;
 /// Most engines of a router.
 const ENGINES_MAX: usize = 4096;
 
@@ -107,6 +109,13 @@ impl Engines {
     /// The engine and model behind a worker that the scheduler chose.
     pub(crate) fn worker(&self, id: WorkerId) -> Option<Arc<EngineWorker>> {
         self.workers.read().get(&id).cloned()
+    }
+
+    /// A few engines of a model.
+    pub(crate) fn workers_of(&self, model: &str) -> Vec<Arc<EngineWorker>> {
+        let workers = self.workers.read();
+        let of_model = workers.values().filter(|worker| worker.model == model);
+        of_model.take(WORKERS_ASKED_MAX).cloned().collect()
     }
 
     /// A request came in; it counts towards the retries that there may be.

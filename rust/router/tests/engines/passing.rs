@@ -204,6 +204,21 @@ async fn a_client_that_leaves_is_told_to_the_engine() {
 }
 
 #[tokio::test]
+async fn a_client_that_reads_nothing_is_let_go() {
+    let mut engine = Engine::start().await;
+    let mut config = config();
+    config.listen.idle_timeout.0 = std::time::Duration::from_millis(300);
+    let (_router, address) = start(config, &[&engine]).await;
+    let _stuck = Client::send(address, chat(", \"stream\": true")).await;
+    let mut call = engine.call().await;
+    call.begin_stream().await;
+    let text = "x".repeat(64 << 10);
+    // Until every buffer on the way is full, and on until the router has hung up.
+    let writing = async { while call.try_say(&text).await.is_ok() {} };
+    within("end of the stream", writing).await;
+}
+
+#[tokio::test]
 async fn a_slow_reader_holds_up_its_engine_and_nobody_else() {
     let mut engine = Engine::start().await;
     let (_router, address) = start(config(), &[&engine]).await;

@@ -152,6 +152,23 @@ async fn an_answer_may_break_more_than_once() {
 }
 
 #[tokio::test]
+async fn several_tokens_in_one_event_are_counted() {
+    let (mut client, mut call, _this, mut other, _router) =
+        begun(config(), ", \"max_tokens\": 10").await;
+    call.say("three four five ").await;
+    client.until("five ").await;
+    call.reset();
+    let call = other.call().await;
+    assert_eq!(call.json()["max_tokens"], 5);
+    call.stream(&["six"]).await;
+    let answer = client.answer().await;
+    assert_eq!(
+        answer.text(),
+        ("one two three four five six".to_owned(), true)
+    );
+}
+
+#[tokio::test]
 async fn usage_is_that_of_the_whole_answer() {
     let fields = ", \"stream_options\": {\"include_usage\": true}";
     let (client, call, _this, mut other, _router) = begun(config(), fields).await;

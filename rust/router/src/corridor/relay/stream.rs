@@ -238,7 +238,9 @@ impl EventStream {
             record.prompt(usage.prompt_tokens as usize);
             record.cached(0, cached.unwrap_or(0));
         }
-        let reported = self.memory.usage.map(|usage| usage.completion_tokens);
+        // The usage of a continuation is of its own part.
+        let reported = self.memory.usage.filter(|_| self.splice.is_none());
+        let reported = reported.map(|usage| usage.completion_tokens);
         let completion_tokens = reported.unwrap_or(self.memory.num_tokens());
         metrics.generation_tokens.inc_by(completion_tokens.into());
         let record = &admitted.request.record;

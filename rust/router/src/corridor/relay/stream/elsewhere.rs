@@ -9,6 +9,7 @@ use super::EventStream;
 use crate::{
     corridor::relay::{
         answer::GiveUp,
+        count::count_tokens,
         events::Events,
         memory::Memory,
         resume::Resumption,
@@ -93,17 +94,33 @@ impl EventStream {
             let reply = self.attempts.resume(&|_| Some(body.clone())).await?;
             return Ok(Resumed::Elsewhere(reply));
         }
+        self.count_tokens().await;
+        let request = &self.attempts.admitted.request;
         let resumption = Resumption::new(request, &self.memory).ok_or(GiveUp::NotContinuable)?;
         self.splice = Some(Splice::new(request.route, &self.memory, &resumption.stop));
         if resumption.tokens_left(kind) == Some(0) {
             return Ok(Resumed::Ended(self.end_at_limit()));
         }
+        self.memory.begin_part();
         let body_for = |engine: &Engine| {
             let kind = engine.status.lock().kind;
             resumption.body(&engine.config, kind)
         };
         let reply = self.attempts.resume(&body_for).await?;
         Ok(Resumed::Elsewhere(reply))
+    }
+
+    /// Counts the tokens of the answer, where it matters how many there were.
+    async fn count_tokens(&mut self) {
+        let [choice] = &self.memory.choices[..] else {
+            return;
+        };
+        if choice.num_guessed > 0
+            && let Some(count) = count_tokens(&self.attempts.admitted, &choice.text).await
+        {
+            // Each piece with text had a token at least.
+            self.memory.recount(count.max(choice.num_tokens));
+        }
     }
 
     /// The engine failed between the last token that there may be and the words that it was the last.
