@@ -13,7 +13,11 @@
 //! Properties (tested): the choice has the least cost of a full scan; a request is never placed on a worker whose
 //! KV could not hold it even when empty; a refusal changes nothing.
 
-use std::{cmp::Reverse, ops::Deref, rc::Rc};
+use std::{
+    cmp::{Ordering, Reverse},
+    ops::Deref,
+    rc::Rc,
+};
 
 pub use super::explain::{Explanation, Ineligible};
 use super::{
@@ -373,12 +377,15 @@ impl Scheduler {
                             load_tokens,
                             ..self.cost_model(request, chain)
                         },
-                        best: best.map(|(found, ..)| found),
+                        // One more, so that an equal of another group is found as well.
+                        best: best.map(|(found, ..)| Found {
+                            cost: found.cost.saturating_add(1),
+                            ..found
+                        }),
                     };
                     search.run();
-                    let old = best.map_or(u64::MAX, |(found, ..)| found.cost);
                     if let Some(found) = search.best
-                        && (best.is_none() || found.cost < old)
+                        && best.is_none_or(|(old, ..)| self.is_before(found, old))
                     {
                         best = Some((found, number, search.costs));
                     }
@@ -386,6 +393,18 @@ impl Scheduler {
             }
             best
         })
+    }
+
+    /// Whether the first is to be taken rather than the second: it costs less, or as much and was chosen longer ago.
+    fn is_before(&self, one: Found, other: Found) -> bool {
+        let chosen = |found: Found| {
+            let at = self.workers.at(found.slot);
+            at.map_or(u64::MAX, |(worker, _)| worker.last_chosen)
+        };
+        match one.cost.cmp(&other.cost) {
+            Ordering::Equal => chosen(one) < chosen(other),
+            order => order.is_lt(),
+        }
     }
 
     /// The candidate that was found, if it holds what the search took it to hold.
