@@ -83,7 +83,7 @@ def turns(cell: Cell, routers: list[Router], args: argparse.Namespace) -> dict[s
 
 
 def memory_table(chosen: list[System]) -> str:
-    """Resident memory: idle, after a load that shares its beginnings, and of each unlike prompt after that."""
+    """Resident memory: idle, after a load of few prompts, and of each unlike prompt after that."""
     rows = [
         f"| | idle MB | after a warm load MB | after {MEMORY_PROMPTS} unlike 4 KB prompts MB | KB each |",
         "|---|---|---|---|---|",
@@ -97,10 +97,11 @@ def memory_table(chosen: list[System]) -> str:
             router = stack.enter_context(started(system, engines, folder))
             assert router.pid is not None
             stages = [rss_mb(router.pid)]
-            # The first load fills the buffers, so that the second one adds memory of prompts alone.
-            for prefixes, count in ((4, MEMORY_PROMPTS), (0, MEMORY_PROMPTS)):
-                flags = ["--prefixes", str(prefixes), "--count", str(count), "-c", "16"]
-                load(router.ports, [*flags, "--seconds", "120", "--seed", str(9 + prefixes)])
+            # The first load fills the buffers with few prompts, so that the second one adds memory of prompts alone.
+            for distinct, seed in ((64, 9), (0, 10)):
+                flags = ["--prefixes", "0", "--distinct", str(distinct), "--seed", str(seed)]
+                flags += ["--count", str(MEMORY_PROMPTS), "--seconds", "120", "-c", "16"]
+                load(router.ports, flags)
                 stages.append(rss_mb(router.pid))
         each = (stages[2] - stages[1]) * 1e3 / MEMORY_PROMPTS
         rows.append(f"| {system.name} | {' | '.join(f'{mb:.0f}' for mb in stages)} | {each:.2f} |")

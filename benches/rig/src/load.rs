@@ -36,6 +36,8 @@ pub struct LoadConfig {
     pub body_bytes: usize,
     /// Beginnings that prompts share, each half of a prompt long; 0 makes every prompt unlike all others.
     pub prefixes: usize,
+    /// After so many requests the same ones come again; 0 is never.
+    pub distinct: u64,
     /// `max_tokens`: words of each answer.
     pub words: u32,
     /// Clients.
@@ -62,14 +64,14 @@ struct Run {
 }
 
 impl Run {
-    /// The number of the next request, or `None` where the run is over.
+    /// The number of the next prompt, or `None` where the run is over.
     fn next(&self) -> Option<u64> {
         if self.started.elapsed() >= self.config.duration {
             return None;
         }
         let number = self.begun.fetch_add(1, Ordering::Relaxed);
         let is_one_more = self.config.count.is_none_or(|count| number < count);
-        is_one_more.then_some(number)
+        is_one_more.then(|| number.checked_rem(self.config.distinct).unwrap_or(number))
     }
 }
 

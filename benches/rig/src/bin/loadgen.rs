@@ -29,6 +29,9 @@ struct Cli {
     /// Beginnings that prompts share; 0 makes every prompt unlike all others.
     #[arg(long, default_value_t = 32)]
     prefixes: usize,
+    /// After so many requests the same ones come again; 0 is never.
+    #[arg(long, default_value_t = 0)]
+    distinct: u64,
     /// Words of each answer.
     #[arg(long, default_value_t = 8)]
     words: u32,
@@ -81,6 +84,7 @@ fn measure(cli: Cli) -> io::Result<Report> {
         streams: cli.stream,
         body_bytes: cli.body_bytes,
         prefixes: cli.prefixes,
+        distinct: cli.distinct,
         words: cli.words,
         concurrency: cli.concurrency,
         count: cli.count,

@@ -117,6 +117,7 @@ mod tests {
             streams: true,
             body_bytes,
             prefixes,
+            distinct: 0,
             words: 8,
             concurrency: 1,
             count: None,

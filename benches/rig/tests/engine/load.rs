@@ -10,12 +10,17 @@ use crate::support::{Rig, config};
 
 /// Twenty requests that ask for six words each.
 async fn load(rig: &Rig, streams: bool) -> Report {
+    load_of(rig, streams, 0).await
+}
+
+async fn load_of(rig: &Rig, streams: bool, distinct: u64) -> Report {
     let config = LoadConfig {
         targets: vec![rig.address],
         model: "mock".to_owned(),
         streams,
         body_bytes: 2000,
         prefixes: 2,
+        distinct,
         words: 6,
         concurrency: 3,
         count: Some(20),
@@ -41,6 +46,19 @@ async fn a_sound_engine_has_no_errors() {
         // A role, six words and the end.
         assert_eq!(report.events, if streams { 20 * 8 } else { 0 });
     }
+}
+
+#[tokio::test]
+async fn prompts_come_again_where_they_are_to() {
+    let rig = Rig::start(config(Kind::Vllm));
+    let mut bodies = Vec::new();
+    for distinct in [1, 1, 0] {
+        load_of(&rig, false, distinct).await;
+        let last = String::from_utf8(rig.engine.control().last()).unwrap();
+        bodies.push(last.split_once("\r\n\r\n").unwrap().1.to_owned());
+    }
+    assert_eq!(bodies[0], bodies[1]);
+    assert_ne!(bodies[0], bodies[2]);
 }
 
 #[tokio::test]
