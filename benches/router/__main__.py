@@ -18,9 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benches.router.cells import Cell, Fleet, Sample, full_cells, quick_cells
-from benches.router.processes import ROOT, build, cpu_s, load, mock_engines, rss_mb
+from benches.router.processes import cpu_s, load, mock_engines, rss_mb
 from benches.router.systems import DIRECT, NGINX, RIVALS, Router, System, started, systems
 from benches.router.tables import Samples, cell_table, ratio_table
+from tests.faults.processes import ROOT, build
 
 MEMORY_PROMPTS = 20_000
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
-RELEASE = ROOT / "target" / "release"
+from tests.faults.processes import RELEASE
+
 # The router has one core for itself; engines and load share the other one.
 ROUTER_CORE = 0
 RIG_CORE = 1
@@ -31,12 +31,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def build() -> None:
-    """Builds the router and the rig as they are shipped."""
-    packages = ["-p", "orchestra-router", "-p", "orchestra-rig"]
-    subprocess.run(["cargo", "build", "--release", "--locked", *packages], cwd=ROOT, check=True)
 
 
 def pinned(core: int, command: list[str]) -> list[str]:

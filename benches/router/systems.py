@@ -13,14 +13,13 @@ from pathlib import Path
 
 from benches.router.processes import (
     READY_TIMEOUT_S,
-    RELEASE,
-    ROOT,
     ROUTER_CORE,
     free_port,
     load,
     running,
     settle,
 )
+from tests.faults.processes import RELEASE, ROOT
 
 OURS = "orchestra"
 DIRECT = "direct"

@@ -17,8 +17,8 @@ from tests.chaos.report import Report
 from tests.faults.clients import CHAT, Asked
 from tests.faults.processes import Engine, Router, running_engine, running_router
 
-# Continued in three different ways.
-KINDS = ("vllm", "vllm", "vllm", "sglang", "sglang", "llama.cpp")
+# Kinds, which are continued in different ways, and how many words they put into one event.
+KINDS = (("vllm", 1), ("vllm", 1), ("vllm", 3), ("sglang", 1), ("sglang", 2), ("llama.cpp", 1))
 # So many can take a request at any time.
 HEALTHY = 3
 NUM_CLIENTS = 24
@@ -195,7 +195,12 @@ def run(folder: Path, seed: int, faults: int) -> Report:
     """Starts everything, breaks it, and says how that went."""
     pace = ("--ttft", "5ms", "--itl", "5ms", "--words", "10000")
     with contextlib.ExitStack() as stack:
-        engines = [stack.enter_context(running_engine("--kind", kind, *pace)) for kind in KINDS]
+        engines = [
+            stack.enter_context(
+                running_engine("--kind", kind, "--words-per-event", str(words), *pace)
+            )
+            for kind, words in KINDS
+        ]
         router = stack.enter_context(running_router(folder, engines, *FLAGS))
         report = asyncio.run(Chaos(router, engines, seed, faults).run())
         assert router.metric("orchestra_requests_running") == 0

@@ -60,9 +60,11 @@ pub struct EngineConfig {
     pub max_model_len: u32,
     /// Words of an answer that is not cut short by `max_tokens` or a stop string.
     pub words: u32,
+    /// Words in one event: engines put several into one where the reader is slower than they are.
+    pub words_per_event: usize,
     /// Time to the first word.
     pub ttft: Duration,
-    /// Time from one word to the next; zero is back to back.
+    /// Time from one event to the next; zero is back to back.
     pub itl: Duration,
     /// Generation requests at once; `busy_status` above.
     pub max_concurrency: usize,

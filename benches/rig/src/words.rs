@@ -67,21 +67,51 @@ pub fn word_id(key: u64, index: u32) -> u32 {
     FIRST_WORD_ID + (index << 8) + u32::from(tag(key, index))
 }
 
-/// The ids of a text that is no answer of ours.
+/// The ids of a text: its words are one each, whatever stands between them in threes of bytes.
 #[must_use]
 pub fn ids_of_text(text: &[u8]) -> Vec<u32> {
-    text.chunks(BYTES_PER_ID)
-        .map(|piece| {
-            let value = piece
-                .iter()
-                .fold(0, |value, byte| value << 8 | u32::from(*byte));
-            // The length keeps "a" and "\0a" apart: 1, 2 or 3 above the 24 bits.
-            value | (piece.len() as u32 - 1) << 24
-        })
-        .collect()
+    let mut ids = Vec::with_capacity(text.len() / BYTES_PER_ID + 1);
+    let mut rest = text;
+    while !rest.is_empty() {
+        let (id, len) = word_at(rest).unwrap_or_else(|| {
+            let longest = rest.len().min(BYTES_PER_ID);
+            let before_word = (1..longest).find(|&len| word_at(&rest[len..]).is_some());
+            piece_at(rest, before_word.unwrap_or(longest))
+        });
+        ids.push(id);
+        rest = &rest[len..];
+    }
+    ids
 }
 
-/// How many ids [`ids_of_text`] gives for this many bytes.
+/// The id of `len` bytes of text that is no word.
+fn piece_at(text: &[u8], len: usize) -> (u32, usize) {
+    let bytes = &text[..len];
+    let value = bytes
+        .iter()
+        .fold(0, |value, byte| value << 8 | u32::from(*byte));
+    // The length keeps "a" and "\0a" apart: 1, 2 or 3 above the 24 bits.
+    (value | (len as u32 - 1) << 24, len)
+}
+
+/// The id and the length of the word that a text begins with.
+fn word_at(text: &[u8]) -> Option<(u32, usize)> {
+    if text.first() != Some(&b'w') {
+        return None;
+    }
+    let len = text.iter().take(10).position(|byte| *byte == b' ')? + 1;
+    let said = str::from_utf8(&text[1..len - 1]).ok()?;
+    let (index, tag) = said.split_once('-')?;
+    let (index, tag) = (
+        index.parse::<u32>().ok()?,
+        u8::from_str_radix(tag, 16).ok()?,
+    );
+    // Only as we write it ourselves, so that the id gives the same text.
+    let is_ours = index < MAX_WORDS && format!("{index:04}-{tag:02x}") == said;
+    is_ours.then_some((FIRST_WORD_ID + (index << 8) + u32::from(tag), len))
+}
+
+/// How many ids [`ids_of_text`] gives for this many bytes without a word.
 #[must_use]
 pub fn count_ids(bytes: usize) -> usize {
     bytes.div_ceil(BYTES_PER_ID)
@@ -215,7 +245,28 @@ mod tests {
             prop_assert_eq!(ids.len(), count_ids(text.len()));
             ids.extend((0..words).map(|index| word_id(key, index)));
             let whole = [&text[..], answer(key, words).as_bytes()].concat();
-            prop_assert_eq!(text_of_ids(&ids), Ok(whole));
+            prop_assert_eq!(&text_of_ids(&ids), &Ok(whole.clone()));
+            // The text of words has their own ids again, behind any text.
+            prop_assert_eq!(ids_of_text(&whole), ids);
+        }
+    }
+
+    #[test]
+    fn only_our_own_spelling_is_a_word() {
+        for text in ["w0000-0f ", "w12345-ff "] {
+            assert_eq!(ids_of_text(text.as_bytes()).len(), 1, "{text}");
+        }
+        for text in [
+            "w00000-0f ",
+            "w0000-0F ",
+            "w0000-1ff ",
+            "w000-0f ",
+            "w70000-0f ",
+            "w0000-0f",
+        ] {
+            let ids = ids_of_text(text.as_bytes());
+            assert_eq!(ids.len(), count_ids(text.len()), "{text}");
+            assert_eq!(text_of_ids(&ids).unwrap(), text.as_bytes());
         }
     }
 

@@ -19,7 +19,6 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use orchestra_core::config::ConfigIssue;
 
-pub(crate) use self::load::join;
 pub use self::{
     corridor::CorridorConfig,
     listen::ListenConfig,
@@ -29,6 +28,7 @@ pub use self::{
     sources::{Setting, Source, to_toml},
     units::{ByteSize, Secret, Span},
 };
+pub(crate) use self::{load::join, units::secrets};
 use crate::{
     engines::EnginesConfig,
     logging,
@@ -68,7 +68,8 @@ pub struct RouterConfig {
     /// A file with further keys for operators, one per line.
     #[arg(long, value_name = "PATH", env = "ORCHESTRA_ADMIN_KEY_FILE")]
     pub admin_key_file: Option<PathBuf>,
-    /// A TOML file with a table `[[tenant]]` for each tenant: its name, keys, weight and limits.
+    /// A TOML file with a table `[[tenant]]` for each tenant: its name, keys, weight and limits. The settings file may
+    /// have such tables too.
     #[arg(long, value_name = "PATH", env = "ORCHESTRA_TENANTS_FILE")]
     pub tenants_file: Option<PathBuf>,
     /// What is in that file.

@@ -14,6 +14,7 @@ mod admit;
 mod choice;
 mod dispatch;
 mod held;
+mod pause;
 mod place;
 pub(crate) mod relay;
 mod replay;

@@ -9,6 +9,7 @@
 mod breaker;
 mod budget;
 mod caching;
+mod compare;
 pub mod config;
 pub mod connect;
 pub(crate) mod engine;
@@ -16,11 +17,13 @@ mod exact;
 pub mod file;
 mod follower;
 mod health;
+mod models;
 mod outlier;
 mod pool;
 mod probe;
 mod retire;
 mod set;
+mod standing;
 pub(crate) mod store;
 mod url;
 pub(crate) mod wire;
@@ -32,4 +35,4 @@ pub use self::{
     set::{EngineError, EngineStatus, Engines},
     url::{EngineUrl, UrlError},
 };
-pub(crate) use self::{caching::Completed, engine::EngineWorker, set::Verdict};
+pub(crate) use self::{caching::Completed, engine::EngineWorker, standing::Verdict};

@@ -140,7 +140,8 @@ impl Inference for Door {
             tracestate: given(TRACESTATE_KEY),
             wants_explanation: given(EXPLAIN_KEY) == Some(b"1"),
         });
-        let span = tracing::info_span!("request", request_id, door = "grpc");
+        let trace_id = record.trace_id();
+        let span = tracing::info_span!("request", request_id, trace_id, door = "grpc");
         let opening = self.open(&metadata, request, &record).instrument(span);
         let with_id = |metadata: &mut MetadataMap| {
             if let Ok(value) = request_id.parse() {

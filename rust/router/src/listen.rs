@@ -179,7 +179,7 @@ impl Server {
         tokio::select! {
             // How a connection ends is the peer's affair: nothing is logged.
             _ = connection.as_mut() => return,
-            () = clock.expired(settings.listen.header_timeout.0) => return,
+            () = clock.expired(settings.listen.header_timeout.0, settings.listen.idle_timeout.0) => return,
             () = shutdown.cancelled() => {}
         }
         connection.as_mut().graceful_shutdown();

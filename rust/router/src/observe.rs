@@ -95,13 +95,18 @@ impl Observers {
         }
     }
 
-    /// The record of a request that has just arrived.
+    /// The record of a request that has just arrived; an empty one where nobody would look at it.
     pub(crate) fn record(self: &Arc<Self>, arrival: &Arrival<'_>) -> Record {
         let Limits {
             explain_share,
             trace_share,
-            ..
+            slow_ttft,
+            slow_total,
         } = *self.limits.read();
+        let is_watched = self.access_log.is_some() || slow_ttft.or(slow_total).is_some();
+        if !is_watched && !self.has_traces() && self.decisions.are_off() {
+            return Record::default();
+        }
         let is_asked = arrival.wants_explanation || is_drawn(explain_share);
         let is_explained = is_asked && self.explanations.may_pass();
         let trace = TraceContext::from_caller(arrival.traceparent, arrival.tracestate);

@@ -12,7 +12,7 @@ use orchestra_core::{
 use rustc_hash::{FxHashMap, FxHashSet};
 use serde::Deserialize;
 
-use crate::config::Secret;
+use crate::config::{Secret, secrets};
 
 /// Larger files are no list of tenants.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -30,6 +30,7 @@ pub struct TenantConfig {
     /// Its name, at most 128 visible ASCII characters; empty: those who have no tenant of their own.
     pub name: String,
     /// The keys that its requests come with.
+    #[serde(deserialize_with = "secrets")]
     pub api_keys: Vec<Secret>,
     /// Its share of the workers while others wait too, 1 to 10,000; everybody's is 100.
     pub weight: u32,

@@ -2,7 +2,7 @@
 //!
 //! A worker is its stream: [`gateway`] accepts it and listens, [`session`] is the stream as requests see it,
 //! [`outbox`] what is on its way to the worker, [`watchdog`] finds workers that went quiet. [`queue`] is how requests get
-//! room on them.
+//! room on them, [`stopping`] how some give it up again.
 
 mod explain;
 mod foreign;
@@ -12,13 +12,16 @@ mod operate;
 mod outbox;
 pub(crate) mod queue;
 pub(crate) mod session;
+pub(crate) mod stopping;
 mod watchdog;
 
 use std::sync::{Arc, atomic::Ordering};
 
 use orchestra_core::{
     BlockHash,
-    scheduler::{Scheduler, SchedulerConfig, SchedulerError, TicketId, WorkerId, WorkerLoad},
+    scheduler::{
+        ReservationId, Scheduler, SchedulerConfig, SchedulerError, TicketId, WorkerId, WorkerLoad,
+    },
     step::KvEvent,
 };
 use parking_lot::Mutex;
@@ -32,6 +35,7 @@ use self::{
     outbox::Outbox,
     queue::{Outcome, Reserved},
     session::Session,
+    stopping::Stoppable,
 };
 use crate::{
     clock::Clock,
@@ -61,6 +65,8 @@ struct Pool {
     sessions: FxHashMap<WorkerId, Arc<Session>>,
     /// Who hears of the end of each wait.
     waiting: FxHashMap<TicketId, oneshot::Sender<Outcome>>,
+    /// Work that may be stopped for others.
+    stoppable: FxHashMap<ReservationId, Stoppable>,
     /// Names of workers that an operator gives no work.
     held_back: FxHashSet<String>,
 }
@@ -83,6 +89,7 @@ impl Workers {
             scheduler,
             sessions: FxHashMap::default(),
             waiting: FxHashMap::default(),
+            stoppable: FxHashMap::default(),
             held_back: FxHashSet::default(),
         });
         Arc::new(Self {

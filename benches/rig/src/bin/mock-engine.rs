@@ -38,10 +38,13 @@ struct Cli {
     /// Words of an answer that neither `max_tokens` nor a stop string cuts short.
     #[arg(long, default_value_t = 256)]
     words: u32,
+    /// Words in one event, as engines send them to a slow reader.
+    #[arg(long, default_value_t = 1)]
+    words_per_event: usize,
     /// Time to the first word, such as `20ms`.
     #[arg(long, value_parser = milliseconds, default_value = "0ms")]
     ttft: Duration,
-    /// Time from one word to the next; zero is back to back.
+    /// Time from one event to the next; zero is back to back.
     #[arg(long, value_parser = milliseconds, default_value = "0ms")]
     itl: Duration,
     /// Generation requests at once; more are refused.
@@ -146,6 +149,7 @@ fn start(cli: &Cli) -> io::Result<Vec<(Arc<Engine>, TcpListener)>> {
         model: cli.model.clone(),
         max_model_len: cli.max_model_len,
         words: cli.words,
+        words_per_event: cli.words_per_event.max(1),
         ttft: cli.ttft,
         itl: cli.itl,
         max_concurrency: cli.max_concurrency,

@@ -55,16 +55,15 @@ impl Render {
         out.extend_from_slice(b"\n\n");
     }
 
-    /// The event of one word.
-    pub(super) fn event(&self, out: &mut Vec<u8>, choice: usize, piece: &Piece) {
+    /// The event of one word, or of some.
+    pub(super) fn event(&self, out: &mut Vec<u8>, choice: usize, pieces: &[Piece]) {
         let _ = write!(
             out,
             r#"data: {},"choices":[{{"index":{choice},"#,
             self.opening
         );
-        let text = quoted(piece.text.as_bytes());
-        self.text(out, "delta", &text);
-        self.ending(out, std::slice::from_ref(piece), piece.finish);
+        self.text(out, "delta", &text_of(pieces));
+        self.ending(out, pieces);
         out.extend_from_slice(b"]}\n\n");
     }
 
@@ -83,19 +82,14 @@ impl Render {
         }
         out.extend_from_slice(br#","choices":["#);
         for (index, pieces) in choices.iter().enumerate() {
-            let text: String = pieces.iter().map(|piece| piece.text.as_str()).collect();
-            let text = quoted(text.as_bytes());
+            let text = text_of(pieces);
             let comma = if index == 0 { "" } else { "," };
             let _ = write!(out, r#"{comma}{{"index":{index},"#);
             self.text(&mut out, "message", &text);
             if self.token_ids && !self.is_chat {
                 let _ = write!(out, r#","prompt_token_ids":{prompt_ids:?}"#);
             }
-            self.ending(
-                &mut out,
-                pieces,
-                pieces.last().and_then(|piece| piece.finish),
-            );
+            self.ending(&mut out, pieces);
         }
         out.extend_from_slice(b"],");
         usage.write(&mut out);
@@ -118,7 +112,7 @@ impl Render {
     }
 
     /// What follows the text in a choice, and its closing brace.
-    fn ending(&self, out: &mut Vec<u8>, pieces: &[Piece], finish: Option<&str>) {
+    fn ending(&self, out: &mut Vec<u8>, pieces: &[Piece]) {
         if self.token_ids {
             let ids: Vec<u32> = pieces.iter().map(|piece| piece.id).collect();
             let _ = write!(out, r#","token_ids":{ids:?}"#);
@@ -129,7 +123,7 @@ impl Render {
         } else {
             out.extend_from_slice(b"null");
         }
-        let _ = match finish {
+        let _ = match pieces.last().and_then(|piece| piece.finish) {
             Some(finish) => write!(out, r#","finish_reason":"{finish}"}}"#),
             None => write!(out, r#","finish_reason":null}}"#),
         };
@@ -181,6 +175,12 @@ impl Usage {
             r#","prompt_tokens_details":{{"cached_tokens":{cached}}}}}"#
         );
     }
+}
+
+/// What pieces say, as a JSON string.
+fn text_of(pieces: &[Piece]) -> String {
+    let text: String = pieces.iter().map(|piece| piece.text.as_str()).collect();
+    quoted(text.as_bytes())
 }
 
 /// Between 0 and -1, and the same whenever the word is said.

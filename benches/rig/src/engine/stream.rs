@@ -1,15 +1,15 @@
-//! A streamed answer: one event for each word, written when it is due, as engines do.
+//! A streamed answer: one event for each word or some, written when it is due, as engines do.
 
 use std::{
     io,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use super::{
     answer::{Answer, Piece},
     connection::{After, Served, exit, pace_of},
-    control::{Fault, Order, add},
+    control::{Fault, Order},
     render::{Render, Usage},
     request::Generation,
 };
@@ -22,9 +22,9 @@ const HEAD: &[u8] =
 struct Course<'a> {
     render: Render,
     fault: Option<&'a Order>,
-    /// Words sent so far, over all choices.
+    /// Events sent so far, over all choices.
     events: u32,
-    /// When the next word is due.
+    /// When the next event is due.
     when: Instant,
     pace: Duration,
 }
@@ -89,7 +89,7 @@ impl Served {
         Ok(After::Next)
     }
 
-    /// The next word of every choice; what becomes of the connection where the fault came in between.
+    /// The next event of every choice; what becomes of the connection where the fault came in between.
     async fn step(
         &mut self,
         course: &mut Course<'_>,
@@ -108,25 +108,34 @@ impl Served {
             {
                 return Ok(Some(after));
             }
-            let Some(piece) = choice.piece() else {
+            let pieces: Vec<Piece> = std::iter::from_fn(|| choice.piece())
+                .take(self.engine.config.words_per_event)
+                .collect();
+            if pieces.is_empty() {
                 continue;
-            };
-            self.word(&course.render, (index, &piece), fault);
+            }
+            self.words(&course.render, (index, &pieces), fault);
             self.send().await?;
             if fault == Some(Fault::Truncated) {
                 return Ok(Some(After::Close));
             }
             course.events += 1;
-            add(&self.engine.control().counters.words);
+            let words = &self.engine.control().counters.words;
+            words.fetch_add(pieces.len() as u64, Ordering::Relaxed);
         }
         Ok(None)
     }
 
-    /// Appends the event of one word, whole or spoilt.
-    fn word(&mut self, render: &Render, (choice, piece): (usize, &Piece), fault: Option<Fault>) {
+    /// Appends one event, whole or spoilt.
+    fn words(
+        &mut self,
+        render: &Render,
+        (choice, pieces): (usize, &[Piece]),
+        fault: Option<Fault>,
+    ) {
         self.frame(|out| {
             let before = out.len();
-            render.event(out, choice, piece);
+            render.event(out, choice, pieces);
             if matches!(fault, Some(Fault::Garbage | Fault::Truncated)) {
                 out.truncate(before + (out.len() - before) / 2);
             }

@@ -28,6 +28,19 @@ async fn whole_and_streamed_answers_say_the_same() {
 }
 
 #[tokio::test]
+async fn words_can_come_several_to_an_event() {
+    let rig = Rig::start(EngineConfig {
+        words_per_event: 4,
+        ..config(Kind::Vllm)
+    });
+    let (said, finish, _) = rig.stream(CHAT, chat(&json!({"max_tokens": 5}))).await;
+    assert_eq!((said, finish.as_deref()), (answer(0..5), Some("length")));
+    // A fault after one event comes after four words.
+    rig.arm(json!({"fault": "fin", "after_events": 1}));
+    assert_eq!(rig.stream(CHAT, chat(&json!({}))).await.0, answer(0..4));
+}
+
+#[tokio::test]
 async fn an_answer_goes_on_where_a_prompt_ends_in_it() {
     let rest = |body: Value| async move {
         let rig = Rig::start(config(Kind::Vllm));

@@ -23,6 +23,7 @@ pub(crate) fn config(kind: Kind) -> EngineConfig {
         model: "mock".to_owned(),
         max_model_len: 10_000,
         words: 6,
+        words_per_event: 1,
         ttft: Duration::ZERO,
         itl: Duration::ZERO,
         max_concurrency: 1000,

@@ -42,8 +42,8 @@ pub struct ListenConfig {
     #[arg(long, value_name = "TIME", env = "ORCHESTRA_BODY_TIMEOUT")]
     #[arg(default_value_t = Self::default().body_timeout)]
     pub body_timeout: Span,
-    /// How long an HTTP/1 connection may stay open between requests; above the 60 s of common load balancers, so
-    /// that it is they who close.
+    /// How long an HTTP/1 connection may stay open between requests, and how long a client may read nothing of its
+    /// answer; above the 60 s of common load balancers, so that it is they who close.
     #[arg(long, value_name = "TIME", env = "ORCHESTRA_IDLE_TIMEOUT")]
     #[arg(default_value_t = Self::default().idle_timeout)]
     pub idle_timeout: Span,

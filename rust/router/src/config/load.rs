@@ -110,11 +110,13 @@ pub fn load(args: &[OsString]) -> Result<Loaded, LoadError> {
     });
     let mut document = file::Document::parse(&text, &name, &mut issues);
     let engines = document.take_list("engine", &mut issues);
+    let tenants = document.take_list("tenant", &mut issues);
     let entries = document.entries(&mut issues);
     let layers = Layers::new(&command, &given, (&entries, &name), &mut issues);
     let matches = layers.command.clone().try_get_matches_from(args)?;
     let mut cli = Cli::from_arg_matches(&matches)?;
     cli.config.engines.listed = engines;
+    cli.config.tenants = tenants;
     cli.config.read_key_files(&mut issues);
     if let Err(found) = cli.config.validate() {
         issues.extend(found.into_iter().map(|issue| {

@@ -30,7 +30,7 @@ const NOT_SETTINGS: [&str; 6] = [
 ];
 
 /// The file's lists of tables.
-const LISTS: [&str; 1] = ["engine"];
+const LISTS: [&str; 2] = ["engine", "tenant"];
 
 /// Who gave a setting its value.
 #[derive(Clone, Debug, PartialEq, Eq)]

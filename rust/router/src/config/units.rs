@@ -2,7 +2,10 @@
 
 use std::{fmt, str::FromStr, time::Duration};
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{
+    Deserialize, Deserializer, Serialize, Serializer,
+    de::{Error as _, IgnoredAny},
+};
 
 /// A time span as people write it: `250ms`, `30s`, `10m`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -98,10 +101,30 @@ impl Serialize for Secret {
     }
 }
 
+/// A key, or whatever stands in its place: serde's own errors would repeat that.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum KeyText {
+    One(String),
+    Many(Vec<String>),
+    Other(IgnoredAny),
+}
+
 impl<'de> Deserialize<'de> for Secret {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        Ok(Self(text.into_bytes().into()))
+        match KeyText::deserialize(deserializer)? {
+            KeyText::One(text) => Ok(text.as_str().into()),
+            KeyText::Many(_) | KeyText::Other(_) => Err(D::Error::custom("must be a text")),
+        }
+    }
+}
+
+/// Reads keys from a text or a list of texts.
+pub(crate) fn secrets<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Secret>, D::Error> {
+    match KeyText::deserialize(deserializer)? {
+        KeyText::One(text) => Ok(vec![text.as_str().into()]),
+        KeyText::Many(texts) => Ok(texts.iter().map(|text| text.as_str().into()).collect()),
+        KeyText::Other(_) => Err(D::Error::custom("must be a text or a list of texts")),
     }
 }
 

@@ -16,8 +16,8 @@ use crate::{
     },
 };
 
-/// Events of one choice besides one per token: the end, and the loss of the worker.
-const EVENTS_BESIDES_TOKENS: usize = 2;
+/// Events of one choice besides one per token: the end, the loss of the worker, and that it was stopped.
+const EVENTS_BESIDES_TOKENS: usize = 3;
 
 impl Placed {
     /// Starts every choice. A worker that takes no work at this moment is passed over.
@@ -58,9 +58,11 @@ impl Placed {
             "request dispatched"
         );
         drop(waiting);
-        let running = InFlight::new(&request.state.metrics.requests_running);
-        let held = Held::new(sequences, seat, presence, running);
-        Ok(Running::new(request, choices, held, (events, inbox)))
+        let in_flight = InFlight::new(&request.state.metrics.requests_running);
+        let held = Held::new(sequences, seat, presence, in_flight, events.clone());
+        let running = Running::new(request, choices, held, (events, inbox));
+        running.offer();
+        Ok(running)
     }
 }
 

@@ -15,6 +15,7 @@ mod admit;
 mod answer;
 mod attempts;
 mod check;
+mod count;
 mod events;
 mod key;
 mod memory;

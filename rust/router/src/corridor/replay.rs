@@ -31,6 +31,17 @@ pub(super) struct Wait {
     error: ApiError,
 }
 
+impl Wait {
+    /// For a worker to come, until then.
+    pub(super) const fn until(until: Instant, error: ApiError) -> Self {
+        Self {
+            until,
+            again: None,
+            error,
+        }
+    }
+}
+
 /// Why a sequence ended before its time.
 #[derive(Debug)]
 pub(super) enum Interruption {
@@ -167,6 +178,7 @@ impl Running {
                 }
             }
         }
+        self.offer();
     }
 
     /// When to look after the choices that wait; `None` where none does.

@@ -17,6 +17,7 @@ use tokio::{
 use super::{
     choice::{Choice, Output},
     held::Held,
+    pause::turn_of,
     replay::Interruption,
     tokenise::CheckedRequest,
 };
@@ -24,7 +25,10 @@ use crate::{
     error::ApiError,
     models::ModelEntry,
     request::Chunk,
-    workers::session::{EventKind, SequenceEvent},
+    workers::{
+        queue::Waiting,
+        session::{EventKind, SequenceEvent},
+    },
 };
 
 /// What a request produces: chunks of its choices in any interleaving, one with `finish` per choice; or an error, which
@@ -72,6 +76,8 @@ pub(super) struct Running {
     pub(super) events: mpsc::Sender<SequenceEvent>,
     pub(super) arrivals: watch::Receiver<()>,
     pub(super) held: Arc<Held>,
+    /// Where the request was stopped: its place in the queue.
+    pub(super) turn: Option<Waiting>,
     inbox: mpsc::Receiver<SequenceEvent>,
     /// Why the guard of `held` ended the request.
     over: oneshot::Receiver<ApiError>,
@@ -96,6 +102,7 @@ impl Running {
             events,
             arrivals: state.workers.arrivals(),
             held,
+            turn: None,
             inbox,
             over,
             has_failed: false,
@@ -135,6 +142,11 @@ impl Running {
                 over = &mut self.over => return Err(over.unwrap_or_else(|_| {
                     ApiError::new(ErrorCode::ShuttingDown, "the router is shutting down")
                 })),
+                outcome = turn_of(&mut self.turn), if self.turn.is_some() => {
+                    self.turn = None;
+                    self.go_on(outcome)?;
+                    continue;
+                }
                 Ok(()) = self.arrivals.changed(), if patience.is_some() => {
                     self.resume_waiting();
                     continue;
@@ -177,6 +189,10 @@ impl Running {
             }
             EventKind::Lost => {
                 self.interrupt(event.choice, Interruption::Lost)?;
+                Ok(None)
+            }
+            EventKind::Stopped => {
+                self.pause()?;
                 Ok(None)
             }
         }

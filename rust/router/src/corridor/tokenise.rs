@@ -66,6 +66,8 @@ pub(super) async fn tokenise(
     check_limits(&input)?;
     let model = state.models.get(&input.model).ok_or_else(model_not_found)?;
     input.record.model(&model.name);
+    let caller = &input.caller;
+    input.record.caller(&caller.tenant.name, caller.class());
     let prompt_field = field_of(&input.prompt);
     // An overloaded router spends nothing on what it would refuse anyway.
     let presence = state.enter(&input.caller.tenant, &model.name)?;

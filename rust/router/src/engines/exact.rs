@@ -11,7 +11,7 @@ use orchestra_proto::v1;
 
 use super::{
     engine::{Engine, EngineWorker},
-    set::{CHUNK_TOKENS, CHUNKS_ASSUMED_MAX, NUM_BLOCKS_UNKNOWN},
+    models::{CHUNK_TOKENS, CHUNKS_ASSUMED_MAX, NUM_BLOCKS_UNKNOWN},
 };
 use crate::{
     kv_events::{KvEventSource, follow},

@@ -51,7 +51,7 @@ async fn attend(
     let mut prober = Prober::connect(engine, TIMEOUT).await?;
     loop {
         prober.health().await?;
-        state.engine_up(engine, prober.identify().await?);
+        state.engine_up(engine, &prober.identify().await?);
         // Until the connection ends, which may be its process or its patience with idle connections.
         watch(state, engine, &mut prober).await?;
         time::sleep(RECONNECT_PAUSE).await;

@@ -26,8 +26,9 @@ use super::connect::Socket;
 /// The largest head of an answer, and the most headers in it.
 const HEAD_BYTES_MAX: usize = 64 << 10;
 const HEADERS_MAX: usize = 64;
-/// What one read takes at most.
-const READ_BYTES: usize = 16 << 10;
+/// What one read takes at first, and at most: it grows while reads fill what there is.
+const READ_BYTES: usize = 4 << 10;
+const READ_BYTES_MAX: usize = 64 << 10;
 
 /// Why an exchange broke.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +64,8 @@ pub(crate) struct Connection {
     socket: Box<dyn Socket>,
     /// Read and not yet decoded.
     received: BytesMut,
+    /// What the next read takes at most.
+    read_bytes: usize,
     body: Decoder,
     /// Whether the engine lets the next request come on it.
     is_persistent: bool,
@@ -77,6 +80,7 @@ impl Connection {
         Self {
             socket,
             received: BytesMut::new(),
+            read_bytes: READ_BYTES,
             body: Decoder::Done,
             is_persistent: true,
             is_sent: true,
@@ -105,9 +109,12 @@ impl Connection {
         let _ = poll_fn(|cx| self.poll_read(cx)).await;
     }
 
-    /// Forgets the read buffer: an idle connection needs none.
+    /// Gives a large read buffer back: an idle connection needs a small one at most.
     pub(crate) fn rest(&mut self) {
-        self.received = BytesMut::new();
+        if self.read_bytes > READ_BYTES {
+            self.received = BytesMut::new();
+            self.read_bytes = READ_BYTES;
+        }
     }
 
     /// Sends a request and waits for the head of its answer. The engine may answer before it has read everything.
@@ -249,8 +256,16 @@ impl Connection {
     }
 
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        self.received.reserve(READ_BYTES);
-        poll_read_buf(Pin::new(&mut self.socket), cx, &mut self.received)
+        self.received.reserve(self.read_bytes);
+        let count = ready!(poll_read_buf(
+            Pin::new(&mut self.socket),
+            cx,
+            &mut self.received
+        ))?;
+        if count >= self.read_bytes {
+            self.read_bytes = (self.read_bytes * 4).min(READ_BYTES_MAX);
+        }
+        Poll::Ready(Ok(count))
     }
 }
 

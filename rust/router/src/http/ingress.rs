@@ -47,7 +47,8 @@ pub(super) async fn enter(
         let key = HeaderName::from_static(TRACEPARENT_KEY);
         request.headers_mut().insert(key, traceparent);
     }
-    let span = tracing::info_span!("request", request_id, door = "http", route);
+    let trace_id = record.trace_id();
+    let span = tracing::info_span!("request", request_id, trace_id, door = "http", route);
     let value = HeaderValue::from_str(&request_id).ok();
     if let Some(value) = value.clone() {
         // An engine hears the id that the client hears.

@@ -39,6 +39,8 @@ pub(super) struct HeadClock {
     accepted: Instant,
     /// Milliseconds from `accepted`, plus one; or [`IDLE`] or [`BUSY`].
     head_began: AtomicU64,
+    /// Since when the peer has taken nothing of what we write, in the same way; or [`IDLE`].
+    write_stuck: AtomicU64,
 }
 
 impl HeadClock {
@@ -47,6 +49,7 @@ impl HeadClock {
         Arc::new(Self {
             accepted: Instant::now(),
             head_began: AtomicU64::new(1),
+            write_stuck: AtomicU64::new(IDLE),
         })
     }
 
@@ -57,16 +60,40 @@ impl HeadClock {
     }
 
     fn bytes_arrived(&self) {
-        let now = self.accepted.elapsed().as_millis() as u64 + 1;
         // Fails where a head is being read already.
         let _ = self
             .head_began
-            .compare_exchange(IDLE, now, Relaxed, Relaxed);
+            .compare_exchange(IDLE, self.now(), Relaxed, Relaxed);
     }
 
-    /// Returns when a head has taken longer than `limit`, at most half of it late.
-    pub(super) async fn expired(&self, limit: Duration) {
+    fn now(&self) -> u64 {
+        self.accepted.elapsed().as_millis() as u64 + 1
+    }
+
+    /// The peer took some of what we write, or its buffers are full.
+    fn wrote(&self, is_stuck: bool) {
+        if is_stuck {
+            let _ = self
+                .write_stuck
+                .compare_exchange(IDLE, self.now(), Relaxed, Relaxed);
+        } else if self.write_stuck.load(Relaxed) != IDLE {
+            self.write_stuck.store(IDLE, Relaxed);
+        }
+    }
+
+    /// Whether the peer has read nothing of its answer for longer than `limit`.
+    fn is_stuck(&self, limit: Duration) -> bool {
+        let since = self.write_stuck.load(Relaxed);
+        since != IDLE && u128::from(self.now() - since) >= limit.as_millis()
+    }
+
+    /// Returns when a head has taken longer than `limit`, at most half of it late, or when the peer reads nothing of its
+    /// answer for `read_limit`.
+    pub(super) async fn expired(&self, limit: Duration, read_limit: Duration) {
         loop {
+            if self.is_stuck(read_limit) {
+                return;
+            }
             let wait = match self.head_began.load(Relaxed) {
                 IDLE | BUSY => limit / 2,
                 began => {
@@ -77,7 +104,7 @@ impl HeadClock {
                     }
                 }
             };
-            tokio::time::sleep(wait).await;
+            tokio::time::sleep(wait.min(read_limit / 2)).await;
         }
     }
 }
@@ -164,7 +191,9 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for HeadWatched<T> {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, bytes)
+        let written = Pin::new(&mut self.io).poll_write(cx, bytes);
+        self.clock.wrote(written.is_pending());
+        written
     }
 
     fn poll_write_vectored(
@@ -172,7 +201,9 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for HeadWatched<T> {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, slices)
+        let written = Pin::new(&mut self.io).poll_write_vectored(cx, slices);
+        self.clock.wrote(written.is_pending());
+        written
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -193,9 +224,10 @@ mod tests {
     use super::*;
 
     const LIMIT: Duration = Duration::from_secs(30);
+    const READ_LIMIT: Duration = Duration::from_secs(120);
 
     async fn expires_within(clock: &HeadClock, time: Duration) -> bool {
-        tokio::time::timeout(time, clock.expired(LIMIT))
+        tokio::time::timeout(time, clock.expired(LIMIT, READ_LIMIT))
             .await
             .is_ok()
     }
@@ -205,6 +237,20 @@ mod tests {
         let clock = HeadClock::new();
         assert!(!expires_within(&clock, LIMIT.mul_f64(0.99)).await);
         assert!(expires_within(&clock, LIMIT.mul_f64(0.02)).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_reads_nothing_expires_and_one_that_reads_slowly_does_not() {
+        let clock = HeadClock::new();
+        let _answering = clock.head_arrived(Version::HTTP_11);
+        for _ in 0..10 {
+            clock.wrote(true);
+            assert!(!expires_within(&clock, READ_LIMIT.mul_f64(0.9)).await);
+            clock.wrote(false);
+        }
+        clock.wrote(true);
+        assert!(!expires_within(&clock, READ_LIMIT.mul_f64(0.9)).await);
+        assert!(expires_within(&clock, READ_LIMIT).await);
     }
 
     #[tokio::test(start_paused = true)]

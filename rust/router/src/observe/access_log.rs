@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use orchestra_core::{ErrorCode, step::FinishReason};
+use orchestra_core::{ErrorCode, scheduler::AdmissionClass, step::FinishReason};
 use serde::Serialize;
 use tokio::{
     sync::{Notify, mpsc},
@@ -42,6 +42,8 @@ struct Line<'a> {
     trace_id: Option<String>,
     door: &'static str,
     route: &'static str,
+    tenant: Option<&'a str>,
+    class: Option<&'static str>,
     model: &'a str,
     status: u16,
     error: Option<&'static str>,
@@ -97,6 +99,8 @@ impl AccessLog {
             trace_id: entry.trace.as_ref().map(super::TraceContext::trace_id_text),
             door: entry.door,
             route: entry.route,
+            tenant: facts.tenant.as_deref(),
+            class: facts.class.map(AdmissionClass::as_str),
             model: &facts.model,
             status: facts.status,
             error: facts.code.map(ErrorCode::as_str),
@@ -107,7 +111,7 @@ impl AccessLog {
             queue_ms: passed.queue.map(ms),
             ttft_ms: passed.ttft.map(ms),
             total_ms: ms(passed.total),
-            worker: &facts.worker,
+            worker: facts.worker(),
             replays: facts.replays,
             retries: facts.retries,
         };

@@ -38,8 +38,13 @@ impl Decisions {
         }
     }
 
+    /// Whether nothing is remembered.
+    pub(super) const fn are_off(&self) -> bool {
+        self.capacity == 0
+    }
+
     pub(super) fn push(&self, entry: Arc<Entry>) {
-        if self.capacity == 0 {
+        if self.are_off() {
             return;
         }
         let mut ring = self.ring.lock();

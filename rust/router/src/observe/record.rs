@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use orchestra_core::{ErrorCode, step::FinishReason};
+use orchestra_core::{ErrorCode, scheduler::AdmissionClass, step::FinishReason};
 use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::time::Instant;
@@ -93,6 +93,8 @@ pub(super) struct Facts {
     pub(super) stages: [Option<Instant>; NUM_STAGES],
     pub(super) ended: Option<Instant>,
     pub(super) model: String,
+    pub(super) tenant: Option<Arc<str>>,
+    pub(super) class: Option<AdmissionClass>,
     /// HTTP's or gRPC's.
     pub(super) status: u16,
     pub(super) code: Option<ErrorCode>,
@@ -100,12 +102,20 @@ pub(super) struct Facts {
     pub(super) prompt_tokens: u64,
     pub(super) cached_tokens: u64,
     pub(super) completion_tokens: u64,
-    pub(super) worker: String,
     pub(super) replays: u32,
     pub(super) retries: u32,
     pub(super) decisions: Vec<Decision>,
     /// Of the decision that is about to be made.
     explanation: Option<Explained>,
+}
+
+impl Facts {
+    /// The worker that was chosen last.
+    pub(super) fn worker(&self) -> &str {
+        self.decisions
+            .last()
+            .map_or("", |decision| &decision.worker)
+    }
 }
 
 /// One request.
@@ -185,6 +195,12 @@ impl Record {
         open.observers.has_traces().then(|| trace.traceparent())
     }
 
+    /// The trace that it belongs to, as logs write it.
+    pub(crate) fn trace_id(&self) -> Option<String> {
+        let trace = self.0.as_ref()?.entry.trace.as_ref();
+        trace.map(TraceContext::trace_id_text)
+    }
+
     /// Whether every worker is to be judged when the request is placed.
     pub(crate) fn wants_explanation(&self) -> bool {
         self.0.as_ref().is_some_and(|open| open.entry.is_explained)
@@ -201,6 +217,14 @@ impl Record {
     /// The model that it names, which is one that is served.
     pub(crate) fn model(&self, name: &str) {
         self.note(|facts| name.clone_into(&mut facts.model));
+    }
+
+    /// Whose it is, where that is a tenant, and how urgent.
+    pub(crate) fn caller(&self, tenant: &Arc<str>, class: AdmissionClass) {
+        self.note(|facts| {
+            facts.tenant = Some(Arc::clone(tenant)).filter(|name| !name.is_empty());
+            facts.class = Some(class);
+        });
     }
 
     /// One of its prompts has this many tokens.
@@ -226,7 +250,6 @@ impl Record {
         self.reached(Stage::Placed);
         let elapsed = entry.arrived.elapsed();
         let mut facts = entry.facts.lock();
-        worker.clone_into(&mut facts.worker);
         if is_replay {
             // Before its first token nobody noticed that another worker had it.
             if facts.stages[Stage::FirstToken as usize].is_some() {
@@ -237,17 +260,19 @@ impl Record {
         }
         let is_first = facts.decisions.is_empty();
         let explanation = facts.explanation.take();
-        if facts.decisions.len() < DECISIONS_MAX {
-            facts.decisions.push(Decision {
-                at_ms: elapsed.as_millis() as u64,
-                choice,
-                worker: worker.to_owned(),
-                is_replay,
-                predicted_cached_tokens,
-                reported_cached_tokens: None,
-                explanation,
-            });
+        if facts.decisions.len() >= DECISIONS_MAX {
+            // The last one says which worker has the request.
+            facts.decisions.pop();
         }
+        facts.decisions.push(Decision {
+            at_ms: elapsed.as_millis() as u64,
+            choice,
+            worker: worker.to_owned(),
+            is_replay,
+            predicted_cached_tokens,
+            reported_cached_tokens: None,
+            explanation,
+        });
         drop(facts);
         if is_first {
             observers.remember(entry);
@@ -314,7 +339,7 @@ impl Entry {
         tracing::warn!(
             request_id = self.request_id,
             model = facts.model,
-            worker_id = facts.worker,
+            worker_id = facts.worker(),
             prompt_tokens = facts.prompt_tokens,
             cached_tokens = facts.cached_tokens,
             completion_tokens = facts.completion_tokens,

@@ -153,8 +153,14 @@ fn attributes(entry: &Entry, facts: &Facts) -> Vec<KeyValue> {
         let reasons = Value::ArrayValue(reasons);
         all.push(attribute("gen_ai.response.finish_reasons", reasons));
     }
-    if !facts.worker.is_empty() {
-        all.push(text("orchestra.worker", &facts.worker));
+    if let Some(class) = facts.class {
+        all.push(text("orchestra.class", class.as_str()));
+    }
+    if let Some(tenant) = &facts.tenant {
+        all.push(text("orchestra.tenant", tenant));
+    }
+    if !facts.worker().is_empty() {
+        all.push(text("orchestra.worker", facts.worker()));
         all.push(number("orchestra.replays", facts.replays.into()));
         all.push(number("orchestra.retries", facts.retries.into()));
     }

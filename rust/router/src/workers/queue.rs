@@ -23,20 +23,30 @@ use std::{
     time::Duration,
 };
 
-use orchestra_core::scheduler::{
-    AdmissionClass, Granted, Reservation, ReservationId, RouteRequest, SchedulerError, TicketId,
-    Wait, WorkerId,
+use orchestra_core::{
+    Time,
+    scheduler::{
+        AdmissionClass, Granted, Reservation, ReservationId, RouteRequest, Scheduler,
+        SchedulerError, TicketId, Wait, WorkerId,
+    },
 };
 use tokio::{
     sync::oneshot,
     time::{self, Instant},
 };
 
-use super::{Pool, Workers};
+use super::{
+    Pool, Workers,
+    stopping::{Stop, Stoppable},
+};
 use crate::tenants::{self, Tenants};
 
 /// What a request got, or why it got nothing.
-pub(super) type Outcome = Result<Admitted, SchedulerError>;
+pub(crate) type Outcome = Result<Admitted, SchedulerError>;
+
+/// How the core is asked.
+type Acquire =
+    fn(&mut Scheduler, &RouteRequest<'_>, Time) -> Result<Wait<Reservation>, SchedulerError>;
 
 /// A request that may start: room for its first sequence, and its seat.
 pub(crate) struct Admitted {
@@ -92,6 +102,12 @@ impl Reserved {
         }
     }
 
+    /// What holds the room may be stopped for a more urgent request, until it drops.
+    pub(crate) fn offer(&self, stoppable: Stoppable) {
+        let mut pool = self.workers.pool.lock();
+        pool.stoppable.insert(self.id, stoppable);
+    }
+
     /// So many tokens came while the room was held; the tenant is charged for these instead of `max_tokens`.
     pub(crate) const fn set_num_output_tokens(&mut self, count: u32) {
         self.num_output_tokens = count;
@@ -100,8 +116,10 @@ impl Reserved {
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        self.workers
-            .change(|pool| pool.scheduler.finish(self.id, self.num_output_tokens));
+        self.workers.change(|pool| {
+            pool.stoppable.remove(&self.id);
+            pool.scheduler.finish(self.id, self.num_output_tokens)
+        });
     }
 }
 
@@ -121,7 +139,7 @@ impl Prefill {
 }
 
 /// A request that came to the queue.
-enum Entered {
+pub(crate) enum Entered {
     Admitted(Admitted),
     Waiting(Waiting),
 }
@@ -165,7 +183,7 @@ impl Workers {
         request: &RouteRequest<'_>,
         until: Instant,
     ) -> Outcome {
-        let waiting = match self.enter(request)? {
+        let waiting = match self.enter(request, Scheduler::acquire)? {
             Entered::Admitted(admitted) => return Ok(admitted),
             Entered::Waiting(waiting) => waiting,
         };
@@ -176,14 +194,26 @@ impl Workers {
         }
     }
 
-    fn enter(self: &Arc<Self>, request: &RouteRequest<'_>) -> Result<Entered, SchedulerError> {
+    /// Back to the queue with a request that was stopped. It is not refused, however many wait.
+    pub(crate) fn rejoin(
+        self: &Arc<Self>,
+        request: &RouteRequest<'_>,
+    ) -> Result<Entered, SchedulerError> {
+        self.enter(request, Scheduler::reacquire)
+    }
+
+    fn enter(
+        self: &Arc<Self>,
+        request: &RouteRequest<'_>,
+        acquire: Acquire,
+    ) -> Result<Entered, SchedulerError> {
         let mut pool = self.pool.lock();
         // Waiting may be in vain; whoever asks elsewhere, or again, fares better.
         if !pool.scheduler.has_open_worker(request.model) {
             return Err(SchedulerError::NoWorkers { registered: 0 });
         }
         let request = pool.booked(request);
-        let entered = match pool.scheduler.acquire(&request, self.clock.now())? {
+        let entered = match acquire(&mut pool.scheduler, &request, self.clock.now())? {
             Wait::Granted(reservation) => Entered::Admitted(self.admitted(&reservation)),
             Wait::Waiting(ticket) => {
                 let (sender, outcome) = oneshot::channel();
@@ -260,7 +290,9 @@ impl Workers {
 
     /// Takes the grants that are due, to be delivered once the lock is free: what nobody wants any more takes it again.
     fn serve(self: &Arc<Self>, pool: &mut Pool) -> Served {
-        let grants = pool.scheduler.take_grants(self.clock.now());
+        let now = self.clock.now();
+        let mut grants = pool.scheduler.take_grants(now);
+        let stopped = pool.preempt(&mut grants, now);
         let outcomes = grants.into_iter().filter_map(|grant| {
             let outcome = match grant.outcome {
                 Ok(Granted::Reservation(reservation)) => Ok(self.admitted(&reservation)),
@@ -270,7 +302,10 @@ impl Workers {
             };
             Some((pool.waiting.remove(&grant.ticket), outcome))
         });
-        Served(outcomes.collect())
+        Served {
+            stopped,
+            outcomes: outcomes.collect(),
+        }
     }
 
     fn admitted(self: &Arc<Self>, reservation: &Reservation) -> Admitted {
@@ -296,13 +331,22 @@ impl Pool {
     }
 }
 
-/// Ends of waits, and who hears of each.
+/// What was decided and is to be done.
 #[must_use]
-struct Served(Vec<(Option<oneshot::Sender<Outcome>>, Outcome)>);
+struct Served {
+    /// Who has to stop.
+    stopped: Vec<Arc<dyn Stop>>,
+    /// Ends of waits, and who hears of each.
+    outcomes: Vec<(Option<oneshot::Sender<Outcome>>, Outcome)>,
+}
 
 impl Served {
     fn deliver(self) {
-        for (waiting, outcome) in self.0 {
+        // First: a worker hears of the end before it hears of what takes the place.
+        for work in self.stopped {
+            work.stop();
+        }
+        for (waiting, outcome) in self.outcomes {
             // Where the other side left in this moment, what it was granted drops here and is given back.
             if let Some(waiting) = waiting {
                 let _ = waiting.send(outcome);

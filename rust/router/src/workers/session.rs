@@ -1,7 +1,7 @@
 //! One attached worker as requests see it: where sequences are started and ended, and where its tokens go.
 
 use std::sync::{
-    Arc,
+    Arc, Weak,
     atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
 };
 
@@ -20,6 +20,7 @@ use super::{
     Placement,
     outbox::Outbox,
     queue::{Prefill, Reserved},
+    stopping::{Stop, Stoppable},
 };
 
 /// Longest error text taken over from a worker, characters.
@@ -48,6 +49,8 @@ pub(crate) enum EventKind {
     Failed { code: ErrorCode, message: String },
     /// The worker is gone.
     Lost,
+    /// It was stopped for a more urgent request.
+    Stopped,
 }
 
 /// Where the tokens of one sequence go, and what they must look like.
@@ -216,6 +219,16 @@ pub(crate) struct RunningSequence {
 impl RunningSequence {
     pub(crate) fn worker(&self) -> WorkerId {
         self.session.worker
+    }
+
+    /// Offers its room to more urgent requests; `work` is what it belongs to.
+    pub(crate) fn offer(&self, prompt_tokens: u32, work: Weak<dyn Stop>) {
+        self.reserved.offer(Stoppable {
+            work,
+            prompt_tokens,
+            first_index: self.first_index,
+            progress: Arc::clone(&self.progress),
+        });
     }
 
     /// A token came, so the prompt is computed; with the first one there is somebody to tell.

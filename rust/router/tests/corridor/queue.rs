@@ -155,7 +155,7 @@ async fn a_worker_s_kv_is_not_promised_twice() {
     assert_eq!(error.code, ErrorCode::ContextTooLong);
 }
 
-fn of_class(prompt: &str, class: AdmissionClass) -> GenerateInput {
+pub(crate) fn of_class(prompt: &str, class: AdmissionClass) -> GenerateInput {
     GenerateInput {
         caller: Caller {
             asked_class: Some(class),

@@ -1,7 +1,7 @@
 //! `orchestra.v1.Inference` over gRPC.
 
 use orchestra_proto::v1::{self, generate_request::Prompt, inference_client::InferenceClient};
-use orchestra_router::{Addresses, respond};
+use orchestra_router::{Addresses, respond, tenants::TenantConfig};
 use tonic::{Code, Request, transport::Channel};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -186,4 +186,37 @@ async fn the_workers_service_is_not_at_the_clients_door() {
     let mut gateway = v1::worker_gateway_client::WorkerGatewayClient::new(channel(at).await);
     let status = gateway.attach(tokio_stream::empty()).await.unwrap_err();
     assert_eq!(status.code(), Code::Unimplemented);
+}
+
+#[tokio::test]
+async fn metadata_say_who_asks_and_how_urgently() {
+    let mut config = config();
+    config.trust_tenant_header = true;
+    config.tenants = vec![TenantConfig {
+        name: "none".to_owned(),
+        max_queued_requests: Some(0),
+        ..TenantConfig::default()
+    }];
+    config.corridor.max_concurrent_requests = 1;
+    let (_router, at, mut worker) = start_with_worker(&config).await;
+    let mut client = InferenceClient::new(channel(at).await);
+    let with = |key: &'static str, value: &str| {
+        let mut request = Request::new(text("x"));
+        let value = value.parse().unwrap();
+        request.metadata_mut().insert(key, value);
+        request
+    };
+    let refused = client.generate(with("x-orchestra-class", "urgent")).await;
+    let refused = refused.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    let param = refused.metadata().get(respond::ERROR_PARAM_KEY);
+    assert_eq!(param.unwrap(), "x-orchestra-class");
+
+    let _running = client.generate(text("x")).await.unwrap();
+    worker.start().await;
+    let refused = client.generate(with("x-orchestra-tenant", "none")).await;
+    let refused = refused.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert!(refused.message().contains("of this tenant"), "{refused:?}");
+    assert!(refused.metadata().contains_key(respond::RETRY_AFTER_MS_KEY));
 }

@@ -5,7 +5,7 @@ use std::{fs, path::Path, time::Duration};
 use orchestra_proto::v1::{
     GenerateRequest, generate_request::Prompt, inference_client::InferenceClient,
 };
-use orchestra_router::config::Span;
+use orchestra_router::{config::Span, tenants::TenantConfig};
 use serde_json::{Value, json};
 use tokio::time;
 
@@ -57,9 +57,15 @@ async fn each_request_leaves_one_line_at_its_end() {
     let mut config = config();
     let path = fresh("access.log");
     config.observe.access_log = Some(path.clone());
-    config.api_keys = vec!["sk-1".into()];
-    let (router, at, mut worker) = start_with_worker(&config).await;
-    let headers = format!("authorization: Bearer sk-1\r\nx-request-id: r1\r\n{PARENT}");
+    config.tenants = vec![TenantConfig {
+        name: "ours".to_owned(),
+        api_keys: vec!["sk-1".into()],
+        ..TenantConfig::default()
+    }];
+    let (_router, at, mut worker) = start_with_worker(&config).await;
+    let headers = format!(
+        "authorization: Bearer sk-1\r\nx-request-id: r1\r\nx-orchestra-class: batch\r\n{PARENT}"
+    );
     let mut running = Client::send(at.http, completion(&headers, true)).await;
     let start = worker.start().await;
     worker.write(start.sequence_id, 0, "one").await;
@@ -74,6 +80,8 @@ async fn each_request_leaves_one_line_at_its_end() {
         ("trace_id", json!("4bf92f3577b34da6a3ce929d0e0e4736")),
         ("door", json!("http")),
         ("route", json!("/v1/completions")),
+        ("tenant", json!("ours")),
+        ("class", json!("batch")),
         ("model", json!(MODEL)),
         ("status", json!(200)),
         ("error", Value::Null),
@@ -87,8 +95,16 @@ async fn each_request_leaves_one_line_at_its_end() {
     }
     let time = |key: &str| line[key].as_f64().unwrap();
     assert!(time("queue_ms") <= time("ttft_ms") && time("ttft_ms") <= time("total_ms"));
+}
 
-    // A refused one, one of the wrong key, one whose client leaves, and one that gives no line.
+#[tokio::test]
+async fn refused_and_abandoned_requests_leave_theirs() {
+    let mut config = config();
+    let path = fresh("refused-access.log");
+    config.observe.access_log = Some(path.clone());
+    config.api_keys = vec!["sk-1".into()];
+    let (router, at, mut worker) = start_with_worker(&config).await;
+    // One without a key, one for no model, one whose client leaves, and one that gives no line.
     let refused = ask(at.http, post("/v1/chat/completions", "{}")).await;
     assert_eq!(refused.status, 401);
     get(at.http, "/live").await;
@@ -101,7 +117,7 @@ async fn each_request_leaves_one_line_at_its_end() {
     leaving.until("one").await;
     drop(leaving);
     worker.abort().await;
-    let lines = lines(&path, 4).await;
+    let lines = lines(&path, 3).await;
     let seen = |index: usize, keys: [&str; 3]| keys.map(|key| lines[index][key].clone());
     let keys = ["route", "status", "error"];
     let expected = [
@@ -109,17 +125,17 @@ async fn each_request_leaves_one_line_at_its_end() {
         json!(401),
         json!("unauthenticated"),
     ];
-    assert_eq!(seen(1, keys), expected);
+    assert_eq!(seen(0, keys), expected);
     let expected = [
         json!("/v1/completions"),
         json!(404),
         json!("model_not_found"),
     ];
-    assert_eq!(seen(2, keys), expected);
+    assert_eq!(seen(1, keys), expected);
     let keys = ["status", "finish_reason", "completion_tokens"];
-    assert_eq!(seen(3, keys), [json!(200), json!("abort"), json!(3)]);
+    assert_eq!(seen(2, keys), [json!(200), json!("abort"), json!(3)]);
     within("stop", router.stop(std::future::pending())).await;
-    assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 4);
+    assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 3);
 }
 
 #[tokio::test]

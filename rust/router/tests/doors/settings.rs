@@ -158,6 +158,28 @@ fn engines_are_tables_of_the_file() {
 }
 
 #[test]
+fn tenants_are_tables_of_the_file_and_their_keys_are_never_repeated() {
+    let fine =
+        "[[tenant]]\nname = 'a'\napi_keys = 'sk-1'\n[[tenant]]\nname = 'b'\napi_keys = ['sk-2']\n";
+    let fine = file("tenants.toml", fine);
+    assert_eq!(router(&fine, &["--check"], &[]).status.code(), Some(0));
+    let twice = "[[tenant]]\nname = 'a'\n[[tenant]]\nname = 'a'\n";
+    let said = complaints(&file("tenants-twice.toml", twice), &[], &[]);
+    assert!(said.contains("is another tenant's too"), "{said}");
+    let wrong = "[[tenant]]\nname = 'a'\napi_keys = 4711\n[[engine]]\nurl = 'http://a:1'\napi_key = 4711\n\
+                 [[tenant]]\napi_keys = [4711]\n";
+    let said = complaints(&file("tenants-wrong.toml", wrong), &[], &[]);
+    for line in [
+        "tenant[0].api_keys: must be a text or a list of texts",
+        "tenant[1].api_keys: must be a text or a list of texts",
+        "engine[0].api_key: must be a text",
+    ] {
+        assert!(said.contains(line), "{line}: {said}");
+    }
+    assert!(!said.contains("4711"), "{said}");
+}
+
+#[test]
 fn a_check_says_by_its_status_whether_a_router_would_start() {
     let fine = file("fine.toml", "http = '127.0.0.1:0'\n");
     let output = router(&fine, &["--check"], &[]);
@@ -181,4 +203,42 @@ fn the_file_may_be_named_by_the_environment() {
         .unwrap();
     let printed = String::from_utf8(output.stdout).unwrap();
     assert!(printed.contains("max_replays = 4 # "), "{printed}");
+}
+
+#[test]
+fn tenants_are_read_from_their_file_and_their_keys_are_never_shown() {
+    let config = file("tenants-empty.toml", "");
+    let good = file(
+        "tenants.toml",
+        "[[tenant]]\nname = 'search'\napi_keys = ['sk-search']\nmax_class = 'standard'\n",
+    );
+    let flags = |path: &Path| ["--tenants-file".to_owned(), path.display().to_string()];
+    let good = flags(&good);
+    let shown = printed(&config, &[&good[0], &good[1]], &[]);
+    assert!(shown.contains("trust_tenant_header = false # default\n"));
+    assert!(shown.contains("tenants_file = ") && !shown.contains("sk-search"));
+
+    let wrong = file(
+        "tenants-wrong.toml",
+        "[[tenant]]\nname = 'a'\napi_keys = ['sk-secret']\nweight = 0\n\n[[tenant]]\nname = 'a'\n",
+    );
+    let wrong = flags(&wrong);
+    let said = complaints(&config, &[&wrong[0], &wrong[1]], &[]);
+    for line in [
+        "tenants_file: tenant 1: weight must be 1 to 10000 (flag)\n",
+        "tenants_file: tenant 2: name is another tenant's too (flag)\n",
+    ] {
+        assert!(said.contains(line), "{line}\n{said}");
+    }
+    let broken = file(
+        "tenants-broken.toml",
+        "[[tenant]]\napi_keys = ['sk-secret'\n",
+    );
+    let broken = flags(&broken);
+    let also = complaints(&config, &[&broken[0], &broken[1]], &[]);
+    assert!(also.contains("tenants_file: ") && also.contains("tenants-broken.toml:"));
+    assert!(
+        !said.contains("secret") && !also.contains("secret"),
+        "{also}"
+    );
 }

@@ -12,6 +12,13 @@ fn traced(request: &str) -> String {
     request.replacen("\r\n", &format!("\r\ntraceparent: {PARENT}\r\n"), 1)
 }
 
+/// The line of the chat; the list of models was asked for, too.
+fn chat_line(path: &Path) -> Option<Value> {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let chat = text.lines().find(|line| line.contains("/v1/chat"))?;
+    serde_json::from_str(chat).ok()
+}
+
 #[tokio::test]
 async fn a_retried_request_leaves_one_line_that_says_so() {
     let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("engines-access.log");
@@ -32,12 +39,7 @@ async fn a_retried_request_leaves_one_line_that_says_so() {
     other.call().await.stream(&["one ", "two"]).await;
     assert_eq!(client.answer().await.text(), ("one two".to_owned(), true));
 
-    // The list of models was asked for, too.
-    let line = || {
-        let text = fs::read_to_string(&path).unwrap_or_default();
-        let chat = text.lines().find(|line| line.contains("/v1/chat"));
-        chat.and_then(|line| serde_json::from_str::<Value>(line).ok())
-    };
+    let line = || chat_line(&path);
     eventually("line of the access log", || async { line().is_some() }).await;
     let line = line().unwrap();
     let worker = format!("{} {MODEL}", urls[1 - failed]);
@@ -56,6 +58,34 @@ async fn a_retried_request_leaves_one_line_that_says_so() {
     let workers: Vec<_> = (0..2).map(|at| &seen["decisions"][at]["worker"]).collect();
     assert_eq!(*workers[0], format!("{} {MODEL}", urls[failed]));
     assert_eq!(*workers[1], worker);
+}
+
+#[tokio::test]
+async fn an_answer_in_one_piece_is_counted_by_its_usage() {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("engines-unary.log");
+    // Of an earlier run; usually there is none.
+    let _ = fs::remove_file(&path);
+    let mut config = config();
+    config.observe.access_log = Some(path.display().to_string());
+    let mut engine = Engine::start().await;
+    let (_router, address) = start(config, &[&engine]).await;
+    let client = Client::send(address, chat("")).await;
+    let usage = r#"{"prompt_tokens": 9, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 8}}"#;
+    let answer = format!(r#"{{"choices": [], "usage": {usage}}}"#);
+    engine.call().await.answer(200, &answer).await;
+    assert_eq!(client.answer().await.body, answer);
+    let line = || chat_line(&path);
+    eventually("line of the access log", || async { line().is_some() }).await;
+    let line = line().unwrap();
+    let seen = ["prompt_tokens", "cached_tokens", "completion_tokens"].map(|key| line[key].clone());
+    assert_eq!(seen, [json!(9), json!(8), json!(4)], "{line}");
+    let metrics = get(address, "/metrics").await.body;
+    for line in ["prompt_tokens_total 9", "generation_tokens_total 4"] {
+        assert!(
+            metrics.contains(&format!("orchestra_{line}\n")),
+            "{line}: {metrics}"
+        );
+    }
 }
 
 #[tokio::test]

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
+use tokio::task::JoinSet;
+
 use crate::support::{Client, Engine, MODEL, ask, chat, config, post, start, within};
 
 #[tokio::test]
@@ -96,104 +98,65 @@ async fn connections_are_kept_and_one_that_was_closed_costs_nothing() {
     );
 }
 
+/// The fields of a body besides its model, and the field that its refusal names.
+const WRONG_CHATS: [(&str, &str); 6] = [
+    (r#""x": 1"#, "messages"),
+    (r#""messages": []"#, "messages"),
+    (r#""messages": "x""#, "messages"),
+    (r#""messages": [1]"#, "messages[0]"),
+    (r#""messages": [{"content": "x"}]"#, "messages[0].role"),
+    (r#""messages": [{"role": 3}]"#, "messages[0].role"),
+];
+/// The same beside messages that are right.
+const WRONG_FIELDS: [(&str, &str); 7] = [
+    (r#""temperature": 99"#, "temperature"),
+    (r#""top_p": 0"#, "top_p"),
+    (r#""n": 1000000"#, "n"),
+    (r#""max_tokens": 0"#, "max_tokens"),
+    (r#""stream": "yes""#, "stream"),
+    (r#""stream_options": {}"#, "stream_options"),
+    (r#""x": "\ud800""#, ""),
+];
+const WRONG_COMPLETIONS: [(&str, &str); 4] = [
+    (r#""prompt": """#, "prompt"),
+    (r#""prompt": []"#, "prompt"),
+    (r#""prompt": 1"#, "prompt"),
+    (r#""prompt": [-1]"#, "prompt"),
+];
+
 #[tokio::test]
 async fn what_is_wrong_is_refused_before_an_engine_sees_it() {
     let mut engine = Engine::start().await;
     let (_router, address) = start(config(), &[&engine]).await;
-    let chat = |fields: &str| format!("{{\"model\": \"{MODEL}\", {fields}}}");
+    let chat = "/v1/chat/completions";
+    let of_model = |fields: &str| format!("{{\"model\": \"{MODEL}\", {fields}}}");
     let messages = r#""messages": [{"role": "user", "content": "x"}]"#;
     let deep = format!(
-        "\"x\": {}1{}, {messages}",
+        "{messages}, \"x\": {}1{}",
         "[".repeat(1000),
         "]".repeat(1000)
     );
-    let with = |field: &str| format!("{messages}, {field}");
-    let cases = [
-        (
-            "chat/completions",
-            format!("{{\"model\": \"other\", {messages}}}"),
-            404,
-            "model",
-        ),
-        ("chat/completions", format!("{{{messages}}}"), 400, "model"),
-        ("chat/completions", chat("\"x\": 1"), 400, "messages"),
-        (
-            "chat/completions",
-            chat(r#""messages": []"#),
-            400,
-            "messages",
-        ),
-        (
-            "chat/completions",
-            chat(r#""messages": "x""#),
-            400,
-            "messages",
-        ),
-        (
-            "chat/completions",
-            chat(r#""messages": [1]"#),
-            400,
-            "messages[0]",
-        ),
-        (
-            "chat/completions",
-            chat(r#""messages": [{"content": "x"}]"#),
-            400,
-            "messages[0].role",
-        ),
-        (
-            "chat/completions",
-            chat(r#""messages": [{"role": 3}]"#),
-            400,
-            "messages[0].role",
-        ),
-        (
-            "chat/completions",
-            chat(&with(r#""temperature": 99"#)),
-            400,
-            "temperature",
-        ),
-        (
-            "chat/completions",
-            chat(&with(r#""top_p": 0"#)),
-            400,
-            "top_p",
-        ),
-        ("chat/completions", chat(&with(r#""n": 1000000"#)), 400, "n"),
-        (
-            "chat/completions",
-            chat(&with(r#""max_tokens": 0"#)),
-            400,
-            "max_tokens",
-        ),
-        (
-            "chat/completions",
-            chat(&with(r#""stream": "yes""#)),
-            400,
-            "stream",
-        ),
-        (
-            "chat/completions",
-            chat(&with(r#""stream_options": {}"#)),
-            400,
-            "stream_options",
-        ),
-        ("chat/completions", chat(&with(r#""x": "\ud800""#)), 400, ""),
-        ("chat/completions", chat(&deep), 400, ""),
-        ("chat/completions", "{\"model\": ".to_owned(), 400, ""),
-        ("completions", chat(r#""prompt": """#), 400, "prompt"),
-        ("completions", chat(r#""prompt": []"#), 400, "prompt"),
-        ("completions", chat(r#""prompt": 1"#), 400, "prompt"),
-        ("completions", chat(r#""prompt": [-1]"#), 400, "prompt"),
+    let unknown = format!("{{\"model\": \"other\", {messages}}}");
+    let mut cases = vec![
+        (chat, unknown, 404, "model"),
+        (chat, format!("{{{messages}}}"), 400, "model"),
+        (chat, of_model(&deep), 400, ""),
+        (chat, "{\"model\": ".to_owned(), 400, ""),
     ];
-    for (route, body, status, param) in cases {
-        let answer = ask(address, post(&format!("/v1/{route}"), &body)).await;
+    for (fields, param) in WRONG_CHATS {
+        cases.push((chat, of_model(fields), 400, param));
+    }
+    for (field, param) in WRONG_FIELDS {
+        cases.push((chat, of_model(&format!("{messages}, {field}")), 400, param));
+    }
+    for (fields, param) in WRONG_COMPLETIONS {
+        cases.push(("/v1/completions", of_model(fields), 400, param));
+    }
+    for (path, body, status, param) in cases {
+        let answer = ask(address, post(path, &body)).await;
         assert_eq!(answer.status, status, "{body}: {answer:?}");
-        let named = answer.json()["error"]["param"]
-            .as_str()
-            .unwrap_or_default()
-            .to_owned();
-        assert_eq!(named, param, "{body}");
+        let named = answer.json()["error"]["param"].clone();
+        assert_eq!(named.as_str().unwrap_or_default(), param, "{body}");
         assert!(engine.is_idle(), "{body}");
     }
 }
@@ -241,6 +204,21 @@ async fn a_client_that_leaves_is_told_to_the_engine() {
 }
 
 #[tokio::test]
+async fn a_client_that_reads_nothing_is_let_go() {
+    let mut engine = Engine::start().await;
+    let mut config = config();
+    config.listen.idle_timeout.0 = std::time::Duration::from_millis(300);
+    let (_router, address) = start(config, &[&engine]).await;
+    let _stuck = Client::send(address, chat(", \"stream\": true")).await;
+    let mut call = engine.call().await;
+    call.begin_stream().await;
+    let text = "x".repeat(64 << 10);
+    // Until every buffer on the way is full, and on until the router has hung up.
+    let writing = async { while call.try_say(&text).await.is_ok() {} };
+    within("end of the stream", writing).await;
+}
+
+#[tokio::test]
 async fn a_slow_reader_holds_up_its_engine_and_nobody_else() {
     let mut engine = Engine::start().await;
     let (_router, address) = start(config(), &[&engine]).await;
@@ -248,7 +226,8 @@ async fn a_slow_reader_holds_up_its_engine_and_nobody_else() {
     let mut call = engine.call().await;
     call.begin_stream().await;
     let text = "x".repeat(64 << 10);
-    let writing = tokio::spawn(async move {
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
         let mut num_written = 0;
         while num_written < 1024 {
             let one = call.say(&text);
@@ -263,7 +242,10 @@ async fn a_slow_reader_holds_up_its_engine_and_nobody_else() {
         num_written
     });
     slow.until("xxx").await;
-    let num_written = within("back-pressure", writing).await.unwrap();
+    let num_written = within("back-pressure", tasks.join_next())
+        .await
+        .unwrap()
+        .unwrap();
     assert!(num_written < 1024, "64 MiB went somewhere");
     let client = Client::send(address, chat("")).await;
     engine.call().await.answer(200, "{}").await;

@@ -41,8 +41,8 @@ impl Break {
             Self::Garbage => call.event("{\"choices\": [}").await,
             Self::HalfEvent => call.write(chunk("data: {\"choices\": [{\"ind")).await,
             Self::ErrorEvent => {
-                call.event("{\"error\": {\"message\": \"dead\", \"code\": 500}}")
-                    .await
+                let dead = "{\"error\": {\"message\": \"dead\", \"code\": 500}}";
+                call.event(dead).await;
             }
             Self::EarlyDone => call.event("[DONE]").await,
             Self::BadChunk => call.write("zz\r\nnot a chunk").await,
@@ -148,6 +148,23 @@ async fn an_answer_may_break_more_than_once() {
     assert_eq!(
         client.answer().await.text(),
         ("one two three four".to_owned(), true)
+    );
+}
+
+#[tokio::test]
+async fn several_tokens_in_one_event_are_counted() {
+    let (mut client, mut call, _this, mut other, _router) =
+        begun(config(), ", \"max_tokens\": 10").await;
+    call.say("three four five ").await;
+    client.until("five ").await;
+    call.reset();
+    let call = other.call().await;
+    assert_eq!(call.json()["max_tokens"], 5);
+    call.stream(&["six"]).await;
+    let answer = client.answer().await;
+    assert_eq!(
+        answer.text(),
+        ("one two three four five six".to_owned(), true)
     );
 }
 

@@ -38,6 +38,8 @@ impl RelayRequest {
     /// Waits for a seat, and for an engine with room.
     pub(super) async fn admit(self, state: &Arc<RouterState>) -> Result<Admitted, ApiError> {
         self.record.model(&self.model.name);
+        let caller = &self.caller;
+        self.record.caller(&caller.tenant.name, caller.class());
         self.record.reached(Stage::Tokenised);
         let limit = state.settings().limits.request_timeout;
         let timeout = self.caller.timeout.map_or(limit, |asked| asked.min(limit));
@@ -102,8 +104,8 @@ impl Admitted {
     ) -> Result<(Arc<EngineWorker>, Reserved), SchedulerError> {
         let workers = &self.state.workers;
         let first = self.first.take();
-        let first = first.filter(|first| !exclude.contains(&first.worker()));
-        let reserved = if let Some(first) = first {
+        let is_fit = |first: &Reserved| !exclude.contains(&first.worker());
+        let reserved = if let Some(first) = first.filter(is_fit) {
             first
         } else {
             let route = self.request.route(exclude);

@@ -80,7 +80,7 @@ pub(super) enum GiveUp {
     /// In our words.
     Ours(ApiError),
     /// In those of the last engine.
-    Theirs(Whole, EngineUrl),
+    Theirs(Box<Whole>, EngineUrl),
     /// The answer broke off, and no engine takes it up again.
     NotContinuable,
 }

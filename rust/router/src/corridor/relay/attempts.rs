@@ -34,7 +34,7 @@ pub(super) struct Attempts {
     pub(super) admitted: Admitted,
     /// Engines that failed it.
     excluded: Vec<WorkerId>,
-    num_attempts: u32,
+    num_sent: u32,
     /// Engines that have no means to continue the answer, in this round.
     num_unfit: u32,
     /// Times that the answer was, or was to be, continued.
@@ -50,7 +50,7 @@ impl Attempts {
         Self {
             admitted,
             excluded: Vec::new(),
-            num_attempts: 0,
+            num_sent: 0,
             num_unfit: 0,
             num_resumptions: 0,
             last: None,
@@ -72,7 +72,7 @@ impl Attempts {
                 self.num_unfit += 1;
                 continue;
             };
-            self.num_attempts += 1;
+            self.num_sent += 1;
             let url = run.worker.engine.config.url.clone();
             match run.exchange(&self.admitted, &body).await {
                 Ok(reply) => return Ok(reply),
@@ -98,7 +98,7 @@ impl Attempts {
         let mut arrivals = state.workers.arrivals();
         loop {
             arrivals.mark_unchanged();
-            (self.num_attempts, self.num_unfit) = (0, 0);
+            (self.num_sent, self.num_unfit) = (0, 0);
             let reason = match self.exchange_bodies(body_for).await {
                 Ok(reply) => return Ok(reply),
                 Err(reason) => reason,
@@ -106,7 +106,7 @@ impl Attempts {
             if Instant::now() >= until {
                 return Err(reason);
             }
-            if self.num_unfit > 0 && self.num_attempts == 0 {
+            if self.num_unfit > 0 && self.num_sent == 0 {
                 return Err(GiveUp::NotContinuable);
             }
             tokio::select! {
@@ -171,7 +171,7 @@ impl Attempts {
         url: EngineUrl,
     ) -> Result<(), GiveUp> {
         let state = Arc::clone(&self.admitted.state);
-        tracing::debug!(%url, failure = failure.kind.as_str(), attempts = self.num_attempts, "engine failed a request");
+        tracing::debug!(%url, failure = failure.kind.as_str(), attempts = self.num_sent, "engine failed a request");
         self.excluded.push(worker);
         if Instant::now() >= self.admitted.deadline {
             let message = "the request's time ran out";
@@ -187,7 +187,7 @@ impl Attempts {
                 failure.kind,
                 FailureKind::Connect | FailureKind::Broken | FailureKind::Removed
             );
-        if self.num_attempts >= state.engines.limits.max_attempts {
+        if self.num_sent >= state.engines.limits.max_attempts {
             return Err(give_up(failure, url));
         }
         if !is_owed && !state.engines.take_retry(state.clock.now()) {

@@ -112,9 +112,26 @@ pub(super) struct PieceChoice<'a> {
     #[serde(borrow, default)]
     pub(super) finish_reason: Option<Text<'a>>,
     #[serde(default)]
-    pub(super) logprobs: Option<IgnoredAny>,
+    pub(super) logprobs: Option<Logprobs>,
     #[serde(default)]
     pub(super) token_ids: Option<Vec<u32>>,
+}
+
+/// One entry for each token: of a chat under `content`, of completions under `tokens`.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct Logprobs {
+    #[serde(default)]
+    content: Option<Vec<IgnoredAny>>,
+    #[serde(default)]
+    tokens: Option<Vec<IgnoredAny>>,
+}
+
+impl Logprobs {
+    /// Tokens that they are of, where it is said.
+    pub(super) fn num_tokens(&self) -> Option<u32> {
+        let entries = self.content.as_ref().or(self.tokens.as_ref())?;
+        u32::try_from(entries.len()).ok()
+    }
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -2,7 +2,7 @@
 
 use orchestra_core::step::FinishReason;
 
-use super::events::{Piece, PieceChoice, Usage};
+use super::events::{Logprobs, Piece, PieceChoice, Usage};
 use crate::metrics::Metrics;
 
 /// Text that is remembered for all choices of a request; a longer answer is not continued elsewhere.
@@ -15,6 +15,8 @@ pub(super) struct Memory {
     pub(super) identity: Option<Identity>,
     pub(super) choices: Vec<ChoiceMemory>,
     pub(super) usage: Option<Usage>,
+    /// Tokens before the present part of the answer, which its usage does not count.
+    tokens_before: u32,
     text_bytes: usize,
 }
 
@@ -33,8 +35,10 @@ pub(super) struct ChoiceMemory {
     pub(super) text: String,
     /// Of the tokens, where the engine gives all of them.
     pub(super) token_ids: Option<Vec<u32>>,
-    /// Tokens, counted by their ids or else by the pieces that brought text.
+    /// Tokens, counted by their ids, log-probabilities or the usage, or else by the pieces that brought text.
     pub(super) num_tokens: u32,
+    /// Those of them that were counted by pieces alone, of which one may hold several tokens.
+    pub(super) num_guessed: u32,
     /// It has things besides text, which no engine takes back in: calls of tools, reasoning, a refusal.
     pub(super) has_more_than_text: bool,
     pub(super) has_logprobs: bool,
@@ -55,6 +59,7 @@ impl Memory {
             identity: None,
             choices: (0..num_choices).map(|_| choice()).collect(),
             usage: None,
+            tokens_before: 0,
             text_bytes: 0,
         }
     }
@@ -80,6 +85,19 @@ impl Memory {
     /// Output tokens of all choices.
     pub(super) fn num_tokens(&self) -> u32 {
         self.choices.iter().map(|choice| choice.num_tokens).sum()
+    }
+
+    /// Somebody counted the tokens of the only choice.
+    pub(super) fn recount(&mut self, num_tokens: u32) {
+        if let [choice] = &mut self.choices[..] {
+            choice.num_tokens = num_tokens;
+            choice.num_guessed = 0;
+        }
+    }
+
+    /// The answer goes on, on another engine.
+    pub(super) fn begin_part(&mut self) {
+        self.tokens_before = self.num_tokens();
     }
 
     /// Every choice that has not ended ends so.
@@ -113,9 +131,6 @@ impl Memory {
                     .map_or_else(String::new, |model| model.0.clone().into_owned()),
             });
         }
-        if let Some(usage) = piece.usage {
-            self.usage = Some(usage);
-        }
         for choice in piece.choices.into_iter().flatten() {
             let memory = self.choices.get_mut(choice.index as usize).ok_or(NoPiece)?;
             let is_long = self.text_bytes > TEXT_BYTES_MAX;
@@ -124,6 +139,13 @@ impl Memory {
                 && !std::mem::replace(&mut memory.is_finished, true)
             {
                 metrics.finished(finish_reason(&reason.0));
+            }
+        }
+        if let Some(usage) = piece.usage {
+            self.usage = Some(usage);
+            if let [choice] = &mut self.choices[..] {
+                choice.num_tokens = self.tokens_before + usage.completion_tokens;
+                choice.num_guessed = 0;
             }
         }
         Ok(())
@@ -153,17 +175,17 @@ impl ChoiceMemory {
         }
         self.has_logprobs |= piece.logprobs.is_some();
         match (&piece.token_ids, &mut self.token_ids) {
-            (Some(new), Some(known)) => {
-                self.num_tokens += new.len() as u32;
-                known.extend_from_slice(new);
-            }
-            (new, known) => {
-                if !text.is_empty() {
-                    *known = None;
-                }
-                let by_text = u32::from(!text.is_empty());
-                self.num_tokens += new.as_ref().map_or(by_text, |new| new.len() as u32);
-            }
+            (Some(new), Some(known)) => known.extend_from_slice(new),
+            (None, known) if !text.is_empty() => *known = None,
+            _ => {}
+        }
+        let by_ids = piece.token_ids.as_ref().map(|new| new.len() as u32);
+        let by_logprobs = piece.logprobs.as_ref().and_then(Logprobs::num_tokens);
+        let by_text = u32::from(!text.is_empty());
+        let counted = by_ids.or(by_logprobs);
+        self.num_tokens += counted.unwrap_or(by_text);
+        if counted.is_none() {
+            self.num_guessed += by_text;
         }
         if !is_long {
             self.text.push_str(text);
@@ -179,5 +201,71 @@ fn finish_reason(reason: &str) -> FinishReason {
         "abort" => FinishReason::Abort,
         "error" => FinishReason::Error,
         _ => FinishReason::Stop,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn remember(events: &[&str]) -> Memory {
+        let mut memory = Memory::new(1);
+        for event in events {
+            memory.take(event.as_bytes(), &Metrics::new()).unwrap();
+        }
+        memory
+    }
+
+    #[test]
+    fn tokens_are_counted_by_the_best_that_is_said() {
+        let piece = r#"{"choices": [{"index": 0, "delta": {"content": "a b"}}]}"#;
+        let by_ids = r#"{"choices": [{"index": 0, "text": "a b", "token_ids": [1, 2]}]}"#;
+        let by_logprobs = r#"{"choices": [{"index": 0, "delta": {"content": "a b"}, "logprobs": {"content": [{}, {}]}}]}"#;
+        let by_usage = r#"{"choices": [{"index": 0, "delta": {"content": "a"}}], "usage": {"completion_tokens": 7}}"#;
+        for (events, num_tokens, is_guessed) in [
+            (&[piece, piece][..], 2, true),
+            (&[by_ids, by_ids], 4, false),
+            (&[by_logprobs], 2, false),
+            (&[piece, by_usage], 7, false),
+            (&[by_usage, piece], 8, true),
+        ] {
+            let memory = remember(events);
+            let choice = &memory.choices[0];
+            assert_eq!(
+                (choice.num_tokens, choice.num_guessed > 0),
+                (num_tokens, is_guessed),
+                "{events:?}"
+            );
+        }
+        assert_eq!(remember(&[by_ids]).choices[0].token_ids, Some(vec![1, 2]));
+        assert_eq!(remember(&[by_ids, piece]).choices[0].token_ids, None);
+    }
+
+    #[test]
+    fn the_usage_of_a_second_part_counts_that_part() {
+        let by_usage = r#"{"choices": [{"index": 0, "delta": {"content": "a"}}], "usage": {"completion_tokens": 3}}"#;
+        let mut memory = remember(&[by_usage]);
+        memory.begin_part();
+        memory.take(by_usage.as_bytes(), &Metrics::new()).unwrap();
+        assert_eq!(memory.num_tokens(), 6);
+    }
+
+    #[test]
+    fn what_is_no_piece_is_refused() {
+        for odd in [
+            "[]",
+            "1",
+            "",
+            "{\"error\": {}}",
+            "{\"choices\": [{\"index\": 1}]}",
+            "{\"choices\": 1}",
+        ] {
+            assert!(
+                Memory::new(1)
+                    .take(odd.as_bytes(), &Metrics::new())
+                    .is_err(),
+                "{odd}"
+            );
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::http::{HeaderMap, HeaderValue, header};
 use bytes::{Bytes, BytesMut};
-use orchestra_core::scheduler::WorkerId;
+use orchestra_core::{scheduler::WorkerId, step::FinishReason};
 use tokio::time::{self, Instant};
 
 use super::{admit::Admitted, answer::Whole, events::Usage, read::RelayRequest};
@@ -35,7 +35,7 @@ pub(super) enum Reply {
 pub(super) struct Failure {
     pub(super) kind: FailureKind,
     /// Its own words.
-    pub(super) answer: Option<Whole>,
+    pub(super) answer: Option<Box<Whole>>,
 }
 
 /// The kinds of failures, as metrics name them.
@@ -155,6 +155,23 @@ impl Run {
             .completed(completed, self.state.clock.now());
     }
 
+    /// What an answer in one piece cost. Of a stream, its events say it.
+    fn count(&self, request: &RelayRequest, usage: Usage) {
+        let details = usage.prompt_tokens_details;
+        let cached = details.and_then(|details| details.cached_tokens);
+        let cached = cached.unwrap_or(0);
+        let metrics = &self.state.metrics;
+        metrics.prompt_tokens.inc_by(usage.prompt_tokens.into());
+        metrics.prefix_cache_hit_tokens.inc_by(cached.into());
+        metrics
+            .generation_tokens
+            .inc_by(usage.completion_tokens.into());
+        let record = &request.record;
+        record.prompt(usage.prompt_tokens as usize);
+        record.cached(0, cached);
+        record.finished(FinishReason::Stop, usage.completion_tokens);
+    }
+
     /// The engine did not.
     pub(super) fn fail(&mut self, failure: &Failure) {
         (self.verdict, self.outcome) = (failure.kind.verdict(), failure.kind.as_str());
@@ -222,11 +239,15 @@ impl Run {
         if matches!(whole.status, 401 | 403..=405 | 408 | 429 | 500..) || whole.status < 200 {
             return Err(Failure {
                 kind: FailureKind::Status,
-                answer: Some(whole),
+                answer: Some(Box::new(whole)),
             });
         }
         self.succeed();
-        self.account(request, whole.usage());
+        let usage = whole.usage();
+        self.account(request, usage);
+        if let Some(usage) = usage {
+            self.count(request, usage);
+        }
         Ok(Some(whole))
     }
 

@@ -118,7 +118,7 @@ async fn what_is_cut_off_or_not_http_is_an_error() {
         cut(b"ffffffffffffffff\r\n"),
         cut(b"1\r\nab\r\n"),
         cut(&[b'1'; 5000]),
-        [&b"HTTP/1.1 200 OK\r\na: "[..], &[b'x'; 70_000]].concat(),
+        [&b"HTTP/1.1 200 OK\r\na: "[..], &vec![b'x'; 70_000]].concat(),
     ] {
         let error = exchange(&answer, 1000).await.unwrap_err();
         assert!(matches!(error, WireError::Malformed(_)), "{error}");

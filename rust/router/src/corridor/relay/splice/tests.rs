@@ -129,12 +129,8 @@ proptest! {
                 break;
             }
         }
-        match whole.find(&stop) {
-            Some(at) => {
-                prop_assert!(is_stopped);
-                prop_assert_eq!(got, &whole[..at.max(first.len())]);
-            }
-            None => prop_assert_eq!((got, is_stopped), (whole.clone(), false)),
-        }
+        let found = whole.find(&stop);
+        let expected = found.map_or(&whole[..], |at| &whole[..at.max(first.len())]);
+        prop_assert_eq!((&got[..], is_stopped), (expected, found.is_some()));
     }
 }
