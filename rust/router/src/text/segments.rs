@@ -388,6 +388,18 @@ mod tests {
     }
 
     #[test]
+    fn another_text_of_the_same_hash_is_not_found() {
+        let mut pieces = Pieces::new(10_000);
+        pieces.insert("one", vec![1]);
+        let at = pieces.by_hash[&hash("one")];
+        pieces.by_hash.insert(hash("other"), at);
+        let mut token_ids = Vec::new();
+        assert!(!pieces.find("other", &mut token_ids));
+        assert!(pieces.find("one", &mut token_ids));
+        assert_eq!(token_ids, [1]);
+    }
+
+    #[test]
     fn tokens_that_take_something_with_them_are_no_places_to_cut() {
         let token = |content: &str| AddedToken::from(content, true);
         let raw = |tokens: &[AddedToken]| {
