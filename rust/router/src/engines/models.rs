@@ -32,11 +32,13 @@ impl RouterState {
     ) {
         let is_listed =
             |worker: &Arc<EngineWorker>| models.iter().any(|model| model.id == worker.model);
-        let (kept, gone) = std::mem::take(&mut status.workers)
+        let (kept, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut status.workers)
             .into_iter()
             .partition(is_listed);
         status.workers = kept;
-        gone.iter().for_each(|worker| self.detach_model(worker));
+        for worker in gone {
+            self.detach_model(&worker);
+        }
         for model in models {
             if status.workers.iter().any(|worker| worker.model == model.id) {
                 continue;
