@@ -24,8 +24,8 @@ A flag wins over its environment variable, which wins over the router's file, wh
 written like `16MiB`, times like `250ms` or `10m`.
 
 The router's file is TOML, named by `--config`: each of its long flags is a key, with underscores for hyphens
-(`max_body_size = "16MiB"`), a flag that may be repeated is a list. `--print-config` prints every setting in effect as such
-a file, each with where it comes from; `--check` says by its exit status (0 or 64) whether a router would start.
+(`max_body_size = "16MiB"`), a flag that may be repeated is a list. `--print-config` prints every setting in effect as
+such a file, each with where it comes from; `--check` says by its exit status (0 or 64) whether a router would start.
 """
 
 SECTIONS = {

@@ -124,7 +124,7 @@ def test_a_slow_reader_loses_nothing_and_stops_nobody(start: StartFleet) -> None
     def engine_waits() -> bool:
         nonlocal last
         before, last = last, fleet.engines[0].counters()["words"]
-        return last == before
+        return bool(last == before)
 
     def pause() -> None:
         # The engine has more to say than all buffers on the way hold; once they are full, it has to wait.

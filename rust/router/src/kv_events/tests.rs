@@ -1,5 +1,4 @@
-//! The whole way from an engine's sockets to what the scheduler hears, with a mock of the engine (a real one's library
-//! is tested against from Python, in `tests/e2e`).
+//! The whole way from an engine's sockets to what the scheduler hears, with a mock of the engine.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
