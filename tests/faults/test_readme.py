@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from tests.faults.clients import Asked, is_right
-from tests.faults.processes import ROOT, running_engine, running_router
+from tests.faults.processes import ROOT, eventually, running_engine, running_router
 
 
 def test_engines_quick_start(tmp_path: Path) -> None:
@@ -21,5 +21,10 @@ def test_engines_quick_start(tmp_path: Path) -> None:
             assert any(written in flag for flag in flags)
             flags = [flag.replace(written, engine.url) for flag in flags]
         with running_router(tmp_path, [], *flags) as router:
-            assert all(is_right(router, Asked(5)) for _ in range(4))
-            assert all(engine.counters()["requests"] for engine in engines.values())
+            eventually(router.is_ready)
+
+            def both_are_asked() -> bool:
+                assert is_right(router, Asked(5))
+                return all(engine.counters()["requests"] for engine in engines.values())
+
+            eventually(both_are_asked)

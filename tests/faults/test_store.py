@@ -40,7 +40,8 @@ class Etcd:
     def start(self) -> None:
         """Starts it; again with what it had where it ran before."""
         program = OWN_ETCD if OWN_ETCD.exists() else shutil.which("etcd")
-        assert program is not None, "no etcd: run `make setup`"
+        if program is None:
+            pytest.skip("no etcd; `make test` brings one where it can")
         clients, peers = (f"http://127.0.0.1:{port}" for port in (self.port, self.peer_port))
         flags = {
             "data-dir": str(self.folder),

@@ -13,11 +13,7 @@
 //! Properties (tested): the choice has the least cost of a full scan; a request is never placed on a worker whose
 //! KV could not hold it even when empty; a refusal changes nothing.
 
-use std::{
-    cmp::{Ordering, Reverse},
-    ops::Deref,
-    rc::Rc,
-};
+use std::{cmp::Reverse, ops::Deref, rc::Rc};
 
 pub use super::explain::{Explanation, Ineligible};
 use super::{
@@ -365,6 +361,7 @@ impl Scheduler {
                     let mut search = Search {
                         index: &self.index,
                         standings: self.workers.standings(),
+                        workers: &self.workers,
                         group: self.groups.get(chain.group),
                         group_number: chain.group,
                         chain: &chain.blocks,
@@ -385,7 +382,7 @@ impl Scheduler {
                     };
                     search.run();
                     if let Some(found) = search.best
-                        && best.is_none_or(|(old, ..)| self.is_before(found, old))
+                        && best.is_none_or(|(old, ..)| self.workers.is_before(found, old))
                     {
                         best = Some((found, number, search.costs));
                     }
@@ -393,18 +390,6 @@ impl Scheduler {
             }
             best
         })
-    }
-
-    /// Whether the first is to be taken rather than the second: it costs less, or as much and was chosen longer ago.
-    fn is_before(&self, one: Found, other: Found) -> bool {
-        let chosen = |found: Found| {
-            let at = self.workers.at(found.slot);
-            at.map_or(u64::MAX, |(worker, _)| worker.last_chosen)
-        };
-        match one.cost.cmp(&other.cost) {
-            Ordering::Equal => chosen(one) < chosen(other),
-            order => order.is_lt(),
-        }
     }
 
     /// The candidate that was found, if it holds what the search took it to hold.

@@ -32,6 +32,7 @@ use super::{
     policy::CostModel,
     standing::{NIL, Standing, room_class},
     worker::WorkerId,
+    workers::Workers,
 };
 use crate::hash::BlockHash;
 
@@ -84,6 +85,7 @@ impl Needs<'_> {
 pub(super) struct Search<'a> {
     pub(super) index: &'a PrefixIndex,
     pub(super) standings: &'a [Standing],
+    pub(super) workers: &'a Workers,
     pub(super) group: &'a Group,
     pub(super) group_number: u32,
     pub(super) chain: &'a [BlockHash],
@@ -197,8 +199,12 @@ impl Search<'_> {
             return;
         }
         let cost = self.cost(depth, standing.queued, standing.batch.into());
-        if self.best.is_none_or(|best| cost < best.cost) {
-            self.best = Some(Found { cost, slot, depth });
+        let found = Found { cost, slot, depth };
+        if self
+            .best
+            .is_none_or(|best| self.workers.is_before(found, best))
+        {
+            self.best = Some(found);
         }
     }
 }

@@ -376,30 +376,34 @@ proptest! {
 
 #[test]
 fn equals_take_turns_also_where_they_are_of_different_kinds() {
-    let mut scheduler = Scheduler::new(SchedulerConfig::default()).unwrap();
-    let workers = [16, 32].map(|block_size| {
-        let spec = WorkerSpec {
-            name: format!("of {block_size}"),
-            model: "m".to_owned(),
-            block_size,
-            num_blocks: 1000,
-            max_num_seqs: 8,
-            max_model_len: 4096,
-            ..WorkerSpec::default()
-        };
-        scheduler.add_worker(spec).unwrap()
-    });
-    let mut chosen = [0; 2];
-    for number in 0..10 {
-        let request = RouteRequest {
-            model: "m",
-            token_ids: &[number; 8],
-            max_tokens: 8,
-            ..RouteRequest::default()
-        };
-        let reservation = scheduler.route(&request, Time(0)).unwrap();
-        chosen[usize::from(reservation.worker == workers[1])] += 1;
-        scheduler.release(reservation.id);
+    for block_sizes in [[32, 32], [16, 32]] {
+        let mut scheduler = Scheduler::new(SchedulerConfig::default()).unwrap();
+        let mut number = 0;
+        let workers = block_sizes.map(|block_size| {
+            number += 1;
+            let spec = WorkerSpec {
+                name: format!("w{number}"),
+                model: "m".to_owned(),
+                block_size,
+                num_blocks: 1000,
+                max_num_seqs: 8,
+                max_model_len: 4096,
+                ..WorkerSpec::default()
+            };
+            scheduler.add_worker(spec).unwrap()
+        });
+        let mut chosen = [0; 2];
+        for token in 0..10 {
+            let request = RouteRequest {
+                model: "m",
+                token_ids: &[token; 8],
+                max_tokens: 8,
+                ..RouteRequest::default()
+            };
+            let reservation = scheduler.route(&request, Time(0)).unwrap();
+            chosen[usize::from(reservation.worker == workers[1])] += 1;
+            scheduler.release(reservation.id);
+        }
+        assert_eq!(chosen, [5, 5], "{block_sizes:?}");
     }
-    assert_eq!(chosen, [5, 5]);
 }
