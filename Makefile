@@ -135,6 +135,11 @@ $(ETCD):
 	  cd $(@D)/package && { apt-get download etcd-server || { apt-get update && apt-get download etcd-server; }; } && \
 	  dpkg-deb --extract etcd-server_*.deb . && ln -s package/usr/bin/etcd ../etcd; fi || echo "no etcd to be had here"
 
+# All in one call: cargo builds the same crates for all of them. It leaves alone what no edit has changed.
+$(PROGRAMS): $(RUST_SOURCES) $(shell find benches/rig -type f)
+	cargo build --release --locked --quiet -p orchestra-router -p orchestra-rig
+	touch target/release/orchestra-router target/release/mock-engine target/release/loadgen
+
 define PRINT_REQUIREMENTS
 import tomllib
 from pathlib import Path
