@@ -27,8 +27,9 @@ def test_an_adapter_goes_where_it_is_until_loading_it_costs_less() -> None:
     assert costs == [("b", 100, 0), ("a", 350, 250)]
 
     held = [scheduler.route([1] * 100, model=MODEL, lora="poet") for _ in range(3)]
-    # (100 + 0) x 1 on b, then (100 + 100) x 2 there against (100 + 250) x 1 on a, which has it from then on.
-    assert [reservation.worker for reservation in held] == ["b", "a", "a"]
+    # (100 + 0) x 1 on b, then (100 + 100) x 2 there against (100 + 250) x 1 on a, which has it from then on. Now both
+    # cost (100 + 100) x 2, and b was chosen longer ago.
+    assert [reservation.worker for reservation in held] == ["b", "a", "b"]
     scheduler.check_integrity()
 
 
