@@ -71,8 +71,13 @@ impl Pick<'_> {
         let costs = self.scheduler.cost_model(self.request, chain);
         let prompt = costs.prompt_tokens + self.scheduler.load_tokens(chain, slot);
         let cost = costs.cost(prompt, standing.queued, standing.batch.into());
-        let depth = 0;
-        Some((Found { cost, slot, depth }, number, costs))
+        let found = Found {
+            cost,
+            last_chosen: standing.last_chosen,
+            slot,
+            depth: 0,
+        };
+        Some((found, number, costs))
     }
 
     /// The first after the last one, by slot, once around.

@@ -59,7 +59,6 @@ impl Scheduler {
             prefill_tokens: request.token_ids.len() as u64 - u64::from(chosen.num_cached_tokens),
         };
         self.num_decisions += 1;
-        worker.last_chosen = self.num_decisions;
         worker.reserved.add(demand);
         worker.unreported.add(demand);
         let num_reports = worker.num_reports;
@@ -70,7 +69,9 @@ impl Scheduler {
             reserved_at: now,
         };
         let id = self.reservations.insert(self.num_decisions, held);
-        self.refresh(chosen.worker.slot);
+        let slot = chosen.worker.slot;
+        self.workers.standings_mut()[slot as usize].last_chosen = self.num_decisions;
+        self.refresh(slot);
         self.assume(request, &chosen, now);
         if let Some(lora) = request.lora {
             self.expect_lora(chosen.worker, lora);

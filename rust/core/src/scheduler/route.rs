@@ -361,7 +361,6 @@ impl Scheduler {
                     let mut search = Search {
                         index: &self.index,
                         standings: self.workers.standings(),
-                        workers: &self.workers,
                         group: self.groups.get(chain.group),
                         group_number: chain.group,
                         chain: &chain.blocks,
@@ -382,7 +381,7 @@ impl Scheduler {
                     };
                     search.run();
                     if let Some(found) = search.best
-                        && best.is_none_or(|(old, ..)| self.workers.is_before(found, old))
+                        && best.is_none_or(|(old, ..)| found.is_before(&old))
                     {
                         best = Some((found, number, search.costs));
                     }
@@ -422,7 +421,7 @@ impl Scheduler {
         depth: usize,
         costs: &CostModel,
     ) -> Option<Candidate> {
-        let (worker, standing) = self.workers.at(slot)?;
+        let (_, standing) = self.workers.at(slot)?;
         let load_tokens = self.load_tokens(chain, slot);
         let costs = CostModel {
             load_tokens,
@@ -444,7 +443,7 @@ impl Scheduler {
             kv_blocks_free: standing.kv_blocks_free.into(),
             lora_load_tokens: load_tokens,
             block_size,
-            last_chosen: worker.last_chosen,
+            last_chosen: standing.last_chosen,
         })
     }
 }

@@ -32,7 +32,6 @@ use super::{
     policy::CostModel,
     standing::{NIL, Standing, room_class},
     worker::WorkerId,
-    workers::Workers,
 };
 use crate::hash::BlockHash;
 
@@ -43,8 +42,17 @@ const FEW_HOLDERS: usize = 64;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Found {
     pub(super) cost: u64,
+    /// Of equals, the one that was chosen longest ago is taken.
+    pub(super) last_chosen: u64,
     pub(super) slot: u32,
     pub(super) depth: usize,
+}
+
+impl Found {
+    /// Whether this one is to be taken rather than the other.
+    pub(super) fn is_before(&self, other: &Self) -> bool {
+        (self.cost, self.last_chosen) < (other.cost, other.last_chosen)
+    }
 }
 
 /// What a request asks of the workers of one group.
@@ -85,7 +93,6 @@ impl Needs<'_> {
 pub(super) struct Search<'a> {
     pub(super) index: &'a PrefixIndex,
     pub(super) standings: &'a [Standing],
-    pub(super) workers: &'a Workers,
     pub(super) group: &'a Group,
     pub(super) group_number: u32,
     pub(super) chain: &'a [BlockHash],
@@ -199,11 +206,13 @@ impl Search<'_> {
             return;
         }
         let cost = self.cost(depth, standing.queued, standing.batch.into());
-        let found = Found { cost, slot, depth };
-        if self
-            .best
-            .is_none_or(|best| self.workers.is_before(found, best))
-        {
+        let found = Found {
+            cost,
+            last_chosen: standing.last_chosen,
+            slot,
+            depth,
+        };
+        if self.best.is_none_or(|best| found.is_before(&best)) {
             self.best = Some(found);
         }
     }

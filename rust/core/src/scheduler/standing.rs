@@ -26,6 +26,9 @@ pub(super) struct Standing {
     pub(super) max_num_seqs: u32,
     pub(super) num_blocks: u32,
     pub(super) max_model_len: u32,
+    /// Number of the decision that last chose the worker; 0: none. Here and not in [`Worker`], so that a tie costs no
+    /// look elsewhere.
+    pub(super) last_chosen: u64,
 }
 
 impl Standing {
@@ -43,6 +46,7 @@ impl Standing {
             max_num_seqs: worker.spec.max_num_seqs,
             num_blocks: worker.spec.num_blocks,
             max_model_len: worker.spec.max_model_len,
+            last_chosen: 0,
         };
         standing.refresh(worker);
         standing

@@ -192,8 +192,6 @@ pub(super) struct Worker {
     pub(super) unreported: Demand,
     /// What was given back since the last report of reservations made before it.
     pub(super) returned: Demand,
-    /// Number of the decision that last chose this worker; 0: none.
-    pub(super) last_chosen: u64,
     /// Distinct hashes in the prefix index.
     pub(super) num_cached_blocks: u32,
     /// What it holds goes by this id in the prefix index.
@@ -225,7 +223,6 @@ impl Worker {
             reserved: Demand::default(),
             unreported: Demand::default(),
             returned: Demand::default(),
-            last_chosen: 0,
             num_cached_blocks: 0,
             holder,
             group,

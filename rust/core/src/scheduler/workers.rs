@@ -1,11 +1,8 @@
 //! The registered workers, by slot and by name.
 
-use std::cmp::Ordering;
-
 use rustc_hash::FxHashMap;
 
 use super::{
-    search::Found,
     standing::{NIL, Standing},
     worker::{Worker, WorkerId},
 };
@@ -80,18 +77,6 @@ impl Workers {
     pub(super) fn at(&self, slot: u32) -> Option<(&Worker, &Standing)> {
         let worker = self.slots.get(slot as usize)?.as_deref()?;
         Some((worker, &self.standings[slot as usize]))
-    }
-
-    /// Whether the first is to be taken rather than the second: it costs less, or as much and was chosen longer ago.
-    pub(super) fn is_before(&self, one: Found, other: Found) -> bool {
-        let last_chosen = |found: Found| {
-            let at = self.at(found.slot);
-            at.map_or(u64::MAX, |(worker, _)| worker.last_chosen)
-        };
-        match one.cost.cmp(&other.cost) {
-            Ordering::Equal => last_chosen(one) < last_chosen(other),
-            order => order.is_lt(),
-        }
     }
 
     pub(super) fn by_name(&self, name: &str) -> Option<WorkerId> {
