@@ -171,26 +171,11 @@ impl ModelEntry {
         given: &SamplingPatch,
         max_tokens_default: u32,
     ) -> SamplingParams {
-        let defaults = &self.text.defaults;
-        SamplingParams {
-            max_tokens: given.max_tokens.unwrap_or(max_tokens_default),
-            temperature: given.temperature.unwrap_or(defaults.temperature),
-            top_p: given.top_p.unwrap_or(defaults.top_p),
-            top_k: given.top_k.unwrap_or(defaults.top_k),
-            min_p: given.min_p.unwrap_or(defaults.min_p),
-            repetition_penalty: given
-                .repetition_penalty
-                .unwrap_or(defaults.repetition_penalty),
-            presence_penalty: given.presence_penalty.unwrap_or(defaults.presence_penalty),
-            frequency_penalty: given
-                .frequency_penalty
-                .unwrap_or(defaults.frequency_penalty),
-            seed: given.seed.unwrap_or_else(|| fastrand::u64(..)),
-            stop_token_ids: given.stop_token_ids.clone(),
-            ignore_eos: given.ignore_eos,
-            logprobs: given.logprobs,
-            logit_bias: given.logit_bias.clone(),
-        }
+        let given = SamplingPatch {
+            seed: given.seed.or_else(|| Some(fastrand::u64(..))),
+            ..given.clone()
+        };
+        given.over(&self.text.defaults, max_tokens_default)
     }
 }
 

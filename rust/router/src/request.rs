@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use orchestra_core::{
-    TokenId,
+    SamplingParams, TokenId,
     step::{FinishReason, TokenLogprobs},
 };
 
@@ -80,6 +80,29 @@ pub struct SamplingPatch {
     pub logprobs: Option<u32>,
     /// At most 1024.
     pub logit_bias: Vec<(TokenId, f32)>,
+}
+
+impl SamplingPatch {
+    /// The given values over these; `max_tokens` that nobody gave is `max_tokens_default`.
+    pub fn over(self, defaults: &SamplingParams, max_tokens_default: u32) -> SamplingParams {
+        SamplingParams {
+            max_tokens: self.max_tokens.unwrap_or(max_tokens_default),
+            temperature: self.temperature.unwrap_or(defaults.temperature),
+            top_p: self.top_p.unwrap_or(defaults.top_p),
+            top_k: self.top_k.unwrap_or(defaults.top_k),
+            min_p: self.min_p.unwrap_or(defaults.min_p),
+            repetition_penalty: self
+                .repetition_penalty
+                .unwrap_or(defaults.repetition_penalty),
+            presence_penalty: self.presence_penalty.unwrap_or(defaults.presence_penalty),
+            frequency_penalty: self.frequency_penalty.unwrap_or(defaults.frequency_penalty),
+            seed: self.seed.unwrap_or(defaults.seed),
+            stop_token_ids: self.stop_token_ids,
+            ignore_eos: self.ignore_eos,
+            logprobs: self.logprobs,
+            logit_bias: self.logit_bias,
+        }
+    }
 }
 
 /// A piece of one choice.

@@ -15,6 +15,7 @@ use crate::{
         fields::{Fields, missing, read, wrong_type},
         sampling::{OutputOptions, sampling_patch},
     },
+    request::SamplingPatch,
 };
 
 /// Deepest nesting of a body.
@@ -78,23 +79,18 @@ fn max_tokens(route: Route, fields: &Fields<'_>) -> Result<Option<u32>, ApiError
         Route::Completions => None,
     };
     let max_tokens = newer.map(NonZeroU32::get).or(given.max_tokens);
-    let defaults = SamplingParams::default();
-    SamplingParams {
-        max_tokens: max_tokens.unwrap_or(1),
-        temperature: given.temperature.unwrap_or(defaults.temperature),
-        top_p: given.top_p.unwrap_or(defaults.top_p),
-        min_p: given.min_p.unwrap_or(defaults.min_p),
-        repetition_penalty: given
-            .repetition_penalty
-            .unwrap_or(defaults.repetition_penalty),
-        presence_penalty: given.presence_penalty.unwrap_or(defaults.presence_penalty),
-        frequency_penalty: given
-            .frequency_penalty
-            .unwrap_or(defaults.frequency_penalty),
-        ..defaults
-    }
-    .validate()
-    .map_err(|error: SamplingError| ApiError::from(error))?;
+    let known = SamplingPatch {
+        max_tokens,
+        top_k: None,
+        stop_token_ids: Vec::new(),
+        logit_bias: Vec::new(),
+        logprobs: None,
+        ..given
+    };
+    known
+        .over(&SamplingParams::default(), 1)
+        .validate()
+        .map_err(|error: SamplingError| ApiError::from(error))?;
     Ok(max_tokens)
 }
 
