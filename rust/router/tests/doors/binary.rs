@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use orchestra_proto::v1;
 use orchestra_router::Addresses;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -199,15 +200,21 @@ async fn an_operator_changes_what_is_logged() {
     assert!(log.contains("request refused"), "{log}");
 }
 
-#[tokio::test]
-async fn sigterm_refuses_the_new_and_lets_the_running_finish() {
-    let config = file("term.toml", "");
-    let mut router = Binary::start("term", &config, &[]);
+/// A worker, a client that has the first of what it wrote, and the sequence of the two.
+async fn stream_begun(router: &Binary) -> (Worker, Client, v1::StartSequence) {
     let mut worker = Worker::attach(router.at).await;
     let mut running = Client::send(router.at.http, stream("")).await;
     let start = worker.start().await;
     worker.write(start.sequence_id, 0, "one").await;
     running.until("one").await;
+    (worker, running, start)
+}
+
+#[tokio::test]
+async fn sigterm_refuses_the_new_and_lets_the_running_finish() {
+    let config = file("term.toml", "");
+    let mut router = Binary::start("term", &config, &[]);
+    let (mut worker, mut running, start) = stream_begun(&router).await;
 
     router.signal(Signal::TERM);
     eventually(router.at.http, "/ready", 503).await;
@@ -229,11 +236,7 @@ async fn sigterm_refuses_the_new_and_lets_the_running_finish() {
 async fn what_outlasts_the_drain_ends_with_an_error_event() {
     let config = file("deadline.toml", "drain_timeout = '100ms'\n");
     let mut router = Binary::start("deadline", &config, &[]);
-    let mut worker = Worker::attach(router.at).await;
-    let mut running = Client::send(router.at.http, stream("")).await;
-    let start = worker.start().await;
-    worker.write(start.sequence_id, 0, "one").await;
-    running.until("one").await;
+    let (_worker, running, _) = stream_begun(&router).await;
     router.signal(Signal::TERM);
     let last = running.rest().await;
     assert!(last.contains("\"code\":\"shutting_down\""), "{last}");

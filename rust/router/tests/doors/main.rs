@@ -25,6 +25,9 @@ mod support;
 mod tenants;
 mod traces;
 
+#[path = "../shared/http_client.rs"]
+mod http_client;
+
 #[expect(dead_code, reason = "shared with the unit tests, which use more of it")]
 #[path = "../../src/text/fixtures.rs"]
 mod fixtures;

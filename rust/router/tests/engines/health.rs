@@ -140,7 +140,7 @@ async fn a_file_of_engines_is_followed() {
     let mut call = a.call().await;
     call.begin_stream().await;
     call.say("one ").await;
-    running.until("one ").await;
+    running.wait_for("one ").await;
 
     // A broken file changes nothing, and the next one counts.
     write("[[engine]]\nurl = 'nonsense'\n".to_owned());

@@ -13,3 +13,10 @@ mod observing;
 mod passing;
 mod replay;
 mod support;
+
+#[expect(
+    dead_code,
+    reason = "shared with the doors' tests, which use more of it"
+)]
+#[path = "../shared/http_client.rs"]
+mod http_client;

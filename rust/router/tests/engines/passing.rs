@@ -43,7 +43,7 @@ async fn a_stream_passes_event_for_event() {
     call.begin_stream().await;
     call.say("one ").await;
     // Each event goes out as it comes.
-    client.until("one ").await;
+    client.wait_for("one ").await;
     call.write(": a comment\r\n").await;
     let odd = crate::support::chunk(": comment\n\ndata: {\"choices\":[], \"x\" :1}\r\n\r\n");
     drop(client);
@@ -198,7 +198,7 @@ async fn a_client_that_leaves_is_told_to_the_engine() {
     let mut call = engine.call().await;
     call.begin_stream().await;
     call.say("a").await;
-    client.until("\"a\"").await;
+    client.wait_for("\"a\"").await;
     drop(client);
     call.gone().await;
 }
@@ -241,7 +241,7 @@ async fn a_slow_reader_holds_up_its_engine_and_nobody_else() {
         }
         num_written
     });
-    slow.until("xxx").await;
+    slow.wait_for("xxx").await;
     let num_written = within("back-pressure", tasks.join_next())
         .await
         .unwrap()

@@ -71,7 +71,7 @@ async fn begun(
     call.event(&role.to_string()).await;
     call.say("one ").await;
     call.say("two ").await;
-    client.until("two ").await;
+    client.wait_for("two ").await;
     (client, call, this, other, router)
 }
 
@@ -156,7 +156,7 @@ async fn several_tokens_in_one_event_are_counted() {
     let (mut client, mut call, _this, mut other, _router) =
         begun(config(), ", \"max_tokens\": 10").await;
     call.say("three four five ").await;
-    client.until("five ").await;
+    client.wait_for("five ").await;
     call.reset();
     let call = other.call().await;
     assert_eq!(call.json()["max_tokens"], 5);
@@ -272,7 +272,7 @@ async fn an_engine_without_the_means_is_passed_over() {
         }
         call.begin_stream().await;
         call.say("one").await;
-        client.until("one").await;
+        client.wait_for("one").await;
         call.reset();
         let answer = client.answer().await;
         assert!(answer.body.contains("worker_failed"), "{answer:?}");
@@ -297,7 +297,7 @@ async fn completions_are_continued_by_text() {
     let mut call = engine.call().await;
     call.begin_stream().await;
     call.event(&wrote("upon ", None)).await;
-    client.until("upon ").await;
+    client.wait_for("upon ").await;
     call.reset();
     // There is no other engine, and this one is still there.
     let mut call = engine.call().await;
@@ -320,7 +320,7 @@ async fn a_stream_waits_for_an_engine_to_come_back() {
     let mut call = engine.call().await;
     call.begin_stream().await;
     call.say("one ").await;
-    client.until("one ").await;
+    client.wait_for("one ").await;
     let at = engine.stop().await;
     call.reset();
     eventually("down", || {
@@ -368,13 +368,13 @@ async fn a_slow_answer_is_kept_open_by_comments() {
     let (_router, address) = start(config, &[&engine]).await;
     let mut client = Client::send(address, chat(", \"stream\": true")).await;
     let call = engine.call().await;
-    client.until(": keep-alive\n\n").await;
+    client.wait_for(": keep-alive\n\n").await;
     // What fails now is still another attempt, and no longer another status.
     call.reset();
     let mut call = engine.call().await;
     call.begin_stream().await;
     call.say("one").await;
-    client.until("one").await;
+    client.wait_for("one").await;
     call.finish_stream().await;
     assert_eq!(client.answer().await.text(), ("one".to_owned(), true));
 }

@@ -19,6 +19,8 @@ use tokio::{
     time::{self, Instant},
 };
 
+pub(crate) use crate::http_client::{Answer, Client, ask, get};
+
 /// No step of a test takes this long unless it hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// The model that engines serve unless a test says otherwise.
@@ -346,24 +348,7 @@ pub(crate) fn num_up(router: &Router) -> usize {
         .count()
 }
 
-/// An HTTP answer.
-#[derive(Debug)]
-pub(crate) struct Answer {
-    pub(crate) status: u16,
-    pub(crate) head: String,
-    pub(crate) body: String,
-}
-
 impl Answer {
-    pub(crate) fn header(&self, name: &str) -> Option<&str> {
-        let mut lines = self.head.lines();
-        lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
-    }
-
-    pub(crate) fn json(&self) -> Value {
-        serde_json::from_str(&self.body).unwrap_or_else(|_| panic!("not JSON: {self:?}"))
-    }
-
     pub(crate) fn code(&self) -> String {
         self.json()["error"]["code"]
             .as_str()
@@ -413,84 +398,4 @@ pub(crate) fn chat(fields: &str) -> String {
         "{{\"model\": \"{MODEL}\", \"messages\": [{{\"role\": \"user\", \"content\": \"hi\"}}]{fields}}}"
     );
     post("/v1/chat/completions", &body)
-}
-
-/// A socket to the router.
-pub(crate) struct Client {
-    pub(crate) socket: TcpStream,
-    received: Vec<u8>,
-}
-
-impl Client {
-    pub(crate) async fn send(address: SocketAddr, request: impl AsRef<[u8]>) -> Self {
-        let mut socket = TcpStream::connect(address).await.unwrap();
-        let _ = socket.write_all(request.as_ref()).await;
-        Self {
-            socket,
-            received: Vec::new(),
-        }
-    }
-
-    /// Reads until `text` has come.
-    pub(crate) async fn until(&mut self, text: &str) {
-        let reading = async {
-            while !String::from_utf8_lossy(&self.received).contains(text) {
-                let count = self.socket.read_buf(&mut self.received).await.unwrap_or(0);
-                assert!(
-                    count > 0,
-                    "closed before {text:?}: {:?}",
-                    String::from_utf8_lossy(&self.received)
-                );
-            }
-        };
-        within(text, reading).await;
-    }
-
-    /// The one answer of the connection.
-    pub(crate) async fn answer(mut self) -> Answer {
-        let reading =
-            async { while self.socket.read_buf(&mut self.received).await.unwrap_or(0) > 0 {} };
-        within("end of the connection", reading).await;
-        let text = String::from_utf8(self.received).unwrap();
-        let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
-        let status = head
-            .split(' ')
-            .nth(1)
-            .and_then(|status| status.parse().ok());
-        let body = if head.contains("transfer-encoding: chunked") {
-            unchunk(body)
-        } else {
-            body.to_owned()
-        };
-        Answer {
-            status: status.unwrap_or_default(),
-            head: head.to_owned(),
-            body,
-        }
-    }
-}
-
-fn unchunk(mut chunked: &str) -> String {
-    let mut body = String::new();
-    while let Some((size, rest)) = chunked.split_once("\r\n") {
-        let size = usize::from_str_radix(size, 16).unwrap_or(0);
-        let Some(piece) = rest.get(..size) else { break };
-        body.push_str(piece);
-        chunked = rest.get(size + 2..).unwrap_or("");
-    }
-    body
-}
-
-/// Sends a request and reads its answer.
-pub(crate) async fn ask(address: SocketAddr, request: impl AsRef<[u8]>) -> Answer {
-    Client::send(address, request).await.answer().await
-}
-
-/// A GET.
-pub(crate) async fn get(address: SocketAddr, path: &str) -> Answer {
-    ask(
-        address,
-        format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n"),
-    )
-    .await
 }
