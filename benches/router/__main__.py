@@ -11,17 +11,17 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from benches.machine import commit, processor
 from benches.router.cells import Cell, Fleet, Sample, full_cells, quick_cells
 from benches.router.processes import cpu_s, load, mock_engines, rss_mb
 from benches.router.systems import DIRECT, NGINX, RIVALS, Router, System, started, systems
 from benches.router.tables import Samples, cell_table, ratio_table
-from tests.faults.processes import ROOT, build
+from tests.faults.processes import build
 
 MEMORY_PROMPTS = 20_000
 
@@ -110,20 +110,11 @@ def memory_table(chosen: list[System]) -> str:
 
 def machine() -> dict[str, str]:
     """What the figures belong to."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
-        "cpu": f"{os.cpu_count()} x {cpu}",
+        "cpu": processor(),
         "load at start": f"{os.getloadavg()[0]:.1f}",
         "rivals": ", ".join(f"{name} {version}" for name, version in RIVALS.items()),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "command": "python -m benches.router " + " ".join(sys.argv[1:]),
     }
 

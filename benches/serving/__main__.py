@@ -12,11 +12,11 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from benches.machine import commit, processor
 from benches.serving.checkpoint import SHAPES, random_llama
 from benches.serving.orchestra_system import Orchestra, serving
 from benches.serving.transformers_system import Transformers, batching
@@ -130,27 +130,12 @@ def machine() -> dict[str, str]:
     import torch
     import transformers
 
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
-        "cpu": f"{os.cpu_count()} x {cpu}",
+        "cpu": processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "command": "python -m benches.serving " + " ".join(sys.argv[1:]),
     }
 
