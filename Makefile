@@ -26,7 +26,7 @@ FUZZ_FLAGS := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 	--cfg fuzzing -Cdebug-assertions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench bench-router chaos soak simulate fuzz gpu proto docs clean
+.PHONY: help setup serve test lint bench bench-router chaos soak simulate vllm fuzz gpu proto docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -62,6 +62,9 @@ fuzz: ## Fuzz TARGET (placement, routing, stepping, waiting, wire) for FUZZ_SECO
 		--target $(HOST) --target-dir target/fuzz
 	mkdir -p target/fuzz/corpus/$(TARGET)
 	target/fuzz/$(HOST)/release/$(TARGET) -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=target/fuzz/ target/fuzz/corpus/$(TARGET)
+
+vllm: ## Run the test against a running vLLM: ORCHESTRA_TEST_VLLM="URL EVENTS REPLAY MODEL_FILES", block size 32, topic kv
+	cargo test --locked -p orchestra-router --lib a_real_vllm -- --ignored
 
 gpu: setup ## Run the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu
