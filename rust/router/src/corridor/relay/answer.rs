@@ -28,19 +28,20 @@ pub(super) struct Whole {
 }
 
 impl Whole {
-    /// Whether the body is JSON, as every answer of this API is.
-    pub(super) fn is_json(&self) -> bool {
-        serde_json::from_slice::<IgnoredAny>(&self.body).is_ok()
-    }
-
-    /// What it cost, where it says so.
-    pub(super) fn usage(&self) -> Option<Usage> {
+    /// Whether the body is JSON, as every answer of this API is; and what it cost, where it says so.
+    pub(super) fn read(&self) -> (bool, Option<Usage>) {
         #[derive(Deserialize)]
         struct Answer {
             usage: Option<Usage>,
         }
-        let answer: Answer = serde_json::from_slice(&self.body).ok()?;
-        answer.usage
+        match serde_json::from_slice::<Answer>(&self.body) {
+            Ok(answer) => (true, answer.usage),
+            Err(error) => (error.is_data() && self.is_json(), None),
+        }
+    }
+
+    fn is_json(&self) -> bool {
+        serde_json::from_slice::<IgnoredAny>(&self.body).is_ok()
     }
 
     /// The answer as the client gets it, the body byte for byte.

@@ -96,11 +96,10 @@ fn max_tokens(route: Route, fields: &Fields<'_>) -> Result<Option<u32>, ApiError
 
 /// Nesting and escapes, which the first reading of a body passes over. Cheap where there are few brackets and no `\u`.
 fn check_shape(body: &[u8]) -> Result<(), ApiError> {
-    let num_brackets = body
-        .iter()
-        .filter(|&&byte| matches!(byte, b'[' | b'{'))
-        .count();
-    if num_brackets > DEPTH_MAX && shape::depth(body) > DEPTH_MAX {
+    let has_many_brackets = memchr::memchr2_iter(b'[', b'{', body)
+        .nth(DEPTH_MAX)
+        .is_some();
+    if has_many_brackets && shape::depth(body) > DEPTH_MAX {
         let message = format!("the body is nested deeper than {DEPTH_MAX} levels");
         return Err(ApiError::new(
             orchestra_core::ErrorCode::InvalidRequest,
@@ -132,6 +131,9 @@ fn check_messages(fields: &Fields<'_>) -> Result<u32, ApiError> {
     if !raw.get().starts_with('[') {
         return Err(wrong_type("messages", expected));
     }
+    if shape::have_roles(raw.get().as_bytes(), ROLE_BYTES_MAX) {
+        return Ok(1);
+    }
     let messages: Vec<Message<'_>> = match serde_json::from_str(raw.get()) {
         Ok(messages) => messages,
         Err(_) => return Err(first_wrong(raw, "messages", expected)),
@@ -146,7 +148,6 @@ fn check_messages(fields: &Fields<'_>) -> Result<u32, ApiError> {
         let role = message.role.filter(|raw| raw.get() != "null");
         let path = || format!("messages[{index}].role");
         let role = role.ok_or_else(|| missing(&path()))?;
-        // A plain string of a sane length, which is what all are, needs no further look.
         let text = role.get();
         if text.starts_with('"') && (3..=ROLE_BYTES_MAX + 2).contains(&text.len()) {
             continue;

@@ -231,7 +231,8 @@ impl Run {
             return Ok(None);
         }
         let whole = self.read_whole(head).await?;
-        if is_fine && !whole.is_json() {
+        let (is_json, usage) = whole.read();
+        if is_fine && !is_json {
             return Err(FailureKind::Garbage.into());
         }
         // A request that this engine refuses is refused by the next one too. What says that the engine is ill, or is not
@@ -243,7 +244,6 @@ impl Run {
             });
         }
         self.succeed();
-        let usage = whole.usage();
         self.account(request, usage);
         if let Some(usage) = usage {
             self.count(request, usage);
