@@ -8,6 +8,7 @@
 //! | `GET /live`, `/ready`, `/health`, `/metrics` | [`health`] |
 
 pub(crate) mod admin;
+mod app;
 mod body;
 pub(crate) mod chat;
 mod choices;
@@ -30,14 +31,12 @@ mod usage;
 use std::{borrow::Cow, sync::Arc};
 
 use axum::{
-    Router,
     body::Body,
-    extract::{Request, State},
+    extract::Request,
     http::{HeaderValue, Response, header},
-    middleware,
-    routing::{get, post},
 };
 
+pub use self::app::App;
 use self::{
     body::Refusal,
     chat::{ChatFormat, ChatRequest},
@@ -59,9 +58,9 @@ use crate::{
 };
 
 /// The door as a service, for whoever accepts connections by other means than [`crate::Router`].
-pub fn http_service(state: Arc<RouterState>, config: &RouterConfig) -> Router {
+pub fn http_service(state: Arc<RouterState>, config: &RouterConfig) -> App {
     state.set_settings(config.into());
-    HttpDoor::new(state, config).into_router()
+    HttpDoor::new(state, config).into_app()
 }
 
 /// A request that was read, and the way that it goes.
@@ -85,43 +84,67 @@ impl HttpDoor {
         }
     }
 
-    /// The door's routes, ready to serve.
-    pub(crate) fn into_router(self) -> Router {
-        let door = Arc::new(self);
-        let for_clients = Router::new()
-            .route("/v1/chat/completions", post(chat_completions))
-            .route("/v1/completions", post(completions))
-            .route("/v1/models", get(models::list))
-            .route("/v1/models/{*id}", get(models::show))
-            .route_layer(middleware::from_fn_with_state(
-                Arc::clone(&door),
-                ingress::authenticate,
-            ));
-        let for_operators = Router::new()
-            .route("/live", get(health::live))
-            .route("/ready", get(health::ready))
-            .route("/health", get(health::ready))
-            .route("/metrics", get(health::metrics));
-        for_clients
-            .merge(for_operators)
-            .fallback(ingress::no_such_route)
-            .method_not_allowed_fallback(ingress::wrong_method)
-            .layer(middleware::from_fn_with_state(
-                Arc::clone(&door),
-                ingress::enter,
-            ))
-            .with_state(door)
+    /// Answers a request of either route that generates.
+    async fn generate(
+        &self,
+        route: Route,
+        request: Request,
+        record: Record,
+    ) -> Result<Response<Body>, Refusal> {
+        let tenant = self.authenticate(&request)?;
+        match route {
+            Route::Chat => self.chat(request, tenant, record).await,
+            Route::Completions => self.complete(request, tenant, record).await,
+        }
+    }
+
+    async fn chat(
+        &self,
+        request: Request,
+        tenant: Arc<Tenant>,
+        record: Record,
+    ) -> Result<Response<Body>, Refusal> {
+        let parse = ChatRequest::from_fields;
+        match self.open((request, Route::Chat), tenant, parse).await? {
+            Entry::Relay(request) => self.relay(request, record).await,
+            Entry::Corridor(request, caller) => {
+                let format = ChatFormat::new(&request);
+                let options = (request.options, record);
+                self.answer((vec![request.input], caller), options, format)
+                    .await
+            }
+        }
+    }
+
+    async fn complete(
+        &self,
+        request: Request,
+        tenant: Arc<Tenant>,
+        record: Record,
+    ) -> Result<Response<Body>, Refusal> {
+        let parse = CompletionRequest::from_fields;
+        match self
+            .open((request, Route::Completions), tenant, parse)
+            .await?
+        {
+            Entry::Relay(request) => self.relay(request, record).await,
+            Entry::Corridor(request, caller) => {
+                let format = CompletionFormat::new(&request);
+                let options = (request.options, record);
+                self.answer((request.inputs, caller), options, format).await
+            }
+        }
     }
 
     /// Reads a request, and decides by its model which way it goes: to Orchestra's workers or to foreign engines.
     async fn open<T: Send + 'static>(
         &self,
-        request: Request,
-        route: Route,
+        (request, route): (Request, Route),
+        tenant: Arc<Tenant>,
         parse: fn(&Fields<'_>) -> Result<T, ApiError>,
     ) -> Result<Entry<T>, Refusal> {
         let outward = Outward::of(request.headers());
-        let caller = self.caller(&request)?;
+        let caller = self.caller(&request, tenant)?;
         let state = Arc::clone(&self.state);
         self.read(request, move |body| {
             let fields = Fields::parse(body)?;
@@ -145,11 +168,10 @@ impl HttpDoor {
     }
 
     /// Who asks, by the key that let the request in and by its headers.
-    fn caller(&self, request: &Request) -> Result<Caller, Refusal> {
-        let tenant: Option<&Arc<Tenant>> = request.extensions().get();
+    fn caller(&self, request: &Request, tenant: Arc<Tenant>) -> Result<Caller, Refusal> {
         let header = |key: &str| request.headers().get(key).map(HeaderValue::as_bytes);
         let settings = self.state.settings();
-        let caller = Caller::read(&settings, tenant.cloned().unwrap_or_default(), header);
+        let caller = Caller::read(&settings, tenant, header);
         caller.map_err(|error| {
             self.state.metrics.rejected(error.code);
             error.into()
@@ -192,41 +214,6 @@ impl HttpDoor {
         let mut source = Box::pin(opening).await?;
         let collected = collect(&mut source, count).await?;
         Ok(json(format.body(&source, &collected)))
-    }
-}
-
-async fn chat_completions(
-    State(door): State<Arc<HttpDoor>>,
-    request: Request,
-) -> Result<Response<Body>, Refusal> {
-    let record = ingress::record_of(&request);
-    match door
-        .open(request, Route::Chat, ChatRequest::from_fields)
-        .await?
-    {
-        Entry::Relay(request) => door.relay(request, record).await,
-        Entry::Corridor(request, caller) => {
-            let format = ChatFormat::new(&request);
-            let options = (request.options, record);
-            door.answer((vec![request.input], caller), options, format)
-                .await
-        }
-    }
-}
-
-async fn completions(
-    State(door): State<Arc<HttpDoor>>,
-    request: Request,
-) -> Result<Response<Body>, Refusal> {
-    let record = ingress::record_of(&request);
-    let parse = CompletionRequest::from_fields;
-    match door.open(request, Route::Completions, parse).await? {
-        Entry::Relay(request) => door.relay(request, record).await,
-        Entry::Corridor(request, caller) => {
-            let format = CompletionFormat::new(&request);
-            let options = (request.options, record);
-            door.answer((request.inputs, caller), options, format).await
-        }
     }
 }
 

@@ -39,7 +39,7 @@ pub mod workers;
 
 pub use self::{
     config::RouterConfig,
-    http::http_service,
+    http::{App, http_service},
     listen::Door,
     operations::Operations,
     process::{exit_status, main_from_args},

@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, body::Body};
+use axum::body::Body;
 use hyper::{body::Incoming, rt::Executor, service::service_fn};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -26,10 +26,9 @@ use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
     sync::Semaphore,
 };
-use tower::ServiceExt as _;
 
 use self::head::{AnswerBody, HeadClock, HeadWatched};
-use crate::{config::ListenConfig, state::RouterState, tasks::Tasks};
+use crate::{config::ListenConfig, http::App, state::RouterState, tasks::Tasks};
 
 /// Connections that the kernel holds for us before it refuses more.
 const BACKLOG: u32 = 4096;
@@ -101,7 +100,7 @@ impl Listener {
     }
 
     /// Accepts until shutdown and serves each connection in a task of its own.
-    pub(crate) async fn serve(self, app: Router, state: Arc<RouterState>) {
+    pub(crate) async fn serve(self, app: App, state: Arc<RouterState>) {
         let slots = Arc::new(Semaphore::new(state.settings().listen.max_connections));
         let shutdown = state.tasks.shutdown_token().clone();
         let server = Arc::new(Server {
@@ -156,7 +155,7 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 /// What the connections of one listener share.
 struct Server {
     door: Door,
-    app: Router,
+    app: App,
     state: Arc<RouterState>,
 }
 
@@ -167,9 +166,10 @@ impl Server {
         let io = TokioIo::new(HeadWatched::new(stream, Arc::clone(&clock)));
         let service = service_fn(|request: hyper::Request<Incoming>| {
             let answering = clock.head_arrived(request.version());
-            let response = self.app.clone().oneshot(request.map(Body::new));
+            let server = Arc::clone(&self);
             async move {
-                Ok::<_, Infallible>(response.await?.map(|body| AnswerBody::new(body, answering)))
+                let response = server.app.answer(request.map(Body::new)).await;
+                Ok::<_, Infallible>(response.map(|body| AnswerBody::new(body, answering)))
             }
         });
         let settings = self.state.settings();

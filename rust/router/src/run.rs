@@ -160,15 +160,12 @@ impl Router {
         let operations = Arc::new(operations);
         let gateway = Routes::new(gateway_service(Arc::clone(&state)));
         let served = [
-            (
-                http,
-                HttpDoor::new(Arc::clone(&state), config).into_router(),
-            ),
-            (grpc, grpc::router(&state, config)?),
-            (workers, gateway.prepare().into_axum_router()),
+            (http, HttpDoor::new(Arc::clone(&state), config).into_app()),
+            (grpc, grpc::router(&state, config)?.into()),
+            (workers, gateway.prepare().into_axum_router().into()),
             (
                 admin,
-                admin::router(Arc::clone(&state), Arc::clone(&operations), config),
+                admin::router(Arc::clone(&state), Arc::clone(&operations), config).into(),
             ),
         ];
         for (listener, app) in served {

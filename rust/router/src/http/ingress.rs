@@ -16,6 +16,7 @@ use crate::{
     error::ApiError,
     observe::{Arrival, EXPLAIN_KEY, Record, TRACEPARENT_KEY, TRACESTATE_KEY},
     request_id::{REQUEST_ID_KEY, request_id},
+    tenants::Tenant,
 };
 
 /// The routes as metrics name them; the paths that clients type are not among the labels.
@@ -30,18 +31,19 @@ const ROUTES: [&str; 8] = [
     "/metrics",
 ];
 
+const REQUEST_ID: HeaderName = HeaderName::from_static(REQUEST_ID_KEY);
+
 /// How the routes begin whose requests are recorded.
 const FOR_CLIENTS: &str = "/v1/";
 
-/// The outermost layer.
-pub(super) async fn enter(
-    State(door): State<Arc<HttpDoor>>,
+/// What is outermost: `answering` gets the request and what is taken down of it.
+pub(super) async fn enter<F: Future<Output = Response<Body>>>(
+    door: &HttpDoor,
+    route: &'static str,
     mut request: Request,
-    next: Next,
+    answering: impl FnOnce(Request, Record) -> F,
 ) -> Response<Body> {
-    let route = route_label(request.extensions().get::<MatchedPath>());
-    let (request_id, record) = arrive(&door, &request, route);
-    request.extensions_mut().insert(record.clone());
+    let (request_id, record) = arrive(door, &request, route);
     if let Some(traceparent) = record.traceparent().and_then(|text| text.parse().ok()) {
         // What an engine does for the request belongs under our span.
         let key = HeaderName::from_static(TRACEPARENT_KEY);
@@ -52,9 +54,9 @@ pub(super) async fn enter(
     let value = HeaderValue::from_str(&request_id).ok();
     if let Some(value) = value.clone() {
         // An engine hears the id that the client hears.
-        request.headers_mut().insert(REQUEST_ID_KEY, value);
+        request.headers_mut().insert(REQUEST_ID, value);
     }
-    let mut response = next.run(request).instrument(span).await;
+    let mut response = answering(request, record.clone()).instrument(span).await;
     let status = response.status().as_u16();
     door.state.metrics.http_response(route, status);
     record.status(status);
@@ -62,7 +64,7 @@ pub(super) async fn enter(
         record.failed(code);
     }
     if let Some(value) = value {
-        response.headers_mut().insert(REQUEST_ID_KEY, value);
+        response.headers_mut().insert(REQUEST_ID, value);
     }
     response
 }
@@ -85,13 +87,8 @@ fn arrive(door: &HttpDoor, request: &Request, route: &'static str) -> (String, R
     (request_id, record)
 }
 
-/// What is taken down of the request.
-pub(super) fn record_of(request: &Request) -> Record {
-    let record = request.extensions().get::<Record>();
-    record.cloned().unwrap_or_default()
-}
-
-fn route_label(matched: Option<&MatchedPath>) -> &'static str {
+/// The route as metrics name it.
+pub(super) fn route_label(matched: Option<&MatchedPath>) -> &'static str {
     let matched = matched.map_or("", MatchedPath::as_str);
     ROUTES
         .into_iter()
@@ -99,22 +96,26 @@ fn route_label(matched: Option<&MatchedPath>) -> &'static str {
         .unwrap_or("other")
 }
 
-/// Lets a request with a key through, and notes whose it is.
-pub(super) async fn authenticate(
+/// Lets a request with a key through.
+pub(super) async fn let_in(
     State(door): State<Arc<HttpDoor>>,
-    mut request: Request,
+    request: Request,
     next: Next,
 ) -> Result<Response<Body>, Refusal> {
-    let tenant = door
-        .state
-        .settings()
-        .keys
-        .check(authorization(request.headers()))
-        .inspect_err(|error| {
-            door.state.metrics.rejected(error.code);
-        })?;
-    request.extensions_mut().insert(tenant);
+    door.authenticate(&request)?;
     Ok(next.run(request).await)
+}
+
+impl HttpDoor {
+    /// Whose request it is, by its key.
+    pub(super) fn authenticate(&self, request: &Request) -> Result<Arc<Tenant>, Refusal> {
+        let settings = self.state.settings();
+        let tenant = settings.keys.check(authorization(request.headers()));
+        tenant.map_err(|error| {
+            self.state.metrics.rejected(error.code);
+            error.into()
+        })
+    }
 }
 
 pub(super) fn authorization(headers: &HeaderMap) -> Option<&[u8]> {

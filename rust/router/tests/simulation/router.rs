@@ -1,16 +1,20 @@
 //! The router's host: the real HTTP door and the real workers' door on simulated sockets.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{convert::Infallible, io, sync::Arc, time::Duration};
 
-use axum::Router;
+use axum::{Router, body::Body};
 use futures_util::future::BoxFuture;
-use hyper::server::conn::{http1, http2};
+use hyper::{
+    body::Incoming,
+    server::conn::{http1, http2},
+    service::service_fn,
+};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
 use orchestra_router::{
-    RouterConfig,
+    App, RouterConfig,
     engines::{
         EngineConfig, EngineUrl, Engines,
         connect::{Connect, Socket},
@@ -85,11 +89,15 @@ impl Connect for SimulatedTcp {
     }
 }
 
-async fn serve_clients(app: Router) {
+async fn serve_clients(app: App) {
     let listener = TcpListener::bind(("0.0.0.0", HTTP_PORT)).await.unwrap();
     loop {
         let (stream, _) = listener.accept().await.unwrap();
-        let service = TowerToHyperService::new(app.clone());
+        let app = app.clone();
+        let service = service_fn(move |request: hyper::Request<Incoming>| {
+            let app = app.clone();
+            async move { Ok::<_, Infallible>(app.answer(request.map(Body::new)).await) }
+        });
         // How a connection ends is the client's affair.
         tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
     }

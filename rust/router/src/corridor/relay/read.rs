@@ -31,7 +31,8 @@ pub(crate) enum Route {
 }
 
 impl Route {
-    pub(super) const fn path(self) -> &'static str {
+    /// The path.
+    pub(crate) const fn path(self) -> &'static str {
         match self {
             Self::Chat => "/v1/chat/completions",
             Self::Completions => "/v1/completions",
