@@ -33,6 +33,7 @@ def summary(soak: Soak) -> str:
         f"{metrics['orchestra_requests_retried_total']:.0f} requests sent again before their first byte, "
         f"{metrics['orchestra_requests_preempted_total']:.0f} stopped for more urgent ones and "
         f"{metrics['orchestra_requests_resumed_total']:.0f} resumed",
+        f"- the queue was empty in {soak.num_idle} of {len(soak.samples)} samples",
         f"- {soak.rotations} reloads and rotations of the access log on the way",
         f"- at rest before and after: {before.descriptors} and {after.descriptors} descriptors, "
         f"{before.threads} and {after.threads} threads, {before.rss_mb:.1f} and {after.rss_mb:.1f} MB",

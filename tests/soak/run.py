@@ -28,11 +28,12 @@ TENANTS_FILE = "".join(
 )
 # What an engine's cache holds: so little that the router's index of it is full, and forgets, after some minutes.
 KV_TOKENS = 65_536
-# A sample with an empty queue is one without saturation: a kill of many takes the queue with it for a moment.
-SATURATED_SHARE_MIN = 0.8
+# Samples without saturation: where the machine has no time for the clients, the queue runs empty for a moment.
+IDLE_SHARE_MAX = 0.2
 ROTATE_EVERY = 6
 LOG = "access.log"
-# Shorter runs have not filled the prefix indexes and the allocator's arenas by their half.
+# Shorter runs have not filled the prefix indexes and the allocator's arenas by their half, and a busy machine's few
+# seconds may pass without a full queue.
 JUDGED_FROM_S = 600.0
 END_TIMEOUT_S = 20.0
 
@@ -52,6 +53,11 @@ class Soak:
     rotations: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
+
+    @property
+    def num_idle(self) -> int:
+        """Samples in which nothing waited."""
+        return sum(sample.waiting == 0 for sample in self.samples)
 
     @property
     def growth(self) -> Growth | None:
@@ -186,9 +192,9 @@ def judge_counts(soak: Soak, ledger: Ledger) -> None:
 def judge_samples(soak: Soak) -> None:
     """Whether the router was busy all the time, and in the end is as it was."""
     before, after = soak.before, soak.after
-    busy = sum(sample.waiting > 0 for sample in soak.samples)
-    share = busy / max(len(soak.samples), 1)
-    soak.check(f"the queue was empty in {1 - share:.0%} of samples", share >= SATURATED_SHARE_MIN)
+    share = soak.num_idle / max(len(soak.samples), 1)
+    if soak.seconds >= JUDGED_FROM_S:
+        soak.check(f"the queue was empty in {share:.0%} of samples", share <= IDLE_SHARE_MAX)
     left = (after.running, after.waiting)
     soak.check(f"{left[0]} run and {left[1]} wait at the end", left == (0, 0))
     soak.check(
@@ -199,7 +205,5 @@ def judge_samples(soak: Soak) -> None:
         f"{before.threads} threads before, {after.threads} after", after.threads <= before.threads
     )
     growth = soak.growth
-    soak.check(
-        "memory grew",
-        growth is None or growth.is_flat,
-    )
+    if growth is not None:
+        soak.check(f"memory grew by {growth.mb:.2f} MB", growth.is_flat)

@@ -121,7 +121,10 @@ def plot(samples: Sequence[Sample], columns: int = 72, rows: int = 12) -> str:
         column = min(int(sample.at_s / length * columns), columns - 1)
         row = min(int(sample.rss_mb / top * rows), rows - 1)
         grid[rows - 1 - row][column] = "*"
-    lines = [f"{top * (rows - row) / rows:7.1f} |{''.join(line)}" for row, line in enumerate(grid)]
+    lines = [
+        f"{top * (rows - row) / rows:7.1f} |{''.join(line).rstrip()}"
+        for row, line in enumerate(grid)
+    ]
     return "\n".join(
         [*lines, f"{'MB':>7} +{'-' * columns}", f"{'0':>9}{length / 60:>{columns}.1f} min"]
     )
