@@ -51,8 +51,9 @@ bench-router: setup $(PROGRAMS) ## Measure the router beside its rivals and ngin
 chaos: setup $(PROGRAMS) ## Break engines and workers under load, 1,000 faults, every word checked (ARGS='--seed 7 …')
 	$(PY) -m tests.chaos $(ARGS)
 
-soak: ## Run the Rust property tests on CASES random histories each: some 10^6 operations, some minutes
+soak: setup $(PROGRAMS) ## Run the property tests on CASES random histories each, then half an hour of load with kills (ARGS='--minutes 5 …')
 	PROPTEST_CASES=$(CASES) cargo test --release --locked -p orchestra-core
+	$(PY) -m tests.soak $(ARGS)
 
 simulate: ## Run FAULTS faults, drawn from SEED, against the router in a simulated network; checks every token
 	FAULTS=$(FAULTS) SEED=$(SEED) cargo test --release --locked -p orchestra-router --test simulation -- --nocapture

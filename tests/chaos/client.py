@@ -69,11 +69,17 @@ async def ask(
     body: bytes,
     told: Told,
     speaker_of: Callable[[dict[str, Any]], str],
+    headers: str = "",
 ) -> None:
-    """Fills `told` in while the answer comes. What goes wrong is an `error` in it, never an exception."""
+    """Fills `told` in while the answer comes. What goes wrong is an `error` in it, never an exception.
+
+    `headers` are further ones, each with its end of line.
+    """
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{headers}"
+    request = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
-            await _ask(address, path, body, told, speaker_of)
+            await _ask(address, request, told, speaker_of)
     except TimeoutError:
         told.error = "no answer in time"
     except (OSError, asyncio.IncompleteReadError, ValueError) as error:
@@ -82,15 +88,13 @@ async def ask(
 
 async def _ask(
     address: tuple[str, int],
-    path: str,
-    body: bytes,
+    request: bytes,
     told: Told,
     speaker_of: Callable[[dict[str, Any]], str],
 ) -> None:
     reader, writer = await asyncio.open_connection(*address)
     with contextlib.closing(writer):
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-        writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        writer.write(request)
         answer = (await reader.readuntil(b"\r\n\r\n")).lower()
         told.status = int(answer[9:12])
         if b"transfer-encoding: chunked" not in answer:
