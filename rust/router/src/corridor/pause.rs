@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// So often a request gives way.
-const PAUSES_MAX: u32 = 3;
+pub(super) const PAUSES_MAX: u32 = 3;
 
 impl Running {
     /// Offers the request's room to more urgent ones, where it is one that gives way.
@@ -44,6 +44,7 @@ impl Running {
         choice.num_pauses += 1;
         tracing::debug!(pauses = choice.num_pauses, "request gave way");
         request.state.metrics.admission.preempted();
+        request.record.paused();
         let token_ids = request.token_ids_with(&choice.output);
         let route = request.route(&token_ids, choice.output.len(), &choice.excluded);
         match request.state.workers.rejoin(&route) {
