@@ -25,7 +25,7 @@ use crate::{
     metrics::InFlight,
     workers::{
         queue::{Reserved, Seat},
-        stopping::{Stop, Stoppable},
+        stopping::{Progress, Stop, Stoppable},
     },
 };
 
@@ -106,16 +106,20 @@ impl Held {
         prompt_tokens: u32,
         first_index: u32,
     ) -> Arc<AtomicU32> {
-        let progress = Arc::new(AtomicU32::new(first_index));
+        let next_index = Arc::new(AtomicU32::new(first_index));
+        let progress = Progress {
+            first_index,
+            next_index: Arc::clone(&next_index),
+        };
         let work: Weak<Self> = Arc::downgrade(self);
         self.0.lock().offer = Offer::Open;
         reserved.offer(Stoppable {
             work,
             prompt_tokens,
-            first_index,
-            progress: Arc::clone(&progress),
+            together: Arc::new([progress.clone()]),
+            progress,
         });
-        progress
+        next_index
     }
 
     /// Appends what comes next of the answer; false at its end. What was offered is being looked at from then on.
