@@ -138,7 +138,7 @@ async fn others_do_not_give_way() {
     }
 }
 
-/// Where the sequences of one request, however they start, are in the order of their choices' first tokens.
+/// Starts in the order of what they go on from.
 fn by_output(mut starts: [v1::StartSequence; 2]) -> [v1::StartSequence; 2] {
     starts.sort_by_key(|start| start.output_token_ids.clone());
     starts
