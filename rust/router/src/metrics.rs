@@ -28,7 +28,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-pub(crate) use self::engines::{ABANDONED, ANSWERED, EngineSeries};
+pub(crate) use self::engines::{ABANDONED, ANSWERED, EngineSeries, STOPPED};
 pub use self::{
     admission::AdmissionMetrics,
     engines::EngineMetrics,

@@ -36,8 +36,6 @@ pub(super) struct Choice {
     /// When the first of these refusals came that no token came after.
     pub(super) refused_since: Option<Instant>,
     pub(super) num_replays: u32,
-    /// How often it gave way to more urgent requests.
-    pub(super) num_pauses: u32,
     /// Set while the choice waits for a worker to continue on.
     pub(super) wait: Option<Wait>,
     pub(super) is_finished: bool,
@@ -58,7 +56,6 @@ impl Choice {
             refused: Vec::new(),
             refused_since: None,
             num_replays: 0,
-            num_pauses: 0,
             wait: None,
             is_finished: false,
             first_token: None,

@@ -20,7 +20,7 @@ use crate::{
     workers::{
         queue::Seat,
         session::{EventKind, RunningSequence, SequenceEvent},
-        stopping::Stop,
+        stopping::{Progress, Stop},
     },
 };
 
@@ -38,7 +38,19 @@ struct Holdings {
     /// `None` while the request was stopped and waits for another, as is what follows.
     seat: Option<Seat>,
     in_flight: Option<InFlight>,
+    /// The request was stopped, and the stream has not acted on it.
+    is_stopped: bool,
     _presence: Presence,
+}
+
+/// What a stopped request gives up by dropping it, which is not to be done under the lock.
+type GivenUp = (Vec<RunningSequence>, Option<Seat>, Option<InFlight>);
+
+impl Holdings {
+    fn stop(&mut self) -> GivenUp {
+        let running = self.sequences.iter_mut().filter_map(Option::take);
+        (running.collect(), self.seat.take(), self.in_flight.take())
+    }
 }
 
 impl Held {
@@ -53,6 +65,7 @@ impl Held {
             sequences: sequences.into_iter().map(Some).collect(),
             seat: Some(seat),
             in_flight: Some(in_flight),
+            is_stopped: false,
             _presence: presence,
         };
         Arc::new(Self {
@@ -61,21 +74,36 @@ impl Held {
         })
     }
 
-    /// Offers the room of a request of one choice to more urgent ones.
+    /// Offers the room of each choice to more urgent requests; all stop together.
     pub(super) fn offer(self: &Arc<Self>, prompt_tokens: u32) {
         let work: Weak<Self> = Arc::downgrade(self);
-        if let Some(held) = self.holdings.lock().as_ref()
-            && let [Some(sequence)] = &held.sequences[..]
-        {
-            sequence.offer(prompt_tokens, work);
+        if let Some(held) = self.holdings.lock().as_ref() {
+            let running = || held.sequences.iter().flatten();
+            let together = running().map(|it| it.progress().clone()).collect();
+            let together: Arc<[Progress]> = together;
+            for sequence in running() {
+                sequence.offer(prompt_tokens, work.clone(), Arc::clone(&together));
+            }
         }
     }
 
-    /// Whether a sequence of the choice is on a worker.
-    pub(super) fn runs(&self, choice: usize) -> bool {
+    /// Whether the request was stopped and the stream is still to act on it.
+    pub(super) fn is_stopped(&self) -> bool {
         let held = self.holdings.lock();
-        held.as_ref()
-            .is_some_and(|held| held.sequences[choice].is_some())
+        held.as_ref().is_some_and(|held| held.is_stopped)
+    }
+
+    /// Acts on a stop, once; false where there is none. A choice that began anew in the same moment ends too.
+    pub(super) fn take_stop(&self) -> bool {
+        let mut held = self.holdings.lock();
+        let Some(holdings) = held.as_mut() else {
+            return false;
+        };
+        let was_stopped = std::mem::take(&mut holdings.is_stopped);
+        let late = was_stopped.then(|| holdings.stop());
+        drop(held);
+        drop(late);
+        was_stopped
     }
 
     /// The stopped request has a seat again. Where its time is over, it leaves that at once.
@@ -148,14 +176,15 @@ impl Held {
 impl Stop for Held {
     fn stop(&self) {
         let mut held = self.holdings.lock();
-        let stopped = held.as_mut().and_then(|held| {
-            let sequence = held.sequences[0].take()?;
-            Some((sequence, held.seat.take(), held.in_flight.take()))
+        let runs = |held: &&mut Holdings| held.sequences.iter().any(Option::is_some);
+        let stopped = held.as_mut().filter(runs).map(|held| {
+            held.is_stopped = true;
+            held.stop()
         });
         drop(held);
-        // Where there was none it has just ended, or its time is over.
+        // Where nothing ran it has just ended, or its time is over.
         if stopped.is_some() {
-            // Its worker is told here; no token of it comes after that.
+            // The workers are told here; no token of it comes after that.
             drop(stopped);
             let _ = self.events.try_send(SequenceEvent {
                 choice: 0,

@@ -1,51 +1,60 @@
 //! Giving way: a request of class `batch` is stopped on its worker for an interactive one, goes back to the queue with
 //! its output so far, and later goes on as a replay does. The client sees a pause.
 //!
-//! Only requests of one choice give way, and each at most [`PAUSES_MAX`] times: after that it runs to its end, so
-//! nobody is put off for ever. A stopped request leaves its seat too. Its worker mostly still has its KV blocks cached
-//! when it comes back.
+//! A request of several choices stops with all of them, whichever choice's room is wanted, and waits once; each choice goes
+//! on from its own tokens, the further ones placed as at first, before all that wait. A request gives way at most
+//! [`PAUSES_MAX`] times: after that it runs to its end, so nobody is put off for ever. A stopped request leaves its seat too.
+//! Its workers mostly still have its KV blocks cached when it comes back.
 
 use std::sync::Arc;
 
 use orchestra_core::scheduler::{AdmissionClass, SchedulerError};
 use tokio::time::Instant;
 
-use super::{replay::Wait, stream::Running};
+use super::{choice::Choice, replay::Wait, stream::Running, tokenise::CheckedRequest};
 use crate::{
     error::ApiError,
     metrics::InFlight,
-    workers::queue::{Admitted, Entered, Outcome, Waiting},
+    workers::{
+        Placement,
+        queue::{Admitted, Entered, Outcome, Reserved, Waiting},
+    },
 };
 
 /// So often a request gives way.
-const PAUSES_MAX: u32 = 3;
+pub(super) const PAUSES_MAX: u32 = 3;
 
 impl Running {
     /// Offers the request's room to more urgent ones, where it is one that gives way.
     pub(super) fn offer(&self) {
         let request = &self.request;
         let is_batch = request.caller.class() == AdmissionClass::Batch;
-        if let [choice] = &self.choices[..]
-            && is_batch
-            && choice.num_pauses < PAUSES_MAX
-        {
+        if is_batch && self.num_pauses < PAUSES_MAX {
             self.held.offer(request.prompt_token_ids.len() as u32);
         }
     }
 
     /// The request was stopped: back to the queue.
     pub(super) fn pause(&mut self) -> Result<(), ApiError> {
-        let request = Arc::clone(&self.request);
-        let choice = &mut self.choices[0];
-        if choice.wait.is_some() || self.held.runs(choice.index) {
-            // Its worker was lost in the same moment, and that was taken care of.
+        if !self.held.take_stop() {
             return Ok(());
         }
-        choice.num_pauses += 1;
-        tracing::debug!(pauses = choice.num_pauses, "request gave way");
+        // Of a choice that began anew while the others were stopped. It is drawn again, alike.
+        while self.inbox.try_recv().is_ok() {}
+        self.num_pauses += 1;
+        tracing::debug!(pauses = self.num_pauses, "request gave way");
+        let request = Arc::clone(&self.request);
         request.state.metrics.admission.preempted();
-        let token_ids = request.token_ids_with(&choice.output);
-        let route = request.route(&token_ids, choice.output.len(), &choice.excluded);
+        request.record.paused();
+        for choice in &mut self.choices {
+            // Where its worker was lost before, it waits for its turn instead.
+            choice.wait = None;
+        }
+        let Some(first) = self.choices.iter().find(|choice| !choice.is_finished) else {
+            return Ok(());
+        };
+        let token_ids = request.token_ids_with(&first.output);
+        let route = request.route(&token_ids, first.output.len(), &first.excluded);
         match request.state.workers.rejoin(&route) {
             Ok(Entered::Waiting(waiting)) => {
                 self.turn = Some(waiting);
@@ -60,37 +69,49 @@ impl Running {
     pub(super) fn go_on(&mut self, outcome: Outcome) -> Result<(), ApiError> {
         let request = Arc::clone(&self.request);
         let state = &request.state;
-        let choice = &mut self.choices[0];
-        let started = outcome.and_then(|Admitted { reserved, seat }| {
-            let placement = match state.workers.placement(reserved) {
-                // Its worker went in this moment.
-                Err(SchedulerError::UnknownWorker) => {
-                    request.place(&choice.output, &choice.barred())
-                }
-                placement => placement,
-            }?;
-            let sequence = choice.start(&request, &self.events, placement)?;
-            Ok((sequence, seat))
+        let until = Instant::now() + state.settings().limits.replay_wait;
+        let mut granted = outcome.map(|Admitted { reserved, seat }| {
+            let running = InFlight::new(&state.metrics.requests_running);
+            self.held.reseat(seat, running);
+            state.metrics.admission.resumed();
+            Some(reserved)
         });
-        match started {
-            Ok((sequence, seat)) => {
-                let running = InFlight::new(&state.metrics.requests_running);
-                self.held.reseat(seat, running);
-                self.held.resume(choice.index, sequence);
-                state.metrics.admission.resumed();
-                self.offer();
-                Ok(())
+        for choice in self.choices.iter_mut().filter(|choice| !choice.is_finished) {
+            let placement = match &mut granted {
+                Ok(first) => request.place_again(first.take(), choice),
+                Err(error) => Err(error.clone()),
+            };
+            let started =
+                placement.and_then(|placement| choice.start(&request, &self.events, placement));
+            match started {
+                Ok(sequence) => self.held.resume(choice.index, sequence),
+                Err(
+                    error @ (SchedulerError::NoWorkers { .. }
+                    | SchedulerError::ModelNotFound
+                    | SchedulerError::UnknownWorker),
+                ) => choice.wait = Some(Wait::until(until, request.placement_error(&error))),
+                Err(error) => return Err(request.placement_error(&error)),
             }
-            Err(
-                error @ (SchedulerError::NoWorkers { .. }
-                | SchedulerError::ModelNotFound
-                | SchedulerError::UnknownWorker),
-            ) => {
-                let until = Instant::now() + state.settings().limits.replay_wait;
-                choice.wait = Some(Wait::until(until, request.placement_error(&error)));
-                self.check_patience()
+        }
+        self.offer();
+        self.check_patience()
+    }
+}
+
+impl CheckedRequest {
+    /// A worker for a choice that goes on: the one that the queue gave, else the best.
+    fn place_again(
+        &self,
+        reserved: Option<Reserved>,
+        choice: &Choice,
+    ) -> Result<Placement, SchedulerError> {
+        let granted = reserved.map(|reserved| self.state.workers.placement(reserved));
+        match granted {
+            // Its worker went in this moment.
+            None | Some(Err(SchedulerError::UnknownWorker)) => {
+                self.place(&choice.output, &choice.barred())
             }
-            Err(error) => Err(request.placement_error(&error)),
+            Some(placement) => placement,
         }
     }
 }

@@ -7,7 +7,8 @@
 //!
 //! The engine gets the body that the client wrote, byte for byte, and the client what the engine wrote. Until the first
 //! byte has gone to the client, a failure is another engine's turn ([`attempts`]); after it, the stream is continued
-//! elsewhere from what was sent ([`resume`]), and where that cannot be done truthfully it ends with an error event.
+//! elsewhere from what was sent ([`resume`]), and where that cannot be done truthfully it ends with an error event. A batch
+//! request that is stopped for a more urgent one goes on in the same way, once its turn has come ([`held`]).
 //! Everything of one request is polled in one task, the client's connection: when the client leaves, that drops the
 //! connection to the engine, which learns of it at once.
 
@@ -17,6 +18,7 @@ mod attempts;
 mod check;
 mod count;
 mod events;
+mod held;
 mod key;
 mod memory;
 mod read;

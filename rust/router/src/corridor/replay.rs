@@ -148,6 +148,10 @@ impl Running {
             again,
             error: interruption.into_error(),
         });
+        if self.held.is_stopped() {
+            // It goes on with the others, once their turn has come.
+            return Ok(());
+        }
         self.resume_waiting();
         self.check_patience()
     }

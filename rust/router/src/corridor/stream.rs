@@ -78,7 +78,9 @@ pub(super) struct Running {
     pub(super) held: Arc<Held>,
     /// Where the request was stopped: its place in the queue.
     pub(super) turn: Option<Waiting>,
-    inbox: mpsc::Receiver<SequenceEvent>,
+    /// How often it gave way to more urgent ones.
+    pub(super) num_pauses: u32,
+    pub(super) inbox: mpsc::Receiver<SequenceEvent>,
     /// Why the guard of `held` ended the request.
     over: oneshot::Receiver<ApiError>,
     has_failed: bool,
@@ -103,6 +105,7 @@ impl Running {
             arrivals: state.workers.arrivals(),
             held,
             turn: None,
+            num_pauses: 0,
             inbox,
             over,
             has_failed: false,
@@ -167,6 +170,11 @@ impl Running {
     fn take(&mut self, event: SequenceEvent) -> Result<Option<Chunk>, ApiError> {
         let choice = &mut self.choices[event.choice];
         match event.kind {
+            // All of it, whichever of its choices have ended.
+            EventKind::Stopped => {
+                self.pause()?;
+                Ok(None)
+            }
             // A stop string ended the choice while more tokens were on their way.
             _ if choice.is_finished => Ok(None),
             EventKind::Output {
@@ -189,10 +197,6 @@ impl Running {
             }
             EventKind::Lost => {
                 self.interrupt(event.choice, Interruption::Lost)?;
-                Ok(None)
-            }
-            EventKind::Stopped => {
-                self.pause()?;
                 Ok(None)
             }
         }

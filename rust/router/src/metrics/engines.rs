@@ -33,9 +33,11 @@ struct CauseLabel {
 
 /// The states of a circuit breaker.
 const BREAKER_STATES: [&str; 3] = ["closed", "open", "half_open"];
-/// How an attempt on an engine ends: with an answer, without anyone waiting for it, or with a failure.
+/// How an attempt on an engine ends: with an answer, without anyone waiting for it, for a more urgent request, or with a
+/// failure.
 pub(crate) const ANSWERED: &str = "answered";
 pub(crate) const ABANDONED: &str = "abandoned";
+pub(crate) const STOPPED: &str = "stopped";
 /// How an engine fails a request.
 const FAILURES: [&str; 6] = [
     "connect", "broken", "timeout", "status", "garbage", "removed",
@@ -80,9 +82,9 @@ impl EngineMetrics {
 
     /// Creates each series of a closed label set, so that a rate over the first event is seen.
     fn start_at_zero(&self) {
-        let _ = self
-            .attempts
-            .get_or_create_owned(&OutcomeLabel { outcome: ABANDONED });
+        for outcome in [ABANDONED, STOPPED] {
+            let _ = self.attempts.get_or_create_owned(&OutcomeLabel { outcome });
+        }
         for failure in FAILURES {
             let _ = self
                 .attempts
@@ -109,7 +111,7 @@ impl EngineMetrics {
         }
     }
 
-    /// An attempt on an engine ended: [`ANSWERED`], [`ABANDONED`] or a failure.
+    /// An attempt on an engine ended: [`ANSWERED`], [`ABANDONED`], [`STOPPED`] or a failure.
     pub(crate) fn attempt(&self, outcome: &'static str) {
         if outcome == ANSWERED {
             self.answered.inc();

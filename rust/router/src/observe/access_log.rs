@@ -57,6 +57,7 @@ struct Line<'a> {
     worker: &'a str,
     replays: u32,
     retries: u32,
+    pauses: u32,
 }
 
 /// Whole microseconds, so that no digit is noise.
@@ -114,6 +115,7 @@ impl AccessLog {
             worker: facts.worker(),
             replays: facts.replays,
             retries: facts.retries,
+            pauses: facts.pauses,
         };
         let mut line = json_body(&line);
         line.push(b'\n');

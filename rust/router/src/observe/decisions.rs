@@ -27,6 +27,7 @@ pub(crate) struct DecisionView {
     prompt_tokens: u64,
     replays: u32,
     retries: u32,
+    pauses: u32,
     decisions: Vec<Decision>,
 }
 
@@ -75,6 +76,7 @@ impl Decisions {
             prompt_tokens: facts.prompt_tokens,
             replays: facts.replays,
             retries: facts.retries,
+            pauses: facts.pauses,
             decisions: facts.decisions.clone(),
         })
     }

@@ -104,6 +104,7 @@ pub(super) struct Facts {
     pub(super) completion_tokens: u64,
     pub(super) replays: u32,
     pub(super) retries: u32,
+    pub(super) pauses: u32,
     pub(super) decisions: Vec<Decision>,
     /// Of the decision that is about to be made.
     explanation: Option<Explained>,
@@ -279,6 +280,11 @@ impl Record {
         }
     }
 
+    /// It was stopped for a more urgent one, to go on later.
+    pub(crate) fn paused(&self) {
+        self.note(|facts| facts.pauses += 1);
+    }
+
     /// A choice's first token came; its worker had the KV of so many prompt tokens.
     pub(crate) fn first_token(&self, choice: usize, cached_tokens: u32) {
         self.reached(Stage::FirstToken);
@@ -344,6 +350,7 @@ impl Entry {
             cached_tokens = facts.cached_tokens,
             completion_tokens = facts.completion_tokens,
             replays = facts.replays,
+            pauses = facts.pauses,
             tokenise_ms = ms(passed.tokenise),
             queue_ms = ms(passed.queue),
             ttft_ms = ms(passed.ttft),

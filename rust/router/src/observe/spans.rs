@@ -163,6 +163,7 @@ fn attributes(entry: &Entry, facts: &Facts) -> Vec<KeyValue> {
         all.push(text("orchestra.worker", facts.worker()));
         all.push(number("orchestra.replays", facts.replays.into()));
         all.push(number("orchestra.retries", facts.retries.into()));
+        all.push(number("orchestra.pauses", facts.pauses.into()));
     }
     if let Some(code) = facts.code {
         all.push(text("error.type", code.as_str()));

@@ -108,6 +108,11 @@ impl Reserved {
         pool.stoppable.insert(self.id, stoppable);
     }
 
+    /// It may not be stopped any more.
+    pub(crate) fn withdraw(&self) {
+        self.workers.pool.lock().stoppable.remove(&self.id);
+    }
+
     /// So many tokens came while the room was held; the tenant is charged for these instead of `max_tokens`.
     pub(crate) const fn set_num_output_tokens(&mut self, count: u32) {
         self.num_output_tokens = count;
@@ -276,6 +281,11 @@ impl Workers {
                 tracing::error!(%error, "a tenant's weight cannot be set");
             }
         }
+    }
+
+    /// Looks again at who waits: there may be somebody now who can stop for them.
+    pub(crate) fn reconsider(self: &Arc<Self>) {
+        self.change(|_| ());
     }
 
     /// Changes the pool, then gives out the room that this may have made.

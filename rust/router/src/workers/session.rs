@@ -20,7 +20,7 @@ use super::{
     Placement,
     outbox::Outbox,
     queue::{Prefill, Reserved},
-    stopping::{Stop, Stoppable},
+    stopping::{Progress, Stop, Stoppable},
 };
 
 /// Longest error text taken over from a worker, characters.
@@ -49,7 +49,7 @@ pub(crate) enum EventKind {
     Failed { code: ErrorCode, message: String },
     /// The worker is gone.
     Lost,
-    /// It was stopped for a more urgent request.
+    /// The whole request was stopped for a more urgent one.
     Stopped,
 }
 
@@ -179,15 +179,16 @@ impl Placement {
         let sequence_id = session.next_sequence.fetch_add(1, Ordering::Relaxed);
         start.sequence_id = sequence_id;
         start.weights_epoch = session.spec.weights_epoch;
-        let first_index = sink.next_index;
-        let progress = Arc::clone(&sink.progress);
+        let progress = Progress {
+            first_index: sink.next_index,
+            next_index: Arc::clone(&sink.progress),
+        };
         // Registered first: the worker may answer before this function returns.
         session.sequences.lock().as_mut()?.insert(sequence_id, sink);
         let running = RunningSequence {
             session,
             sequence_id,
             reserved,
-            first_index,
             progress,
             is_prefilled: false,
         };
@@ -210,9 +211,7 @@ pub(crate) struct RunningSequence {
     session: Arc<Session>,
     sequence_id: u64,
     reserved: Reserved,
-    first_index: u32,
-    /// The index that its next token will have.
-    progress: Arc<AtomicU32>,
+    progress: Progress,
     is_prefilled: bool,
 }
 
@@ -221,13 +220,22 @@ impl RunningSequence {
         self.session.worker
     }
 
-    /// Offers its room to more urgent requests; `work` is what it belongs to.
-    pub(crate) fn offer(&self, prompt_tokens: u32, work: Weak<dyn Stop>) {
+    pub(crate) const fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// Offers its room to more urgent requests; `work` is what it belongs to, and all that stops with it.
+    pub(crate) fn offer(
+        &self,
+        prompt_tokens: u32,
+        work: Weak<dyn Stop>,
+        together: Arc<[Progress]>,
+    ) {
         self.reserved.offer(Stoppable {
             work,
             prompt_tokens,
-            first_index: self.first_index,
-            progress: Arc::clone(&self.progress),
+            progress: self.progress.clone(),
+            together,
         });
     }
 
@@ -241,7 +249,7 @@ impl RunningSequence {
 impl Drop for RunningSequence {
     fn drop(&mut self) {
         self.session.end(self.sequence_id);
-        let produced = self.progress.load(Ordering::Relaxed) - self.first_index;
+        let produced = self.progress.num_output_tokens();
         self.reserved.set_num_output_tokens(produced);
     }
 }

@@ -23,24 +23,43 @@ pub(crate) trait Stop: Send + Sync {
 pub(crate) struct Stoppable {
     pub(crate) work: Weak<dyn Stop>,
     pub(crate) prompt_tokens: u32,
+    /// Of what holds the room.
+    pub(crate) progress: Progress,
+    /// Of all that stops with it, itself included.
+    pub(crate) together: Arc<[Progress]>,
+}
+
+/// How far an output has got.
+#[derive(Clone, Debug)]
+pub(crate) struct Progress {
     /// The index that its next token will have, when it began and now.
     pub(crate) first_index: u32,
-    pub(crate) progress: Arc<AtomicU32>,
+    pub(crate) next_index: Arc<AtomicU32>,
+}
+
+impl Progress {
+    /// Tokens since it began.
+    pub(crate) fn num_output_tokens(&self) -> u32 {
+        self.next_index.load(Ordering::Relaxed) - self.first_index
+    }
+
+    /// Tokens whose KV is computed, behind a prompt of this length.
+    fn num_computed_tokens(&self, prompt_tokens: u32) -> u64 {
+        match self.num_output_tokens() {
+            // How far the prompt has got only the worker knows.
+            0 => 0,
+            _ => u64::from(prompt_tokens) + u64::from(self.next_index.load(Ordering::Relaxed)),
+        }
+    }
 }
 
 impl Stoppable {
     fn offer(&self, reservation: ReservationId) -> Preemptible {
-        let next_index = self.progress.load(Ordering::Relaxed);
-        let num_output_tokens = next_index - self.first_index;
-        let num_computed_tokens = match num_output_tokens {
-            // How far the prompt has got only the worker knows.
-            0 => 0,
-            _ => u64::from(self.prompt_tokens) + u64::from(next_index),
-        };
+        let computed = |progress: &Progress| progress.num_computed_tokens(self.prompt_tokens);
         Preemptible {
             reservation,
-            num_computed_tokens,
-            num_output_tokens,
+            num_computed_tokens: self.together.iter().map(computed).sum(),
+            num_output_tokens: self.progress.num_output_tokens(),
         }
     }
 }

@@ -8,7 +8,7 @@ use tokio::task::JoinSet;
 
 use crate::{
     queue::{end_with, of_class, small_worker},
-    support::{TestRouter, Worker, bytes, collect, eventually, limits, next},
+    support::{TestRouter, Worker, bytes, collect, eventually, limits, next, within},
 };
 
 fn batch() -> GenerateInput {
@@ -124,11 +124,10 @@ async fn others_do_not_give_way() {
     for running in [
         of_class("x", AdmissionClass::Standard),
         of_class("x", AdmissionClass::Interactive),
-        GenerateInput { n: 2, ..batch() },
     ] {
         let (router, mut worker) = small_worker(2).await;
         let mut full = Vec::new();
-        for _ in 0..2 / running.n {
+        for _ in 0..2 {
             full.push(router.generate(running.clone()).await.unwrap());
         }
         worker.start().await;
@@ -137,6 +136,98 @@ async fn others_do_not_give_way() {
         assert!(futures_util::poll!(urgent.as_mut()).is_pending());
         assert_eq!(router.metric("orchestra_requests_preempted_total"), Some(0));
     }
+}
+
+/// Starts in the order of what they go on from.
+fn by_output(mut starts: [v1::StartSequence; 2]) -> [v1::StartSequence; 2] {
+    starts.sort_by_key(|start| start.output_token_ids.clone());
+    starts
+}
+
+#[tokio::test]
+async fn all_choices_give_way_together_and_each_goes_on_where_it_was() {
+    let (router, mut worker) = small_worker(2).await;
+    let two = GenerateInput { n: 2, ..batch() };
+    let mut stream = router.generate(two).await.unwrap();
+    let [a, b] = [worker.start().await, worker.start().await];
+    worker.tokens(a.sequence_id, 0, &bytes("a1")).await;
+    worker.tokens(b.sequence_id, 0, &bytes("b")).await;
+    next(&mut stream).await.unwrap();
+    next(&mut stream).await.unwrap();
+    let mut reading = JoinSet::new();
+    reading.spawn(async move { collect(stream, 2).await.unwrap() });
+    let first = router.generate(urgent()).await.unwrap();
+    let mut stopped = [worker.abort().await, worker.abort().await];
+    stopped.sort_unstable();
+    assert_eq!(stopped, [a.sequence_id, b.sequence_id]);
+    let start = worker.start().await;
+    eventually("the pause", || {
+        router.metric("orchestra_requests_preempted_total") == Some(1)
+    })
+    .await;
+    end_with(&worker, &start, "done").await;
+    assert_eq!(collect(first, 1).await.unwrap()[0].text, "done");
+    let resumed = by_output([worker.start().await, worker.start().await]);
+    let outputs = resumed.each_ref().map(|start| &start.output_token_ids[..]);
+    assert_eq!(outputs, [&bytes("a1")[..], &bytes("b")]);
+    let seeds = |start: &v1::StartSequence| start.sampling.as_ref().unwrap().seed;
+    assert_eq!(resumed.each_ref().map(seeds), [&a, &b].map(seeds));
+    let reason = v1::FinishReason::Length;
+    worker
+        .finish(resumed[0].sequence_id, 2, &bytes("."), reason)
+        .await;
+    worker
+        .finish(resumed[1].sequence_id, 1, &bytes("2"), reason)
+        .await;
+    let answers = within("the end", reading.join_next())
+        .await
+        .unwrap()
+        .unwrap();
+    let texts: Vec<_> = answers.iter().map(|answer| &*answer.text).collect();
+    assert_eq!(texts, [".", "2"]);
+    assert_eq!(router.metric("orchestra_requests_resumed_total"), Some(1));
+    eventually("the end", || {
+        router.metric("orchestra_requests_running") == Some(0)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_choice_that_has_ended_stays_ended() {
+    let (router, mut worker) = small_worker(2).await;
+    let two = GenerateInput { n: 2, ..batch() };
+    let stream = router.generate(two).await.unwrap();
+    let mut reading = JoinSet::new();
+    reading.spawn(async move { collect(stream, 2).await.unwrap() });
+    let [a, b] = [worker.start().await, worker.start().await];
+    let reason = v1::FinishReason::Length;
+    worker
+        .finish(a.sequence_id, 0, &bytes("whole"), reason)
+        .await;
+    worker.tokens(b.sequence_id, 0, &bytes("b")).await;
+    eventually("the tokens", || {
+        router.metric("orchestra_generation_tokens_total") == Some(6)
+    })
+    .await;
+    // The first takes the room of the choice that has ended.
+    let _easy = router.generate(urgent()).await.unwrap();
+    worker.start().await;
+    let first = router.generate(urgent()).await.unwrap();
+    assert_eq!(worker.abort().await, b.sequence_id);
+    let start = worker.start().await;
+    drop(first);
+    assert_eq!(worker.abort().await, start.sequence_id);
+    let resumed = worker.start().await;
+    assert_eq!(resumed.output_token_ids, bytes("b"));
+    worker
+        .finish(resumed.sequence_id, 1, &bytes("2"), reason)
+        .await;
+    let answers = within("the end", reading.join_next())
+        .await
+        .unwrap()
+        .unwrap();
+    let texts: Vec<_> = answers.iter().map(|answer| &*answer.text).collect();
+    assert_eq!(texts, ["whole", "b2"]);
 }
 
 #[tokio::test]

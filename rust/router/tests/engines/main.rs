@@ -11,6 +11,7 @@ mod failures;
 mod health;
 mod observing;
 mod passing;
+mod pauses;
 mod replay;
 mod support;
 

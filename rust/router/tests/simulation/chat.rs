@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tokio::time;
 
 use crate::{
-    client::{PAUSE, events_of, post, send},
+    client::{PAUSE, TIERS, events_of, post, send},
     engine::MODEL,
     trace::{Trace, token},
 };
@@ -36,9 +36,10 @@ pub(crate) async fn chat_until(mut rng: fastrand::Rng, is_over: Rc<Cell<bool>>, 
         let is_streamed = rng.u32(..4) != 0;
         let leaves = is_streamed && rng.u32(..LEAVES) == 0;
         let leaves_after = leaves.then(|| rng.usize(..due.len()));
+        let tier = TIERS[rng.usize(..TIERS.len())];
         let body = json!({
             "model": MODEL, "seed": seed, "max_tokens": due.len(), "stream": is_streamed,
-            "messages": [{"role": "user", "content": "x"}],
+            "service_tier": tier, "messages": [{"role": "user", "content": "x"}],
         });
         let answer = send(post("/v1/chat/completions", &body)).await;
         if answer.status() != StatusCode::OK {

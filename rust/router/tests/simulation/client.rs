@@ -27,6 +27,8 @@ const TOKENS_MAX: u32 = 60;
 const LEAVES: u32 = 16;
 /// How long a client waits that was told to come again.
 pub(crate) const PAUSE: Duration = Duration::from_millis(50);
+/// How urgent requests are: of class `batch`, `standard`, `interactive`.
+pub(crate) const TIERS: [&str; 3] = ["flex", "default", "priority"];
 
 /// Runs the clients until `is_over`; each finishes the request that it has begun.
 pub(crate) async fn run(seed: u64, is_over: Rc<Cell<bool>>, trace: Trace) -> turmoil::Result {
@@ -51,7 +53,30 @@ pub(crate) async fn run(seed: u64, is_over: Rc<Cell<bool>>, trace: Trace) -> tur
     while let Some(ended) = clients.join_next().await {
         ended.unwrap();
     }
+    for (what, metric) in [
+        ("stopped for others", "orchestra_requests_preempted_total"),
+        (
+            "engines: stopped for others",
+            "orchestra_engine_attempts_total{outcome=\"stopped\"}",
+        ),
+    ] {
+        for number in 0..counter(metric).await {
+            trace.note(what, number);
+        }
+    }
     Ok(())
+}
+
+/// A counter of the router's.
+async fn counter(name: &str) -> u64 {
+    let metrics = Request::get("/metrics").header("host", ROUTER);
+    let answer = send(metrics.body(Full::default()).unwrap()).await;
+    let text = answer.into_body().collect().await.unwrap().to_bytes();
+    let text = String::from_utf8(text.to_vec()).unwrap();
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line.unwrap().parse().unwrap()
 }
 
 /// A JSON request.
@@ -76,6 +101,7 @@ struct Asked {
     seed: u64,
     choices: usize,
     max_tokens: u32,
+    tier: &'static str,
     is_streamed: bool,
     /// Tokens after which the client leaves.
     leaves_after: Option<usize>,
@@ -109,6 +135,7 @@ impl Client {
             seed: self.rng.u64(..),
             choices,
             max_tokens,
+            tier: TIERS[self.rng.usize(..TIERS.len())],
             is_streamed,
             leaves_after: leaves.then(|| self.rng.usize(..max_tokens as usize)),
             token_ids: vec![Vec::new(); choices],
@@ -122,6 +149,7 @@ impl Client {
         let body = json!({
             "model": MODEL, "prompt": "x", "seed": asked.seed, "max_tokens": asked.max_tokens,
             "n": asked.choices, "stream": asked.is_streamed, "return_token_ids": true,
+            "service_tier": asked.tier,
         });
         let answer = send(post("/v1/completions", &body)).await;
         let come_again = [

@@ -65,7 +65,11 @@ pub(crate) async fn run() -> turmoil::Result {
     let state = RouterState::simulated_with_engines(limits, Metrics::new(), engines);
     for name in ENGINES {
         let url = format!("http://{name}:{}", engine::PORT);
-        state.add_engine(EngineConfig::new(url.parse().unwrap()))?;
+        state.add_engine(EngineConfig {
+            // As for workers: batch requests have to give way.
+            max_num_seqs: 2,
+            ..EngineConfig::new(url.parse().unwrap())
+        })?;
     }
     let clients = http_service(Arc::clone(&state), &config);
     let workers = Routes::new(gateway_service(state))

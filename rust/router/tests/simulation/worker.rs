@@ -294,7 +294,8 @@ fn hello(name: &str) -> v1::WorkerHello {
         weights_epoch: 1,
         block_size: 16,
         num_blocks: 1000,
-        max_num_seqs: 64,
+        // Fewer places than clients, so that batch requests have to give way.
+        max_num_seqs: 2,
         max_model_len: 4096,
         model_files_digest: "digest".to_owned(),
         eos_token_ids: vec![fixtures::END],

@@ -6,9 +6,9 @@ use orchestra_core::{
     ErrorCode,
     scheduler::{RouteRequest, SchedulerError, WorkerId},
 };
-use tokio::time::Instant;
+use tokio::time::{self, Instant};
 
-use super::read::RelayRequest;
+use super::{held::Held, read::RelayRequest};
 use crate::{
     corridor::{admit::Presence, place},
     engines::EngineWorker,
@@ -16,7 +16,7 @@ use crate::{
     metrics::InFlight,
     observe::Stage,
     state::RouterState,
-    workers::queue::{self, Reserved, Seat},
+    workers::queue::{self, Entered, Reserved},
 };
 
 /// Output tokens that are reserved where the client sets no limit.
@@ -29,9 +29,8 @@ pub(super) struct Admitted {
     pub(super) deadline: Instant,
     /// Room on the engine that is to be tried first.
     first: Option<Reserved>,
-    _seat: Seat,
+    pub(super) held: Arc<Held>,
     _presence: Presence,
-    _running: InFlight,
 }
 
 impl RelayRequest {
@@ -63,9 +62,8 @@ impl RelayRequest {
             request: Arc::new(self),
             deadline,
             first: Some(reserved),
-            _seat: seat,
+            held: Held::new(seat, InFlight::new(&state.metrics.requests_running)),
             _presence: presence,
-            _running: InFlight::new(&state.metrics.requests_running),
             state: Arc::clone(state),
         })
     }
@@ -97,6 +95,47 @@ impl RelayRequest {
 }
 
 impl Admitted {
+    /// Back to the queue with a request that was stopped after so many tokens of its output; returns when its turn has
+    /// come. Where no engine takes requests at all it has no seat: whoever continues it waits for an engine.
+    pub(super) async fn rejoin(&mut self, num_output_tokens: u32) -> Result<(), ApiError> {
+        let request = Arc::clone(&self.request);
+        let route = request.route(&[]);
+        let left = route.max_tokens.saturating_sub(num_output_tokens);
+        let route = RouteRequest {
+            max_tokens: left.max(1),
+            ..route
+        };
+        let workers = &self.state.workers;
+        workers.explain_to(&request.record, &route);
+        let outcome = match workers.rejoin(&route) {
+            Ok(Entered::Admitted(admitted)) => Ok(admitted),
+            Ok(Entered::Waiting(waiting)) => tokio::select! {
+                biased;
+                outcome = waiting => outcome,
+                () = time::sleep_until(self.deadline) => Err(SchedulerError::DeadlineExceeded),
+                () = self.state.tasks.shutdown_token().cancelled() => {
+                    let message = "the router is shutting down";
+                    return Err(ApiError::new(ErrorCode::ShuttingDown, message));
+                }
+            },
+            Err(error) => Err(error),
+        };
+        match outcome {
+            Ok(queue::Admitted { reserved, seat }) => {
+                let running = InFlight::new(&self.state.metrics.requests_running);
+                self.held.reseat(seat, running);
+                self.first = Some(reserved);
+                Ok(())
+            }
+            Err(
+                SchedulerError::NoWorkers { .. }
+                | SchedulerError::ModelNotFound
+                | SchedulerError::UnknownWorker,
+            ) => Ok(()),
+            Err(error) => Err(request.placement_error(&error)),
+        }
+    }
+
     /// An engine with room reserved on it: the one that the queue gave, then others, which are not waited for.
     pub(super) fn place(
         &mut self,

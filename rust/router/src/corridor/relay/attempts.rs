@@ -84,8 +84,7 @@ impl Attempts {
     /// Sends the request on in mid-stream. A client waits for the rest of its answer, so this one does not give up where
     /// nobody takes it at the moment: it tries again, for as long as `replay_wait` says.
     pub(super) async fn resume(&mut self, body_for: BodyFor<'_>) -> Result<Reply, GiveUp> {
-        let state = Arc::clone(&self.admitted.state);
-        let limits = state.settings().limits.clone();
+        let limits = self.admitted.state.settings().limits.clone();
         self.num_resumptions += 1;
         if self.num_resumptions > limits.max_replays {
             let message = "the engines failed, as often as a request may be continued";
@@ -94,7 +93,27 @@ impl Attempts {
                 message,
             )));
         }
-        let until = (Instant::now() + limits.replay_wait).min(self.admitted.deadline);
+        self.send_on(body_for, limits.replay_wait).await
+    }
+
+    /// The request was stopped after so many tokens of its output: waits for its turn, then sends it on.
+    pub(super) async fn take_turn(
+        &mut self,
+        num_output_tokens: u32,
+        body_for: BodyFor<'_>,
+    ) -> Result<Reply, GiveUp> {
+        self.excluded.clear();
+        self.last = None;
+        let rejoined = self.admitted.rejoin(num_output_tokens).await;
+        rejoined.map_err(GiveUp::Ours)?;
+        let wait = self.admitted.state.settings().limits.replay_wait;
+        self.send_on(body_for, wait).await
+    }
+
+    /// Sends the request on to whoever takes it within `wait`.
+    async fn send_on(&mut self, body_for: BodyFor<'_>, wait: Duration) -> Result<Reply, GiveUp> {
+        let state = Arc::clone(&self.admitted.state);
+        let until = (Instant::now() + wait).min(self.admitted.deadline);
         let mut arrivals = state.workers.arrivals();
         loop {
             arrivals.mark_unchanged();
@@ -126,7 +145,7 @@ impl Attempts {
             match self.admitted.place(&self.excluded) {
                 Ok((worker, reserved)) => {
                     let id = worker.id;
-                    if let Some(run) = Run::begin(&self.admitted.state, worker, reserved) {
+                    if let Some(run) = Run::begin(&self.admitted, worker, reserved) {
                         return Ok(run);
                     }
                     // Another request is on trial there.

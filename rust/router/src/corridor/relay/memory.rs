@@ -2,7 +2,10 @@
 
 use orchestra_core::step::FinishReason;
 
-use super::events::{Logprobs, Piece, PieceChoice, Usage};
+use super::{
+    events::{Logprobs, Piece, PieceChoice, Usage},
+    read::Route,
+};
 use crate::metrics::Metrics;
 
 /// Text that is remembered for all choices of a request; a longer answer is not continued elsewhere.
@@ -78,8 +81,17 @@ impl Memory {
     }
 
     /// Whether it was too long to be remembered.
-    pub(super) fn is_too_long(&self) -> bool {
+    fn is_too_long(&self) -> bool {
         self.text_bytes > TEXT_BYTES_MAX
+    }
+
+    /// Whether it is text of one choice as far as it is known, and nothing that no engine takes back in.
+    pub(super) fn is_plain(&self, route: Route) -> bool {
+        let [choice] = &self.choices[..] else {
+            return false;
+        };
+        let has_positions = route == Route::Completions && choice.has_logprobs;
+        !choice.has_more_than_text && !has_positions && !self.is_too_long()
     }
 
     /// Output tokens of all choices.

@@ -59,16 +59,12 @@ impl Resumption {
         let [choice] = &memory.choices[..] else {
             return None;
         };
-        let has_positions = request.route == Route::Completions && choice.has_logprobs;
         let is_plain = |name: &&str| match fields.raw(name).map(RawValue::get) {
             None | Some("false") => true,
             Some("1") => *name == "best_of",
             Some(value) => *name == "response_format" && is_text_format(value),
         };
-        let is_fit = !choice.has_more_than_text
-            && !has_positions
-            && !memory.is_too_long()
-            && GRAMMARS.iter().chain(&ODD).all(is_plain);
+        let is_fit = memory.is_plain(request.route) && GRAMMARS.iter().chain(&ODD).all(is_plain);
         let keeps_stop = fields.switch("include_stop_str_in_output").ok()?;
         let stop = if keeps_stop {
             Vec::new()
@@ -96,10 +92,7 @@ impl Resumption {
     /// The body for this engine, or `None` where that has no means to continue.
     pub(super) fn body(&self, engine: &EngineConfig, kind: EngineKind) -> Option<Bytes> {
         let fields = Fields::parse(&self.request.body).ok()?;
-        let changes = match self.request.route {
-            Route::Chat => self.chat(&fields, engine.replay, kind)?,
-            Route::Completions => self.completions(&fields, engine.replay)?,
-        };
+        let changes = self.changes(&fields, engine, kind)?;
         let mut body = Map::new();
         for (name, raw) in fields.iter() {
             if !changes.iter().any(|(changed, _)| *changed == name) {
@@ -123,6 +116,26 @@ impl Resumption {
         serde_json::to_vec(&Value::Object(body))
             .ok()
             .map(Bytes::from)
+    }
+
+    /// Whether this engine has means to continue.
+    pub(super) fn suits(&self, engine: &EngineConfig, kind: EngineKind) -> bool {
+        let fields = Fields::parse(&self.request.body).ok();
+        let changes = fields.and_then(|fields| self.changes(&fields, engine, kind));
+        changes.is_some()
+    }
+
+    /// The fields that carry the answer so far.
+    fn changes(
+        &self,
+        fields: &Fields<'_>,
+        engine: &EngineConfig,
+        kind: EngineKind,
+    ) -> Option<Vec<(&'static str, Value)>> {
+        match self.request.route {
+            Route::Chat => self.chat(fields, engine.replay, kind),
+            Route::Completions => self.completions(fields, engine.replay),
+        }
     }
 
     fn chat(

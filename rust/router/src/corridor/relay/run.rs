@@ -1,20 +1,20 @@
 //! A request on one engine: from the placement to the end of its answer, or to its failure.
 
-use std::sync::Arc;
+use std::{future::poll_fn, sync::Arc};
 
 use axum::http::{HeaderMap, HeaderValue, header};
 use bytes::{Bytes, BytesMut};
 use orchestra_core::{scheduler::WorkerId, step::FinishReason};
 use tokio::time::{self, Instant};
 
-use super::{admit::Admitted, answer::Whole, events::Usage, read::RelayRequest};
+use super::{admit::Admitted, answer::Whole, events::Usage, held::Held, read::RelayRequest};
 use crate::{
     engines::{
         Completed, EngineWorker, Verdict,
         engine::{Outgoing, SendError},
-        wire::{Connection, Head, WireError},
+        wire::{Head, WireError},
     },
-    metrics::{ABANDONED, ANSWERED},
+    metrics::{ABANDONED, ANSWERED, STOPPED},
     state::RouterState,
     workers::queue::Reserved,
 };
@@ -105,7 +105,9 @@ pub(super) struct Run {
     state: Arc<RouterState>,
     pub(super) worker: Arc<EngineWorker>,
     pub(super) reserved: Reserved,
-    connection: Option<Connection>,
+    /// The connection is in it, where others can take it away.
+    held: Arc<Held>,
+    is_prefilled: bool,
     verdict: Verdict,
     /// As metrics name it.
     outcome: &'static str,
@@ -114,10 +116,11 @@ pub(super) struct Run {
 impl Run {
     /// Begins on the engine that was chosen; `None` where that takes no requests in this moment.
     pub(super) fn begin(
-        state: &Arc<RouterState>,
+        admitted: &Admitted,
         worker: Arc<EngineWorker>,
         reserved: Reserved,
     ) -> Option<Self> {
+        let state = &admitted.state;
         if !state.engine_begin(&worker.engine) {
             return None;
         }
@@ -126,7 +129,8 @@ impl Run {
             state: Arc::clone(state),
             worker,
             reserved,
-            connection: None,
+            held: Arc::clone(&admitted.held),
+            is_prefilled: false,
             verdict: Verdict::Nothing,
             outcome: ABANDONED,
         })
@@ -170,6 +174,18 @@ impl Run {
         record.prompt(usage.prompt_tokens as usize);
         record.cached(0, cached);
         record.finished(FinishReason::Stop, usage.completion_tokens);
+    }
+
+    /// It was stopped for a more urgent request, which is no fault of the engine's.
+    pub(super) fn stop(&mut self) {
+        (self.verdict, self.outcome) = (Verdict::Nothing, STOPPED);
+    }
+
+    /// An event came, so the prompt is computed.
+    pub(super) fn prefilled(&mut self) {
+        if !std::mem::replace(&mut self.is_prefilled, true) {
+            self.reserved.prefill().done();
+        }
     }
 
     /// The engine did not.
@@ -225,7 +241,7 @@ impl Run {
         let connect_timeout = self.state.engines.limits.connect_timeout;
         let (head, connection) = engine.send(&outgoing, connect_timeout).await?;
         engine.hear(self.state.clock.now());
-        self.connection = Some(connection);
+        self.held.connect(connection);
         let is_fine = (200..300).contains(&head.status);
         if is_fine && request.checked.stream && is_event_stream(&head.headers) {
             return Ok(None);
@@ -268,10 +284,7 @@ impl Run {
 
     /// Appends what comes next of the answer; false at its end. Dropping the future loses nothing.
     pub(super) async fn read(&mut self, out: &mut BytesMut) -> Result<bool, WireError> {
-        match &mut self.connection {
-            Some(connection) => connection.read_body(out).await,
-            None => Ok(false),
-        }
+        poll_fn(|cx| self.held.poll_read(cx, out)).await
     }
 
     /// The engine sent something in time.
@@ -281,7 +294,7 @@ impl Run {
 
     /// The answer was read to its end: the connection may carry the next request.
     pub(super) fn put_back(&mut self) {
-        if let Some(connection) = self.connection.take() {
+        if let Some(connection) = self.held.disconnect() {
             self.worker.engine.put_back(connection);
         }
     }
@@ -289,6 +302,8 @@ impl Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
+        self.held.withdraw();
+        drop(self.held.disconnect());
         let engine = &self.worker.engine;
         engine.series.running.dec();
         self.state.engine_end(engine, self.verdict);

@@ -1,6 +1,7 @@
 //! A stream of events from an engine to a client: as the engine wrote them, whole, and what one read gave in one write.
 
 mod elsewhere;
+mod pause;
 mod respond;
 mod silence;
 
@@ -10,7 +11,7 @@ use orchestra_core::{ErrorCode, step::FinishReason};
 use tokio::time::Instant;
 
 pub(super) use self::respond::respond;
-use self::{respond::error_event, silence::Silence};
+use self::{pause::Offered, respond::error_event, silence::Silence};
 use super::{
     answer::GiveUp,
     attempts::Attempts,
@@ -39,13 +40,16 @@ pub(super) struct EventStream {
     splice: Option<Splice>,
     /// The last words on usage have to be ours.
     owes_usage: bool,
+    /// The present part of the answer may be stopped for more urgent requests.
+    offered: Option<Offered>,
+    num_pauses: u32,
     is_over: bool,
 }
 
 impl EventStream {
     pub(super) fn new(attempts: Attempts, run: Run) -> Self {
         let limits = &attempts.admitted.state.engines.limits;
-        Self {
+        let mut stream = Self {
             events: Events::default(),
             memory: Memory::new(attempts.admitted.request.checked.num_choices),
             silence: Silence::new(limits.ttft_timeout),
@@ -54,9 +58,13 @@ impl EventStream {
             broken: None,
             splice: None,
             owes_usage: false,
+            offered: None,
+            num_pauses: 0,
             is_over: false,
             attempts,
-        }
+        };
+        stream.offer();
+        stream
     }
 
     /// The next events for the client; `None` behind the last.
@@ -72,12 +80,16 @@ impl EventStream {
                     self.count_first();
                     return Ok(Some(events));
                 }
-                Err(failure) if self.memory.is_complete() => {
-                    self.fail_run(&failure);
-                    return Ok(Some(self.complete()));
-                }
                 Err(failure) => {
-                    if let Some(events) = self.go_on_elsewhere(failure).await? {
+                    let missing = if self.attempts.admitted.held.withdraw() {
+                        self.pause().await?
+                    } else if self.memory.is_complete() {
+                        self.fail_run(&failure);
+                        Some(self.complete())
+                    } else {
+                        self.go_on_elsewhere(failure).await?
+                    };
+                    if let Some(events) = missing {
                         return Ok(Some(events));
                     }
                 }
@@ -116,7 +128,9 @@ impl EventStream {
         run.hear();
         let limits = &self.attempts.admitted.state.engines.limits;
         self.silence.begin(limits.stall_timeout);
-        Ok(if is_more { self.take() } else { self.end() })
+        let taken = if is_more { self.take() } else { self.end() };
+        self.looked(taken.is_ok());
+        Ok(taken)
     }
 
     /// Looks at the events that have come. Those before one that is no event are good.
@@ -248,6 +262,9 @@ impl EventStream {
     }
 
     fn count_first(&mut self) {
+        if let Some(run) = &mut self.run {
+            run.prefilled();
+        }
         if std::mem::replace(&mut self.has_begun, true) {
             return;
         }
@@ -255,9 +272,6 @@ impl EventStream {
         let elapsed = admitted.request.arrived.elapsed().as_secs_f64();
         admitted.state.metrics.time_to_first_token.observe(elapsed);
         admitted.request.record.reached(Stage::FirstToken);
-        if let Some(run) = &self.run {
-            run.reserved.prefill().done();
-        }
     }
 
     /// The error as the last event.

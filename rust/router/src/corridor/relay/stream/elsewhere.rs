@@ -1,4 +1,4 @@
-//! Where a broken stream goes on.
+//! Where a stream goes on whose engine failed.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::{
         events::Events,
         memory::Memory,
         resume::Resumption,
-        run::{Failure, Reply},
+        run::{Failure, Reply, Run},
         splice::{self, Splice},
     },
     engines::{EngineKind, engine::Engine},
@@ -24,6 +24,29 @@ enum Resumed {
     Elsewhere(Reply),
     /// It needs nobody: this is all that was missing.
     Ended(Bytes),
+}
+
+/// What is missing of an answer.
+pub(super) enum Rest {
+    /// All of it: this is the client's request.
+    All(Bytes),
+    Behind(Box<Resumption>),
+    /// These events, which need no engine.
+    Known(Bytes),
+}
+
+impl Rest {
+    /// What an engine is asked for, or `None` where it has no means to go on.
+    pub(super) fn body(&self, engine: &Engine) -> Option<Bytes> {
+        match self {
+            Self::All(body) => Some(body.clone()),
+            Self::Behind(resumption) => {
+                let kind = engine.status.lock().kind;
+                resumption.body(&engine.config, kind)
+            }
+            Self::Known(_) => None,
+        }
+    }
 }
 
 impl EventStream {
@@ -72,9 +95,7 @@ impl EventStream {
         };
         match reply {
             Reply::Events(run) => {
-                let limits = &self.attempts.admitted.state.engines.limits;
-                self.silence.begin(limits.ttft_timeout);
-                self.run = Some(run);
+                self.go_on(run);
                 Ok(None)
             }
             Reply::Whole(answer) => Err(GiveUp::Theirs(
@@ -84,30 +105,42 @@ impl EventStream {
         }
     }
 
+    /// The stream goes on with what this engine sends.
+    pub(super) fn go_on(&mut self, run: Run) {
+        let limits = &self.attempts.admitted.state.engines.limits;
+        self.silence.begin(limits.ttft_timeout);
+        self.run = Some(run);
+        self.offer();
+    }
+
     /// Sends the request on to another engine, with what the client has of the answer.
     async fn resume(&mut self, kind: EngineKind) -> Result<Resumed, GiveUp> {
+        let rest = self.rest(kind).await?;
+        if let Rest::Known(events) = rest {
+            return Ok(Resumed::Ended(events));
+        }
+        let reply = self.attempts.resume(&|engine| rest.body(engine)).await?;
+        Ok(Resumed::Elsewhere(reply))
+    }
+
+    /// What is missing of an answer of which the client has a part, and was written by an engine of this kind. The next
+    /// events are spliced on to that part.
+    pub(super) async fn rest(&mut self, kind: EngineKind) -> Result<Rest, GiveUp> {
         let request = &self.attempts.admitted.request;
         if self.memory.is_empty() {
             // Also where there are several choices: the other engine begins anew, and only the names stay.
             self.splice = Some(Splice::new(request.route, &self.memory, &[]));
-            let body = request.body.clone();
-            let reply = self.attempts.resume(&|_| Some(body.clone())).await?;
-            return Ok(Resumed::Elsewhere(reply));
+            return Ok(Rest::All(request.body.clone()));
         }
         self.count_tokens().await;
         let request = &self.attempts.admitted.request;
         let resumption = Resumption::new(request, &self.memory).ok_or(GiveUp::NotContinuable)?;
         self.splice = Some(Splice::new(request.route, &self.memory, &resumption.stop));
         if resumption.tokens_left(kind) == Some(0) {
-            return Ok(Resumed::Ended(self.end_at_limit()));
+            return Ok(Rest::Known(self.end_at_limit()));
         }
         self.memory.begin_part();
-        let body_for = |engine: &Engine| {
-            let kind = engine.status.lock().kind;
-            resumption.body(&engine.config, kind)
-        };
-        let reply = self.attempts.resume(&body_for).await?;
-        Ok(Resumed::Elsewhere(reply))
+        Ok(Rest::Behind(Box::new(resumption)))
     }
 
     /// Counts the tokens of the answer, where it matters how many there were.
