@@ -19,13 +19,15 @@ from benches.router.processes import (
     running,
     settle,
 )
-from tests.faults.processes import RELEASE, ROOT
+from tests.faults.processes import ROOT
 
 OURS = "orchestra"
 DIRECT = "direct"
 NGINX = "nginx"
 RIVALS = {"sglang-router": "0.3.2", "smg": "1.13.0", "vllm-router": "0.1.17"}
 ENVIRONMENTS = ROOT / "target" / "rivals"
+# Ours as one would ship it, like theirs: optimised across crates.
+OURS_PROGRAM = ROOT / "target" / "dist" / "orchestra-router"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Router:
 
 def systems(policies: list[str]) -> list[System]:
     """Ours, the rivals with each policy, and nginx where it is installed."""
+    build = ["cargo", "build", "--profile", "dist", "--locked", "--quiet", "-p", "orchestra-router"]
+    subprocess.run(build, cwd=ROOT, check=True)
     found = [System(OURS, _orchestra)]
     for package in RIVALS:
         _install(package)
@@ -94,7 +98,7 @@ def _orchestra(port: int, urls: list[str], _folder: Path) -> list[str]:
         flag for door in ("grpc", "workers", "admin") for flag in (f"--{door}", "127.0.0.1:0")
     ]
     return [
-        str(RELEASE / "orchestra-router"), "--http", f"127.0.0.1:{port}", *other_doors, *workers
+        str(OURS_PROGRAM), "--http", f"127.0.0.1:{port}", *other_doors, *workers
     ]  # fmt: skip
 
 
