@@ -7,7 +7,7 @@ who drew what.
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 
 import numpy as np
@@ -18,9 +18,7 @@ from tests.chaos.tokens import VOCAB_SIZE, next_token
 from tests.e2e.stack import DEMO
 
 BLOCK_SIZE = 16
-NUM_BLOCKS = 4096
 MAX_NUM_SEQS = 64
-MAX_MODEL_LEN = 1024
 
 
 def draw(plan: StepPlan, number: int) -> StepOutput:
@@ -41,37 +39,50 @@ def draw(plan: StepPlan, number: int) -> StepOutput:
     )
 
 
-def main(router: str, number: str, step_ms: str) -> None:
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.mock_worker", description=__doc__)
+    parser.add_argument("router", help="URL of its workers' port")
+    parser.add_argument("number", type=int, help="tells it from others, in log-probabilities too")
+    parser.add_argument("step_ms", type=float, help="what a model would take for a step")
+    parser.add_argument("--num-blocks", type=int, default=4096)
+    parser.add_argument("--max-model-len", type=int, default=1024)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
+    return parser.parse_args()
+
+
+def main() -> None:
     """Serves until it is killed."""
+    args = parse_args()
     settings = {
-        "router": router,
-        "worker_id": f"mock-{number}",
+        "router": args.router,
+        "worker_id": f"mock-{args.number}",
         "model": "mock",
         "weights_epoch": 0,
         "vocab_size": VOCAB_SIZE,
         "model_files": {
             "tokenizer_json": (DEMO / "tokenizer.json").read_bytes(),
-            "tokenizer_config_json": b"",
+            "tokenizer_config_json": (DEMO / "tokenizer_config.json").read_bytes(),
             "generation_config_json": b"",
             "chat_template": "",
         },
         "scheduler": {
             "block_size": BLOCK_SIZE,
-            "num_blocks": NUM_BLOCKS,
+            "num_blocks": args.num_blocks,
             "max_num_seqs": MAX_NUM_SEQS,
-            "max_model_len": MAX_MODEL_LEN,
+            "max_model_len": args.max_model_len,
+            "max_num_batched_tokens": args.max_num_batched_tokens,
         },
     }
     agent = _core.Agent(settings)
-    reader = PlanReader(MAX_NUM_SEQS, MAX_MODEL_LEN // BLOCK_SIZE)
+    reader = PlanReader(MAX_NUM_SEQS, args.max_model_len // BLOCK_SIZE)
     while True:
         message = agent.next_step(200)
         if message is None:
             continue
         plan = reader.read(message)
-        # What a model would take.
-        time.sleep(float(step_ms) / 1e3)
-        out = draw(plan, int(number))
+        time.sleep(args.step_ms / 1e3)
+        out = draw(plan, args.number)
         agent.commit(
             plan.step_id,
             out.token_ids.tobytes(),
@@ -82,4 +93,4 @@ def main(router: str, number: str, step_ms: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

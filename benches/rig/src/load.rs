@@ -34,8 +34,10 @@ pub struct LoadConfig {
     pub streams: bool,
     /// Bytes of a request's body, nearly.
     pub body_bytes: usize,
-    /// Beginnings that prompts share, each half of a prompt long; 0 makes every prompt unlike all others.
+    /// Beginnings that prompts share; 0 makes every prompt unlike all others.
     pub prefixes: usize,
+    /// Bytes of such a beginning; half of a prompt unless given.
+    pub prefix_bytes: Option<usize>,
     /// After so many requests the same ones come again; 0 is never.
     pub distinct: u64,
     /// `max_tokens`: words of each answer.

@@ -29,6 +29,9 @@ struct Cli {
     /// Beginnings that prompts share; 0 makes every prompt unlike all others.
     #[arg(long, default_value_t = 32)]
     prefixes: usize,
+    /// Bytes of such a beginning; half of a prompt unless given.
+    #[arg(long)]
+    prefix_bytes: Option<usize>,
     /// After so many requests the same ones come again; 0 is never.
     #[arg(long, default_value_t = 0)]
     distinct: u64,
@@ -84,6 +87,7 @@ fn measure(cli: Cli) -> io::Result<Report> {
         streams: cli.stream,
         body_bytes: cli.body_bytes,
         prefixes: cli.prefixes,
+        prefix_bytes: cli.prefix_bytes,
         distinct: cli.distinct,
         words: cli.words,
         concurrency: cli.concurrency,

@@ -29,7 +29,10 @@ impl Prompts {
             .body_bytes
             .saturating_sub(FRAME_BYTES)
             .clamp(32, POOL_BYTES);
-        let prefix_bytes = if config.prefixes == 0 { 0 } else { text / 2 };
+        let prefix_bytes = match config.prefixes {
+            0 => 0,
+            _ => config.prefix_bytes.unwrap_or(text / 2).min(text),
+        };
         let model = serde_json::Value::from(config.model.as_str());
         let (words, streams) = (config.words, config.streams);
         Self {
@@ -110,13 +113,14 @@ mod tests {
 
     use super::*;
 
-    fn prompts(body_bytes: usize, prefixes: usize) -> Prompts {
-        Prompts::new(&LoadConfig {
+    fn config(body_bytes: usize, prefixes: usize) -> LoadConfig {
+        LoadConfig {
             targets: Vec::new(),
             model: "mock".to_owned(),
             streams: true,
             body_bytes,
             prefixes,
+            prefix_bytes: None,
             distinct: 0,
             words: 8,
             concurrency: 1,
@@ -125,7 +129,11 @@ mod tests {
             checks: true,
             seed: 3,
             timeout: Duration::ZERO,
-        })
+        }
+    }
+
+    fn prompts(body_bytes: usize, prefixes: usize) -> Prompts {
+        Prompts::new(&config(body_bytes, prefixes))
     }
 
     fn body(prompts: &Prompts, number: u64) -> (serde_json::Value, usize) {
@@ -141,6 +149,18 @@ mod tests {
             assert!(len.abs_diff(bytes) < 80, "{len} for {bytes}");
             assert_eq!(parsed["seed"], 70);
         }
+    }
+
+    #[test]
+    fn a_beginning_has_the_length_asked_and_leaves_the_end_the_rest() {
+        let config = LoadConfig {
+            prefix_bytes: Some(300),
+            ..config(600, 1)
+        };
+        let (parsed, len) = body(&Prompts::new(&config), 1);
+        let bytes = |turn: usize| parsed["messages"][turn]["content"].as_str().unwrap().len();
+        assert_eq!((bytes(0), bytes(1)), (300, 600 - FRAME_BYTES - 300));
+        assert!(len.abs_diff(600) < 80, "{len}");
     }
 
     #[test]
