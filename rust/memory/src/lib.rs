@@ -1,0 +1,22 @@
+//! Registered memory: KV blocks that the network can see, that never lie, and that stay in one piece.
+//!
+//! A transfer library moves bytes; it does not make moving them safe. Releasing a request does not stop its
+//! writes, and deregistering memory does not revoke a peer's right to it. So this crate decides when a block
+//! may be read, moved or used again, and never rests that on the fabric refusing anything.
+//!
+//! Reading order: [`error`] is the shared vocabulary; [`slab`] is the memory; [`transport`] is what moves it.
+//!
+//! `unsafe` is denied by the workspace. The few modules that need it say so in an `#![expect(unsafe_code)]`
+//! of their own, and each block carries its argument.
+
+#![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
+
+pub mod error;
+pub mod slab;
+pub mod transport;
+
+pub use error::{MemoryError, TransferError};
+pub use slab::{PageKind, Slab, SlabConfig};
+pub use transport::{
+    Direction, Notification, PeerId, Progress, Quiet, Segment, SlabId, TransferId, Transport,
+};
