@@ -4,19 +4,32 @@
 //! writes, and deregistering memory does not revoke a peer's right to it. So this crate decides when a block
 //! may be read, moved or used again, and never rests that on the fabric refusing anything.
 //!
-//! Reading order: [`error`] is the shared vocabulary; [`slab`] is the memory; [`transport`] is what moves it.
+//! Reading order: [`error`] and [`config`] are shared words; [`slab`] is the memory, [`table`] says what each block
+//! of it is, [`runs`] finds free ones that lie together, [`pool`] joins the three; [`fragmentation`] scores it;
+//! [`transport`] is what moves bytes between processes.
 //!
 //! `unsafe` is denied by the workspace. The few modules that need it say so in an `#![expect(unsafe_code)]`
 //! of their own, and each block carries its argument.
 
 #![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
+pub mod config;
 pub mod error;
+pub mod fragmentation;
+pub mod pool;
+pub mod runs;
 pub mod slab;
+mod sync;
+pub mod table;
 pub mod transport;
 
+pub use config::{ManagerConfig, MemlockPolicy, PoolConfig};
 pub use error::{MemoryError, TransferError};
+pub use fragmentation::Fragmentation;
+pub use pool::{BlockHandle, BlockSet, PinGuard, Pool, PoolId, PoolStats, RunHint};
+pub use runs::Extent;
 pub use slab::{PageKind, Slab, SlabConfig};
+pub use table::BlockState;
 pub use transport::{
     Direction, Notification, PeerId, Progress, Quiet, Segment, SlabId, TransferId, Transport,
 };
