@@ -133,7 +133,7 @@ mod tests {
         runs.add_slab();
         runs.add_slab();
         let mut taken = Vec::new();
-        assert!(runs.take(16, None, 0, &mut taken));
+        assert!(runs.take(16, None, &mut taken));
         // Free: 1, 3..6 of the first slab, 8..10 of the second.
         for (start, len) in [(1, 1), (3, 3), (8, 2)] {
             runs.give_back(crate::runs::Extent { start, len });

@@ -26,7 +26,7 @@ pub mod transport;
 pub use config::{ManagerConfig, MemlockPolicy, PoolConfig};
 pub use error::{MemoryError, TransferError};
 pub use fragmentation::Fragmentation;
-pub use pool::{BlockHandle, BlockSet, PinGuard, Pool, PoolId, PoolStats, RunHint};
+pub use pool::{BlockHandle, BlockSet, PinGuard, Pool, PoolId, PoolStats};
 pub use runs::Extent;
 pub use slab::{PageKind, Slab, SlabConfig};
 pub use table::BlockState;

@@ -61,16 +61,6 @@ pub struct BlockHandle {
     pub generation: u32,
 }
 
-/// What is known about the blocks that will follow.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum RunHint {
-    /// Nothing.
-    #[default]
-    Any,
-    /// The set is expected to grow by about so many blocks, which should lie behind these.
-    WillGrow(u32),
-}
-
 /// Blocks of one size.
 pub struct Pool {
     id: PoolId,
@@ -173,9 +163,9 @@ impl Pool {
     // === allocating and freeing ===
 
     /// Takes `n` blocks, together where that is possible. They come back when the set is dropped.
-    pub fn allocate(self: &Arc<Self>, n: u32, hint: RunHint) -> Result<BlockSet, MemoryError> {
+    pub fn allocate(self: &Arc<Self>, n: u32) -> Result<BlockSet, MemoryError> {
         let mut state = self.state.lock();
-        let slots = self.take(&mut state, n, None, hint)?;
+        let slots = self.take(&mut state, n, None)?;
         let set = state.sets.insert(slots);
         Ok(BlockSet::new(Arc::clone(self), set))
     }
@@ -186,20 +176,15 @@ impl Pool {
         state: &mut PoolState,
         n: u32,
         after: Option<u32>,
-        hint: RunHint,
     ) -> Result<Vec<u32>, MemoryError> {
         if n == 0 {
             let (field, expected) = ("n", "at least 1");
             return Err(MemoryError::InvalidField { field, expected });
         }
-        let room = match hint {
-            RunHint::Any => 0,
-            RunHint::WillGrow(more) => n.saturating_add(more).min(self.config.slots_per_slab()),
-        };
         state.asks.note(n);
         let mut extents = std::mem::take(&mut state.extents);
         extents.clear();
-        let taken = state.runs.take(n, after, room, &mut extents);
+        let taken = state.runs.take(n, after, &mut extents);
         let slots = extents
             .iter()
             .flat_map(|extent| extent.start..extent.start + extent.len)

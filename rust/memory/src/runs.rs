@@ -85,15 +85,8 @@ impl FreeRuns {
     }
 
     /// Takes `n` slots into `extents`, in the order in which they should be used; `false`, and nothing taken, where
-    /// fewer are free. `after` names the slot that they should follow. `room` is the length of the run to look for
-    /// where `n` more are known to come.
-    pub fn take(
-        &mut self,
-        n: u32,
-        after: Option<u32>,
-        room: u32,
-        extents: &mut Vec<Extent>,
-    ) -> bool {
+    /// fewer are free. `after` names the slot that they should follow.
+    pub fn take(&mut self, n: u32, after: Option<u32>, extents: &mut Vec<Extent>) -> bool {
         if n as usize > self.num_free {
             return false;
         }
@@ -108,10 +101,7 @@ impl FreeRuns {
             left -= len;
         }
         while left > 0 {
-            let found = self
-                .tightest_run(room.max(left))
-                .or_else(|| self.tightest_run(left))
-                .or_else(|| self.longest_run());
+            let found = self.tightest_run(left).or_else(|| self.longest_run());
             let Some(run) = found else {
                 debug_assert!(false, "as many slots are in runs as are counted");
                 return false;
@@ -369,7 +359,7 @@ mod tests {
                         naive.free.resize(naive.free.len() + slots_per_slab as usize, true);
                     }
                     1 => {
-                        let took = runs.take(n, None, 0, &mut extents);
+                        let took = runs.take(n, None, &mut extents);
                         let num_free: u32 = before.iter().map(|run| run.len).sum();
                         prop_assert_eq!(took, num_free >= n);
                         if took {
@@ -404,14 +394,14 @@ mod tests {
         let mut runs = FreeRuns::new(16);
         runs.add_slab();
         let mut extents = Vec::new();
-        assert!(runs.take(4, None, 0, &mut extents));
-        assert!(runs.take(4, None, 0, &mut extents));
+        assert!(runs.take(4, None, &mut extents));
+        assert!(runs.take(4, None, &mut extents));
         runs.give_back(extents[0]);
         extents.clear();
-        assert!(runs.take(6, Some(7), 0, &mut extents));
+        assert!(runs.take(6, Some(7), &mut extents));
         assert_eq!(extents, [Extent { start: 8, len: 6 }]);
         // Slots 0..4 and 14..16 are left: what does not fit behind comes from the longest run.
-        assert!(runs.take(5, Some(13), 0, &mut extents));
+        assert!(runs.take(5, Some(13), &mut extents));
         assert_eq!(
             extents[1..],
             [Extent { start: 14, len: 2 }, Extent { start: 0, len: 3 }]

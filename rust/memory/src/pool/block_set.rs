@@ -2,7 +2,7 @@
 
 use std::{fmt, ops::Range, sync::Arc};
 
-use super::{BlockHandle, Pool, RunHint, sets::SetId};
+use super::{BlockHandle, Pool, sets::SetId};
 use crate::{error::MemoryError, runs::Extent, slab::Slab};
 
 /// Blocks that belong together, such as those of one sequence. Dropping it frees them.
@@ -88,11 +88,11 @@ impl BlockSet {
     }
 
     /// Takes `n` blocks more, behind the last where there is room.
-    pub fn extend(&mut self, n: u32, hint: RunHint) -> Result<(), MemoryError> {
+    pub fn extend(&mut self, n: u32) -> Result<(), MemoryError> {
         let mut state = self.pool.state.lock();
         let last = state.sets.len(self.id).checked_sub(1);
         let after = last.and_then(|at| state.sets.slot(self.id, at));
-        let slots = self.pool.take(&mut state, n, after, hint)?;
+        let slots = self.pool.take(&mut state, n, after)?;
         state.sets.append(self.id, &slots);
         Ok(())
     }
