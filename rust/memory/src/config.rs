@@ -68,6 +68,11 @@ impl PoolConfig {
         (self.slab_bytes / self.block_bytes) as u32
     }
 
+    /// Bytes of all slabs that there may be.
+    pub const fn max_bytes(&self) -> u64 {
+        self.slab_bytes * self.max_slabs as u64
+    }
+
     /// How each slab is made.
     pub const fn slab(&self) -> SlabConfig {
         SlabConfig {
@@ -122,6 +127,25 @@ impl Default for ManagerConfig {
             max_lease: Duration::from_secs(60),
             lease_grace: Duration::from_secs(1),
             max_payload_bytes: 1024,
+        }
+    }
+}
+
+impl ManagerConfig {
+    /// Refuses limits that would let nothing through.
+    pub fn validate(&self) -> Result<(), MemoryError> {
+        let expected = "at least 1";
+        let positive = [
+            ("inflight_bytes_max", self.inflight_bytes_max > 0),
+            ("max_transfers", self.max_transfers > 0),
+            ("max_grants", self.max_grants > 0),
+            ("max_blocks_per_grant", self.max_blocks_per_grant > 0),
+            ("max_quarantined_blocks", self.max_quarantined_blocks > 0),
+            ("max_lease", !self.max_lease.is_zero()),
+        ];
+        match positive.into_iter().find(|(_, is_positive)| !is_positive) {
+            Some((field, _)) => Err(MemoryError::InvalidField { field, expected }),
+            None => Ok(()),
         }
     }
 }

@@ -187,43 +187,9 @@ impl Model {
                 }
                 Err(refused) => self.check_exhausted(&refused, n),
             },
-            Op::Extend { set, n } => {
-                let Some(at) = pick(&self.sets, set) else {
-                    return;
-                };
-                let mut set = self.sets.swap_remove(at);
-                let from = set.blocks.len();
-                match set.blocks.extend(n) {
-                    Ok(()) => set.model.extend(self.new_blocks(&set.blocks, from)),
-                    Err(refused) => {
-                        self.sets.push(set);
-                        return self.check_exhausted(&refused, n);
-                    }
-                }
-                self.sets.push(set);
-            }
-            Op::Truncate { set, to } => {
-                let Some(at) = pick(&self.sets, set) else {
-                    return;
-                };
-                let len = to.index(self.sets[at].model.len() + 1);
-                self.sets[at].blocks.truncate(len);
-                let tail = self.sets[at].model.split_off(len);
-                tail.into_iter()
-                    .flatten()
-                    .for_each(|block| self.retire(block.handle));
-            }
-            Op::DropSet { set } => {
-                let Some(at) = pick(&self.sets, set) else {
-                    return;
-                };
-                let set = self.sets.swap_remove(at);
-                drop(set.blocks);
-                set.model
-                    .into_iter()
-                    .flatten()
-                    .for_each(|block| self.retire(block.handle));
-            }
+            Op::Extend { set, n } => self.extend(set, n),
+            Op::Truncate { set, to } => self.truncate(set, to),
+            Op::DropSet { set } => self.drop_set(set),
             Op::Free { set, at, twice } => self.free(set, at, twice),
             Op::FreeStale { set, stale } => self.free_stale(set, stale),
             Op::FreeForeign { set } => self.free_foreign(set),
@@ -255,10 +221,53 @@ impl Model {
                 n,
                 during,
             } => self.move_blocks(set, from, n, during),
-            Op::Join => {
-                if self.participants.len() < 3 {
-                    self.participants.push((self.pool.join(), self.epoch));
-                }
+            Op::Join | Op::Pass { .. } | Op::Leave { .. } => self.catch_up(op),
+        }
+    }
+
+    fn extend(&mut self, set: Index, n: u32) {
+        let Some(at) = pick(&self.sets, set) else {
+            return;
+        };
+        let mut set = self.sets.swap_remove(at);
+        let from = set.blocks.len();
+        let extended = set.blocks.extend(n);
+        if extended.is_ok() {
+            set.model.extend(self.new_blocks(&set.blocks, from));
+        }
+        self.sets.push(set);
+        if let Err(refused) = extended {
+            self.check_exhausted(&refused, n);
+        }
+    }
+
+    fn truncate(&mut self, set: Index, to: Index) {
+        let Some(at) = pick(&self.sets, set) else {
+            return;
+        };
+        let len = to.index(self.sets[at].model.len() + 1);
+        self.sets[at].blocks.truncate(len);
+        for block in self.sets[at].model.split_off(len).into_iter().flatten() {
+            self.retire(block.handle);
+        }
+    }
+
+    fn drop_set(&mut self, set: Index) {
+        let Some(at) = pick(&self.sets, set) else {
+            return;
+        };
+        let set = self.sets.swap_remove(at);
+        drop(set.blocks);
+        for block in set.model.into_iter().flatten() {
+            self.retire(block.handle);
+        }
+    }
+
+    /// What participants do.
+    fn catch_up(&mut self, op: &Op) {
+        match *op {
+            Op::Join if self.participants.len() < 3 => {
+                self.participants.push((self.pool.join(), self.epoch));
             }
             Op::Pass { participant } => {
                 if let Some(at) = pick(&self.participants, participant) {
@@ -276,6 +285,7 @@ impl Model {
                     self.settle_epochs();
                 }
             }
+            _ => {}
         }
     }
 
