@@ -5,7 +5,7 @@
 //! may be read, moved or used again, and never rests that on the fabric refusing anything.
 //!
 //! Reading order: [`error`] and [`config`] are shared words; [`slab`] is the memory, [`table`] says what each block
-//! of it is, [`runs`] finds free ones that lie together, [`pool`] joins the three; [`fragmentation`] scores it;
+//! of it is, [`runs`] finds free ones that lie together, [`pool`] joins the three; [`fragmentation`] scores it, [`defragment`] keeps it in one piece;
 //! [`transport`] is what moves bytes between processes, [`transfer`] keeps watch over it, [`lease`] is what peers may do;
 //! [`manager`] is the whole.
 //!
@@ -15,6 +15,7 @@
 #![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
 pub mod config;
+pub mod defragment;
 pub mod error;
 pub mod fragmentation;
 pub mod lease;
@@ -29,6 +30,7 @@ pub mod transfer;
 pub mod transport;
 
 pub use config::{ManagerConfig, MemlockPolicy, PoolConfig};
+pub use defragment::{DefragmentConfig, DefragmentReport, Defragmenter};
 pub use error::{MemoryError, TransferError};
 pub use fragmentation::Fragmentation;
 pub use lease::{GrantId, Lease, RemoteBlock, RemoteGrant, Rights};

@@ -8,6 +8,7 @@ mod block_set;
 mod epochs;
 mod holds;
 mod moves;
+mod pick;
 mod report;
 mod sets;
 
@@ -21,6 +22,7 @@ use std::{
 
 use parking_lot::{Mutex, RwLock};
 
+pub(crate) use self::pick::Cursor;
 pub use self::{
     block_set::BlockSet,
     epochs::{Moved, ParticipantId},

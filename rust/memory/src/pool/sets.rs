@@ -109,6 +109,17 @@ impl Sets {
             .map(|slots| slots.iter().map(|&slot| (slot != GONE).then_some(slot)))
     }
 
+    /// Sets that there are, forgotten ones included.
+    pub(crate) const fn num_sets(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// The blocks of one of them, without those that are gone.
+    pub(crate) fn nth(&self, index: usize) -> Vec<u32> {
+        let slots = self.slots[index].iter().copied();
+        slots.filter(|&slot| slot != GONE).collect()
+    }
+
     /// The set that lists a slot, and the number there.
     pub(crate) fn owner(&self, slot: u32) -> Option<(SetId, usize)> {
         let owner = self.owners.get(slot as usize)?;
