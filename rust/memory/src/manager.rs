@@ -169,13 +169,14 @@ impl BufferManager {
     }
 
     /// Ends a connection and its transfers. Blocks that they or the peer may still touch come back at once where the
-    /// transport can prove that nothing does any more, else with [`Self::confirm_gone`].
+    /// transport can prove that nothing does any more, else when it is asked again and can, or with
+    /// [`Self::confirm_gone`].
     pub fn disconnect(&self, peer: PeerId, now: Time) -> Result<Quiet, MemoryError> {
         let transport = {
             let mut state = self.state.lock();
             let known = state.peers.get_mut(&peer);
             let known = known
-                .filter(|peer| peer.link == Link::Open)
+                .filter(|peer| matches!(peer.link, Link::Open | Link::Unproven))
                 .ok_or(MemoryError::UnknownPeer)?;
             known.link = Link::Closing;
             Arc::clone(&known.transport)
