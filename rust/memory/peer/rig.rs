@@ -3,7 +3,13 @@
 
 use std::{fmt::Write, num::NonZeroUsize, sync::Arc, time::Duration};
 
-use orchestra_memory::{Slab, SlabConfig, SlabId, Transport, transport::shm::ShmTransport};
+use orchestra_memory::{
+    Slab, SlabConfig, SlabId, Transport,
+    transport::{
+        nixl::{NixlConfig, NixlTransport, library::LIBRARY_VARIABLE},
+        shm::ShmTransport,
+    },
+};
 use rustix::{
     event::{PollFd, PollFlags, poll},
     time::Timespec,
@@ -13,8 +19,33 @@ use rustix::{
 pub(crate) fn open(kind: &str) -> Box<dyn Transport> {
     match kind {
         "shm" => Box::new(ShmTransport::open().unwrap()),
+        "nixl" => Box::new(NixlTransport::open(&nixl_config()).unwrap()),
         other => panic!("no transport is called {other}"),
     }
+}
+
+/// NIXL from the Python packages of this checkout, unless the environment names another.
+pub(crate) fn nixl_config() -> NixlConfig {
+    let libraries = concat!(env!("CARGO_MANIFEST_DIR"), "/../../.venv/lib");
+    let versions = std::fs::read_dir(libraries).into_iter().flatten();
+    NixlConfig {
+        site_packages: versions
+            .filter_map(|version| Some(version.ok()?.path().join("site-packages")))
+            .collect(),
+        ..NixlConfig::default()
+    }
+}
+
+/// Whether a transport can be had here. Only NIXL can be missing: where the wheel is not installed.
+#[allow(dead_code, reason = "the peer is only started where it can be")]
+pub(crate) fn is_installed(kind: &str) -> bool {
+    let wheels = nixl_config().site_packages;
+    let mut folders = wheels.iter().flat_map(|folder| {
+        ["13", "12"].map(|cuda| folder.join(format!(".nixl_cu{cuda}.mesonpy.libs")))
+    });
+    kind != "nixl"
+        || std::env::var_os(LIBRARY_VARIABLE).is_some()
+        || folders.any(|wheel| wheel.exists())
 }
 
 /// A slab of small pages.

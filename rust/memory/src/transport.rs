@@ -5,6 +5,7 @@
 
 mod ledger;
 mod metadata;
+pub mod nixl;
 pub mod shm;
 mod watch;
 

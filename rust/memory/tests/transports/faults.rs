@@ -10,21 +10,13 @@ use crate::{
     two::{MIB, Peer, THEM, Two, US, segment},
 };
 
-macro_rules! on_every_transport {
-    ($($test:ident),* $(,)?) => {
-        mod shm {
-            $(#[test] fn $test() { super::$test("shm"); })*
-        }
-    };
-}
-
-on_every_transport!(
+crate::on_transports! { shm => {
     a_killed_peer_fails_its_transfers,
     a_peer_that_is_not_connected_gets_nothing,
     a_slab_that_the_peer_has_deregistered_is_not_written,
     bad_metadata_is_refused_and_changes_nothing,
     a_thousand_reconnects_leak_no_descriptor,
-);
+} }
 
 fn a_killed_peer_fails_its_transfers(kind: &str) {
     let mut two = Two::connected(kind);
@@ -149,6 +141,50 @@ fn a_thousand_reconnects_leak_no_descriptor(kind: &str) {
     }
 }
 
+crate::on_transports! { nixl => {
+    a_peer_that_is_not_connected_gets_nothing,
+    bad_metadata_is_refused_and_changes_nothing,
+    a_killed_peer_ends_transfers_and_another_takes_its_place,
+    a_transfer_released_too_early_is_not_called_quiet,
+} }
+
+/// Whether a put into a dead process fails or is still done is the fabric's choice; that it ends is not.
+fn a_killed_peer_ends_transfers_and_another_takes_its_place(kind: &str) {
+    let mut two = Two::connected(kind);
+    let before = two.put(&[segment((0, 0), (0, 0), 8 * MIB)]).unwrap();
+    assert_eq!(two.outcome(before), Progress::Done);
+    two.peer.kill();
+    if let Ok(put) = two.put(&[segment((0, 0), (0, 0), 8 * MIB)]) {
+        assert_ne!(two.outcome(put), Progress::Pending);
+    }
+    assert_eq!(two.transport.disconnect(THEM), Ok(Quiet::Unproven));
+    let mut fresh = Peer::start(kind, &[2]);
+    two.transport.connect(PeerId(2), &fresh.metadata).unwrap();
+    two.slabs[0].write(0, &pattern(4, 4096)).unwrap();
+    let put = [segment((0, 0), (0, 0), 4096)];
+    let id = two
+        .transport
+        .post(Direction::Put, PeerId(2), &put, None)
+        .unwrap();
+    fresh.tell("holds 0 0 4096 4");
+    assert_eq!(two.outcome(id), Progress::Done);
+    let _ = fresh.answer();
+    assert!(fresh.holds(0, 0, 4096, 4));
+}
+
+fn a_transfer_released_too_early_is_not_called_quiet(kind: &str) {
+    let two = Two::connected(kind);
+    two.peer.signal(Signal::STOP);
+    let ids: Vec<_> = (0..32)
+        .map(|_| two.put(&[segment((0, 0), (0, 0), 8 * MIB)]).unwrap())
+        .collect();
+    for id in ids {
+        let was_over = two.transport.poll(id) != Progress::Pending;
+        assert_eq!(two.transport.release(id) == Quiet::Proven, was_over);
+    }
+    two.peer.signal(Signal::CONT);
+}
+
 mod shm_only {
     use super::*;
 
@@ -184,7 +220,7 @@ mod shm_only {
         let mut two = Two::connected("shm");
         two.peer.tell(&format!("put {} 0 0 0 0 4096", US.0));
         assert_eq!(two.notification().payload, b"put");
-        assert_eq!(two.peer.answer(), "Done");
+        assert_eq!(two.answer(), "Done");
         two.peer.signal(Signal::STOP);
         assert_eq!(two.transport.disconnect(THEM), Ok(Quiet::Unproven));
         two.peer.kill();

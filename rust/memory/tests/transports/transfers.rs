@@ -7,15 +7,7 @@ use crate::{
     two::{MIB, THEM, Two, US, segment},
 };
 
-macro_rules! on_every_transport {
-    ($($test:ident),* $(,)?) => {
-        mod shm {
-            $(#[test] fn $test() { super::$test("shm"); })*
-        }
-    };
-}
-
-on_every_transport!(
+crate::on_transports! { shm nixl => {
     a_put_lands_before_its_notification_does,
     a_get_brings_what_the_peer_has,
     scattered_segments_of_odd_sizes_arrive_each_in_its_place,
@@ -23,7 +15,7 @@ on_every_transport!(
     the_peer_can_put_into_this_process,
     segments_that_do_not_fit_are_refused_and_nothing_moves,
     many_transfers_end_each_on_its_own,
-);
+} }
 
 fn a_put_lands_before_its_notification_does(kind: &str) {
     let mut two = Two::connected(kind);
@@ -43,7 +35,7 @@ fn a_put_lands_before_its_notification_does(kind: &str) {
             US.0,
             crate::rig::to_hex(notification.as_bytes())
         );
-        assert_eq!(two.peer.answer(), heard);
+        assert_eq!(two.answer(), heard);
         let _ = two.transport.release(id);
     }
 }
@@ -60,7 +52,7 @@ fn a_get_brings_what_the_peer_has(kind: &str) {
     assert_eq!(two.outcome(id), Progress::Done);
     assert!(holds(&two.slabs[0], 123, 1_000_000, 77));
     assert!(holds_zeros(&two, 0, 123) && holds_zeros(&two, 123 + 1_000_000, 4096));
-    assert!(two.peer.answer().ends_with("true"));
+    assert!(two.answer().ends_with("true"));
 }
 
 fn holds_zeros(two: &Two, offset: u64, len: usize) -> bool {
@@ -101,7 +93,7 @@ fn a_notification_without_bytes_arrives(kind: &str) {
         .unwrap();
     two.peer.tell("notified 0 0 0 0");
     assert_eq!(two.outcome(id), Progress::Done);
-    assert_eq!(two.peer.answer(), format!("{}  true", US.0));
+    assert_eq!(two.answer(), format!("{}  true", US.0));
     let long = vec![0; (8 << 10) + 1];
     let refused = two.transport.post(Direction::Put, THEM, &[], Some(&long));
     assert!(matches!(
@@ -124,7 +116,7 @@ fn the_peer_can_put_into_this_process(kind: &str) {
             payload
         }
     );
-    assert_eq!(two.peer.answer(), "Done");
+    assert_eq!(two.answer(), "Done");
 }
 
 fn segments_that_do_not_fit_are_refused_and_nothing_moves(kind: &str) {

@@ -3,7 +3,11 @@
 use std::{
     io::{BufRead, BufReader, Write},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -137,6 +141,22 @@ impl Two {
             assert!(Instant::now() < deadline, "not in time: {what}");
             rig::turn(&*self.transport, Duration::from_millis(1));
         }
+    }
+
+    /// The peer's next answer, while this side makes progress too.
+    pub(crate) fn answer(&mut self) -> String {
+        let (transport, peer) = (&*self.transport, &mut self.peer);
+        let has_answered = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !has_answered.load(Ordering::Relaxed) {
+                    rig::turn(transport, Duration::from_millis(1));
+                }
+            });
+            let answer = peer.answer();
+            has_answered.store(true, Ordering::Relaxed);
+            answer
+        })
     }
 
     pub(crate) fn outcome(&self, id: TransferId) -> Progress {
