@@ -8,6 +8,7 @@ use orchestra_memory::{
     transport::{
         nixl::{NixlConfig, NixlTransport, library::LIBRARY_VARIABLE},
         shm::ShmTransport,
+        tcp::{TcpConfig, TcpTransport},
     },
 };
 use rustix::{
@@ -19,6 +20,7 @@ use rustix::{
 pub(crate) fn open(kind: &str) -> Box<dyn Transport> {
     match kind {
         "shm" => Box::new(ShmTransport::open().unwrap()),
+        "tcp" => Box::new(TcpTransport::open(&TcpConfig::default()).unwrap()),
         "nixl" => Box::new(NixlTransport::open(&nixl_config()).unwrap()),
         other => panic!("no transport is called {other}"),
     }

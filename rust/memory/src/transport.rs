@@ -7,6 +7,7 @@ mod ledger;
 mod metadata;
 pub mod nixl;
 pub mod shm;
+pub mod tcp;
 mod watch;
 
 use std::{os::fd::BorrowedFd, sync::Arc, time::Duration};

@@ -214,6 +214,10 @@ impl Roster {
         Ok(identity)
     }
 
+    pub(super) fn is_leaving(&self, peer: PeerId) -> bool {
+        self.leaving.contains_key(&peer)
+    }
+
     /// A leaving peer is known to be gone.
     pub(super) fn left(&mut self, peer: PeerId) {
         self.leaving.remove(&peer);

@@ -10,7 +10,7 @@ use crate::{
     two::{MIB, Peer, THEM, Two, US, segment},
 };
 
-crate::on_transports! { shm => {
+crate::on_transports! { shm tcp => {
     a_killed_peer_fails_its_transfers,
     a_peer_that_is_not_connected_gets_nothing,
     a_slab_that_the_peer_has_deregistered_is_not_written,

@@ -7,7 +7,7 @@ use crate::{
     two::{MIB, THEM, Two, US, segment},
 };
 
-crate::on_transports! { shm nixl => {
+crate::on_transports! { shm tcp nixl => {
     a_put_lands_before_its_notification_does,
     a_get_brings_what_the_peer_has,
     scattered_segments_of_odd_sizes_arrive_each_in_its_place,
