@@ -82,6 +82,7 @@ impl Peer {
             ),
             "disconnect" => format!("{:?}", self.transport.disconnect(PeerId(number(1)))),
             "deregister" => format!("{:?}", self.transport.deregister(SlabId(number(1) as u32))),
+            "base" => self.slabs[number(1) as usize].as_ptr().addr().to_string(),
             "fill" => {
                 let bytes = rig::pattern(number(4), number(3) as usize);
                 self.slabs[number(1) as usize]

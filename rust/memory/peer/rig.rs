@@ -78,13 +78,12 @@ pub(crate) fn holds(slab: &Slab, offset: u64, len: usize, seed: u64) -> bool {
 pub(crate) fn turn(transport: &dyn Transport, nap: Duration) -> usize {
     let moved = transport.progress(Duration::from_millis(1));
     if moved == 0 {
-        let nap = Timespec::try_from(nap).unwrap();
         match transport.wake_fd() {
             Some(fd) => drop(poll(
                 &mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)],
-                Some(&nap),
+                Some(&Timespec::try_from(nap).unwrap()),
             )),
-            None => std::thread::sleep(Duration::from_micros(50)),
+            None => std::thread::sleep(nap),
         }
     }
     moved

@@ -94,29 +94,34 @@ impl LocalSlabs {
                 segments.len()
             )));
         }
-        segments
-            .iter()
-            .map(|segment| {
-                let local = self
-                    .0
-                    .get(&segment.local_slab)
-                    .ok_or(TransferError::OutOfBounds)?;
-                let known = remote
-                    .0
-                    .get(&segment.remote_slab)
-                    .ok_or(TransferError::OutOfBounds)?;
-                let fits = fits(segment.local_offset, segment.len, local.len())
-                    && fits(segment.remote_offset, segment.len, known.len);
-                fits.then(|| Span {
-                    local: Arc::clone(local),
-                    local_offset: segment.local_offset,
-                    remote: *known,
-                    remote_offset: segment.remote_offset,
-                    len: segment.len,
-                })
-                .ok_or(TransferError::OutOfBounds)
-            })
-            .collect()
+        let mut spans = Vec::with_capacity(segments.len());
+        let mut pair = None;
+        for segment in segments {
+            let names = (segment.local_slab, segment.remote_slab);
+            // Blocks of one transfer mostly lie in the same two slabs.
+            let (local, known) = match pair {
+                Some((same, local, known)) if same == names => (local, known),
+                _ => {
+                    let local = self.0.get(&names.0).ok_or(TransferError::OutOfBounds)?;
+                    let known = remote.0.get(&names.1).ok_or(TransferError::OutOfBounds)?;
+                    pair = Some((names, local, known));
+                    (local, known)
+                }
+            };
+            let is_inside = fits(segment.local_offset, segment.len, local.len())
+                && fits(segment.remote_offset, segment.len, known.len);
+            if !is_inside {
+                return Err(TransferError::OutOfBounds);
+            }
+            spans.push(Span {
+                local: Arc::clone(local),
+                local_offset: segment.local_offset,
+                remote: *known,
+                remote_offset: segment.remote_offset,
+                len: segment.len,
+            });
+        }
+        Ok(spans)
     }
 }
 

@@ -239,3 +239,133 @@ mod shm_only {
         assert!(two.peer.holds(1, 0, 4096, 2));
     }
 }
+
+mod tcp_only {
+    use std::{
+        io::{Read, Write},
+        net::TcpStream,
+    };
+
+    use super::*;
+
+    /// The peer's processor takes part, so nothing ends, and nothing is called quiet, until it goes on.
+    #[test]
+    fn a_stopped_peer_ends_nothing_until_it_goes_on() {
+        let mut two = Two::connected("tcp");
+        two.slabs[0].write(0, &pattern(8, 8 << 20)).unwrap();
+        let first = two.put(&[segment((0, 0), (0, 0), 1)]).unwrap();
+        assert_eq!(two.outcome(first), Progress::Done);
+        two.peer.signal(Signal::STOP);
+        let begun = two.put(&[segment((0, 0), (0, 0), 8 * MIB)]).unwrap();
+        let queued = two.put(&[segment((0, 0), (1, 0), MIB)]).unwrap();
+        while two.transport.progress(std::time::Duration::from_millis(5)) > 0 {}
+        assert_eq!(two.transport.poll(begun), Progress::Pending);
+        assert_eq!(
+            two.transport.release(queued),
+            Quiet::Proven,
+            "no byte of it was sent"
+        );
+        assert_eq!(two.transport.release(begun), Quiet::Unproven);
+        assert_eq!(two.transport.disconnect(THEM), Ok(Quiet::Unproven));
+        let after = two.put(&[segment((0, 0), (0, 0), 1)]);
+        assert_eq!(after, Err(TransferError::PeerGone));
+        two.peer.signal(Signal::CONT);
+        two.disconnected(THEM);
+        assert!(two.peer.holds(0, 0, 8 * MIB, 8));
+        assert!(!two.peer.holds(1, 0, 4096, 8));
+    }
+
+    #[test]
+    fn a_released_get_writes_nothing_more() {
+        let mut two = Two::connected("tcp");
+        assert_eq!(two.peer.ask("fill 0 0 4194304 6"), "filled");
+        let get = [segment((0, 0), (0, 0), 4 * MIB)];
+        let id = two
+            .transport
+            .post(Direction::Get, THEM, &get, None)
+            .unwrap();
+        assert_eq!(two.transport.release(id), Quiet::Proven);
+        let again = two
+            .transport
+            .post(Direction::Get, THEM, &get, None)
+            .unwrap();
+        two.until("the first bytes", |_| {
+            let mut first = [0];
+            two.slabs[0].read(1, &mut first).unwrap();
+            (first != [0]).then_some(())
+        });
+        assert_eq!(two.transport.release(again), Quiet::Proven);
+        two.slabs[0].write(0, &vec![0; 4 << 20]).unwrap();
+        let put = two.put(&[segment((1, 0), (1, 0), 4096)]).unwrap();
+        assert_eq!(two.outcome(put), Progress::Done);
+        let mut bytes = vec![1; 4 << 20];
+        two.slabs[0].read(0, &mut bytes).unwrap();
+        assert!(
+            bytes.iter().all(|byte| *byte == 0),
+            "late bytes are thrown away"
+        );
+    }
+
+    /// A connection in the raw: hello, then whatever a test wants to say.
+    fn intruder(metadata: &[u8], key: &[u8]) -> TcpStream {
+        // Magic, version and kind, identity, key, then the address behind its length.
+        let len = usize::from(metadata[30]);
+        let address = std::str::from_utf8(&metadata[34..34 + len]).unwrap();
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(crate::two::PATIENCE)).unwrap();
+        let mut hello = vec![1, 0, 1, 0, 16, 0, 0, 0];
+        hello.extend([0; 8]);
+        hello.extend(77_u64.to_le_bytes());
+        hello.extend([0; 8]);
+        hello.extend(key);
+        stream.write_all(&hello).unwrap();
+        stream
+    }
+
+    /// What the peer answers before it closes or is waited for.
+    fn answer(stream: &mut TcpStream, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        let mut filled = 0;
+        while filled < len {
+            match stream.read(&mut bytes[filled..]) {
+                Ok(0) | Err(_) => break,
+                Ok(more) => filled += more,
+            }
+        }
+        bytes.truncate(filled);
+        bytes
+    }
+
+    #[test]
+    fn a_wrong_key_and_a_wrong_word_end_the_connection() {
+        let peer = Peer::start("tcp", &[2]);
+        let mut stranger = intruder(&peer.metadata, &[0; 16]);
+        assert_eq!(answer(&mut stranger, 32), b"");
+        let mut friend = intruder(&peer.metadata, &peer.metadata[14..30]);
+        friend.write_all(&[9; 64]).unwrap();
+        assert_eq!(answer(&mut friend, 32), b"");
+    }
+
+    #[test]
+    fn a_put_out_of_bounds_is_refused_whole_and_the_next_is_taken() {
+        let mut peer = Peer::start("tcp", &[2]);
+        let mut friend = intruder(&peer.metadata, &peer.metadata[14..30]);
+        for (offset, answered) in [(2 * MIB - 2, 4), (u64::MAX - 1, 4), (100, 3)] {
+            // Two parts, the first always good.
+            let mut put = vec![1, 1, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0];
+            put.extend(5_u64.to_le_bytes());
+            put.extend(7_u64.to_le_bytes());
+            for (offset, len) in [(0, 4), (offset, 3_u64)] {
+                put.extend(0_u32.to_le_bytes());
+                put.extend(offset.to_le_bytes());
+                put.extend(len.to_le_bytes());
+            }
+            put.extend(pattern(3, 4));
+            put.extend(pattern(3, 3));
+            friend.write_all(&put).unwrap();
+            assert_eq!(answer(&mut friend, 32)[1], answered, "at {offset}");
+            assert_eq!(peer.holds(0, 0, 4, 3), answered == 3);
+        }
+        assert!(peer.holds(0, 100, 3, 3));
+    }
+}

@@ -174,19 +174,27 @@ impl Callee {
             return Step::Idle;
         };
         let mut left = SLICE_BYTES;
+        let mut at_hand: Option<(SlabId, &RemoteSlab)> = None;
         while left > 0
             && let Some(span) = job.spans.get(job.next)
         {
             let slab = span.remote.id;
-            let Some(map) = self.maps.get(&slab) else {
-                if self.missing.contains(&slab) {
-                    return self.end(Progress::Failed(TransferError::OutOfBounds));
+            let map = match at_hand {
+                Some((same, map)) if same == slab => map,
+                _ => {
+                    let Some(map) = self.maps.get(&slab) else {
+                        if self.missing.contains(&slab) {
+                            return self.end(Progress::Failed(TransferError::OutOfBounds));
+                        }
+                        return if left < SLICE_BYTES {
+                            Step::Moved
+                        } else {
+                            Step::Idle
+                        };
+                    };
+                    at_hand = Some((slab, map));
+                    map
                 }
-                return if left < SLICE_BYTES {
-                    Step::Moved
-                } else {
-                    Step::Idle
-                };
             };
             let len = left.min(span.len - job.copied);
             let ours = (&*span.local, span.local_offset + job.copied);
