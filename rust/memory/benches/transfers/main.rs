@@ -28,7 +28,6 @@ use orchestra_memory::{Direction, PeerId, Progress, Segment, Slab, SlabId, Trans
 
 const BLOCKS: u64 = 256;
 const SLAB_MIB: u64 = 512;
-const ROUNDS: usize = 9;
 const PEER: &str = env!("CARGO_BIN_EXE_memory-peer");
 const THEM: PeerId = PeerId(1);
 
@@ -156,7 +155,8 @@ fn measure(kind: &str) {
         for is_scattered in [false, true] {
             let segments = blocks(len, is_scattered);
             let [mut limits, mut puts, mut gets] = [const { Vec::new() }; 3];
-            for _ in 0..ROUNDS {
+            // A round of small blocks is over in 50 us: more of them, for a median that means something.
+            for _ in 0..if len > 64 << 10 { 9 } else { 51 } {
                 limits.push(limit.run(&segments));
                 puts.push(two.run(Direction::Put, &segments, None));
                 gets.push(two.run(Direction::Get, &segments, None));
