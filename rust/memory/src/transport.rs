@@ -3,7 +3,14 @@
 //! A transport moves, and reports what it knows. It is never asked to make a transfer safe: whether memory may
 //! be used again is decided above, from the [`Quiet`] that it can or cannot prove.
 
-use std::{sync::Arc, time::Duration};
+mod ledger;
+mod metadata;
+pub mod nixl;
+pub mod shm;
+pub mod tcp;
+mod watch;
+
+use std::{os::fd::BorrowedFd, sync::Arc, time::Duration};
 
 use crate::{
     error::{MemoryError, TransferError},
@@ -119,6 +126,13 @@ pub trait Transport: Send + Sync {
     /// Does work for at most about `budget`; returns how many things moved. Called by the manager's own progress
     /// loop: no thread of a transport may spin.
     fn progress(&self, budget: Duration) -> usize;
+
+    /// Readable when [`progress`](Self::progress) has something to do that came from outside, for the caller's loop
+    /// to sleep on; none where the transport cannot tell. Work of this side's own is not counted: after a
+    /// [`post`](Self::post), call [`progress`](Self::progress) until it moves nothing.
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 
     /// The next notification that has arrived.
     fn take_notification(&self) -> Option<Notification>;
