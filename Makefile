@@ -124,6 +124,9 @@ $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
 	$(PY) -c "$$PRINT_REQUIREMENTS" > $(VENV)/requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
+	$(PY) -c "$$PRINT_TRANSFER" > $(VENV)/transfer.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r $(VENV)/transfer.txt || \
+	  echo "no NIXL to be had here: its tests are skipped"
 	touch $@
 
 # cargo knows what to rebuild; this knows when there is nothing to ask it.
@@ -153,6 +156,15 @@ extras = project["optional-dependencies"]
 print("\n".join(project["dependencies"] + extras["worker"] + extras["dev"]))
 endef
 export PRINT_REQUIREMENTS
+
+# Apart, because it comes without what it depends on: 69 MB instead of gigabytes of CUDA.
+define PRINT_TRANSFER
+import tomllib
+from pathlib import Path
+
+print("\n".join(tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]["transfer"]))
+endef
+export PRINT_TRANSFER
 
 # protoc comes with grpcio-tools: none is asked of the machine.
 define generate

@@ -19,6 +19,7 @@ CRATE_LAYERS = {
     "orchestra-core": 0,
     "orchestra-proto": 1,
     "orchestra-cluster": 1,
+    "orchestra-memory": 1,
     "orchestra-agent": 2,
     "orchestra-router": 2,
     "orchestra-py": 3,

@@ -1,0 +1,74 @@
+//! Allocating and freeing under criterion: `cargo bench -p orchestra-memory --bench alloc`. The pool has been full
+//! for long, so that free runs of all lengths exist. Beside it what a compare-and-swap costs here, the limit.
+
+#![expect(clippy::unwrap_used, reason = "a benchmark fails loudly")]
+
+use std::{
+    hint::black_box,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use orchestra_memory::{BlockSet, Pool, PoolConfig, Slab, SlabId};
+
+/// A pool of 32,768 blocks, four fifths of them in sets of 1 to 64 that came and went.
+fn churned() -> (Arc<Pool>, Vec<BlockSet>) {
+    let config = PoolConfig {
+        block_bytes: 4096,
+        slab_bytes: 128 << 20,
+        ..PoolConfig::default()
+    };
+    let pool = Pool::new(config).unwrap();
+    let slab = Slab::create(SlabId(0), &config.slab()).unwrap();
+    pool.add_slab(Arc::new(slab)).unwrap();
+    let (mut sets, mut live, mut draw) = (Vec::<BlockSet>::new(), 0, 1_usize);
+    for _ in 0..50_000 {
+        draw = draw.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let n = 1 + (draw >> 33) % 64;
+        while live + n > 26_000 {
+            let at = (draw >> 17) % sets.len();
+            live -= sets.swap_remove(at).len();
+        }
+        sets.push(pool.allocate(n as u32).unwrap());
+        live += n;
+    }
+    (pool, sets)
+}
+
+fn alloc(c: &mut Criterion) {
+    let word = AtomicU64::new(0);
+    c.bench_function("compare_and_swap", |b| {
+        b.iter(|| {
+            let seen = black_box(&word).load(Ordering::Acquire);
+            word.compare_exchange(seen, seen + 1, Ordering::AcqRel, Ordering::Acquire)
+        });
+    });
+    let (pool, _sets) = churned();
+    for n in [1_u32, 64] {
+        c.bench_function(&format!("allocate_and_free/{n}"), |b| {
+            b.iter(|| drop(black_box(pool.allocate(n).unwrap())));
+        });
+    }
+    let sealed = pool.allocate(1).unwrap();
+    sealed.seal().unwrap();
+    let handle = sealed.handle(0).unwrap();
+    c.bench_function("pin_and_unpin", |b| {
+        b.iter(|| drop(black_box(pool.pin(handle).unwrap())));
+    });
+    c.bench_function("seal/64", |b| {
+        b.iter_batched(
+            || pool.allocate(64).unwrap(),
+            |set| {
+                set.seal().unwrap();
+                set
+            },
+            criterion::BatchSize::SmallInput,
+        );
+    });
+}
+
+criterion_group!(benches, alloc);
+criterion_main!(benches);
