@@ -1,5 +1,6 @@
 //! Between text and tokens: tokeniser, chat template, incremental detokeniser, stop strings.
 
+mod bpe;
 pub mod clock;
 pub mod detokenizer;
 #[cfg(test)]

@@ -4,7 +4,7 @@ use orchestra_core::TokenId;
 use rustc_hash::FxHashMap;
 use tokenizers::Tokenizer;
 
-use super::segments::Segments;
+use super::{bpe::ByteBpe, segments::Segments};
 
 /// The files do not make a tokeniser.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -17,6 +17,8 @@ pub struct ModelTokenizer {
     joining: Joining,
     pieces: Pieces,
     token_bytes_max: usize,
+    /// The short way to the same tokens, where there is one.
+    bpe: Option<ByteBpe>,
     /// What was tokenised before; `None` where its text cannot be cut.
     segments: Option<Segments>,
 }
@@ -65,6 +67,7 @@ impl ModelTokenizer {
         Ok(Self {
             joining,
             token_bytes_max: pieces.longest(),
+            bpe: ByteBpe::new(tokenizer_json, &tokenizer),
             segments: Segments::new(&tokenizer),
             pieces,
             tokenizer,
@@ -78,7 +81,11 @@ impl ModelTokenizer {
         text: &str,
         add_special_tokens: bool,
     ) -> Result<Vec<TokenId>, TokenizerError> {
+        let short = self.bpe.as_ref().filter(|_| !add_special_tokens);
         let encode = |text: &str| {
+            if let Some(token_ids) = short.and_then(|bpe| bpe.encode(text)) {
+                return Ok(token_ids);
+            }
             self.tokenizer
                 .encode_fast(text, add_special_tokens)
                 .map(|encoding| encoding.get_ids().to_vec())
@@ -223,7 +230,7 @@ fn fallback_byte(token: &str) -> Option<u8> {
 }
 
 /// The byte-level alphabet: printable Latin-1 bytes stand for themselves, the others for U+0100 and on, in order.
-fn byte_level_alphabet() -> FxHashMap<char, u8> {
+pub(super) fn byte_level_alphabet() -> FxHashMap<char, u8> {
     let is_printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
     let mut substitutes = '\u{100}'..;
     let mut alphabet = FxHashMap::default();
