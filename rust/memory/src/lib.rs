@@ -4,19 +4,42 @@
 //! writes, and deregistering memory does not revoke a peer's right to it. So this crate decides when a block
 //! may be read, moved or used again, and never rests that on the fabric refusing anything.
 //!
-//! Reading order: [`error`] is the shared vocabulary; [`slab`] is the memory; [`transport`] is what moves it.
+//! Reading order: [`error`] and [`config`] are shared words; [`slab`] is the memory, [`table`] says what each block
+//! of it is, [`runs`] finds free ones that lie together, [`pool`] joins the three; [`fragmentation`] scores it, [`defragment`] keeps it in one piece;
+//! [`transport`] is what moves bytes between processes, [`transfer`] keeps watch over it, [`lease`] is what peers may do;
+//! [`manager`] is the whole.
 //!
 //! `unsafe` is denied by the workspace. The few modules that need it say so in an `#![expect(unsafe_code)]`
 //! of their own, and each block carries its argument.
 
 #![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
+pub mod config;
+pub mod defragment;
 pub mod error;
+pub mod fragmentation;
+pub mod lease;
+pub mod manager;
+mod memlock;
+pub mod pool;
+pub mod runs;
 pub mod slab;
+mod sync;
+pub mod table;
+pub mod transfer;
 pub mod transport;
 
+pub use config::{ManagerConfig, MemlockPolicy, PoolConfig};
+pub use defragment::{DefragmentConfig, DefragmentReport, Defragmenter};
 pub use error::{MemoryError, TransferError};
+pub use fragmentation::Fragmentation;
+pub use lease::{GrantId, Lease, RemoteBlock, RemoteGrant, Rights};
+pub use manager::{Arrival, BufferManager, Event, ManagerStats};
+pub use pool::{BlockHandle, BlockSet, PinGuard, Pool, PoolId, PoolStats};
+pub use runs::Extent;
 pub use slab::{PageKind, Slab, SlabConfig};
+pub use table::BlockState;
+pub use transfer::{Transfer, TransferOptions, TransferResult, TransferStats};
 pub use transport::{
     Direction, Notification, PeerId, Progress, Quiet, Segment, SlabId, TransferId, Transport,
 };
