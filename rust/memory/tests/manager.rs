@@ -231,6 +231,30 @@ fn a_closed_connection_gives_its_blocks_back_through_tcp() {
 }
 
 #[test]
+fn a_retired_slab_stays_mapped_until_its_peers_are_gone() {
+    let two = Two::connected(shm);
+    let Node {
+        manager,
+        pool,
+        peer,
+    } = &two.nodes[0];
+    let slab = pool.slabs().remove(0);
+    let (id, memory) = (slab.id(), Arc::downgrade(&slab));
+    drop(slab);
+    assert_eq!(manager.retire_slab(pool, id), Err(MemoryError::InUse));
+    pool.drain(id).unwrap();
+    manager.retire_slab(pool, id).unwrap();
+    assert!(pool.slabs().is_empty() && memory.upgrade().is_some());
+    two.until(|two| {
+        let far = &two.nodes[1];
+        // The far end may have been closed before; what counts is what this end can prove.
+        let _ = far.manager.disconnect(far.peer, two.now());
+        manager.disconnect(*peer, two.now()) == Ok(Quiet::Proven)
+    });
+    assert!(memory.upgrade().is_none());
+}
+
+#[test]
 fn a_slab_is_added_where_blocks_run_out() {
     let manager = BufferManager::new(PeerId(0), ManagerConfig::default(), vec![shm()]).unwrap();
     let pool = manager
