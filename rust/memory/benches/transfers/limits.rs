@@ -46,6 +46,7 @@ pub(crate) fn of(kind: &str, slab: &Arc<Slab>, process: u32, remote_base: usize)
 fn socket() -> Limit {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    stream.set_nodelay(true).unwrap();
     let (mut accepted, _) = listener.accept().unwrap();
     let (done, is_done) = sync_channel(1);
     thread::spawn(move || {
