@@ -65,7 +65,7 @@ fn alloc(c: &mut Criterion) {
                 set.seal().unwrap();
                 set
             },
-            criterion::BatchSize::SmallInput,
+            criterion::BatchSize::PerIteration,
         );
     });
 }

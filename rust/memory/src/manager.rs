@@ -20,6 +20,7 @@ use crate::{
     error::MemoryError,
     lease::Grants,
     pool::{Pool, PoolId},
+    slab::Slab,
     transfer::{Engine, Finished},
     transport::{PeerId, Quiet, Transport},
 };
@@ -47,6 +48,8 @@ struct Peer {
 struct ManagerState {
     pools: FxHashMap<PoolId, Arc<Pool>>,
     next_slab: u32,
+    /// Slabs that no pool has any more, with the peers that may still write to them.
+    retired: Vec<(Arc<Slab>, Vec<PeerId>)>,
     peers: FxHashMap<PeerId, Peer>,
     grants: Grants,
     engine: Engine,
@@ -102,6 +105,7 @@ impl BufferManager {
         let state = ManagerState {
             pools: FxHashMap::default(),
             next_slab: 0,
+            retired: Vec::new(),
             peers: FxHashMap::default(),
             grants: Grants::default(),
             engine: Engine::new(config.inflight_bytes_max),
@@ -277,6 +281,10 @@ impl ManagerState {
         if quiet == Quiet::Proven {
             self.grants.peer_is_quiet(peer);
             self.peers.remove(&peer);
+            self.retired.retain_mut(|(_, peers)| {
+                peers.retain(|one| *one != peer);
+                !peers.is_empty()
+            });
         }
         finished
     }

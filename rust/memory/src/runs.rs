@@ -205,14 +205,17 @@ impl FreeRuns {
     /// The shortest run of at least `n`.
     fn tightest_run(&self, n: u32) -> Option<Extent> {
         let bucket = bucket_of(n);
-        let own = self
-            .iter_bucket(bucket)
-            .filter(|run| run.len >= n)
-            .min_by_key(|run| run.len);
-        own.or_else(|| {
-            let above = self.first_nonempty(bucket + 1)?;
-            self.iter_bucket(above).min_by_key(|run| run.len)
-        })
+        self.tightest_in(bucket, n)
+            .or_else(|| self.tightest_in(self.first_nonempty(bucket + 1)?, n))
+    }
+
+    /// The same in one list. All runs of a list for one length are as tight.
+    fn tightest_in(&self, bucket: usize, n: u32) -> Option<Extent> {
+        let mut runs = self.iter_bucket(bucket);
+        if bucket < EXACT {
+            return runs.next();
+        }
+        runs.filter(|run| run.len >= n).min_by_key(|run| run.len)
     }
 
     fn longest_run(&self) -> Option<Extent> {

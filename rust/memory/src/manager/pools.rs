@@ -9,7 +9,7 @@ use crate::{
     memlock,
     pool::{BlockSet, Pool, PoolId},
     slab::Slab,
-    transport::SlabId,
+    transport::{PeerId, SlabId},
 };
 
 impl BufferManager {
@@ -71,7 +71,20 @@ impl BufferManager {
             .inspect_err(|_| self.deregister(id))
     }
 
-    /// Takes a slab that nobody was told of back from the transports; those that never had it say so.
+    /// Takes a drained slab out of its pool. Its memory stays mapped until every peer that may know of it is proven
+    /// to be quiet: deregistering does not stop a late write, and a write into unmapped memory would end us.
+    pub fn retire_slab(&self, pool: &Pool, slab: SlabId) -> Result<(), MemoryError> {
+        let memory = pool.take_out(slab)?;
+        self.deregister(slab);
+        let mut state = self.state.lock();
+        let peers: Vec<PeerId> = state.peers.keys().copied().collect();
+        if !peers.is_empty() {
+            state.retired.push((memory, peers));
+        }
+        Ok(())
+    }
+
+    /// Takes a slab back from the transports; those that never had it say so.
     fn deregister(&self, slab: SlabId) {
         for transport in &self.transports {
             drop(transport.deregister(slab));

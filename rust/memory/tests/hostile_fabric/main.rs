@@ -87,8 +87,8 @@ fn run(seed: u64, ops: &[Op]) -> Seen {
 }
 
 proptest! {
-    // 8 cases of 150 steps on average, unless PROPTEST_CASES (256) is set.
-    #![proptest_config(ProptestConfig::with_cases(ProptestConfig::default().cases / 32))]
+    // 16 cases of 150 steps on average, unless PROPTEST_CASES (256) is set.
+    #![proptest_config(ProptestConfig::with_cases(ProptestConfig::default().cases / 16))]
 
     #[test]
     fn no_byte_of_an_aborted_transfer_reaches_the_next_owner(
