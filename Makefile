@@ -52,7 +52,7 @@ chaos: setup $(PROGRAMS) ## Break engines and workers under load, 1,000 faults, 
 	$(PY) -m tests.chaos $(ARGS)
 
 soak: setup $(PROGRAMS) ## Run the property tests on CASES random histories each, then half an hour of load with kills (ARGS='--minutes 5 …')
-	PROPTEST_CASES=$(CASES) cargo test --release --locked -p orchestra-core
+	PROPTEST_CASES=$(CASES) cargo test --release --locked -p orchestra-core -p orchestra-memory
 	$(PY) -m tests.soak $(ARGS)
 
 simulate: ## Run FAULTS faults, drawn from SEED, against the router in a simulated network; checks every token
