@@ -4,6 +4,7 @@
 //! [`outbox`] what is on its way to the worker, [`watchdog`] finds workers that went quiet. [`queue`] is how requests get
 //! room on them, [`stopping`] how some give it up again.
 
+pub(crate) mod arrivals;
 mod explain;
 mod foreign;
 pub mod gateway;
@@ -26,11 +27,12 @@ use orchestra_core::{
 };
 use parking_lot::Mutex;
 use rustc_hash::{FxHashMap, FxHashSet};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 
 pub use self::gateway::gateway_service;
 pub(crate) use self::operate::{OperateError, WorkerView};
 use self::{
+    arrivals::{Arrivals, Listener},
     hello::Hello,
     outbox::Outbox,
     queue::{Outcome, Reserved},
@@ -56,7 +58,7 @@ pub(crate) enum AttachError {
 pub(crate) struct Workers {
     pool: Mutex<Pool>,
     /// Told when there may be a worker where there was none.
-    arrivals: watch::Sender<()>,
+    arrivals: Arc<Arrivals>,
     clock: Clock,
 }
 
@@ -94,7 +96,7 @@ impl Workers {
         });
         Arc::new(Self {
             pool,
-            arrivals: watch::Sender::new(()),
+            arrivals: Arc::default(),
             clock,
         })
     }
@@ -116,7 +118,7 @@ impl Workers {
         if let Some(session) = replaced {
             session.replace();
         }
-        self.arrivals.send_replace(());
+        self.arrivals.announce();
         attached
     }
 
@@ -153,7 +155,7 @@ impl Workers {
             pool.show_draining(session);
         });
         if was_draining != is_draining {
-            self.arrivals.send_replace(());
+            self.arrivals.announce();
         }
     }
 
@@ -165,9 +167,9 @@ impl Workers {
             .any(|session| pool.takes_requests(session))
     }
 
-    /// Changes when there may be a worker where there was none.
-    pub(crate) fn arrivals(&self) -> watch::Receiver<()> {
-        self.arrivals.subscribe()
+    /// Hears when there may be a worker where there was none.
+    pub(crate) fn arrivals(&self) -> Listener {
+        self.arrivals.listen()
     }
 }
 

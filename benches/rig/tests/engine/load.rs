@@ -20,6 +20,7 @@ async fn load_of(rig: &Rig, streams: bool, distinct: u64) -> Report {
         streams,
         body_bytes: 2000,
         prefixes: 2,
+        prefix_bytes: None,
         distinct,
         words: 6,
         concurrency: 3,

@@ -10,7 +10,7 @@ use futures_core::Stream;
 use futures_util::stream;
 use orchestra_core::{ErrorCode, SamplingParams, TokenId, step::FinishReason};
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, oneshot},
     time::{self, Instant},
 };
 
@@ -26,6 +26,7 @@ use crate::{
     models::ModelEntry,
     request::Chunk,
     workers::{
+        arrivals::Listener,
         queue::Waiting,
         session::{EventKind, SequenceEvent},
     },
@@ -74,7 +75,7 @@ pub(super) struct Running {
     pub(super) choices: Vec<Choice>,
     /// Kept for replays.
     pub(super) events: mpsc::Sender<SequenceEvent>,
-    pub(super) arrivals: watch::Receiver<()>,
+    pub(super) arrivals: Listener,
     pub(super) held: Arc<Held>,
     /// Where the request was stopped: its place in the queue.
     pub(super) turn: Option<Waiting>,
@@ -150,7 +151,7 @@ impl Running {
                     self.go_on(outcome)?;
                     continue;
                 }
-                Ok(()) = self.arrivals.changed(), if patience.is_some() => {
+                () = self.arrivals.changed(), if patience.is_some() => {
                     self.resume_waiting();
                     continue;
                 }

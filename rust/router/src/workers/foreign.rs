@@ -29,7 +29,7 @@ impl Workers {
     pub(crate) fn set_foreign_available(self: &Arc<Self>, worker: WorkerId, is_available: bool) {
         self.change(|pool| pool.scheduler.set_draining(worker, !is_available));
         if is_available {
-            self.arrivals.send_replace(());
+            self.arrivals.announce();
         }
     }
 

@@ -88,7 +88,7 @@ impl Workers {
         is_held_back: bool,
     ) -> Result<(), OperateError> {
         self.change(|pool| pool.hold_back(name, is_held_back))?;
-        self.arrivals.send_replace(());
+        self.arrivals.announce();
         Ok(())
     }
 

@@ -131,7 +131,7 @@ impl Attempts {
             tokio::select! {
                 biased;
                 () = state.tasks.shutdown_token().cancelled() => return Err(reason),
-                _ = arrivals.changed() => {}
+                () = arrivals.changed() => {}
                 () = time::sleep_until(until.min(Instant::now() + REFUSED_PAUSE)) => {}
             }
             self.excluded.clear();

@@ -37,7 +37,7 @@ struct Named {
 #[serde(tag = "type")]
 enum PreTokenizer {
     Sequence {
-        pretokenizers: Vec<PreTokenizer>,
+        pretokenizers: Vec<Self>,
     },
     Split {
         pattern: Pattern,
