@@ -101,8 +101,7 @@ impl<'a> Prober<'a> {
             .and_then(|list| Some(list.data.first()?.owned_by.clone()));
         let kind = match owner.flatten().as_deref().and_then(kind_of_owner) {
             Some(kind) => kind,
-            // A server that does not answer on routes that it does not know is none of those.
-            None => self.kind().await.unwrap_or_default(),
+            None => self.kind_of_well().await?,
         };
         let mut listed = list.ok_or(ProbeError::Models).map(|list| {
             let model = |listed: ListedModel| EngineModel {
@@ -132,6 +131,16 @@ impl<'a> Prober<'a> {
             return Err(ProbeError::NoModel);
         }
         Ok(Identity { kind, models })
+    }
+
+    /// What it is, if it is well. One that was only cut off answers when it is asked again; one that is well and does not
+    /// answer on routes that it does not know is none of the kinds that have them.
+    async fn kind_of_well(&mut self) -> Result<EngineKind, ProbeError> {
+        if let Ok(kind) = self.kind().await {
+            return Ok(kind);
+        }
+        self.health().await?;
+        Ok(self.kind().await.unwrap_or_default())
     }
 
     /// What it is, by the routes that only its kind has.

@@ -2,10 +2,19 @@
 
 use std::time::Duration;
 
-use tokio::time::Instant;
+use orchestra_router::{
+    Router,
+    engines::{EngineConfig, EngineKind},
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    time::Instant,
+};
 
 use crate::support::{
-    Client, Engine, MODEL, ask, chat, config, eventually, get, num_up, post, start, start_with_file,
+    Client, Engine, MODEL, answer, ask, chat, config, eventually, get, num_up, post, start,
+    start_with_file,
 };
 
 async fn status(address: std::net::SocketAddr, path: &str) -> u16 {
@@ -41,6 +50,63 @@ async fn readiness_follows_the_engines() {
     let client = Client::send(address, chat("")).await;
     engine.call().await.answer(200, "{}").await;
     assert_eq!(client.answer().await.status, 200);
+}
+
+/// Answers as a vLLM that does not say so with its models. `None`: hangs up on the first question of what it is.
+fn page(path: &str, is_asked_again: bool) -> Option<String> {
+    let (status, body) = match path {
+        "/health" => (200, "{}"),
+        "/v1/models" => (200, r#"{"data": [{"id": "m"}]}"#),
+        "/version" => (200, r#"{"version": "1"}"#),
+        _ if is_asked_again => (404, "{}"),
+        _ => return None,
+    };
+    Some(answer(status, "", body))
+}
+
+/// The path of the next request.
+async fn next_path(socket: &mut TcpStream) -> Option<String> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(socket.read_u8().await.ok()?);
+    }
+    let head = String::from_utf8(head).unwrap();
+    Some(head.split(' ').nth(1).unwrap().to_owned())
+}
+
+#[tokio::test]
+async fn an_engine_that_was_cut_off_is_asked_again_what_it_is() {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let serving = async {
+        let mut is_asked_again = false;
+        loop {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            while let Some(path) = next_path(&mut socket).await {
+                let Some(page) = page(&path, is_asked_again) else {
+                    is_asked_again = true;
+                    break;
+                };
+                socket.write_all(page.as_bytes()).await.unwrap();
+            }
+        }
+    };
+    let router = Router::start(&config()).unwrap();
+    let engine = EngineConfig::new(url.parse().unwrap());
+    router.state().add_engine(engine).unwrap();
+    let known = eventually("the kind", || async {
+        let engine = router.state().list_engines().remove(0);
+        assert!(
+            !engine.is_up || engine.kind == EngineKind::Vllm,
+            "it is up, and nobody knows what it is"
+        );
+        engine.is_up
+    });
+    tokio::select! {
+        biased;
+        () = known => {}
+        () = serving => {}
+    }
 }
 
 #[tokio::test]
@@ -166,7 +232,7 @@ async fn a_file_of_engines_is_followed() {
 async fn a_file_that_is_broken_at_start_is_an_error() {
     let mut config = config();
     config.engines.engines_file = Some("/nowhere/engines.toml".into());
-    let error = orchestra_router::Router::start(&config).err().unwrap();
+    let error = Router::start(&config).err().unwrap();
     assert!(error.to_string().contains("engines_file"), "{error}");
 }
 
