@@ -9,6 +9,7 @@ mod assumed;
 mod bits;
 pub mod cells;
 mod charge;
+mod chunks;
 mod config;
 mod error;
 mod explain;

@@ -80,6 +80,12 @@ impl RelayRequest {
         }
     }
 
+    /// Its answer ended by itself, after so many tokens of all choices: what may wait is planned with that.
+    pub(super) fn output_ended(&self, state: &RouterState, num_tokens: u32) {
+        let of_each = num_tokens / self.checked.num_choices.max(1);
+        state.workers.output_ended(&self.model.name, of_each);
+    }
+
     /// Why there is no engine, in the client's words.
     pub(super) fn placement_error(&self, error: &SchedulerError) -> ApiError {
         let prompt_field = self.route.prompt_field();

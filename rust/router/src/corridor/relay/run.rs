@@ -108,6 +108,8 @@ pub(super) struct Run {
     /// The connection is in it, where others can take it away.
     held: Arc<Held>,
     is_prefilled: bool,
+    /// Output tokens of the answer that came from others.
+    tokens_before: u32,
     verdict: Verdict,
     /// As metrics name it.
     outcome: &'static str,
@@ -131,6 +133,7 @@ impl Run {
             reserved,
             held: Arc::clone(&admitted.held),
             is_prefilled: false,
+            tokens_before: 0,
             verdict: Verdict::Nothing,
             outcome: ABANDONED,
         })
@@ -174,6 +177,18 @@ impl Run {
         record.prompt(usage.prompt_tokens as usize);
         record.cached(0, cached);
         record.finished(FinishReason::Stop, usage.completion_tokens);
+        request.output_ended(&self.state, usage.completion_tokens);
+    }
+
+    /// The answer goes on here, behind so many output tokens of other engines.
+    pub(super) const fn begins_behind(&mut self, num_tokens: u32) {
+        self.tokens_before = num_tokens;
+    }
+
+    /// The answer has so many output tokens now. Its tenant is charged for those of this engine.
+    pub(super) const fn produced(&mut self, num_tokens: u32) {
+        let own = num_tokens.saturating_sub(self.tokens_before);
+        self.reserved.set_num_output_tokens(own);
     }
 
     /// It was stopped for a more urgent request, which is no fault of the engine's.
@@ -263,6 +278,7 @@ impl Run {
         self.account(request, usage);
         if let Some(usage) = usage {
             self.count(request, usage);
+            self.produced(usage.completion_tokens);
         }
         Ok(Some(whole))
     }
