@@ -6,6 +6,7 @@ use axum::http::{HeaderMap, HeaderValue, header};
 use bytes::{Bytes, BytesMut};
 use orchestra_core::{scheduler::WorkerId, step::FinishReason};
 use tokio::time::{self, Instant};
+use tokio_util::sync::CancellationToken;
 
 use super::{admit::Admitted, answer::Whole, events::Usage, held::Held, read::RelayRequest};
 use crate::{
@@ -107,6 +108,8 @@ pub(super) struct Run {
     pub(super) reserved: Reserved,
     /// The connection is in it, where others can take it away.
     held: Arc<Held>,
+    /// Cancelled when it has to leave the engine.
+    pub(super) lost: CancellationToken,
     is_prefilled: bool,
     /// Output tokens of the answer that came from others.
     tokens_before: u32,
@@ -127,7 +130,9 @@ impl Run {
             return None;
         }
         worker.engine.series.running.inc();
+        let lost = worker.engine.lost();
         Some(Self {
+            lost,
             state: Arc::clone(state),
             worker,
             reserved,
@@ -203,6 +208,15 @@ impl Run {
         }
     }
 
+    /// Why it has to leave the engine.
+    pub(super) fn loss(&self) -> FailureKind {
+        if self.worker.engine.removed.is_cancelled() {
+            FailureKind::Removed
+        } else {
+            FailureKind::Timeout
+        }
+    }
+
     /// The engine did not.
     pub(super) fn fail(&mut self, failure: &Failure) {
         (self.verdict, self.outcome) = (failure.kind.verdict(), failure.kind.as_str());
@@ -221,13 +235,13 @@ impl Run {
             limits.answer_timeout
         };
         let until = (Instant::now() + limit).min(admitted.deadline);
-        let engine = Arc::clone(&self.worker.engine);
+        let lost = self.lost.clone();
         let answered = tokio::select! {
             biased;
             answered = time::timeout_at(until, self.answer(admitted, body)) => {
                 answered.unwrap_or_else(|_| Err(FailureKind::Timeout.into()))
             }
-            () = engine.removed.cancelled() => Err(FailureKind::Removed.into()),
+            () = lost.cancelled() => Err(self.loss().into()),
         };
         match answered {
             Ok(Some(whole)) => Ok(Reply::Whole(whole)),

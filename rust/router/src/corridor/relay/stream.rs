@@ -103,7 +103,7 @@ impl EventStream {
         let Some(run) = &mut self.run else {
             return Ok(Err(FailureKind::Broken.into()));
         };
-        let worker = run.worker.clone();
+        let lost = run.lost.clone();
         let shutdown = self.attempts.admitted.state.tasks.shutdown_token().clone();
         let deadline = self.attempts.admitted.deadline;
         let is_more = tokio::select! {
@@ -119,7 +119,7 @@ impl EventStream {
                 }
                 return Ok(Err(FailureKind::Timeout.into()));
             }
-            () = worker.engine.removed.cancelled() => return Ok(Err(FailureKind::Removed.into())),
+            () = lost.cancelled() => return Ok(Err(run.loss().into())),
             () = shutdown.cancelled() => {
                 let message = "the router is shutting down";
                 return Err(GiveUp::Ours(ApiError::new(ErrorCode::ShuttingDown, message)));
