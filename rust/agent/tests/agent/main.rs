@@ -9,6 +9,7 @@ mod attaching;
 mod ends;
 #[cfg(test)]
 mod kv_events;
+mod kv_moves;
 #[cfg(test)]
 mod losses;
 #[cfg(test)]
