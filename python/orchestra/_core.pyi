@@ -15,6 +15,7 @@ from orchestra._core_types import (
 
 __all__ = [
     "Agent",
+    "KvPool",
     "PlaceRequest",
     "Placement",
     "Reservation",
@@ -392,6 +393,7 @@ class KvPool:
     def __array_interface__(self) -> dict[str, Any]:
         """Where the bytes lie."""
 
+@final
 class Agent:
     """The worker's side of the router: takes sequences in, plans steps, sends tokens out.
 
