@@ -9,6 +9,8 @@ mod attaching;
 mod ends;
 #[cfg(test)]
 mod kv_events;
+#[cfg(test)]
+mod kv_faults;
 mod kv_moves;
 #[cfg(test)]
 mod losses;

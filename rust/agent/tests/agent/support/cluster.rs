@@ -1,6 +1,7 @@
 //! Workers with pools, and the part of a router that hands their messages on.
 
 use std::{
+    ops::Deref,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -11,7 +12,7 @@ use std::{
 
 use orchestra_agent::{AgentConfig, KvTransports};
 use orchestra_proto::v1::{
-    FinishReason, KvPeer, PeerMessage, SequenceOutput, StartSequence, WorkerHello,
+    FinishReason, KvPeer, LoadReport, PeerMessage, SequenceOutput, StartSequence, WorkerHello,
     router_message::Message as Down, worker_message::Message as Up,
 };
 use parking_lot::Mutex;
@@ -20,13 +21,27 @@ use super::{
     FakeRouter, KvEngine, PATIENCE, config, kv_pool, messages::outputs_of, router::SessionSender,
 };
 
-/// One worker, as its router knows it.
-pub(crate) struct Member {
-    pub(crate) engine: KvEngine,
+/// A worker's attachment, at its router.
+pub(crate) struct Line {
     pub(crate) hello: WorkerHello,
     down: Arc<SessionSender>,
     outputs: mpsc::Receiver<SequenceOutput>,
+    load: Arc<Mutex<LoadReport>>,
     _router: FakeRouter,
+}
+
+/// One worker of this process.
+pub(crate) struct Member {
+    pub(crate) engine: KvEngine,
+    line: Line,
+}
+
+impl Deref for Member {
+    type Target = Line;
+
+    fn deref(&self) -> &Line {
+        &self.line
+    }
 }
 
 /// Where messages to each worker go in, by name.
@@ -54,24 +69,33 @@ impl Cluster {
     }
 
     fn add(&mut self, name: &str, transport: KvTransports, change: &impl Fn(&mut AgentConfig)) {
-        let mut router = FakeRouter::start();
+        let router = FakeRouter::start();
         let mut config = config(router.address);
         config.worker_id = name.to_owned();
         change(&mut config);
         let pool = kv_pool(&config, transport);
         let engine = KvEngine::start(&config, pool);
+        let line = self.attach(router);
+        self.members.push(Member { engine, line });
+    }
+
+    /// Takes in the worker that dials this router.
+    pub(crate) fn attach(&self, mut router: FakeRouter) -> Line {
         let (mut session, hello) = router.welcome();
         let down = Arc::new(session.sender());
-        self.doors.lock().push((name.to_owned(), Arc::clone(&down)));
+        let name = hello.worker_id.clone();
+        self.doors.lock().push((name.clone(), Arc::clone(&down)));
         let (sender, outputs) = mpsc::channel();
         let (doors, is_deaf) = (Arc::clone(&self.doors), Arc::clone(&self.is_deaf));
-        let name = name.to_owned();
+        let load = Arc::new(Mutex::new(LoadReport::default()));
+        let last_load = Arc::clone(&load);
         thread::spawn(move || {
             while let Some(message) = session.try_next() {
                 match message {
                     Up::ToPeer(message) if !is_deaf.load(Ordering::SeqCst) => {
                         hand_on(&doors, &name, message);
                     }
+                    Up::Load(report) => *last_load.lock() = report,
                     other => {
                         for output in outputs_of(other).unwrap_or_default() {
                             let _ = sender.send(output);
@@ -80,13 +104,13 @@ impl Cluster {
                 }
             }
         });
-        self.members.push(Member {
-            engine,
+        Line {
             hello,
             down,
             outputs,
+            load,
             _router: router,
-        });
+        }
     }
 }
 
@@ -106,7 +130,12 @@ fn hand_on(doors: &Doors, from: &str, message: PeerMessage) {
     }
 }
 
-impl Member {
+impl Line {
+    /// What the worker said last of its load.
+    pub(crate) fn load(&self) -> LoadReport {
+        *self.load.lock()
+    }
+
     /// What other workers need to reach this one.
     pub(crate) fn peer(&self) -> KvPeer {
         let announced = self.hello.kv_transfer.clone().unwrap();
