@@ -132,8 +132,9 @@ impl Network {
         match message.message {
             Some(Down::Start(start)) => self.tell(Command::Start(id, start)).await,
             Some(Down::Abort(abort)) => self.tell(Command::Abort(id, abort.sequence_id)).await,
-            // A second welcome says nothing new; an empty message is one that a newer router knows.
-            Some(Down::Welcome(_)) | None => {}
+            // A second welcome says nothing new; nobody here has peers; an empty message is one that a newer router
+            // knows.
+            Some(Down::Welcome(_) | Down::FromPeer(_)) | None => {}
         }
     }
 

@@ -28,6 +28,8 @@ impl StepLoop {
             eos_token_ids: limits.eos_token_ids.clone(),
             block_hashes: outputs::wire(&self.scheduler.cached_block_hashes()),
             vocab_size: self.config.vocab_size,
+            kv_transfer: None,
+            role: v1::WorkerRole::Unspecified.into(),
         };
         let hello = v1::WorkerMessage {
             message: Some(Message::Hello(hello)),

@@ -106,6 +106,8 @@ impl Choice {
             // Filled in with the worker.
             sequence_id: 0,
             weights_epoch: 0,
+            kv_source: None,
+            kv_target: None,
         }
     }
 }

@@ -287,8 +287,8 @@ impl Attached<'_> {
             }
             Some(Up::Hello(_)) => return Err(End::Unexpected("a second hello")),
             Some(Up::ModelFiles(_)) => return Err(End::Unexpected("model_files unasked")),
-            // A kind that a newer worker knows.
-            None => {}
+            // No peers are introduced, so there is nobody to hand it to. None: a kind that a newer worker knows.
+            Some(Up::ToPeer(_)) | None => {}
         }
         Ok(())
     }

@@ -262,8 +262,9 @@ impl Sink {
             v1::FinishReason::Stop => Some(FinishReason::Stop),
             v1::FinishReason::Length => Some(FinishReason::Length),
             // An abort that nobody here asked for, or the sink would be gone. Tokens that come with a failure are not
-            // passed on; they are drawn again, alike, when the request is continued elsewhere.
-            v1::FinishReason::Abort | v1::FinishReason::Error => {
+            // passed on; they are drawn again, alike, when the request is continued elsewhere. Nobody was asked to
+            // compute a prompt only.
+            v1::FinishReason::Abort | v1::FinishReason::Error | v1::FinishReason::Prefilled => {
                 self.send(failure(output.error));
                 return Ok(true);
             }
