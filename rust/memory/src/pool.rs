@@ -11,6 +11,7 @@ mod moves;
 mod pick;
 mod report;
 mod sets;
+mod view;
 
 use std::{
     fmt,
@@ -29,6 +30,7 @@ pub use self::{
     holds::{HoldKind, Holds, PinGuard},
     moves::Move,
     report::PoolStats,
+    view::BlockView,
 };
 use self::{epochs::Epochs, sets::Sets};
 use crate::{
