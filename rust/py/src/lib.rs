@@ -6,6 +6,7 @@
 
 mod agent;
 mod errors;
+mod memory;
 mod process;
 mod router;
 mod scheduler;
@@ -26,6 +27,10 @@ mod _core {
     use super::{
         agent::Agent,
         errors::error_codes,
+        memory::{
+            BlockPool, BlockSet, BlockView, BufferManager, Chime, Grant, MemoryTransfer,
+            RemoteGrant, TransferOptions,
+        },
         process::{die_with_parent, init_logging},
         router::run_router,
         scheduler::{
