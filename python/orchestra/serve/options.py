@@ -178,7 +178,9 @@ def group_devices(options: ServeOptions) -> list[str | None]:
     if needed > len(gpus):
         workers = f"--replicas {options.replicas}"
         if options.prefill:
-            workers = f"--prefill {options.prefill} and --decode {options.replicas - options.prefill}"
+            workers = (
+                f"--prefill {options.prefill} and --decode {options.replicas - options.prefill}"
+            )
         raise UsageError(
             f"--tp {options.tp} and {workers} need {needed} GPUs, there are {len(gpus)}"
             " (--device cpu runs without)"
