@@ -76,6 +76,8 @@ impl AgentStats {
         self.swaps = stats.swaps;
         self.prefix_hit_tokens = stats.prefix_hit_tokens;
         self.prefix_query_tokens = stats.prefix_query_tokens;
+        self.kv_blocks_fetched = stats.fetched_blocks;
+        self.kv_fetch_failures = stats.fetch_failures;
     }
 
     fn report(&self) -> v1::LoadReport {

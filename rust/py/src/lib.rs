@@ -6,6 +6,7 @@
 
 mod agent;
 mod errors;
+mod kv_pool;
 mod process;
 mod router;
 mod scheduler;
@@ -26,6 +27,7 @@ mod _core {
     use super::{
         agent::Agent,
         errors::error_codes,
+        kv_pool::KvPool,
         process::{die_with_parent, init_logging},
         router::run_router,
         scheduler::{
