@@ -62,7 +62,17 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 256,
 }
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 256,
+}
+_DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
 _LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+
+_WINDOW = {"use_sliding_window": True, "sliding_window": 21}
+_MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 # Each kind: the configuration class and what differs from the shape above.
 _KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
@@ -71,6 +81,8 @@ _KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama-biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
     "llama3-rope": (LlamaConfig, {"rope_parameters": _LLAMA3_ROPE}),
     "linear-rope": (LlamaConfig, {"rope_parameters": _LINEAR_ROPE}),
+    "yarn-rope": (LlamaConfig, {"rope_parameters": _YARN_ROPE}),
+    "dynamic-rope": (LlamaConfig, {"rope_parameters": _DYNAMIC_ROPE}),
     # Nothing divides evenly but the heads: a vocabulary of a prime size, an odd intermediate size, 4 KV heads.
     "llama-odd": (
         LlamaConfig,
@@ -83,10 +95,16 @@ _KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         },
     ),
     "mistral": (MistralConfig, {"sliding_window": None}),
+    # Windows that are no multiple of a block and shorter than the prompts of the tests.
+    "mistral-window": (MistralConfig, {"sliding_window": 21}),
     "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen2-window": (Qwen2Config, {**_WINDOW, "max_window_layers": 1}),
     "qwen3": (Qwen3Config, {}),
+    "qwen3-window": (Qwen3Config, {**_WINDOW, "layer_types": _MIXED_LAYERS}),
 }
 KINDS = tuple(_KINDS)
+# One kind of each way to build a layer.
+FAMILIES = ("llama", "mistral-window", "qwen2", "qwen3")
 
 
 def make_checkpoint(kind: str, directory: Path, seed: int, **overrides: Any) -> Path:

@@ -10,7 +10,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from orchestra.errors import ConfigError, UnsupportedError
-from orchestra.worker.model_config import ModelConfig, RopeConfig
+from orchestra.worker.model_config import ModelConfig
+from orchestra.worker.rope_config import RopeConfig
 from orchestra.worker.rotary import inverse_frequencies
 from tests.worker.conftest import Checkpoints
 
@@ -62,16 +63,79 @@ def test_both_spellings_of_dtype_and_rotation() -> None:
     assert older.rope == RopeConfig(kind="linear", factor=2.0)
 
 
-@pytest.mark.parametrize("kind", ["linear", "llama3"])
-def test_frequencies_agree_with_transformers(kind: str) -> None:
-    scaling = {**LLAMA3, "rope_type": kind, "rope_theta": 3e5}
-    theirs, factor = ROPE_INIT_FUNCTIONS[kind](
-        LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters=scaling),
+STRETCHED: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 8.0},
+    "dynamic": {"factor": 8.0},
+    "llama3": LLAMA3,
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 512},
+    "yarn with its own bounds": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 300,
+        "beta_fast": 16,
+        "beta_slow": 2,
+        "truncate": False,
+        "mscale": 0.7,
+        "mscale_all_dim": 0.2,
+    },
+    "yarn by ratio": {
+        "rope_type": "yarn",
+        "factor": None,
+        "original_max_position_embeddings": 256,
+        "attention_factor": 1.3,
+    },
+    "longrope": {
+        "short_factor": [1.0 + i / 10 for i in range(64)],
+        "long_factor": [2.0 + i for i in range(64)],
+        "original_max_position_embeddings": 512,
+    },
+}
+
+
+@pytest.mark.parametrize("case", STRETCHED)
+@pytest.mark.parametrize("max_positions", [512, 2048])
+def test_frequencies_agree_with_transformers(case: str, max_positions: int) -> None:
+    scaling = {"rope_type": case, "rope_theta": 3e5, **STRETCHED[case]}
+    shape: dict[str, Any] = {
+        "hidden_size": 512,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 2048,
+    }
+    theirs, attention_factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](
+        # It fills the dictionary in.
+        LlamaConfig(**shape, rope_parameters=dict(scaling)),
         torch.device("cpu"),
+        # Only this kind asks whether a sequence is long; the other that could does not differ up to the model's length.
+        seq_len=max_positions if case == "longrope" else None,
     )
-    rope = parse(rope_parameters=scaling).rope
-    assert factor == 1.0
-    torch.testing.assert_close(inverse_frequencies(rope, 128), theirs, rtol=1e-6, atol=0)
+    rope = parse(**shape, rope_parameters=scaling).rope
+    ours = inverse_frequencies(rope, 128, max_positions)
+    assert rope.attention_factor == pytest.approx(attention_factor)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+def test_first_spellings_of_longrope() -> None:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    outer: dict[str, Any] = {"original_max_position_embeddings": 128}
+    for name in ("su", "yarn", "longrope"):
+        rope = parse(rope_scaling={"type": name, **factors}, **outer).rope
+        assert (rope.kind, rope.factor) == ("longrope", 4.0)
+
+
+def test_windows_by_layer() -> None:
+    def windows(architecture: str, **changes: Any) -> list[int | None]:
+        config = parse(architectures=[architecture], **changes)
+        return [rule.window for rule in config.attention]
+
+    assert windows("LlamaForCausalLM") == [None, None]
+    assert windows("MistralForCausalLM") == [4096, 4096]
+    assert windows("MistralForCausalLM", sliding_window=None) == [None, None]
+    assert windows("Qwen2ForCausalLM", sliding_window=64) == [None, None]
+    used = {"use_sliding_window": True, "sliding_window": 64}
+    assert windows("Qwen2ForCausalLM", **used, max_window_layers=1) == [None, 64]
+    assert windows("Qwen2ForCausalLM", **used, max_window_layers=0) == [64, 64]
+    kinds = ["sliding_attention", "full_attention"]
+    assert windows("Qwen3ForCausalLM", **used, layer_types=kinds) == [64, None]
 
 
 def test_end_tokens_come_from_the_generation_config_first() -> None:
@@ -88,8 +152,10 @@ def test_end_tokens_come_from_the_generation_config_first() -> None:
         {"quantization_config": {"quant_method": "gptq"}},
         {"sliding_window": 4096},
         {"layer_types": ["full_attention", "sliding_attention"]},
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-        {"partial_rotary_factor": 0.5},
+        {"rope_scaling": {"rope_type": "axial", "factor": 4.0}},
+        {"partial_rotary_factor": 0.45},
+        {"partial_rotary_factor": 1.5},
+        {"layer_types": ["full_attention", "chunked_attention"]},
         {"dtype": "float8_e4m3fn"},
         {"head_dim": 15},
     ],
@@ -113,6 +179,11 @@ def test_unsupported_models_are_refused_by_key(changes: dict[str, Any]) -> None:
         {"rope_theta": "big"},
         {"rope_scaling": {"type": "linear"}},
         {"rope_parameters": [1]},
+        {"rope_parameters": {"full_attention": {}, "sliding_attention": 3}},
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+        {"rope_scaling": {"type": "longrope", "short_factor": ["1"] * 8, "long_factor": [1.0]}},
+        {"layer_types": ["full_attention"]},
+        {"layer_types": "full_attention"},
         {"eos_token_id": "</s>"},
     ],
     ids=str,

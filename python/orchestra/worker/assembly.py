@@ -126,7 +126,8 @@ def build_rank(
     max_model_len = decide_max_model_len(spec, num_blocks, config.max_model_len, longest)
     check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(spec, num_blocks, place))
     cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks)
-    attention = TorchPagedAttention(cache, len(heads.heads), place.device)
+    rules = model_config.attention
+    attention = TorchPagedAttention(cache, len(heads.heads), place.device, rules)
     sampler = None
     if config.shard.rank == 0:
         sampler = Sampler(model_config.vocab_size, config.max_num_seqs, place.device)

@@ -83,7 +83,7 @@ def _load_qkv(
         ]
     )
     rotated = stacked[: (len(heads.heads) + len(heads.kv_heads)) * head_dim]
-    rotated.copy_(interleave(rotated, head_dim))
+    rotated.copy_(interleave(rotated, head_dim, config.rope.rotary_dim(head_dim)))
     return stacked
 
 
@@ -92,10 +92,11 @@ def _load_head_norms(
 ) -> RMSNorm:
     """One norm for query and key heads together: a row of weights for each."""
     head_dim = config.head_dim
+    rotary_dim = config.rope.rotary_dim(head_dim)
 
     def weight(part: str, count: int) -> Tensor:
         loaded = context.rows(f"{name}.{part}.weight", [head_dim], [Span(0, head_dim)])
-        return interleave(loaded, head_dim).expand(count, head_dim)
+        return interleave(loaded, head_dim, rotary_dim).expand(count, head_dim)
 
     query = weight("q_norm", len(heads.heads))
     key = weight("k_norm", len(heads.kv_heads))
