@@ -8,8 +8,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -100,11 +103,36 @@ _KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
     "qwen2-window": (Qwen2Config, {**_WINDOW, "max_window_layers": 1}),
     "qwen3": (Qwen3Config, {}),
+    "phi3": (Phi3Config, {"sliding_window": 21}),
+    "phi3-longrope": (
+        Phi3Config,
+        {
+            "num_attention_heads": 4,
+            "original_max_position_embeddings": MAX_POSITIONS,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.2, 1.4, 1.9, 3.0],
+                "long_factor": [1.0, 2.1, 4.2, 8.4, 16.9, 31.0],
+            },
+        },
+    ),
+    # The caps are low enough to bend what random weights give.
+    "gemma2": (
+        Gemma2Config,
+        {
+            "sliding_window": 21,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (Gemma3TextConfig, {"sliding_window": 21, "layer_types": _MIXED_LAYERS}),
     "qwen3-window": (Qwen3Config, {**_WINDOW, "layer_types": _MIXED_LAYERS}),
 }
 KINDS = tuple(_KINDS)
 # One kind of each way to build a layer.
-FAMILIES = ("llama", "mistral-window", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral-window", "qwen2", "qwen3", "phi3", "gemma2", "gemma3")
 
 
 def make_checkpoint(kind: str, directory: Path, seed: int, **overrides: Any) -> Path:

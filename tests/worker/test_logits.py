@@ -2,15 +2,17 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from orchestra.worker import attention_layout
 from orchestra.worker.assembly import Rank
-from tests.checkpoints import FAMILIES, KINDS
+from tests.checkpoints import FAMILIES, KINDS, MAX_POSITIONS, make_checkpoint
 from tests.worker.conftest import MakeRank, Reference
 from tests.worker.plans import PlanBuilder
 
@@ -110,6 +112,23 @@ def test_long_context_reaches_stretched_rotations(
     run.step(a=88)
     run.step(a=1)
     assert run.num_compared == 2
+
+
+def test_longest_sequence_chooses_between_rotations(tmp_path: Path, make_rank: MakeRank) -> None:
+    # Made for 64 positions, stretched to 2,048: transformers chooses by each sequence, we once for all of them.
+    changes = {"original_max_position_embeddings": 64, "max_position_embeddings": MAX_POSITIONS}
+    model_dir = make_checkpoint("phi3-longrope", tmp_path / "phi3", seed=1, **changes)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager")
+    for length, settings in ((100, {}), (60, {"max_model_len": 64})):
+        rank = make_rank("phi3-longrope", model_dir=model_dir, **settings)
+        builder = PlanBuilder(rank.num_blocks)
+        tokens = prompt(length)
+        builder.add("a", tokens)
+        rank.runner.forward(builder.plan({"a": 48}))
+        logits = rank.runner.forward(builder.plan({"a": length - 48}))
+        assert logits is not None
+        with torch.inference_mode():
+            assert_close(logits[0], model(torch.tensor([tokens])).logits[0, -1])
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

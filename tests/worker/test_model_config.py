@@ -10,9 +10,12 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from orchestra.errors import ConfigError, UnsupportedError
+from orchestra.worker.families import FAMILIES
 from orchestra.worker.model_config import ModelConfig
+from orchestra.worker.models import LOADERS
 from orchestra.worker.rope_config import RopeConfig
 from orchestra.worker.rotary import inverse_frequencies
+from tests.checkpoints import KINDS
 from tests.worker.conftest import Checkpoints
 
 MINIMAL: dict[str, Any] = {
@@ -136,6 +139,36 @@ def test_windows_by_layer() -> None:
     assert windows("Qwen2ForCausalLM", **used, max_window_layers=0) == [64, 64]
     kinds = ["sliding_attention", "full_attention"]
     assert windows("Qwen3ForCausalLM", **used, layer_types=kinds) == [64, None]
+    four = {"num_hidden_layers": 4, "sliding_window": 64}
+    assert windows("Gemma2ForCausalLM", **four) == [64, None, 64, None]
+    assert windows("Gemma3ForCausalLM", **four, sliding_window_pattern=3) == [64, 64, None, 64]
+
+
+def test_gemma_in_both_spellings() -> None:
+    architectures = ["Gemma3ForCausalLM"]
+    linear = {"rope_type": "linear", "factor": 8.0}
+    old = parse(architectures=architectures, rope_scaling=linear, rope_theta=1e6)
+    new = parse(
+        architectures=architectures,
+        rope_parameters={
+            "full_attention": {**linear, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    )
+    assert old == new
+    assert old.rope == RopeConfig(1e6, "linear", factor=8.0)
+    assert old.window_rope == RopeConfig(1e4)
+    assert [old.rope_of(layer).theta for layer in range(2)] == [1e4, 1e4]
+    assert old.attention[0].scale == 1 / 16
+    assert old.embedding_scale == 8.0
+    caps = parse(architectures=["Gemma2ForCausalLM"], final_logit_softcapping=None)
+    assert (caps.attention[1].soft_cap, caps.logit_soft_cap) == (50.0, None)
+
+
+def test_every_family_has_its_layers_and_a_checkpoint(checkpoint: Checkpoints) -> None:
+    assert FAMILIES.keys() == LOADERS.keys()
+    made = {ModelConfig.from_directory(checkpoint(kind)).architecture for kind in KINDS}
+    assert made == FAMILIES.keys()
 
 
 def test_end_tokens_come_from_the_generation_config_first() -> None:
@@ -149,6 +182,8 @@ def test_end_tokens_come_from_the_generation_config_first() -> None:
         {"architectures": ["MambaForCausalLM"]},
         {"architectures": None},
         {"hidden_act": "gelu"},
+        {"hidden_activation": "gelu"},
+        {"use_bidirectional_attention": True},
         {"quantization_config": {"quant_method": "gptq"}},
         {"sliding_window": 4096},
         {"layer_types": ["full_attention", "sliding_attention"]},

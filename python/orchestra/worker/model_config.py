@@ -1,5 +1,6 @@
 """The shape of a model, read from the Hugging Face `config.json` of its checkpoint."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from orchestra.errors import ConfigError, UnsupportedError
-from orchestra.worker.config_json import natural, number, positive, read_json
+from orchestra.worker.config_json import natural, number, optional_number, positive, read_json
 from orchestra.worker.families import FAMILIES, Family
 from orchestra.worker.rope_config import RopeConfig, parse_ropes
 
@@ -17,6 +18,8 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# Of the MLP's gates; `layers` computes them.
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -47,8 +50,20 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     rope: RopeConfig
+    window_rope: RopeConfig
+    """Of layers with a window; the same in most models."""
     attention: tuple[AttentionRule, ...]
     """Of each layer."""
+    activation: str
+    """Of the MLP's gates; one of `ACTIVATIONS`."""
+    norm_offset: float
+    """Added to the weights of norms."""
+    embedding_scale: float | None
+    """Multiplies the embeddings; None: they are taken as they are."""
+    logit_soft_cap: float | None
+    """Bends every logit `x` to `cap · tanh(x / cap)`; None: not bent."""
+    has_joined_projections: bool
+    """Whether query, key and value are one weight in the checkpoint, and gate and up are one."""
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
@@ -58,6 +73,10 @@ class ModelConfig:
     dtype: torch.dtype
     """Of the checkpoint's weights."""
     eos_token_ids: tuple[int, ...]
+
+    def rope_of(self, layer: int) -> RopeConfig:
+        """The rotation of a layer."""
+        return self.rope if self.attention[layer].window is None else self.window_rope
 
     @classmethod
     def from_directory(cls, model_dir: Path) -> "ModelConfig":
@@ -93,7 +112,7 @@ class ModelConfig:
         if head_dim % 2:
             raise UnsupportedError(f"head_dim: {head_dim} is odd, rotation needs pairs")
         num_layers = positive(config, "num_hidden_layers")
-        rope, _ = parse_ropes(config, head_dim)
+        rope, window_rope = parse_ropes(config, head_dim)
         return cls(
             architecture=architecture,
             vocab_size=positive(config, "vocab_size"),
@@ -106,7 +125,13 @@ class ModelConfig:
             max_position_embeddings=positive(config, "max_position_embeddings"),
             rms_norm_eps=number(config, "rms_norm_eps", 1e-6),
             rope=rope,
-            attention=tuple(map(AttentionRule, _windows(config, num_layers, family))),
+            window_rope=window_rope,
+            attention=_attention(config, num_layers, family),
+            activation=_activation(config)[1],
+            norm_offset=family.norm_offset,
+            embedding_scale=math.sqrt(hidden_size) if family.has_scaled_embedding else None,
+            logit_soft_cap=optional_number(config, "final_logit_softcapping"),
+            has_joined_projections=family.has_joined_projections,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=attention_bias or family.qkv_bias,
             o_bias=attention_bias,
@@ -130,9 +155,12 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
     """Names the first key that asks for something the worker would silently get wrong."""
     if config.get("quantization_config") is not None:
         raise UnsupportedError("quantization_config: quantised checkpoints are not supported")
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UnsupportedError(f"hidden_act: {activation!r} is not supported, only 'silu'")
+    key, activation = _activation(config)
+    if activation not in ACTIVATIONS:
+        expected = ", ".join(ACTIVATIONS)
+        raise UnsupportedError(f"{key}: {activation!r} is not supported, only {expected}")
+    if config.get("use_bidirectional_attention"):
+        raise UnsupportedError("use_bidirectional_attention: tokens see only those before them")
     window = config.get("sliding_window")
     if window is not None and not family.has_windows:
         raise UnsupportedError(f"sliding_window: {window} is set, this architecture has none")
@@ -147,6 +175,22 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
             raise UnsupportedError(f"layer_types: {unknown[0]!r}, supported here are {expected}")
 
 
+def _activation(config: Mapping[str, Any]) -> tuple[str, Any]:
+    """The key that names the activation, and the name."""
+    key = "hidden_act" if config.get("hidden_activation") is None else "hidden_activation"
+    return key, config.get(key, "silu")
+
+
+def _attention(
+    config: Mapping[str, Any], num_layers: int, family: Family
+) -> tuple[AttentionRule, ...]:
+    divisor = optional_number(config, "query_pre_attn_scalar")
+    scale = None if divisor is None else 1 / math.sqrt(divisor)
+    soft_cap = optional_number(config, "attn_logit_softcapping")
+    windows = _windows(config, num_layers, family)
+    return tuple(AttentionRule(window, scale, soft_cap) for window in windows)
+
+
 def _windows(config: Mapping[str, Any], num_layers: int, family: Family) -> tuple[int | None, ...]:
     """How many tokens the layers see, one by one."""
     is_used = family.has_windows and config.get("use_sliding_window", True)
@@ -156,9 +200,14 @@ def _windows(config: Mapping[str, Any], num_layers: int, family: Family) -> tupl
     kinds = config.get("layer_types")
     if kinds is not None:
         return tuple(window if kind == _SLIDING else None for kind in kinds)
-    # Without a list the first layers see everything. Only Qwen's files say how many; elsewhere there are none.
+    # Without a list, the last of every `sliding_window_pattern` layers sees everything (Gemma), or the first
+    # `max_window_layers` do (Qwen), or none does.
+    layers = range(num_layers)
+    if config.get("sliding_window_pattern") is not None:
+        pattern = positive(config, "sliding_window_pattern")
+        return tuple(window if (index + 1) % pattern else None for index in layers)
     first = natural(config, "max_window_layers", 0)
-    return tuple(window if index >= first else None for index in range(num_layers))
+    return tuple(window if index >= first else None for index in layers)
 
 
 def _eos_token_ids(
