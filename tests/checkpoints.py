@@ -12,11 +12,13 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 END_OF_TEXT = "<|end|>"
@@ -128,11 +130,43 @@ _KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         },
     ),
     "gemma3": (Gemma3TextConfig, {"sliding_window": 21, "layer_types": _MIXED_LAYERS}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    # The first layer has no experts; the weights of a token's experts do not add up to 1.
+    "qwen3-moe": (
+        Qwen3MoeConfig,
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 52,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "qwen3-moe-normalised": (
+        Qwen3MoeConfig,
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 52,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+            **_WINDOW,
+        },
+    ),
     "qwen3-window": (Qwen3Config, {**_WINDOW, "layer_types": _MIXED_LAYERS}),
 }
 KINDS = tuple(_KINDS)
 # One kind of each way to build a layer.
-FAMILIES = ("llama", "mistral-window", "qwen2", "qwen3", "phi3", "gemma2", "gemma3")
+FAMILIES = (
+    "llama",
+    "mistral-window",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "mixtral",
+    "qwen3-moe",
+)
 
 
 def make_checkpoint(kind: str, directory: Path, seed: int, **overrides: Any) -> Path:

@@ -165,6 +165,24 @@ def test_gemma_in_both_spellings() -> None:
     assert (caps.attention[1].soft_cap, caps.logit_soft_cap) == (50.0, None)
 
 
+def test_experts() -> None:
+    assert parse().experts is None
+    mixtral = parse(architectures=["MixtralForCausalLM"])
+    assert mixtral.experts is not None
+    assert (mixtral.experts.count, mixtral.experts.intermediate_size) == (8, 128)
+    assert mixtral.mlp_width == 2 * (128 + 64)
+    qwen = parse(
+        architectures=["Qwen3MoeForCausalLM"],
+        num_experts=16,
+        moe_intermediate_size=32,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+    ).experts
+    assert qwen is not None
+    assert (qwen.count, qwen.per_token, qwen.is_normalised) == (16, 8, False)
+    assert [qwen.is_in(layer) for layer in range(6)] == [False, True, False, False, False, True]
+
+
 def test_every_family_has_its_layers_and_a_checkpoint(checkpoint: Checkpoints) -> None:
     assert FAMILIES.keys() == LOADERS.keys()
     made = {ModelConfig.from_directory(checkpoint(kind)).architecture for kind in KINDS}
@@ -219,6 +237,8 @@ def test_unsupported_models_are_refused_by_key(changes: dict[str, Any]) -> None:
         {"rope_scaling": {"type": "longrope", "short_factor": ["1"] * 8, "long_factor": [1.0]}},
         {"layer_types": ["full_attention"]},
         {"layer_types": "full_attention"},
+        {"num_experts_per_tok": 3, "num_experts": 2},
+        {"mlp_only_layers": 3, "num_experts": 2, "num_experts_per_tok": 1},
         {"eos_token_id": "</s>"},
     ],
     ids=str,

@@ -43,6 +43,26 @@ FAMILIES: dict[str, Family] = {
     "Phi3ForCausalLM": Family(
         {"rms_norm_eps": 1e-5}, has_windows=True, has_joined_projections=True
     ),
+    "MixtralForCausalLM": Family(
+        {
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+        },
+        has_windows=True,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        {
+            "use_sliding_window": False,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        qk_norm=True,
+        has_windows=True,
+    ),
     "Gemma2ForCausalLM": Family(
         {
             **_GEMMA,

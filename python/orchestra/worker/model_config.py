@@ -36,6 +36,27 @@ class AttentionRule:
 
 
 @dataclass(frozen=True)
+class ExpertConfig:
+    """The experts that take the place of the MLP in some layers or all."""
+
+    count: int
+    per_token: int
+    """Experts that each token goes to."""
+    intermediate_size: int
+    """Of one expert."""
+    is_normalised: bool
+    """Whether the weights of a token's experts are made to add up to 1."""
+    sparse_step: int
+    """Every so many layers there are experts."""
+    dense_layers: frozenset[int]
+    """Where there are none all the same."""
+
+    def is_in(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return (layer + 1) % self.sparse_step == 0 and layer not in self.dense_layers
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything about a model that the worker needs to build it. Names follow `config.json`."""
 
@@ -70,9 +91,20 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     """Whether each query and key head is normalised before the rotation."""
+    experts: ExpertConfig | None
+    """None: every layer has one MLP."""
     dtype: torch.dtype
     """Of the checkpoint's weights."""
     eos_token_ids: tuple[int, ...]
+
+    @property
+    def mlp_width(self) -> int:
+        """Numbers that the widest MLP keeps of a token side by side, between its first weight and its last."""
+        if self.experts is None:
+            return self.intermediate_size
+        # Every expert has its own copy of the token too.
+        chosen = self.experts.per_token * (self.experts.intermediate_size + self.hidden_size)
+        return max(self.intermediate_size, chosen)
 
     def rope_of(self, layer: int) -> RopeConfig:
         """The rotation of a layer."""
@@ -137,6 +169,7 @@ class ModelConfig:
             o_bias=attention_bias,
             mlp_bias=bool(config.get("mlp_bias")),
             qk_norm=family.qk_norm,
+            experts=_experts(config),
             dtype=_dtype(config),
             eos_token_ids=_eos_token_ids(config, generation_config),
         )
@@ -208,6 +241,29 @@ def _windows(config: Mapping[str, Any], num_layers: int, family: Family) -> tupl
         return tuple(window if (index + 1) % pattern else None for index in layers)
     first = natural(config, "max_window_layers", 0)
     return tuple(window if index >= first else None for index in layers)
+
+
+def _experts(config: Mapping[str, Any]) -> ExpertConfig | None:
+    # Qwen's first files say `num_experts`.
+    key = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
+    if config.get(key) is None:
+        return None
+    count, per_token = positive(config, key), positive(config, "num_experts_per_tok")
+    if per_token > count:
+        raise ConfigError(f"num_experts_per_tok: {per_token} of {count} experts")
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(isinstance(index, int) for index in dense):
+        raise ConfigError("mlp_only_layers: must be a list of layers")
+    return ExpertConfig(
+        count=count,
+        per_token=per_token,
+        intermediate_size=positive(
+            config, "moe_intermediate_size", positive(config, "intermediate_size")
+        ),
+        is_normalised=bool(config.get("norm_topk_prob")),
+        sparse_step=positive(config, "decoder_sparse_step", 1),
+        dense_layers=frozenset(dense),
+    )
 
 
 def _eos_token_ids(

@@ -43,7 +43,7 @@ class SelfAttention:
     def load(
         cls, context: LoadContext, name: str, index: int, config: ModelConfig
     ) -> "SelfAttention":
-        """Loads `name` + `.q_proj`, `.k_proj`, `.v_proj` (or all as `.qkv_proj`), and head norms if the model has them."""
+        """Loads `name` + `.q_proj`, `.k_proj`, `.v_proj` (or all as `.qkv_proj`), and head norms if there are some."""
         heads = context.communicator.shard.heads(config.num_heads, config.num_kv_heads)
         weight = _load_qkv(context, name, config, heads, "weight")
         bias = _load_qkv(context, name, config, heads, "bias") if config.qkv_bias else None

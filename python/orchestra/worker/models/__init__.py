@@ -13,6 +13,7 @@ from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.models.decoder import Decoder, LoadLayer
 from orchestra.worker.models.gemma import GemmaLayer
 from orchestra.worker.models.llama import LlamaLayer
+from orchestra.worker.models.mixture import load_mixtral_layer, load_qwen3_layer
 
 
 class Model(Protocol):
@@ -44,6 +45,8 @@ _LAYERS: dict[str, LoadLayer] = {
     "Qwen2ForCausalLM": LlamaLayer.load,
     "Qwen3ForCausalLM": LlamaLayer.load,
     "Phi3ForCausalLM": LlamaLayer.load,
+    "MixtralForCausalLM": load_mixtral_layer,
+    "Qwen3MoeForCausalLM": load_qwen3_layer,
     "Gemma2ForCausalLM": GemmaLayer.load,
     "Gemma3ForCausalLM": GemmaLayer.load,
 }
