@@ -4,6 +4,15 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, final
 
+from orchestra._core_memory import BlockPool as BlockPool
+from orchestra._core_memory import BlockSet as BlockSet
+from orchestra._core_memory import BlockView as BlockView
+from orchestra._core_memory import BufferManager as BufferManager
+from orchestra._core_memory import Chime as Chime
+from orchestra._core_memory import Grant as Grant
+from orchestra._core_memory import RemoteGrant as RemoteGrant
+from orchestra._core_memory import Transfer as Transfer
+from orchestra._core_memory import TransferOptions as TransferOptions
 from orchestra._core_types import (
     CandidateRow,
     DomainRow,
@@ -15,13 +24,22 @@ from orchestra._core_types import (
 
 __all__ = [
     "Agent",
+    "BlockPool",
+    "BlockSet",
+    "BlockView",
+    "BufferManager",
+    "Chime",
+    "Grant",
     "KvPool",
     "PlaceRequest",
     "Placement",
+    "RemoteGrant",
     "Reservation",
     "RouteRequest",
     "Scheduler",
     "Ticket",
+    "Transfer",
+    "TransferOptions",
     "__version__",
     "default_scheduler_config",
     "die_with_parent",

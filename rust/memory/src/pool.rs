@@ -12,6 +12,7 @@ mod pick;
 mod renew;
 mod report;
 mod sets;
+mod view;
 
 use std::{
     fmt,
@@ -30,6 +31,7 @@ pub use self::{
     holds::{HoldKind, Holds, PinGuard},
     moves::Move,
     report::PoolStats,
+    view::BlockView,
 };
 use self::{epochs::Epochs, sets::Sets};
 use crate::{

@@ -7,6 +7,7 @@
 mod agent;
 mod errors;
 mod kv_pool;
+mod memory;
 mod process;
 mod router;
 mod scheduler;
@@ -28,6 +29,10 @@ mod _core {
         agent::Agent,
         errors::error_codes,
         kv_pool::KvPool,
+        memory::{
+            BlockPool, BlockSet, BlockView, BufferManager, Chime, Grant, MemoryTransfer,
+            RemoteGrant, TransferOptions,
+        },
         process::{die_with_parent, init_logging},
         router::run_router,
         scheduler::{
