@@ -22,6 +22,7 @@ from orchestra.worker.config import WorkerConfig
 from orchestra.worker.loader import WeightReader
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.sharding import Shard
+from tests.checkpoints import FAMILIES
 from tests.worker.conftest import Checkpoints, Reference
 from tests.worker.plans import PlanBuilder, encode_plan, sampling_start
 from tests.worker.test_logits import assert_close, prompt
@@ -134,7 +135,7 @@ def script(kind: str, reference: Reference) -> tuple[list[bytes], list[list[int]
 @pytest.mark.parametrize(
     ("kind", "size"),
     [
-        pytest.param("qwen3", 2, id="each rank has its KV head"),
+        *[pytest.param(kind, 2, id=f"{kind}, each rank has its KV head") for kind in FAMILIES],
         pytest.param("llama-biases", 4, id="two ranks share a KV head"),
         pytest.param("llama-tied", 8, id="one head per rank"),
         pytest.param("llama-odd", 3, id="no size but the heads divides"),

@@ -134,7 +134,8 @@ def build_rank(
     check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(spec, num_blocks, place))
     pool = make_kv_pool(config, spec, num_blocks, place.device)
     cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks, pool)
-    attention = TorchPagedAttention(cache, len(heads.heads), place.device)
+    rules = model_config.attention
+    attention = TorchPagedAttention(cache, len(heads.heads), place.device, rules)
     sampler = None
     if config.shard.rank == 0:
         sampler = Sampler(model_config.vocab_size, config.max_num_seqs, place.device)
@@ -204,7 +205,7 @@ def _activation_bytes(config: WorkerConfig, model_config: ModelConfig) -> int:
     # Live at once per token: the residual stream and its copies, both halves of the MLP, the attention heads. Per
     # sample: the logits and, while it is drawn, their copies in double precision. All counted as fp32.
     heads = 3 * model_config.num_heads * model_config.head_dim
-    per_token = 4 * model_config.hidden_size + 3 * model_config.intermediate_size + heads
+    per_token = 4 * model_config.hidden_size + 3 * model_config.mlp_width + heads
     per_sample = 8 * model_config.vocab_size
     numbers = config.max_num_batched_tokens * per_token + config.max_num_seqs * per_sample
     return numbers * torch.float32.itemsize
