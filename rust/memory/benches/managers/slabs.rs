@@ -50,6 +50,7 @@ pub(crate) fn measure() {
             let config = SlabConfig {
                 len: BYTES as u64,
                 huge_pages,
+                prefault: true,
                 prefault_threads: threads,
             };
             let started = Instant::now();
