@@ -56,6 +56,7 @@ pub(crate) fn slab(id: u32, len: u64) -> Arc<Slab> {
         len,
         huge_pages: false,
         prefault_threads: NonZeroUsize::MIN,
+        numa_node: None,
     };
     Arc::new(Slab::create(SlabId(id), &config).unwrap())
 }

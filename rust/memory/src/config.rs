@@ -25,6 +25,8 @@ pub struct PoolConfig {
     pub huge_pages: bool,
     /// Threads that touch a new slab.
     pub prefault_threads: NonZeroUsize,
+    /// The NUMA node that slabs come from; the kernel's choice where `None`.
+    pub numa_node: Option<u32>,
 }
 
 impl Default for PoolConfig {
@@ -37,6 +39,7 @@ impl Default for PoolConfig {
             max_slabs: 1,
             huge_pages: slab.huge_pages,
             prefault_threads: slab.prefault_threads,
+            numa_node: slab.numa_node,
         }
     }
 }
@@ -79,6 +82,7 @@ impl PoolConfig {
             len: self.slab_bytes,
             huge_pages: self.huge_pages,
             prefault_threads: self.prefault_threads,
+            numa_node: self.numa_node,
         }
     }
 }

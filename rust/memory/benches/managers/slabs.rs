@@ -51,6 +51,7 @@ pub(crate) fn measure() {
                 len: BYTES as u64,
                 huge_pages,
                 prefault_threads: threads,
+                numa_node: None,
             };
             let started = Instant::now();
             let slab = Arc::new(Slab::create(SlabId(round), &config).unwrap());
