@@ -26,7 +26,7 @@ FUZZ_FLAGS := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 	--cfg fuzzing -Cdebug-assertions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench bench-router chaos soak simulate vllm fuzz gpu proto docs clean
+.PHONY: help setup serve test lint bench bench-router dist chaos soak simulate vllm fuzz gpu proto docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,9 @@ bench: setup ## Measure serving on this machine; benches/README.md says how to r
 
 bench-router: setup $(PROGRAMS) ## Measure the router beside its rivals and nginx (ARGS=--full for the whole grid)
 	$(PY) -m benches.router $(ARGS)
+
+dist: setup $(PROGRAMS) ## Build the router as one would ship it, with a profile of itself at work; prints where it is
+	$(PY) -m benches.router.trained
 
 chaos: setup $(PROGRAMS) ## Break engines and workers under load, 1,000 faults, every word checked (ARGS='--seed 7 …')
 	$(PY) -m tests.chaos $(ARGS)

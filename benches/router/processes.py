@@ -56,12 +56,15 @@ def running(
     try:
         yield process
     finally:
-        family = [*psutil.Process(process.pid).children(recursive=True), process]
+        children = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
-        psutil.wait_procs(family[:-1], timeout=STOP_TIMEOUT_S)
-        for one in family:
-            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                one.kill()
+        psutil.wait_procs(children, timeout=STOP_TIMEOUT_S)
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.kill()
         process.wait(STOP_TIMEOUT_S)
         if process.stdout is not None:
             process.stdout.close()
@@ -74,6 +77,16 @@ def mock_engines(flags: list[str], folder: Path) -> Iterator[list[int]]:
     with running(command, RIG_CORE, folder / "mock-engine.log", is_read=True) as process:
         assert process.stdout is not None
         yield json.loads(process.stdout.readline())["ports"]
+
+
+def orchestra_flags(port: int, engines: list[str]) -> list[str]:
+    """Our router's flags: HTTP on a port, the other doors on any, these engines."""
+    flags = ["--http", f"127.0.0.1:{port}"]
+    for door in ("grpc", "workers", "admin"):
+        flags += [f"--{door}", "127.0.0.1:0"]
+    for engine in engines:
+        flags += ["--worker", engine]
+    return flags
 
 
 def load(targets: list[int], flags: list[str]) -> dict[str, Any]:

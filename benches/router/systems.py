@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benches.router import trained
 from benches.router.processes import (
     READY_TIMEOUT_S,
     ROUTER_CORE,
     free_port,
     load,
+    orchestra_flags,
     running,
     settle,
 )
@@ -26,8 +28,6 @@ DIRECT = "direct"
 NGINX = "nginx"
 RIVALS = {"sglang-router": "0.3.2", "smg": "1.13.0", "vllm-router": "0.1.17"}
 ENVIRONMENTS = ROOT / "target" / "rivals"
-# Ours as one would ship it, like theirs: optimised across crates.
-OURS_PROGRAM = ROOT / "target" / "dist" / "orchestra-router"
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,8 @@ class Router:
 
 def systems(policies: list[str]) -> list[System]:
     """Ours, the rivals with each policy, and nginx where it is installed."""
-    build = ["cargo", "build", "--profile", "dist", "--locked", "--quiet", "-p", "orchestra-router"]
-    subprocess.run(build, cwd=ROOT, check=True)
-    found = [System(OURS, _orchestra)]
+    # As one would ship it, like theirs.
+    found = [System(OURS, _orchestra(trained.program()))]
     for package in RIVALS:
         _install(package)
         found += [
@@ -92,14 +91,11 @@ def started(system: System, engines: list[int], folder: Path) -> Iterator[Router
         yield Router(system.name, [port], process.pid)
 
 
-def _orchestra(port: int, urls: list[str], _folder: Path) -> list[str]:
-    workers = [flag for url in urls for flag in ("--worker", url)]
-    other_doors = [
-        flag for door in ("grpc", "workers", "admin") for flag in (f"--{door}", "127.0.0.1:0")
-    ]
-    return [
-        str(OURS_PROGRAM), "--http", f"127.0.0.1:{port}", *other_doors, *workers
-    ]  # fmt: skip
+def _orchestra(program: Path) -> Callable[[int, list[str], Path], list[str]]:
+    def command(port: int, urls: list[str], _folder: Path) -> list[str]:
+        return [str(program), *orchestra_flags(port, urls)]
+
+    return command
 
 
 def _rival(package: str, policy: str) -> Callable[[int, list[str], Path], list[str]]:

@@ -30,6 +30,7 @@ __all__ = [
     "BufferManager",
     "Chime",
     "Grant",
+    "KvPool",
     "PlaceRequest",
     "Placement",
     "RemoteGrant",
@@ -392,6 +393,25 @@ class Scheduler:
 # === agent ===
 
 @final
+class KvPool:
+    """The memory of a worker's KV cache, which other workers can reach: `numpy.asarray` sees its bytes.
+
+    Args:
+        config: `num_layers`, `num_blocks`, `layer_block_bytes`, `layout`, `transports` (`auto`, `shm` or `tcp`) and
+            `address`.
+
+    Raises:
+        ConfigError: A setting is unknown or wrong, or the memory is more than one registration may have; `key`
+            names it.
+        UnsupportedError: Memory or a transport cannot be had.
+    """
+
+    def __new__(cls, config: dict[str, Any]) -> KvPool: ...
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """Where the bytes lie."""
+
+@final
 class Agent:
     """The worker's side of the router: takes sequences in, plans steps, sends tokens out.
 
@@ -400,12 +420,13 @@ class Agent:
     Args:
         config: `router`, `worker_id`, `model`, `weights_epoch`, `vocab_size`, `model_files`, `scheduler` and the
             timings of `orchestra_agent::AgentConfig`.
+        kv_pool: Memory of the worker's KV cache, where KV can move.
 
     Raises:
         ConfigError: A setting is unknown or wrong; `key` names it.
     """
 
-    def __new__(cls, config: dict[str, Any]) -> Agent: ...
+    def __new__(cls, config: dict[str, Any], kv_pool: KvPool | None = None) -> Agent: ...
     def next_step(self, timeout_ms: int = 200) -> bytes | None:
         """The next step plan as one msgpack map, or `None` when there was nothing to do for `timeout_ms`.
 
@@ -435,6 +456,9 @@ class Agent:
         Raises:
             InvalidRequestError: An array does not fit the plan. Nothing changes; the step can still be committed.
         """
+
+    def layer_done(self, step_id: int, layer: int) -> None:
+        """The KV of a layer, and of those before it, is where the step puts it. For plans with `fills_blocks`."""
 
     def fail(self, message: str) -> None:
         """Ends every sequence as failed: executing a step went wrong, so its KV cannot be trusted."""

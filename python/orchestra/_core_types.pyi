@@ -23,6 +23,7 @@ class IneligibleRow(TypedDict):
         "tainted",
         "other_slo_class",
         "no_loras",
+        "prefill_only",
         "context_too_long",
         "kv_too_large",
     ]

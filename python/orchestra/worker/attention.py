@@ -1,5 +1,6 @@
 """Attention over the paged KV cache, in torch alone: runs on any device, in any dtype."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,11 +20,19 @@ PADDED_TOKENS_FREE = 512
 MASK_NUMBERS_MAX = 1 << 22
 
 
+# Called with the step's id and the layer when the new KV of the layer is in the cache.
+LayerListener = Callable[[int, int], None]
+
+
 class AttentionBackend(Protocol):
     """Writes the new KV of a step to the cache and attends over it."""
 
     def prepare(self, plan: StepPlan) -> None:
         """Lays out the next step; called once, before its first layer."""
+        ...
+
+    def watch(self, listener: LayerListener) -> None:
+        """From now on `listener` hears of each layer of the steps whose plan says `fills_blocks`."""
         ...
 
     def forward(self, layer: int, query: Tensor, key_value: Tensor) -> Tensor:
@@ -85,9 +94,16 @@ class TorchPagedAttention:
         self._written = torch.empty(0, dtype=torch.int64)
         self._cached: list[_Cached] = []
         self._fresh: list[slice] = []
+        self._listener: LayerListener | None = None
+        self._watched_step: int | None = None
+
+    def watch(self, listener: LayerListener) -> None:
+        """See `AttentionBackend`."""
+        self._listener = listener
 
     def prepare(self, plan: StepPlan) -> None:
         """Sorts the sequences into what is computed in one call each."""
+        self._watched_step = plan.step_id if plan.fills_blocks else None
         blocks, offsets = np.divmod(plan.slot_mapping.astype(np.int64), self._block_size)
         runs = blocks[:, None] * len(self._heads) + self._heads
         self._written = self._to_device((runs * self._block_size + offsets[:, None]).reshape(-1))
@@ -109,6 +125,8 @@ class TorchPagedAttention:
         """Computes one layer; see `AttentionBackend`."""
         vectors = key_value.reshape(-1, self._head_dim)
         self._vectors[layer].index_copy_(0, self._written, vectors)
+        if self._watched_step is not None and self._listener is not None:
+            self._listener(self._watched_step, layer)
         runs = self._runs[layer]
         if len(self._cached) == 1 and not self._fresh:
             return self._attend_cached(self._cached[0], query, runs)

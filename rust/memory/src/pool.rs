@@ -9,6 +9,7 @@ mod epochs;
 mod holds;
 mod moves;
 mod pick;
+mod renew;
 mod report;
 mod sets;
 mod view;

@@ -1,6 +1,6 @@
 //! From error codes to Python exceptions: the third rendering of `ErrorCode`, beside HTTP and gRPC.
 
-use orchestra_agent::AgentError;
+use orchestra_agent::{AgentError, KvPoolError};
 use orchestra_core::{ErrorCode, config::ConfigIssue, scheduler::SchedulerError};
 use orchestra_memory::{MemoryError, TransferError};
 use pyo3::{
@@ -161,6 +161,15 @@ impl From<SchedulerError> for Failure {
             | SchedulerError::NoStageRoom { .. } => {}
         }
         failure
+    }
+}
+
+impl From<KvPoolError> for Failure {
+    fn from(error: KvPoolError) -> Self {
+        match error {
+            KvPoolError::InvalidConfig(issues) => Self::config(&issues),
+            KvPoolError::Memory(_) => Self::new(ErrorCode::Unsupported, error.to_string()),
+        }
     }
 }
 

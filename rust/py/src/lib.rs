@@ -6,6 +6,7 @@
 
 mod agent;
 mod errors;
+mod kv_pool;
 mod memory;
 mod process;
 mod router;
@@ -27,6 +28,7 @@ mod _core {
     use super::{
         agent::Agent,
         errors::error_codes,
+        kv_pool::KvPool,
         memory::{
             BlockPool, BlockSet, BlockView, BufferManager, Chime, Grant, MemoryTransfer,
             RemoteGrant, TransferOptions,

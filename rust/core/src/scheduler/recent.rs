@@ -4,14 +4,16 @@
 //! that follow it in any prompt. The oldest of all is therefore never in the middle of a chain, and what is left after
 //! forgetting it is still chains from their first block on: the index's rule that holder sets are nested.
 //!
-//! Memory: 24 bytes a block and 4 for its place in the hash table, twice that at most while a list grows; the index's
-//! entry (20 to 30) is besides.
+//! Memory: 24 bytes a block and 4 to 8 for its place in the hash table; the index's entry (20 to 30) is besides.
 
-use super::standing::NIL;
+use super::{chunks::Chunks, standing::NIL};
 use crate::{hash::BlockHash, time::Time};
 
 /// Blocks that are looked up together.
 const WARM: usize = 32;
+
+/// Nodes that are allocated together: 6 KiB.
+const NODES: usize = 256;
 
 /// One remembered block. 24 bytes.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +33,7 @@ struct Node {
 pub(super) struct RecentBlocks {
     max_blocks: usize,
     ttl_s: u32,
-    nodes: Vec<Node>,
+    nodes: Chunks<Node, NODES>,
     /// Head of the list of free nodes.
     free: u32,
     oldest: u32,
@@ -56,7 +58,7 @@ impl RecentBlocks {
         Self {
             max_blocks,
             ttl_s,
-            nodes: Vec::new(),
+            nodes: Chunks::default(),
             free: NIL,
             oldest: NIL,
             newest: NIL,
@@ -106,7 +108,7 @@ impl RecentBlocks {
 
     /// Forgets everything and gives the memory back.
     pub(super) fn clear(&mut self) {
-        self.nodes = Vec::new();
+        self.nodes = Chunks::default();
         self.buckets = Vec::new();
         (self.free, self.oldest, self.newest) = (NIL, NIL, NIL);
         self.len = 0;
@@ -114,7 +116,7 @@ impl RecentBlocks {
 
     /// Bytes on the heap.
     pub(super) fn heap_bytes(&self) -> usize {
-        self.nodes.capacity() * size_of::<Node>() + self.buckets.capacity() * size_of::<u32>()
+        self.nodes.heap_bytes() + self.buckets.capacity() * size_of::<u32>()
     }
 
     /// # Panics
@@ -238,8 +240,7 @@ impl RecentBlocks {
             *empty = node;
             at
         } else {
-            self.nodes.push(node);
-            (self.nodes.len() - 1) as u32
+            self.nodes.push(node) as u32
         };
         self.buckets[bucket] = at;
         self.len += 1;
@@ -346,8 +347,10 @@ mod tests {
             recent.touch(prompt, Time::ZERO);
         }
         assert_eq!(size_of::<Node>(), 24);
+        // And what says where each piece is.
+        let pieces = (1 << 16) / NODES * 48;
         assert!(
-            recent.heap_bytes() <= (1 << 16) * 28,
+            recent.heap_bytes() <= (1 << 16) * 28 + pieces,
             "at a full power of two"
         );
         recent.check_integrity();

@@ -51,7 +51,7 @@ pub(crate) fn measure() {
                 len: BYTES as u64,
                 huge_pages,
                 prefault_threads: threads,
-                numa_node: None,
+                ..SlabConfig::default()
             };
             let started = Instant::now();
             let slab = Arc::new(Slab::create(SlabId(round), &config).unwrap());

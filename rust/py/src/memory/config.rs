@@ -219,6 +219,7 @@ impl PoolSettings {
             prefault_threads: NonZeroUsize::new(self.prefault_threads)
                 .ok_or_else(|| wrong("prefault_threads", "must be at least 1"))?,
             numa_node: self.numa_node,
+            ..PoolConfig::default()
         };
         config.validate().map_err(issue)?;
         Ok(config)

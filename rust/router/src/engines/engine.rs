@@ -57,6 +57,9 @@ pub(crate) struct Engine {
     heard: AtomicU64,
     /// Cancelled when the engine is taken off the router: what runs on it goes elsewhere.
     pub(crate) removed: CancellationToken,
+    /// Cancelled when requests on it have to go elsewhere: it was removed, or has been away for long. It gets another one
+    /// when it comes back.
+    lost: Mutex<CancellationToken>,
     /// Wakes its health check: a request could not reach it.
     pub(crate) doubted: Notify,
     /// What its model files say, once they were read.
@@ -70,6 +73,8 @@ pub(crate) struct Engine {
 pub(crate) struct Status {
     /// It answers.
     pub(crate) is_up: bool,
+    /// Since when it has not answered as it should.
+    pub(super) away_since: Option<Time>,
     /// An operator wants no new requests on it.
     pub(crate) is_draining: bool,
     pub(crate) breaker: Breaker,
@@ -140,14 +145,16 @@ impl Engine {
             fixed_head.extend_from_slice(key.reveal());
             fixed_head.extend_from_slice(b"\r\n");
         }
+        let removed = CancellationToken::new();
         Self {
+            lost: Mutex::new(removed.child_token()),
+            removed,
             config,
             network,
             idle: Pool::default(),
             status: Mutex::default(),
             series,
             heard: AtomicU64::new(0),
-            removed: CancellationToken::new(),
             doubted: Notify::new(),
             text: OnceLock::new(),
             fixed_head,
@@ -162,6 +169,24 @@ impl Engine {
     /// Whether it sent something since.
     pub(crate) fn was_heard_since(&self, then: Time) -> bool {
         self.heard.load(Ordering::Relaxed) > then.0
+    }
+
+    /// What a request on it that begins now listens to.
+    pub(crate) fn lost(&self) -> CancellationToken {
+        self.lost.lock().clone()
+    }
+
+    /// Requests on it go elsewhere.
+    pub(super) fn lose(&self) {
+        self.lost.lock().cancel();
+    }
+
+    /// It is there again.
+    pub(super) fn come_back(&self) {
+        let mut lost = self.lost.lock();
+        if lost.is_cancelled() {
+            *lost = self.removed.child_token();
+        }
     }
 
     /// Opens a connection.

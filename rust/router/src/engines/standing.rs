@@ -21,6 +21,14 @@ pub(crate) enum Verdict {
     Nothing,
 }
 
+/// Engines that have a model in common.
+#[derive(Clone, Copy, Debug, Default)]
+struct Peers {
+    all: usize,
+    /// Those of them that take requests.
+    available: usize,
+}
+
 impl RouterState {
     /// A request is about to go to the engine; false where it must not.
     pub(crate) fn engine_begin(&self, engine: &Engine) -> bool {
@@ -66,19 +74,26 @@ impl RouterState {
 
     /// Whether at least half of the engines of the same models would be left without this one.
     fn may_lose(&self, engine: &Engine) -> bool {
+        let peers = self.count_peers(engine);
+        let num_out = peers.all - peers.available;
+        (num_out + 1) * 2 <= peers.all
+    }
+
+    /// The engines of the same models, itself among them.
+    fn count_peers(&self, engine: &Engine) -> Peers {
         let models: Vec<_> = engine.status.lock().workers.clone();
         let engines: Vec<_> = self.engines.set.read().values().cloned().collect();
-        let (mut num_all, mut num_out) = (0, 0);
+        let mut peers = Peers::default();
         for peer in engines {
             let status = peer.status.lock();
             let is_peer =
                 |worker: &Arc<EngineWorker>| models.iter().any(|own| own.model == worker.model);
             if status.workers.iter().any(is_peer) {
-                num_all += 1;
-                num_out += usize::from(!status.is_available());
+                peers.all += 1;
+                peers.available += usize::from(status.is_available());
             }
         }
-        (num_out + 1) * 2 <= num_all
+        peers
     }
 
     /// The engine answers, and says this of itself.
@@ -92,6 +107,8 @@ impl RouterState {
         status.kind = identity.kind;
         self.update_models(engine, &mut status, &identity.models);
         status.is_up = true;
+        status.away_since = None;
+        engine.come_back();
         if !was_up {
             status.breaker.come_back();
             status.window.clear();
@@ -101,14 +118,23 @@ impl RouterState {
         self.publish(engine, &mut status);
     }
 
-    /// The engine does not answer as it should.
+    /// The engine does not answer as it should. Where it has given no sign of life for the stall timeout, requests that
+    /// it was given before leave it too, if there is another engine for them.
     pub(super) fn engine_down(&self, engine: &Engine, reason: &str) {
         engine.forget_connections();
+        let now = self.clock.now();
         let mut status = engine.status.lock();
         if std::mem::replace(&mut status.is_up, false) {
             tracing::warn!(url = %engine.config.url, reason, "engine down");
         }
+        let since = *status.away_since.get_or_insert(now);
         self.publish(engine, &mut status);
+        drop(status);
+        let is_silent =
+            now - since >= self.engines.limits.stall_timeout && !engine.was_heard_since(since);
+        if is_silent && self.count_peers(engine).available > 0 {
+            engine.lose();
+        }
     }
 
     /// What has to be done now and then.

@@ -119,7 +119,8 @@ fn check_message(path: &str, message: &mut Map<String, Value>) -> Result<(), Api
     }
 }
 
-/// Text parts put together as they are: nothing is added between them.
+/// Text parts, one line each: as vLLM joins them for templates that take a string, so that a prompt has the same tokens
+/// here and on an engine.
 fn join_parts(path: &str, parts: &Value) -> Result<String, ApiError> {
     let mut joined = String::new();
     for (index, part) in parts.as_array().into_iter().flatten().enumerate() {
@@ -128,6 +129,9 @@ fn join_parts(path: &str, parts: &Value) -> Result<String, ApiError> {
             Some("text") => {
                 let text = part.get("text").and_then(Value::as_str);
                 let text_path = format!("{path}[{index}].text");
+                if index > 0 {
+                    joined.push('\n');
+                }
                 joined.push_str(text.ok_or_else(|| wrong_type(&text_path, "a string"))?);
             }
             Some(_) => {

@@ -1,5 +1,8 @@
 //! Failures before the first byte has gone to the client: another engine's turn.
 
+use std::time::Duration;
+
+use orchestra_router::config::Span;
 use tokio::task::JoinSet;
 
 use crate::support::{Answer, Call, Client, Engine, ask, chat, config, start};
@@ -118,8 +121,8 @@ async fn a_hang_before_the_answer_is_another_engine_s_turn() {
     for is_stream in [false, true] {
         let (mut a, mut b) = (Engine::start().await, Engine::start().await);
         let mut config = config();
-        config.engines.engine_ttft_timeout.0 = std::time::Duration::from_millis(300);
-        config.engines.engine_answer_timeout.0 = std::time::Duration::from_millis(300);
+        config.engines.engine_ttft_timeout.0 = Duration::from_millis(300);
+        config.engines.engine_answer_timeout.0 = Duration::from_millis(300);
         let (_router, address) = start(config, &[&a, &b]).await;
         let fields = if is_stream { ", \"stream\": true" } else { "" };
         let client = Client::send(address, chat(fields)).await;
@@ -200,8 +203,7 @@ async fn attempts_are_bounded() {
             break answer.unwrap();
         }
         for engine in &mut engines {
-            let call =
-                tokio::time::timeout(std::time::Duration::from_millis(5), engine.call()).await;
+            let call = tokio::time::timeout(Duration::from_millis(5), engine.call()).await;
             if let Ok(call) = call {
                 num_calls += 1;
                 call.answer(500, "{}").await;
@@ -209,4 +211,36 @@ async fn attempts_are_bounded() {
         }
     };
     assert_eq!((num_calls, answer.status), (3, 500));
+}
+
+/// Nothing of the answer has come, so a client of a hung engine need not wait as long as an answer may take.
+async fn a_hung_engine_is_left(fields: &str) {
+    let (mut a, mut b) = (Engine::start().await, Engine::start().await);
+    let mut config = config();
+    config.engines.engine_stall_timeout = Span(Duration::from_secs(1));
+    let (_router, address) = start(config, &[&a, &b]).await;
+    let client = Client::send(address, chat(fields)).await;
+    let (call, hung, other) = tokio::select! {
+        call = a.call() => (call, &a, &mut b),
+        call = b.call() => (call, &b, &mut a),
+    };
+    hung.hang();
+    let second = other.call().await;
+    if fields.is_empty() {
+        second.answer(200, "{}").await;
+    } else {
+        second.stream(&["a"]).await;
+    }
+    assert_eq!(client.answer().await.status, 200);
+    call.gone().await;
+}
+
+#[tokio::test]
+async fn a_hung_engine_is_left_before_a_whole_answer() {
+    a_hung_engine_is_left("").await;
+}
+
+#[tokio::test]
+async fn a_hung_engine_is_left_before_the_first_event() {
+    a_hung_engine_is_left(", \"stream\": true").await;
 }

@@ -13,6 +13,7 @@ mod observing;
 mod passing;
 mod pauses;
 mod replay;
+mod shares;
 mod support;
 
 #[expect(

@@ -4,7 +4,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -156,6 +156,7 @@ pub(crate) struct Engine {
     pub(crate) address: SocketAddr,
     calls: mpsc::Receiver<Call>,
     pub(crate) num_connections: Arc<AtomicUsize>,
+    is_hung: Arc<AtomicBool>,
     accepting: AbortHandle,
     tasks: JoinSet<()>,
 }
@@ -171,6 +172,8 @@ impl Engine {
         let (sender, calls) = mpsc::channel(64);
         let num_connections = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&num_connections);
+        let is_hung = Arc::new(AtomicBool::new(false));
+        let hung = Arc::clone(&is_hung);
         let models = serde_json::json!({
             "object": "list",
             "data": [{"id": model, "object": "model", "owned_by": owner, "max_model_len": 4096}],
@@ -182,13 +185,15 @@ impl Engine {
             loop {
                 let (socket, _) = listener.accept().await.unwrap();
                 count.fetch_add(1, Ordering::Relaxed);
-                connections.spawn(serve(socket, models.clone(), sender.clone()));
+                let hung = Arc::clone(&hung);
+                connections.spawn(serve(socket, models.clone(), sender.clone(), hung));
             }
         });
         Self {
             address,
             calls,
             num_connections,
+            is_hung,
             accepting,
             tasks,
         }
@@ -205,6 +210,11 @@ impl Engine {
             .unwrap()
     }
 
+    /// From now on it reads, and answers nothing by itself.
+    pub(crate) fn hang(&self) {
+        self.is_hung.store(true, Ordering::Relaxed);
+    }
+
     /// Whether no request waits.
     pub(crate) fn is_idle(&mut self) -> bool {
         self.calls.try_recv().is_err()
@@ -219,11 +229,19 @@ impl Engine {
 }
 
 /// Serves one connection.
-async fn serve(mut socket: TcpStream, models: String, calls: mpsc::Sender<Call>) {
+async fn serve(
+    mut socket: TcpStream,
+    models: String,
+    calls: mpsc::Sender<Call>,
+    is_hung: Arc<AtomicBool>,
+) {
     loop {
         let Some((head, body)) = read_request(&mut socket).await else {
             return;
         };
+        if is_hung.load(Ordering::Relaxed) {
+            return std::future::pending().await;
+        }
         let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
         let own = match path.as_str() {
             "/health" => Some(answer(200, "", "")),

@@ -1,6 +1,8 @@
 //! Sets of holders, for the blocks that more than one worker holds.
 
-use super::super::bits::Bits;
+use std::ops::ControlFlow;
+
+use crate::scheduler::{bits::Bits, chunks::Chunks};
 
 /// Names what a worker holds, until it is cleared or leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -9,7 +11,7 @@ pub(in crate::scheduler) struct HolderId(pub(super) u16);
 const FEW_MAX: usize = 12;
 /// Beyond, 16,384 workers are 8 bytes a member at most as a bitmap.
 const LIST_MAX: usize = 256;
-/// Records that are allocated together and never move.
+/// Records that are allocated together.
 const CHUNK: usize = 4096;
 
 /// A set of holders in the smallest form; 32 bytes here.
@@ -49,6 +51,18 @@ impl Holders<'_> {
         }
     }
 
+    /// Visits holders until told to stop.
+    pub(in crate::scheduler) fn try_for_each(
+        &self,
+        mut visit: impl FnMut(HolderId) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
+        match self {
+            Self::One(id) => visit(HolderId(*id)),
+            Self::List(ids) => ids.iter().try_for_each(|&id| visit(HolderId(id))),
+            Self::Bits(bits) => bits.iter().try_for_each(|id| visit(HolderId(id as u16))),
+        }
+    }
+
     pub(in crate::scheduler) fn for_each(&self, mut visit: impl FnMut(HolderId)) {
         match self {
             Self::One(id) => visit(HolderId(*id)),
@@ -61,7 +75,7 @@ impl Holders<'_> {
 /// All sets, named by number.
 #[derive(Debug, Default)]
 pub(super) struct Sets {
-    chunks: Vec<Vec<Set>>,
+    records: Chunks<Set, CHUNK>,
     free: Vec<u32>,
     /// What lists and bitmaps hold on the heap.
     heap_bytes: usize,
@@ -78,23 +92,15 @@ impl Sets {
             *self.at(id) = set;
             return id;
         }
-        if self.chunks.last().is_none_or(|chunk| chunk.len() == CHUNK) {
-            self.chunks.push(Vec::with_capacity(CHUNK));
-        }
-        let before = (self.chunks.len() - 1) * CHUNK;
-        let Some(last) = self.chunks.last_mut() else {
-            return 0;
-        };
-        last.push(set);
-        (before + last.len() - 1) as u32
+        self.records.push(set) as u32
     }
 
     fn at(&mut self, id: u32) -> &mut Set {
-        &mut self.chunks[id as usize / CHUNK][id as usize % CHUNK]
+        &mut self.records[id as usize]
     }
 
     pub(super) fn get(&self, id: u32) -> Holders<'_> {
-        match &self.chunks[id as usize / CHUNK][id as usize % CHUNK] {
+        match &self.records[id as usize] {
             Set::Few { len, ids } => Holders::List(&ids[..usize::from(*len)]),
             Set::List(ids) => Holders::List(ids),
             Set::Bits(bits) => Holders::Bits(bits),
@@ -134,9 +140,7 @@ impl Sets {
 
     /// Bytes on the heap.
     pub(super) fn heap_bytes(&self) -> usize {
-        self.heap_bytes
-            + self.chunks.len() * CHUNK * size_of::<Set>()
-            + self.free.capacity() * size_of::<u32>()
+        self.heap_bytes + self.records.heap_bytes() + self.free.capacity() * size_of::<u32>()
     }
 }
 

@@ -80,6 +80,12 @@ impl RelayRequest {
         }
     }
 
+    /// Its answer ended by itself, after so many tokens of all choices: what may wait is planned with that.
+    pub(super) fn output_ended(&self, state: &RouterState, num_tokens: u32) {
+        let of_each = num_tokens / self.checked.num_choices.max(1);
+        state.workers.output_ended(&self.model.name, of_each);
+    }
+
     /// Why there is no engine, in the client's words.
     pub(super) fn placement_error(&self, error: &SchedulerError) -> ApiError {
         let prompt_field = self.route.prompt_field();
@@ -155,7 +161,12 @@ impl Admitted {
         let worker = worker.ok_or(SchedulerError::UnknownWorker)?;
         let record = &self.request.record;
         let choice = (0, !exclude.is_empty());
-        record.placed(choice, &worker.name, reserved.predicted_cached_tokens());
+        record.placed(
+            choice,
+            &worker.name,
+            reserved.predicted_cached_tokens(),
+            None,
+        );
         record.reached(Stage::Dispatched);
         Ok((worker, reserved))
     }

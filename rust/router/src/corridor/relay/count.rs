@@ -17,7 +17,7 @@ use crate::engines::{
 };
 
 /// How long an engine may take for it: a client waits.
-const TIMEOUT: Duration = Duration::from_millis(500);
+const TIMEOUT: Duration = Duration::from_millis(200);
 /// The longest answer; it lists every token.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
 

@@ -6,6 +6,7 @@ use axum::http::{HeaderMap, HeaderValue, header};
 use bytes::{Bytes, BytesMut};
 use orchestra_core::{scheduler::WorkerId, step::FinishReason};
 use tokio::time::{self, Instant};
+use tokio_util::sync::CancellationToken;
 
 use super::{admit::Admitted, answer::Whole, events::Usage, held::Held, read::RelayRequest};
 use crate::{
@@ -107,7 +108,11 @@ pub(super) struct Run {
     pub(super) reserved: Reserved,
     /// The connection is in it, where others can take it away.
     held: Arc<Held>,
+    /// Cancelled when it has to leave the engine.
+    pub(super) lost: CancellationToken,
     is_prefilled: bool,
+    /// Output tokens of the answer that came from others.
+    tokens_before: u32,
     verdict: Verdict,
     /// As metrics name it.
     outcome: &'static str,
@@ -125,12 +130,15 @@ impl Run {
             return None;
         }
         worker.engine.series.running.inc();
+        let lost = worker.engine.lost();
         Some(Self {
+            lost,
             state: Arc::clone(state),
             worker,
             reserved,
             held: Arc::clone(&admitted.held),
             is_prefilled: false,
+            tokens_before: 0,
             verdict: Verdict::Nothing,
             outcome: ABANDONED,
         })
@@ -174,6 +182,18 @@ impl Run {
         record.prompt(usage.prompt_tokens as usize);
         record.cached(0, cached);
         record.finished(FinishReason::Stop, usage.completion_tokens);
+        request.output_ended(&self.state, usage.completion_tokens);
+    }
+
+    /// The answer goes on here, behind so many output tokens of other engines.
+    pub(super) const fn begins_behind(&mut self, num_tokens: u32) {
+        self.tokens_before = num_tokens;
+    }
+
+    /// The answer has so many output tokens now. Its tenant is charged for those of this engine.
+    pub(super) const fn produced(&mut self, num_tokens: u32) {
+        let own = num_tokens.saturating_sub(self.tokens_before);
+        self.reserved.set_num_output_tokens(own);
     }
 
     /// It was stopped for a more urgent request, which is no fault of the engine's.
@@ -185,6 +205,15 @@ impl Run {
     pub(super) fn prefilled(&mut self) {
         if !std::mem::replace(&mut self.is_prefilled, true) {
             self.reserved.prefill().done();
+        }
+    }
+
+    /// Why it has to leave the engine.
+    pub(super) fn loss(&self) -> FailureKind {
+        if self.worker.engine.removed.is_cancelled() {
+            FailureKind::Removed
+        } else {
+            FailureKind::Timeout
         }
     }
 
@@ -206,13 +235,13 @@ impl Run {
             limits.answer_timeout
         };
         let until = (Instant::now() + limit).min(admitted.deadline);
-        let engine = Arc::clone(&self.worker.engine);
+        let lost = self.lost.clone();
         let answered = tokio::select! {
             biased;
             answered = time::timeout_at(until, self.answer(admitted, body)) => {
                 answered.unwrap_or_else(|_| Err(FailureKind::Timeout.into()))
             }
-            () = engine.removed.cancelled() => Err(FailureKind::Removed.into()),
+            () = lost.cancelled() => Err(self.loss().into()),
         };
         match answered {
             Ok(Some(whole)) => Ok(Reply::Whole(whole)),
@@ -263,6 +292,7 @@ impl Run {
         self.account(request, usage);
         if let Some(usage) = usage {
             self.count(request, usage);
+            self.produced(usage.completion_tokens);
         }
         Ok(Some(whole))
     }

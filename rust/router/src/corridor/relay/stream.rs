@@ -103,7 +103,7 @@ impl EventStream {
         let Some(run) = &mut self.run else {
             return Ok(Err(FailureKind::Broken.into()));
         };
-        let worker = run.worker.clone();
+        let lost = run.lost.clone();
         let shutdown = self.attempts.admitted.state.tasks.shutdown_token().clone();
         let deadline = self.attempts.admitted.deadline;
         let is_more = tokio::select! {
@@ -119,7 +119,7 @@ impl EventStream {
                 }
                 return Ok(Err(FailureKind::Timeout.into()));
             }
-            () = worker.engine.removed.cancelled() => return Ok(Err(FailureKind::Removed.into())),
+            () = lost.cancelled() => return Ok(Err(run.loss().into())),
             () = shutdown.cancelled() => {
                 let message = "the router is shutting down";
                 return Err(GiveUp::Ours(ApiError::new(ErrorCode::ShuttingDown, message)));
@@ -129,6 +129,9 @@ impl EventStream {
         let limits = &self.attempts.admitted.state.engines.limits;
         self.silence.begin(limits.stall_timeout);
         let taken = if is_more { self.take() } else { self.end() };
+        if let Some(run) = &mut self.run {
+            run.produced(self.memory.num_tokens());
+        }
         self.looked(taken.is_ok());
         Ok(taken)
     }
@@ -228,6 +231,7 @@ impl EventStream {
         if let Some(mut run) = self.run.take() {
             run.succeed();
             run.account(&self.attempts.admitted.request, self.memory.usage);
+            run.produced(self.memory.num_tokens());
             // The rest of the answer is the end of its framing, which mostly came with the last event.
             if matches!(
                 run.read(&mut BytesMut::new()).now_or_never(),
@@ -257,8 +261,11 @@ impl EventStream {
         let reported = reported.map(|usage| usage.completion_tokens);
         let completion_tokens = reported.unwrap_or(self.memory.num_tokens());
         metrics.generation_tokens.inc_by(completion_tokens.into());
-        let record = &admitted.request.record;
-        record.finished(FinishReason::Stop, completion_tokens);
+        let request = &admitted.request;
+        request
+            .record
+            .finished(FinishReason::Stop, completion_tokens);
+        request.output_ended(&admitted.state, completion_tokens);
     }
 
     fn count_first(&mut self) {

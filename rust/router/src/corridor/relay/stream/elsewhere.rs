@@ -106,7 +106,8 @@ impl EventStream {
     }
 
     /// The stream goes on with what this engine sends.
-    pub(super) fn go_on(&mut self, run: Run) {
+    pub(super) fn go_on(&mut self, mut run: Run) {
+        run.begins_behind(self.memory.num_tokens());
         let limits = &self.attempts.admitted.state.engines.limits;
         self.silence.begin(limits.ttft_timeout);
         self.run = Some(run);
