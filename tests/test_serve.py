@@ -94,6 +94,7 @@ def test_grpc_port_follows_the_port(arguments: list[str], ports: tuple[int, int]
         ("", ["--replicas", "2"], [None, None]),
         ("0,1,2,3", ["--tp", "2", "--replicas", "2"], ["0,1", "2,3"]),
         ("GPU-a,GPU-b", ["--replicas", "2"], ["GPU-a", "GPU-b"]),
+        ("0,1,2", ["--prefill", "1", "--decode", "2"], ["0", "1", "2"]),
         ("0", ["--tp", "4", "--device", "cpu"], [None]),
     ],
 )
@@ -108,6 +109,29 @@ def test_too_few_gpus_is_said_with_the_numbers(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     with pytest.raises(UsageError, match="--tp 2 and --replicas 2 need 4 GPUs, there are 3"):
         serve_options.group_devices(parse("m", "--tp", "2", "--replicas", "2"))
+
+
+def test_prefill_workers_come_first() -> None:
+    options = parse("m", "--prefill", "1", "--decode", "2")
+    assert [options.role(index) for index in range(options.replicas)] == [
+        "prefill",
+        "decode",
+        "decode",
+    ]
+    assert parse("m", "--replicas", "2").role(0) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prefill", "1"], "--prefill needs --decode"),
+        (["--decode", "1"], "--decode needs --prefill"),
+        (["--prefill", "1", "--decode", "1", "--replicas", "2"], "--replicas does not go with"),
+    ],
+)
+def test_half_of_a_split_is_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse("m", *arguments)
 
 
 # === run directory ===

@@ -3,6 +3,7 @@
 Importing the package starts nothing and needs neither torch nor grpc:
 
 - `Scheduler` and `AsyncScheduler` decide inside your own program which worker takes a request;
+- `BufferManager` holds memory whose blocks other processes read and write;
 - `Client` talks to a running router (it imports grpc when it is first used);
 - `errors` holds everything that is raised.
 """
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestra import errors
 from orchestra._core import __version__, init_logging
+from orchestra.memory import BufferManager
 from orchestra.scheduler import (
     AsyncScheduler,
     Placement,
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncScheduler",
+    "BufferManager",
     "Client",
     "Placement",
     "Reservation",

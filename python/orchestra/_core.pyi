@@ -4,6 +4,15 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, final
 
+from orchestra._core_memory import BlockPool as BlockPool
+from orchestra._core_memory import BlockSet as BlockSet
+from orchestra._core_memory import BlockView as BlockView
+from orchestra._core_memory import BufferManager as BufferManager
+from orchestra._core_memory import Chime as Chime
+from orchestra._core_memory import Grant as Grant
+from orchestra._core_memory import RemoteGrant as RemoteGrant
+from orchestra._core_memory import Transfer as Transfer
+from orchestra._core_memory import TransferOptions as TransferOptions
 from orchestra._core_types import (
     CandidateRow,
     DomainRow,
@@ -15,12 +24,22 @@ from orchestra._core_types import (
 
 __all__ = [
     "Agent",
+    "BlockPool",
+    "BlockSet",
+    "BlockView",
+    "BufferManager",
+    "Chime",
+    "Grant",
+    "KvPool",
     "PlaceRequest",
     "Placement",
+    "RemoteGrant",
     "Reservation",
     "RouteRequest",
     "Scheduler",
     "Ticket",
+    "Transfer",
+    "TransferOptions",
     "__version__",
     "default_scheduler_config",
     "die_with_parent",
@@ -374,6 +393,25 @@ class Scheduler:
 # === agent ===
 
 @final
+class KvPool:
+    """The memory of a worker's KV cache, which other workers can reach: `numpy.asarray` sees its bytes.
+
+    Args:
+        config: `num_layers`, `num_blocks`, `layer_block_bytes`, `layout`, `transports` (`auto`, `shm` or `tcp`) and
+            `address`.
+
+    Raises:
+        ConfigError: A setting is unknown or wrong, or the memory is more than one registration may have; `key`
+            names it.
+        UnsupportedError: Memory or a transport cannot be had.
+    """
+
+    def __new__(cls, config: dict[str, Any]) -> KvPool: ...
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """Where the bytes lie."""
+
+@final
 class Agent:
     """The worker's side of the router: takes sequences in, plans steps, sends tokens out.
 
@@ -382,12 +420,13 @@ class Agent:
     Args:
         config: `router`, `worker_id`, `model`, `weights_epoch`, `vocab_size`, `model_files`, `scheduler` and the
             timings of `orchestra_agent::AgentConfig`.
+        kv_pool: Memory of the worker's KV cache, where KV can move.
 
     Raises:
         ConfigError: A setting is unknown or wrong; `key` names it.
     """
 
-    def __new__(cls, config: dict[str, Any]) -> Agent: ...
+    def __new__(cls, config: dict[str, Any], kv_pool: KvPool | None = None) -> Agent: ...
     def next_step(self, timeout_ms: int = 200) -> bytes | None:
         """The next step plan as one msgpack map, or `None` when there was nothing to do for `timeout_ms`.
 
@@ -417,6 +456,9 @@ class Agent:
         Raises:
             InvalidRequestError: An array does not fit the plan. Nothing changes; the step can still be committed.
         """
+
+    def layer_done(self, step_id: int, layer: int) -> None:
+        """The KV of a layer, and of those before it, is where the step puts it. For plans with `fills_blocks`."""
 
     def fail(self, message: str) -> None:
         """Ends every sequence as failed: executing a step went wrong, so its KV cannot be trusted."""

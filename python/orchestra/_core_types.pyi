@@ -23,6 +23,7 @@ class IneligibleRow(TypedDict):
         "tainted",
         "other_slo_class",
         "no_loras",
+        "prefill_only",
         "context_too_long",
         "kv_too_large",
     ]
@@ -88,3 +89,21 @@ class WorkerSpec(Protocol):
     def slo_classes(self) -> Iterable[str]: ...
     @property
     def max_loras(self) -> int: ...
+
+class FragRow(TypedDict):
+    alloc_p50: float
+    alloc_p90: float
+    wire: float
+    slab: float
+    largest_run: int
+    live_blocks: int
+    descriptors: int
+
+class PoolRow(TypedDict):
+    num_blocks: int
+    num_slabs: int
+    free: int
+    writing: int
+    sealed: int
+    limbo: int
+    quarantined: int

@@ -4,22 +4,31 @@ Rust, the gRPC client and Python code raise the same classes, so `except orchest
 same thing whichever way a request went.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 __all__ = [
     "BY_CODE",
     "AuthenticationError",
+    "BlockInUseError",
     "ConfigError",
     "ContextTooLongError",
     "DeadlineExceededError",
+    "GrantEndedError",
     "InternalError",
     "InvalidRequestError",
+    "MemlockTooLowError",
     "ModelNotFoundError",
     "OrchestraError",
     "OverloadedError",
+    "PeerGoneError",
+    "PoolExhaustedError",
     "PreemptedError",
     "RequestCancelledError",
     "ShuttingDownError",
+    "StaleHandleError",
+    "TransferFailedError",
+    "TransferTimeoutError",
+    "TransportUnavailableError",
     "UnsupportedError",
     "WorkerFailedError",
     "WorkerUnavailableError",
@@ -146,6 +155,65 @@ class InternalError(OrchestraError):
     """A fault of ours."""
 
     code = "internal"
+
+
+# === registered memory: what `BufferManager` raises besides; each has the code of its parent ===
+
+
+class PoolExhaustedError(OverloadedError):
+    """Fewer blocks are free (`limit`) than were asked for (`current`). Nothing was taken.
+
+    Attributes:
+        largest_run: The longest run of neighbours among the free blocks.
+        quarantined: Blocks that come back once it is proven that nothing writes them any more.
+    """
+
+    def __init__(
+        self, message: str, *, largest_run: int = 0, quarantined: int = 0, **numbers: Any
+    ) -> None:
+        super().__init__(message, **numbers)
+        self.largest_run = largest_run
+        self.quarantined = quarantined
+
+
+class StaleHandleError(InvalidRequestError):
+    """The block was freed, or lost to quarantine."""
+
+
+class BlockInUseError(InvalidRequestError):
+    """The block is viewed, granted or part of a transfer, or is not sealed where it has to be, or is."""
+
+
+class GrantEndedError(InvalidRequestError):
+    """The grant has ended, was revoked, or does not allow this."""
+
+
+class MemlockTooLowError(ConfigError):
+    """The process may lock fewer bytes (`limit`) than its pools need (`current`)."""
+
+
+class TransportUnavailableError(UnsupportedError):
+    """A transport's library is missing, too old or a stub; the message says what was tried."""
+
+
+class PeerGoneError(WorkerFailedError):
+    """The peer died, or closed the connection."""
+
+
+class TransferFailedError(WorkerFailedError):
+    """The transport could not make the transfer."""
+
+
+class TransferTimeoutError(DeadlineExceededError):
+    """The transfer was given up before it was known to be over.
+
+    Attributes:
+        quarantined: Blocks here that cannot be used again before it is proven that nothing touches them any more.
+    """
+
+    def __init__(self, message: str, *, quarantined: int = 0, **numbers: Any) -> None:
+        super().__init__(message, **numbers)
+        self.quarantined = quarantined
 
 
 BY_CODE: dict[str, type[OrchestraError]] = {

@@ -80,6 +80,9 @@ class SchedulerConfig:
         policy: How a request's worker is chosen.
         seq_cost_tokens: What a sequence in the batch weighs under `prefix_sum`, in tokens of prefill.
         fetch_cost_permille: What fetching a token's KV costs under `transfer_aware`, in thousandths of computing it.
+        fetch_bytes_per_s: How fast KV moves between workers that say how they exchange it, until that is learned.
+        fetch_latency_us: What a fetch takes besides moving the bytes, microseconds.
+        split_min_tokens: Prompts of which a worker lacks fewer tokens are not computed for it elsewhere.
         lora_load_tokens: What loading a LoRA adapter costs, in tokens of prefill.
         seed: Start of the random numbers of `random` and `power_of_two`.
     """
@@ -103,6 +106,9 @@ class SchedulerConfig:
     policy: RoutePolicy = _DEFAULTS["policy"]
     seq_cost_tokens: int = _DEFAULTS["seq_cost_tokens"]
     fetch_cost_permille: int = _DEFAULTS["fetch_cost_permille"]
+    fetch_bytes_per_s: int = _DEFAULTS["fetch_bytes_per_s"]
+    fetch_latency_us: int = _DEFAULTS["fetch_latency_us"]
+    split_min_tokens: int = _DEFAULTS["split_min_tokens"]
     lora_load_tokens: int = _DEFAULTS["lora_load_tokens"]
     seed: int = _DEFAULTS["seed"]
 
@@ -217,6 +223,7 @@ class Ineligible:
         "tainted",
         "other_slo_class",
         "no_loras",
+        "prefill_only",
         "context_too_long",
         "kv_too_large",
     ]

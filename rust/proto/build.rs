@@ -6,7 +6,7 @@ use prost::Message as _;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let root = PathBuf::from("../../proto");
-    let files = ["types", "inference", "worker"]
+    let files = ["types", "inference", "worker", "peer"]
         .map(|name| root.join(format!("orchestra/v1/{name}.proto")));
     println!("cargo::rerun-if-changed={}", root.display());
 

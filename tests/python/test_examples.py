@@ -26,7 +26,7 @@ def test_embed_scheduler() -> None:
     assert int(hits.group(1)) > 0
 
 
-@pytest.mark.parametrize("heading", ["Routing", "Waiting for room", "Placing"])
+@pytest.mark.parametrize("heading", ["Routing", "Waiting for room", "Placing", "Registered memory"])
 def test_python_api_page(heading: str, capsys: pytest.CaptureFixture[str]) -> None:
     page = (DOCS / "python_api.md").read_text()
     section = page.split(f"## {heading}\n")[1].split("\n## ")[0]

@@ -75,6 +75,9 @@ def empty_stats() -> dict[str, int]:
         "preemptions",
         "swaps",
         "prefix_hit_tokens",
+        "kv_blocks_fetched",
+        "kv_blocks_pushed",
+        "kv_fetch_failures",
     )
     return dict.fromkeys(names, 0)
 

@@ -1,11 +1,16 @@
 """How large the cache becomes, and how long a sequence may then be."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from orchestra.errors import ConfigError
+from orchestra import _core
+from orchestra.errors import ConfigError, UnsupportedError
+from orchestra.worker.config import WorkerConfig
 from orchestra.worker.kv_cache import (
     KvCache,
     KvCacheBudget,
@@ -14,6 +19,8 @@ from orchestra.worker.kv_cache import (
     decide_max_model_len,
     decide_num_blocks,
 )
+from orchestra.worker.kv_pool import make_kv_pool
+from orchestra.worker.sharding import Shard
 
 SPEC = KvCacheSpec(num_layers=2, num_kv_heads=4, head_dim=8, block_size=16, dtype=torch.bfloat16)
 BLOCK_BYTES = 2 * 2 * 4 * 8 * 16 * 2
@@ -33,6 +40,71 @@ def test_bytes_per_block_are_those_of_the_slab() -> None:
     assert cache.layer(1).shape == (10, 2, 4, 16, 8)
     assert cache.layer(1).is_contiguous()
     assert not cache.slab.any()
+
+
+def make_pool(num_blocks: int) -> _core.KvPool:
+    return _core.KvPool(
+        {
+            "num_layers": SPEC.num_layers,
+            "num_blocks": num_blocks,
+            "layer_block_bytes": SPEC.layer_block_bytes,
+            "layout": "test",
+            "transports": "shm",
+        }
+    )
+
+
+def test_a_pool_is_the_memory_of_the_slab() -> None:
+    pool = make_pool(10)
+    cache = KvCache(SPEC, 10, torch.device("cpu"), pool=pool)
+    plain = KvCache(SPEC, 10, torch.device("cpu"))
+    assert (cache.slab.shape, cache.slab.stride()) == (plain.slab.shape, plain.slab.stride())
+    assert not cache.slab.any()
+    cache.layer(1)[9, 1, 3, 15, 7] = 1
+    seen = np.asarray(pool)
+    assert seen.ctypes.data == cache.slab.data_ptr()
+    assert (seen.nonzero()[0] >= len(seen) - 2).all()
+    assert seen.any()
+    # The tensor keeps the memory.
+    del pool, seen
+    assert cache.slab.count_nonzero() == 1
+
+
+def test_a_pool_has_a_limit() -> None:
+    with pytest.raises(ConfigError, match="one registration") as caught:
+        make_pool(10**7)
+    assert caught.value.key == "num_blocks"
+
+
+def config_with(**settings: Any) -> WorkerConfig:
+    named = {"model_dir": Path(), "router": "", "worker_id": "w", "model_name": "m", **settings}
+    return WorkerConfig(**named)
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "message"),
+    [
+        ({"shard": Shard(0, 2)}, "cpu", "several ranks"),
+        ({"enable_prefix_cache": False}, "cpu", "no prefix cache"),
+        ({}, "meta", "accelerator"),
+    ],
+)
+def test_where_kv_cannot_move_it_is_an_error_to_ask_for_it(
+    settings: dict[str, Any], device: str, message: str
+) -> None:
+    def make(kv_transfer: str) -> object:
+        config = config_with(kv_transfer=kv_transfer, **settings)
+        return make_kv_pool(config, SPEC, 4, torch.device(device))
+
+    assert make("auto") is None
+    assert make("off") is None
+    with pytest.raises(UnsupportedError, match=message):
+        make("shm")
+
+
+def test_kv_can_move_where_nobody_says_otherwise() -> None:
+    assert make_kv_pool(config_with(), SPEC, 4, torch.device("cpu")) is not None
+    assert make_kv_pool(config_with(kv_transfer="off"), SPEC, 4, torch.device("cpu")) is None
 
 
 def test_host_blocks_are_limited_by_the_free_memory() -> None:

@@ -157,7 +157,8 @@ class FakeAgent:
     is_attached = True
     is_idle = True
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], kv_pool: _core.KvPool | None) -> None:
+        assert kv_pool is not None
         FakeAgent.config = config
         FakeAgent.was_closed = False
 
@@ -170,6 +171,9 @@ class FakeAgent:
 
     def drain(self) -> None:
         pass
+
+    def layer_done(self, step_id: int, layer: int) -> None:
+        raise AssertionError((step_id, layer))
 
     def close(self) -> None:
         FakeAgent.was_closed = True

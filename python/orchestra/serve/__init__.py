@@ -21,8 +21,8 @@ __all__ = ["ServeOptions", "add_arguments", "main", "serve"]
 
 def main(arguments: argparse.Namespace) -> int:
     """Runs `orchestra serve` with parsed arguments; returns the exit code."""
-    options = from_arguments(arguments)
     try:
+        options = from_arguments(arguments)
         check(options)
     except UsageError as error:
         print(f"orchestra serve: {error}", file=sys.stderr)

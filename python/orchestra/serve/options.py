@@ -21,7 +21,9 @@ class ServeOptions:
     tp: int
     """Ranks per worker, each with its shard of the model."""
     replicas: int
-    """Workers, each with the whole model."""
+    """Workers, each with the whole model; where there are prefill workers, these and the decode workers."""
+    prefill: int
+    """Of them, how many compute prompts for the others; they are the first ones."""
     host: str
     """Address of the two client doors."""
     port: int
@@ -34,6 +36,12 @@ class ServeOptions:
     """When ready, write one JSON line with the addresses instead of lines for a person."""
     worker_arguments: tuple[str, ...]
     """Further arguments of every rank."""
+
+    def role(self, index: int) -> str | None:
+        """What a worker is there for; None where all are alike."""
+        if not self.prefill:
+            return None
+        return "prefill" if index < self.prefill else "decode"
 
     @property
     def model_name(self) -> str:
@@ -73,7 +81,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint directory (Hugging Face layout)",
     )
     parser.add_argument("--tp", type=_positive, default=1, help="ranks per worker (default: 1)")
-    parser.add_argument("--replicas", type=_positive, default=1, help="workers (default: 1)")
+    parser.add_argument("--replicas", type=_positive, help="workers (default: 1)")
+    parser.add_argument(
+        "--prefill",
+        type=_positive,
+        metavar="N",
+        help="workers that compute long prompts for others; with --decode, instead of --replicas",
+    )
+    parser.add_argument(
+        "--decode",
+        type=_positive,
+        metavar="M",
+        help="workers that are given the KV of long prompts; with --prefill, instead of --replicas",
+    )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
     )
@@ -99,7 +119,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_arguments(arguments: argparse.Namespace) -> ServeOptions:
-    """Builds the options from what `add_arguments` declared."""
+    """Builds the options from what `add_arguments` declared.
+
+    Raises:
+        UsageError: two options do not go together.
+    """
+    prefill = _prefill_workers(arguments)
     worker: list[str] = []
     for action in add_engine_arguments(argparse.ArgumentParser()):
         value = getattr(arguments, action.dest)
@@ -112,7 +137,8 @@ def from_arguments(arguments: argparse.Namespace) -> ServeOptions:
     return ServeOptions(
         model_dir=arguments.model_dir,
         tp=arguments.tp,
-        replicas=arguments.replicas,
+        replicas=prefill + arguments.decode if prefill else arguments.replicas or 1,
+        prefill=prefill,
         host=arguments.host,
         port=arguments.port,
         grpc_port=_grpc_port(arguments.port, arguments.grpc_port),
@@ -150,11 +176,28 @@ def group_devices(options: ServeOptions) -> list[str | None]:
         return [None] * options.replicas
     needed = options.tp * options.replicas
     if needed > len(gpus):
+        workers = f"--replicas {options.replicas}"
+        if options.prefill:
+            workers = (
+                f"--prefill {options.prefill} and --decode {options.replicas - options.prefill}"
+            )
         raise UsageError(
-            f"--tp {options.tp} and --replicas {options.replicas} need {needed} GPUs, there are {len(gpus)}"
+            f"--tp {options.tp} and {workers} need {needed} GPUs, there are {len(gpus)}"
             " (--device cpu runs without)"
         )
     return [",".join(gpus[i : i + options.tp]) for i in range(0, needed, options.tp)]
+
+
+def _prefill_workers(arguments: argparse.Namespace) -> int:
+    """How many workers compute prompts for others."""
+    if (arguments.prefill is None) != (arguments.decode is None):
+        given, missing = ("prefill", "decode") if arguments.prefill else ("decode", "prefill")
+        raise UsageError(f"--{given} needs --{missing}")
+    if arguments.prefill is None:
+        return 0
+    if arguments.replicas is not None:
+        raise UsageError("--replicas does not go with --prefill and --decode")
+    return int(arguments.prefill)
 
 
 def _visible_gpus() -> list[str]:

@@ -133,6 +133,8 @@ def _ready_lines(options: ServeOptions, addresses: Addresses, took_s: float) -> 
         route, body["prompt"] = "completions", "Once upon a time"
     body |= {"max_tokens": 64, "stream": True}
     size = f"{options.replicas} worker(s) of {options.tp} rank(s)"
+    if options.prefill:
+        size += f", {options.prefill} for prompts"
     return [
         f"ready in {took_s:.1f} s: {options.model_name} on {size}",
         f"  OpenAI  {url}",

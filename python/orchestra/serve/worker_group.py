@@ -110,6 +110,9 @@ class WorkerGroup:
             *["--worker-id", f"worker-{self._index}"],
             *options.worker_arguments,
         ]
+        role = options.role(self._index)
+        if role is not None:
+            command += ["--role", role]
         name = self.name
         if options.tp > 1:
             rendezvous = f"file://{self._meeting_place() / 'rendezvous'}"

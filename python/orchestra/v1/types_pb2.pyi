@@ -34,6 +34,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """The client or an operator ended it."""
     FINISH_REASON_ERROR: _FinishReason.ValueType  # 4
     """It failed; the status or error event says why."""
+    FINISH_REASON_PREFILLED: _FinishReason.ValueType  # 5
+    """The prompt's KV was computed for another worker. Between worker and router only: no client sees it."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
@@ -46,6 +48,8 @@ FINISH_REASON_ABORT: FinishReason.ValueType  # 3
 """The client or an operator ended it."""
 FINISH_REASON_ERROR: FinishReason.ValueType  # 4
 """It failed; the status or error event says why."""
+FINISH_REASON_PREFILLED: FinishReason.ValueType  # 5
+"""The prompt's KV was computed for another worker. Between worker and router only: no client sees it."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final

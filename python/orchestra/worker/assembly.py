@@ -3,6 +3,7 @@
 import os
 import struct
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,7 @@ from orchestra.worker.kv_cache import (
     decide_max_model_len,
     decide_num_blocks,
 )
+from orchestra.worker.kv_pool import make_kv_pool
 from orchestra.worker.layers import LoadContext
 from orchestra.worker.loader import Progress, WeightReader
 from orchestra.worker.model_config import ModelConfig
@@ -27,6 +29,9 @@ from orchestra.worker.plan import PlanReader
 from orchestra.worker.plan_channel import Follower, Leader
 from orchestra.worker.runner import ModelRunner, warm_up_plan
 from orchestra.worker.sampler import Sampler
+
+if TYPE_CHECKING:
+    from orchestra._core import KvPool
 
 # Share of the free memory that the KV cache takes where nothing was asked for. A CPU's memory serves others too.
 CUDA_SHARE = 0.9
@@ -82,6 +87,8 @@ class Rank:
     """KV blocks, the same on every rank."""
     max_model_len: int
     """Longest sequence that fits, tokens."""
+    kv_pool: "KvPool | None" = None
+    """The cache's memory, where KV can move to other workers and come from them."""
 
 
 def assemble(config: WorkerConfig, progress: Progress) -> Rank:
@@ -125,9 +132,9 @@ def build_rank(
     num_blocks = group.agree_on_least(decide_num_blocks(spec, budget))
     max_model_len = decide_max_model_len(spec, num_blocks, config.max_model_len, longest)
     check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(spec, num_blocks, place))
-    cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks)
-    rules = model_config.attention
-    attention = TorchPagedAttention(cache, len(heads.heads), place.device, rules)
+    pool = make_kv_pool(config, spec, num_blocks, place.device)
+    cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks, pool)
+    attention = TorchPagedAttention(cache, len(heads.heads), place.device, model_config.attention)
     sampler = None
     if config.shard.rank == 0:
         sampler = Sampler(model_config.vocab_size, config.max_num_seqs, place.device)
@@ -135,7 +142,7 @@ def build_rank(
     for num_tokens in (config.block_size, 1):
         runner.execute(warm_up_plan(num_tokens))
     plans = PlanReader(config.max_num_seqs, -(-max_model_len // config.block_size))
-    return Rank(model_config, runner, plans, group, num_blocks, max_model_len)
+    return Rank(model_config, runner, plans, group, num_blocks, max_model_len, pool)
 
 
 def _longest_sequence(config: WorkerConfig, model_config: ModelConfig) -> int:

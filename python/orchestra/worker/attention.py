@@ -1,7 +1,7 @@
 """Attention over the paged KV cache, in torch alone: runs on any device, in any dtype."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -13,12 +13,19 @@ from orchestra.worker.kv_cache import KvCache
 from orchestra.worker.model_config import AttentionRule
 from orchestra.worker.plan import StepPlan
 
+# Called with the step's id and the layer when the new KV of the layer is in the cache.
+LayerListener = Callable[[int, int], None]
+
 
 class AttentionBackend(Protocol):
     """Writes the new KV of a step to the cache and attends over it."""
 
     def prepare(self, plan: StepPlan) -> None:
         """Lays out the next step; called once, before its first layer."""
+        ...
+
+    def watch(self, listener: LayerListener) -> None:
+        """From now on `listener` hears of each layer of the steps whose plan says `fills_blocks`."""
         ...
 
     def forward(self, layer: int, query: Tensor, key_value: Tensor) -> Tensor:
@@ -64,9 +71,16 @@ class TorchPagedAttention:
         self._planner = LayoutPlanner(spec, self._group, device)
         self._written = torch.empty(0, dtype=torch.int64)
         self._layouts: dict[AttentionRule, StepLayout] = {}
+        self._listener: LayerListener | None = None
+        self._watched_step: int | None = None
+
+    def watch(self, listener: LayerListener) -> None:
+        """See `AttentionBackend`."""
+        self._listener = listener
 
     def prepare(self, plan: StepPlan) -> None:
         """Lays the step out, once for each kind of layer."""
+        self._watched_step = plan.step_id if plan.fills_blocks else None
         self._written = self._planner.written(plan)
         self._layouts = {rule: self._planner.lay_out(plan, rule) for rule in set(self._rules)}
 
@@ -74,6 +88,8 @@ class TorchPagedAttention:
         """Computes one layer; see `AttentionBackend`."""
         vectors = key_value.reshape(-1, self._head_dim)
         self._vectors[layer].index_copy_(0, self._written, vectors)
+        if self._watched_step is not None and self._listener is not None:
+            self._listener(self._watched_step, layer)
         runs, rule = self._runs[layer], self._rules[layer]
         layout = self._layouts[rule]
         if len(layout.cached) == 1 and not layout.fresh:

@@ -1,6 +1,7 @@
 """What one rank is told at start: the flags of `orchestra worker`, and their only defaults."""
 
 import argparse
+import ipaddress
 import os
 import re
 import socket
@@ -61,6 +62,12 @@ class WorkerConfig:
     """How long a step may last while sequences decode; prompts get what is left. 0: no matter how long."""
     enable_prefix_cache: bool = True
     """Whether prompts reuse the KV of equal beginnings."""
+    kv_transfer: str = "auto"
+    """What moves KV between workers: `auto`, `shm`, `tcp`, or `off`."""
+    kv_address: str | None = None
+    """Address at which workers of other hosts reach this one's KV; None: only those of this host do."""
+    role: str = "both"
+    """What the worker is for: `prefill`, `decode` or `both`."""
     weights_epoch: int = 0
     """Version of the weights."""
     drain_timeout_s: float = 30.0
@@ -191,6 +198,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
         ),
         add("--no-prefix-cache", action="store_true", help="compute every prompt from its start"),
         add(
+            "--kv-transfer",
+            choices=["auto", "off", "shm", "tcp"],
+            default=default.kv_transfer,
+            help="what moves KV between workers; auto: shared memory on one host, TCP where there is --kv-address",
+        ),
+        add(
             "--weights-epoch",
             type=_integer(0),
             default=default.weights_epoch,
@@ -216,6 +229,18 @@ def _add_process(parser: argparse.ArgumentParser) -> None:
         help="address of the metrics page",
     )
     add("--metrics-port", type=_integer(0), metavar="PORT", help="(default: no metrics page)")
+    add(
+        "--role",
+        choices=["both", "prefill", "decode"],
+        default=default.role,
+        help="compute prompts for others, or take the KV of long prompts from them, where KV moves",
+    )
+    add(
+        "--kv-address",
+        type=_address,
+        metavar="ADDRESS",
+        help="of this host, at which workers of other hosts reach its KV; unencrypted (default: none)",
+    )
     add("--parent-pid", type=_integer(1), help=argparse.SUPPRESS)
 
 
@@ -265,6 +290,14 @@ def parse_bytes(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 4GiB or 500MB")
     return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+def _address(text: str) -> str:
+    """An argument type: an IP address."""
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an IP address") from error
 
 
 def _integer(least: int) -> Any:

@@ -2,13 +2,18 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestra.errors import ConfigError
 from orchestra.worker.plan import BlockCopies
+
+if TYPE_CHECKING:
+    from orchestra._core import KvPool
 
 GIB = 1 << 30
 
@@ -26,10 +31,14 @@ class KvCacheSpec:
     dtype: torch.dtype
 
     @property
+    def layer_block_bytes(self) -> int:
+        """Keys and values of one block in one layer."""
+        return self.block_size * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
     def bytes_per_block(self) -> int:
         """Keys and values of one block in all layers."""
-        numbers = self.num_layers * self.block_size * 2 * self.num_kv_heads * self.head_dim
-        return numbers * self.dtype.itemsize
+        return self.num_layers * self.layer_block_bytes
 
 
 class KvCache:
@@ -44,10 +53,16 @@ class KvCache:
         num_blocks: how many blocks.
         device: where the slab lives.
         num_host_blocks: blocks that host memory holds besides.
+        pool: memory for the slab, all zero, that other workers can reach; None: memory of its own.
     """
 
     def __init__(
-        self, spec: KvCacheSpec, num_blocks: int, device: torch.device, num_host_blocks: int = 0
+        self,
+        spec: KvCacheSpec,
+        num_blocks: int,
+        device: torch.device,
+        num_host_blocks: int = 0,
+        pool: "KvPool | None" = None,
     ) -> None:
         self.spec = spec
         self.num_blocks = num_blocks
@@ -63,7 +78,10 @@ class KvCache:
         # Here a block is one run of bytes, layer after layer: a copy touches host memory once.
         host_shape = (num_host_blocks, spec.num_layers, *shape[2:])
         if device.type == "cpu":
-            self.slab = _zeros(spec, shape)
+            # The tensor keeps the pool for as long as it lives.
+            self.slab = (
+                _zeros(spec, shape) if pool is None else _view(np.asarray(pool), spec, shape)
+            )
             self._host = _zeros(spec, host_shape)
         else:
             self.slab = torch.zeros(shape, dtype=spec.dtype, device=device)
@@ -89,6 +107,10 @@ def _zeros(spec: KvCacheSpec, shape: tuple[int, ...]) -> Tensor:
     if 0 in shape:  # which torch cannot view as other numbers
         return torch.empty(shape, dtype=spec.dtype)
     memory = np.zeros(math.prod(shape) * spec.dtype.itemsize, np.uint8)
+    return _view(memory, spec, shape)
+
+
+def _view(memory: NDArray[np.uint8], spec: KvCacheSpec, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(memory).view(spec.dtype).view(shape)
 
 

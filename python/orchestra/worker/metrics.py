@@ -87,6 +87,18 @@ class _AgentCollector(Collector):
                 "Prompt tokens that the prefix cache gave.",
                 stats["prefix_hit_tokens"],
             ),
+            "kv_blocks_fetched": (
+                "KV blocks that came from other workers.",
+                stats["kv_blocks_fetched"],
+            ),
+            "kv_blocks_pushed": (
+                "KV blocks written to other workers while they were computed.",
+                stats["kv_blocks_pushed"],
+            ),
+            "kv_fetch_failures": (
+                "Moves of KV that did not come about.",
+                stats["kv_fetch_failures"],
+            ),
         }
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(f"orchestra_{name}", text, value)

@@ -92,6 +92,8 @@ class StepPlan:
     num_top_logprobs: int
     """-1: no sample wants log-probabilities; else the most alternatives that one wants."""
     starts: tuple[SequenceStart, ...]
+    fills_blocks: bool = False
+    """Whether another worker waits for KV of this step, so that the agent is to hear of each layer."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class PlanReader:
                 sample_positions=_int32(fields["sample_positions"]),
                 num_top_logprobs=fields["num_top_logprobs"],
                 starts=tuple(map(_start, fields["starts"])),
+                fills_blocks=fields["fills_blocks"],
             )
         except (ValueError, KeyError, TypeError, IndexError, msgpack.UnpackException) as error:
             raise InternalError(f"the step plan cannot be read: {error!r}") from error

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestra.worker.attention import AttentionBackend
+from orchestra.worker.attention import AttentionBackend, LayerListener
 from orchestra.worker.kv_cache import KvCache
 from orchestra.worker.models import Model
 from orchestra.worker.plan import NO_COPIES, StepOutput, StepPlan
@@ -42,6 +42,10 @@ class ModelRunner:
         self._attention = attention
         self._sampler = sampler
         self._device = device
+
+    def watch(self, listener: LayerListener) -> None:
+        """Lets `listener` hear of each layer of the steps that fill blocks for other workers."""
+        self._attention.watch(listener)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:

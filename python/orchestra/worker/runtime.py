@@ -184,6 +184,7 @@ def agent_config(config: WorkerConfig, rank: Rank) -> dict[str, Any]:
         "router": config.router,
         "worker_id": config.worker_id,
         "model": config.model_name,
+        "role": config.role,
         "weights_epoch": config.weights_epoch,
         "vocab_size": rank.model_config.vocab_size,
         "model_files": {
@@ -213,7 +214,9 @@ def _lead_with_agent(config: WorkerConfig, rank: Rank, stop: StopSignals) -> Non
     _core.init_logging()
     settings = agent_config(config, rank)
     logger.info("loaded, attaching to the router at %s", config.router)
-    agent = _core.Agent(settings)
+    agent = _core.Agent(settings, rank.kv_pool)
+    if rank.kv_pool is not None:
+        rank.runner.watch(agent.layer_done)
     metrics = WorkerMetrics(agent.stats, config.block_size)
     stop_metrics = None
     try:

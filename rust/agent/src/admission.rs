@@ -25,7 +25,7 @@ impl Refusal {
         }
     }
 
-    fn invalid(message: impl Into<String>) -> Self {
+    pub(crate) fn invalid(message: impl Into<String>) -> Self {
         Self::new(ErrorCode::InvalidRequest, message)
     }
 }
@@ -36,6 +36,15 @@ impl From<RejectReason> for Refusal {
     }
 }
 
+/// A request, and what is wanted of its KV.
+pub(crate) struct Admitted {
+    pub(crate) request: Request,
+    /// Where some of it comes from.
+    pub(crate) source: Option<v1::KvSource>,
+    /// Where it goes, which is all that is wanted.
+    pub(crate) target: Option<v1::KvTarget>,
+}
+
 /// The request that `start` asks for.
 ///
 /// Another weights epoch is answered with `worker_failed`: the request is fine and this worker cannot serve it, so the
@@ -44,7 +53,7 @@ pub(crate) fn admit(
     start: v1::StartSequence,
     id: RequestId,
     config: &AgentConfig,
-) -> Result<Request, Refusal> {
+) -> Result<Admitted, Refusal> {
     if start.weights_epoch != config.weights_epoch {
         let (wanted, held) = (start.weights_epoch, config.weights_epoch);
         let message = format!("weights epoch {wanted} was asked for, this worker holds {held}");
@@ -73,12 +82,17 @@ pub(crate) fn admit(
         salt: &start.cache_salt,
         ..SeedParts::default()
     };
-    Ok(Request {
+    let request = Request {
         id,
         hash_seed: seed.seed(),
         prompt_token_ids: start.prompt_token_ids,
         output_token_ids: start.output_token_ids,
         sampling,
+    };
+    Ok(Admitted {
+        request,
+        source: start.kv_source,
+        target: start.kv_target,
     })
 }
 

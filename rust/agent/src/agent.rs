@@ -2,7 +2,10 @@
 
 use std::{sync::Arc, thread::JoinHandle, time::Duration};
 
-use orchestra_core::step::{StepOutput, StepPlan};
+use orchestra_core::{
+    config::ConfigIssue,
+    step::{StepOutput, StepPlan},
+};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -11,9 +14,10 @@ use crate::{
     attach::{self, Network},
     config::AgentConfig,
     error::AgentError,
+    kv::{self, Inbox, Mover, Order, pool::KvPool},
     load::{AgentStats, LoadBoard},
     plan_codec::{OutputBuffers, encode_plan},
-    step_loop::StepLoop,
+    step_loop::{KvLink, StepLoop},
 };
 
 /// Commands from the router that may wait for the step loop. When it is full, the network side stops reading, and
@@ -31,6 +35,9 @@ pub struct Agent {
     board: Arc<LoadBoard>,
     closing: CancellationToken,
     network: Mutex<Option<JoinHandle<()>>>,
+    /// The inbox of the thread that moves KV, and the thread.
+    kv: Option<Arc<Inbox>>,
+    mover: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Agent {
@@ -38,25 +45,55 @@ impl Agent {
     ///
     /// The worker announces itself with the first `next_step`, so that no sequence waits for a model that loads.
     pub fn new(config: AgentConfig) -> Result<Self, AgentError> {
+        Self::start(config, None)
+    }
+
+    /// As [`new`](Self::new), for an engine whose KV lies in `pool`: it can move to other workers, and come from them.
+    pub fn with_kv(config: AgentConfig, pool: Arc<KvPool>) -> Result<Self, AgentError> {
+        check_pool(&config, &pool)?;
+        Self::start(config, Some(pool))
+    }
+
+    fn start(config: AgentConfig, pool: Option<Arc<KvPool>>) -> Result<Self, AgentError> {
         config.validate().map_err(AgentError::InvalidConfig)?;
         let config = Arc::new(config);
         let board = Arc::new(LoadBoard::default());
         let closing = CancellationToken::new();
         let (sender, receiver) = mpsc::channel(COMMANDS_MAX);
+        let inbox = pool.as_ref().map(|_| Inbox::new()).transpose();
+        let inbox = inbox.map_err(AgentError::Start)?.map(Arc::new);
+        let block_size = config.scheduler.block_size;
+        let link = pool.clone().zip(inbox.clone());
+        let link = link.map(|(pool, inbox)| KvLink::new(pool, inbox, block_size));
 
         let step_loop = StepLoop::new(
             Arc::clone(&config),
             receiver,
             Arc::clone(&board),
             closing.clone(),
+            link,
         )?;
-        let network = Network::new(config, sender, Arc::clone(&board), closing.clone())?;
+        let mover = pool.zip(inbox.clone()).map(|(pool, inbox)| {
+            let worker_id = config.worker_id.clone();
+            let commands = sender.downgrade();
+            Mover::new(pool, inbox, commands, worker_id, Arc::clone(&board))
+        });
+        let network = Network::new(
+            config,
+            sender,
+            Arc::clone(&board),
+            closing.clone(),
+            inbox.clone(),
+        )?;
         let thread = attach::start(network).map_err(AgentError::Start)?;
+        let mover = mover.map(kv::start).transpose();
         Ok(Self {
             step_loop: Mutex::new(step_loop),
             board,
             closing,
             network: Mutex::new(Some(thread)),
+            kv: inbox,
+            mover: Mutex::new(mover.map_err(AgentError::Start)?),
         })
     }
 
@@ -92,6 +129,14 @@ impl Agent {
         buffers: &OutputBuffers<'_>,
     ) -> Result<(), AgentError> {
         self.step_loop.lock().commit_buffers(step_id, buffers)
+    }
+
+    /// The KV of layer `layer`, and of those before it, is where step `step_id` puts it. For steps whose plan says
+    /// `fills_blocks`, from the thread that executes them; whoever does not call it lets the blocks go with the commit.
+    pub fn layer_done(&self, step_id: u64, layer: u32) {
+        if let Some(inbox) = &self.kv {
+            inbox.progress(step_id, layer.saturating_add(1));
+        }
     }
 
     /// Gives up: executing a step failed, so its KV cannot be trusted. Every sequence ends with `worker_failed` and
@@ -130,6 +175,33 @@ impl Agent {
         {
             tracing::error!("the agent's network thread panicked");
         }
+        if let Some(inbox) = &self.kv {
+            inbox.order(Order::Stop);
+        }
+        if let Some(thread) = self.mover.lock().take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the agent's thread that moves KV panicked");
+        }
+    }
+}
+
+/// A pool for another number of blocks, or without a prefix cache to fill, is of no use.
+fn check_pool(config: &AgentConfig, pool: &KvPool) -> Result<(), AgentError> {
+    let mut issues = Vec::new();
+    let (blocks, held) = (config.scheduler.num_blocks, pool.config().num_blocks);
+    if blocks != held {
+        let message = format!("is {blocks}, the KV pool has {held}");
+        issues.push(ConfigIssue::new("scheduler.num_blocks", message));
+    }
+    if !config.scheduler.enable_prefix_cache {
+        let message = "must be true where KV moves: it is what moved KV fills";
+        issues.push(ConfigIssue::new("scheduler.enable_prefix_cache", message));
+    }
+    if issues.is_empty() {
+        Ok(())
+    } else {
+        Err(AgentError::InvalidConfig(issues))
     }
 }
 

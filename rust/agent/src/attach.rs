@@ -16,6 +16,7 @@ use crate::{
     backoff::Backoff,
     config::AgentConfig,
     error::AgentError,
+    kv::Inbox,
     load::LoadBoard,
 };
 
@@ -29,6 +30,8 @@ pub(crate) struct Network {
     commands: mpsc::Sender<Command>,
     board: Arc<LoadBoard>,
     closing: CancellationToken,
+    /// Where messages of other workers go; none where KV does not move.
+    kv: Option<Arc<Inbox>>,
 }
 
 /// Runs the network side on a thread of its own, until the agent closes.
@@ -47,6 +50,7 @@ impl Network {
         commands: mpsc::Sender<Command>,
         board: Arc<LoadBoard>,
         closing: CancellationToken,
+        kv: Option<Arc<Inbox>>,
     ) -> Result<Self, AgentError> {
         let endpoint = Endpoint::from_shared(config.router.clone())
             .map_err(|error| AgentError::Start(io::Error::new(io::ErrorKind::InvalidInput, error)))?
@@ -63,6 +67,7 @@ impl Network {
             commands,
             board,
             closing,
+            kv,
         })
     }
 

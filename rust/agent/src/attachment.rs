@@ -12,10 +12,10 @@ use orchestra_core::{
     step::{KvEvent, TokenUpdate},
 };
 use orchestra_proto::v1;
-use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::sync::mpsc::{self, WeakSender, error::TrySendError};
 use tokio_util::sync::CancellationToken;
 
-use crate::{outputs, park};
+use crate::{kv::Report, outputs, park};
 
 /// Counts the attempts to attach; never repeats in one process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,11 +27,13 @@ pub(crate) enum Command {
     /// A router was reached: it waits for the hello.
     Attached(Attachment),
     /// A sequence to generate.
-    Start(AttachmentId, v1::StartSequence),
+    Start(AttachmentId, Box<v1::StartSequence>),
     /// A sequence that nobody wants any more.
     Abort(AttachmentId, u64),
     /// The stream ended.
     Detached(AttachmentId),
+    /// From the thread that moves KV.
+    Kv(Report),
 }
 
 /// Why an attachment was lost.
@@ -86,6 +88,11 @@ impl Attachment {
         }
     }
 
+    /// Where messages go that the stream does not wait for.
+    pub(crate) fn uplink(&self) -> WeakSender<v1::WorkerMessage> {
+        self.outbound.downgrade()
+    }
+
     /// The sequence that a request runs for.
     pub(crate) fn sequence_of(&self, request_id: RequestId) -> Option<u64> {
         self.sequences.get(&request_id).copied()
@@ -116,6 +123,25 @@ impl Attachment {
         patience: &Patience,
     ) -> Result<(), Lost> {
         let outputs = outputs::sequence_outputs(updates, self);
+        if outputs.is_empty() {
+            return Ok(());
+        }
+        self.send(outputs::tokens_message(outputs), patience)
+    }
+
+    /// Tells that the prompts of these requests are computed, which was all that was wanted.
+    pub(crate) fn send_prefilled(
+        &mut self,
+        request_ids: &[RequestId],
+        patience: &Patience,
+    ) -> Result<(), Lost> {
+        let mut outputs = Vec::new();
+        for &request_id in request_ids {
+            if let Some(sequence_id) = self.sequence_of(request_id) {
+                self.remove(sequence_id);
+                outputs.push(outputs::prefilled_output(sequence_id));
+            }
+        }
         if outputs.is_empty() {
             return Ok(());
         }

@@ -25,6 +25,8 @@ pub struct AgentConfig {
     pub worker_id: String,
     /// The name under which clients ask for the model; 1 to 128 bytes.
     pub model: String,
+    /// What the worker is for. Only where KV can move does it matter.
+    pub role: Role,
     /// Version of the weights, counted by commits.
     pub weights_epoch: u64,
     /// Rows of the embedding: a token id at or above it is refused.
@@ -62,6 +64,7 @@ impl Default for AgentConfig {
             router: String::new(),
             worker_id: String::new(),
             model: String::new(),
+            role: Role::Both,
             weights_epoch: 0,
             vocab_size: 0,
             model_files: ModelFiles::default(),
@@ -161,6 +164,19 @@ impl AgentConfig {
             issues.push(ConfigIssue::new("reconnect.max", message));
         }
     }
+}
+
+/// What a worker is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Prompts and outputs.
+    #[default]
+    Both,
+    /// Prompts, whose KV goes to others; outputs only where nobody else is there.
+    Prefill,
+    /// Outputs; the KV of long prompts comes from others.
+    Decode,
 }
 
 /// Pauses between attempts to reach the router: attempt `k` waits a random time up to `initial * 2^k`, capped.

@@ -54,7 +54,7 @@ impl AgentError {
     }
 }
 
-fn list(issues: &[ConfigIssue]) -> String {
+pub(crate) fn list(issues: &[ConfigIssue]) -> String {
     let lines: Vec<String> = issues.iter().map(ToString::to_string).collect();
     lines.join("; ")
 }

@@ -13,7 +13,7 @@
 //! outbound queue, whose bound and answer are in [`AgentConfig::outbound_stall_limit`].
 //!
 //! Reading order: [`config`] and [`error`]; [`agent`] is the handle; `step_loop` is the corridor; `attach` is the
-//! network side; [`plan_codec`] is what the shards read and answer.
+//! network side; [`kv`] moves KV between workers, on a thread of its own; [`plan_codec`] is what the shards read and answer.
 
 pub mod config;
 pub mod error;
@@ -30,11 +30,14 @@ mod attach;
 mod backoff;
 mod uplink;
 
+pub mod kv;
+
 mod load;
 pub mod plan_codec;
 
 pub use agent::Agent;
-pub use config::{AgentConfig, ModelFiles, ReconnectConfig};
+pub use config::{AgentConfig, ModelFiles, ReconnectConfig, Role};
 pub use error::AgentError;
+pub use kv::pool::{KvPool, KvPoolConfig, KvPoolError, KvTransports};
 pub use load::AgentStats;
 pub use plan_codec::{OutputBuffers, OutputError, encode_plan};

@@ -46,6 +46,12 @@ pub struct AgentStats {
     pub outbound_stalls: u64,
     /// Sequences aborted because their attachment was lost.
     pub aborted_by_detach: u64,
+    /// KV blocks that came from other workers.
+    pub kv_blocks_fetched: u64,
+    /// KV blocks written to other workers while they were computed.
+    pub kv_blocks_pushed: u64,
+    /// Moves that did not come about, so that this worker computed for itself.
+    pub kv_fetch_failures: u64,
     /// Whether a router's stream is open.
     pub is_attached: bool,
     /// Whether new sequences are refused.
@@ -70,6 +76,8 @@ impl AgentStats {
         self.swaps = stats.swaps;
         self.prefix_hit_tokens = stats.prefix_hit_tokens;
         self.prefix_query_tokens = stats.prefix_query_tokens;
+        self.kv_blocks_fetched = stats.fetched_blocks;
+        self.kv_fetch_failures = stats.fetch_failures;
     }
 
     fn report(&self) -> v1::LoadReport {
@@ -84,6 +92,9 @@ impl AgentStats {
             is_draining: self.is_draining,
             schedule_us: self.schedule_us,
             execute_us: self.execute_us,
+            kv_blocks_fetched: self.kv_blocks_fetched,
+            kv_blocks_pushed: self.kv_blocks_pushed,
+            kv_fetch_failures: self.kv_fetch_failures,
         }
     }
 }

@@ -37,6 +37,7 @@ pub(crate) fn sequence_outputs(
                 sequence_id,
                 first_index: update.output_index,
                 cached_tokens: update.num_cached_tokens,
+                fetched_tokens: update.num_fetched_tokens,
                 ..v1::SequenceOutput::default()
             });
         }
@@ -74,6 +75,16 @@ const fn finish_reason(reason: FinishReason) -> v1::FinishReason {
         FinishReason::Abort => v1::FinishReason::Abort,
         FinishReason::Error => v1::FinishReason::Error,
     }
+}
+
+/// The end of a sequence that was computed for another worker.
+pub(crate) fn prefilled_output(sequence_id: u64) -> v1::SequenceOutput {
+    let mut output = v1::SequenceOutput {
+        sequence_id,
+        ..v1::SequenceOutput::default()
+    };
+    output.set_finish_reason(v1::FinishReason::Prefilled);
+    output
 }
 
 /// The end of a sequence that was refused or failed.

@@ -62,6 +62,8 @@ struct PlanMap<'a> {
     sample_positions: Array<'a, u32>,
     /// -1: no sample wants log-probabilities; else the most alternatives that one wants.
     num_top_logprobs: i32,
+    /// Whether another worker waits for blocks that the step fills, layer by layer.
+    fills_blocks: bool,
     starts: Vec<StartMap<'a>>,
 }
 
@@ -147,6 +149,7 @@ pub fn encode_plan(plan: &StepPlan) -> Result<Vec<u8>, rmp_serde::encode::Error>
         sample_slots: Array(&sample_slots),
         sample_positions: Array(&sample_positions),
         num_top_logprobs: num_top_logprobs(plan).map_or(-1, |most| most as i32),
+        fills_blocks: !plan.filled.is_empty(),
         starts: plan.starts.iter().map(StartMap::from).collect(),
     };
     rmp_serde::to_vec_named(&map)

@@ -3,6 +3,7 @@
 //! The loop owns the scheduler. It runs on the thread that calls [`Agent::next_step`](crate::Agent::next_step), so
 //! there is no hop between deciding a step and executing it.
 
+mod kv_link;
 mod streams;
 
 use std::{
@@ -18,8 +19,9 @@ use orchestra_proto::v1;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::kv_link::KvLink;
 use crate::{
-    admission::{self, Refusal},
+    admission::{Refusal, admit},
     attachment::{Attachment, AttachmentId, Command, Lost, Patience},
     config::AgentConfig,
     error::AgentError,
@@ -37,6 +39,8 @@ struct Outstanding {
     step_id: u64,
     wanted: Wanted,
     handed_out: Instant,
+    /// Another worker waits for blocks that it fills.
+    fills_blocks: bool,
 }
 
 /// Owner of the replica's scheduler.
@@ -54,6 +58,8 @@ pub(crate) struct StepLoop {
     failure: Option<String>,
     patience: Patience,
     board: Arc<LoadBoard>,
+    /// The thread that moves KV, where there is one.
+    kv: Option<KvLink>,
     started: Instant,
 }
 
@@ -63,6 +69,7 @@ impl StepLoop {
         commands: mpsc::Receiver<Command>,
         board: Arc<LoadBoard>,
         closing: CancellationToken,
+        kv: Option<KvLink>,
     ) -> Result<Self, AgentError> {
         let scheduler =
             StepScheduler::new(config.scheduler.clone()).map_err(AgentError::InvalidConfig)?;
@@ -80,6 +87,7 @@ impl StepLoop {
                 closing,
             },
             board,
+            kv,
             started: Instant::now(),
             config,
         })
@@ -101,8 +109,9 @@ impl StepLoop {
             }
             // Nothing executes for a while: what changed in the cache goes out now.
             self.send_kv_events();
-            command = self.wait(deadline)?;
-            if command.is_none() {
+            let until = self.wake_time(deadline);
+            command = self.wait(until)?;
+            if command.is_none() && until == deadline {
                 return Ok(None);
             }
         }
@@ -117,7 +126,11 @@ impl StepLoop {
             step_id: plan.step_id,
             wanted: Wanted::new(&plan, self.config.vocab_size),
             handed_out: Instant::now(),
+            fills_blocks: !plan.filled.is_empty(),
         });
+        if let Some(kv) = &self.kv {
+            kv.handed_out(&plan);
+        }
         Some(plan)
     }
 
@@ -131,7 +144,9 @@ impl StepLoop {
     }
 
     pub(crate) fn commit(&mut self, output: &StepOutput) -> Result<(), AgentError> {
-        let executed = self.outstanding(output.step_id)?.handed_out.elapsed();
+        let outstanding = self.outstanding(output.step_id)?;
+        let executed = outstanding.handed_out.elapsed();
+        let fills_blocks = outstanding.fills_blocks;
         let began = Instant::now();
         let updates = self
             .scheduler
@@ -146,6 +161,9 @@ impl StepLoop {
             attachment.send_updates(updates, &self.patience)
         });
         self.keep_or_detach(sent);
+        if fills_blocks {
+            self.tell_filled(output.step_id);
+        }
         self.send_kv_events();
         Ok(())
     }
@@ -205,9 +223,10 @@ impl StepLoop {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Attached(attachment) => self.attach(attachment),
-            Command::Start(id, start) if self.is_current(id) => self.start(start),
+            Command::Start(id, start) if self.is_current(id) => self.start(*start),
             Command::Abort(id, sequence_id) if self.is_current(id) => self.abort(sequence_id),
             Command::Detached(id) if self.is_current(id) => self.detach(Lost::Ended),
+            Command::Kv(report) => self.obey_mover(report),
             // Of an attachment that was lost before.
             Command::Start(..) | Command::Abort(..) | Command::Detached(_) => {}
         }
@@ -226,7 +245,7 @@ impl StepLoop {
         let sequence_id = start.sequence_id;
         // The router could not tell the outputs of the two apart, so both end.
         let refused = if let Some(running) = attachment.remove(sequence_id) {
-            self.scheduler.abort(running);
+            kv_link::abort(&mut self.scheduler, self.kv.as_mut(), running);
             Err(Refusal::new(
                 ErrorCode::Internal,
                 "sequence_id is in use on this stream",
@@ -237,8 +256,10 @@ impl StepLoop {
             self.last_request_id += 1;
             let id = RequestId(self.last_request_id);
             let now = Time(micros(self.started.elapsed()));
-            admission::admit(start, id, &self.config)
-                .and_then(|request| Ok(self.scheduler.add_request(request, now)?))
+            admit(start, id, &self.config)
+                .and_then(|admitted| {
+                    kv_link::add(&mut self.scheduler, self.kv.as_mut(), admitted, now)
+                })
                 .map(|()| attachment.insert(sequence_id, id))
         };
         if let Err(Refusal { code, message }) = refused {
@@ -255,7 +276,7 @@ impl StepLoop {
             .as_mut()
             .and_then(|attachment| attachment.remove(sequence_id))
         {
-            self.scheduler.abort(request_id);
+            kv_link::abort(&mut self.scheduler, self.kv.as_mut(), request_id);
         }
     }
 

@@ -55,6 +55,7 @@ pub(crate) fn slab(id: u32, len: u64) -> Arc<Slab> {
     let config = SlabConfig {
         len,
         huge_pages: false,
+        prefault: true,
         prefault_threads: NonZeroUsize::MIN,
     };
     Arc::new(Slab::create(SlabId(id), &config).unwrap())

@@ -23,6 +23,8 @@ pub struct PoolConfig {
     pub max_slabs: u32,
     /// Whether to try huge pages.
     pub huge_pages: bool,
+    /// Whether a new slab is touched at once; see [`SlabConfig::prefault`].
+    pub prefault: bool,
     /// Threads that touch a new slab.
     pub prefault_threads: NonZeroUsize,
 }
@@ -36,6 +38,7 @@ impl Default for PoolConfig {
             initial_slabs: 1,
             max_slabs: 1,
             huge_pages: slab.huge_pages,
+            prefault: slab.prefault,
             prefault_threads: slab.prefault_threads,
         }
     }
@@ -78,6 +81,7 @@ impl PoolConfig {
         SlabConfig {
             len: self.slab_bytes,
             huge_pages: self.huge_pages,
+            prefault: self.prefault,
             prefault_threads: self.prefault_threads,
         }
     }

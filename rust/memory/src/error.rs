@@ -1,5 +1,7 @@
 //! Why memory could not be had, used or moved. An error changes nothing.
 
+use orchestra_core::ErrorCode;
+
 /// Why the manager or a transport refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MemoryError {
@@ -120,6 +122,27 @@ impl MemoryError {
             code: errno.raw_os_error(),
         }
     }
+
+    /// The code by which clients and callers of other languages know it.
+    pub const fn code(&self) -> ErrorCode {
+        match self {
+            Self::Exhausted { .. } | Self::LimitReached { .. } => ErrorCode::QueueFull,
+            Self::InvalidField { .. }
+            | Self::StaleHandle
+            | Self::ForeignHandle
+            | Self::WrongState { .. }
+            | Self::InUse
+            | Self::OutOfBounds { .. }
+            | Self::UnknownSlab(_)
+            | Self::UnknownPeer
+            | Self::DuplicatePeer
+            | Self::GrantEnded
+            | Self::BadMetadata(_) => ErrorCode::InvalidRequest,
+            Self::MemlockTooLow { .. } => ErrorCode::InvalidConfig,
+            Self::Unavailable { .. } => ErrorCode::Unsupported,
+            Self::Os { .. } | Self::Transport { .. } => ErrorCode::Internal,
+        }
+    }
 }
 
 /// How a transfer failed.
@@ -151,4 +174,15 @@ pub enum TransferError {
         /// Its words; never bytes of a block.
         message: String,
     },
+}
+
+impl TransferError {
+    /// The code by which clients and callers of other languages know it.
+    pub const fn code(&self) -> ErrorCode {
+        match self {
+            Self::PeerGone | Self::Transport { .. } => ErrorCode::WorkerFailed,
+            Self::Timeout { .. } => ErrorCode::DeadlineExceeded,
+            Self::StaleHandle | Self::Denied | Self::OutOfBounds => ErrorCode::InvalidRequest,
+        }
+    }
 }

@@ -258,6 +258,15 @@ impl Grants {
         over
     }
 
+    /// When the next of them ends, the grace of read leases included; none where no end is left to come.
+    pub(crate) fn next_end(&self, grace: Duration) -> Option<Time> {
+        let end = |grant: &Grant| match grant.rights {
+            Rights::Read => Some(grant.expires + grace),
+            Rights::Write => (!grant.is_over).then_some(grant.expires),
+        };
+        self.open.values().filter_map(end).min()
+    }
+
     /// Nothing that this peer had under way can touch memory of ours any more.
     pub(crate) fn peer_is_quiet(&mut self, peer: PeerId) {
         self.open.retain(|_, grant| grant.peer != peer);

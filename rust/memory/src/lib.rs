@@ -7,7 +7,7 @@
 //! Reading order: [`error`] and [`config`] are shared words; [`slab`] is the memory, [`table`] says what each block
 //! of it is, [`runs`] finds free ones that lie together, [`pool`] joins the three; [`fragmentation`] scores it, [`defragment`] keeps it in one piece;
 //! [`transport`] is what moves bytes between processes, [`transfer`] keeps watch over it, [`lease`] is what peers may do;
-//! [`manager`] is the whole.
+//! [`manager`] is the whole, and [`driver`] a thread for it.
 //!
 //! `unsafe` is denied by the workspace. The few modules that need it say so in an `#![expect(unsafe_code)]`
 //! of their own, and each block carries its argument.
@@ -16,6 +16,8 @@
 
 pub mod config;
 pub mod defragment;
+pub mod dlpack;
+pub mod driver;
 pub mod error;
 pub mod fragmentation;
 pub mod lease;
@@ -31,11 +33,12 @@ pub mod transport;
 
 pub use config::{ManagerConfig, MemlockPolicy, PoolConfig};
 pub use defragment::{DefragmentConfig, DefragmentReport, Defragmenter};
+pub use driver::{Chime, Driver};
 pub use error::{MemoryError, TransferError};
 pub use fragmentation::Fragmentation;
 pub use lease::{GrantId, Lease, RemoteBlock, RemoteGrant, Rights};
 pub use manager::{Arrival, BufferManager, Event, ManagerStats};
-pub use pool::{BlockHandle, BlockSet, PinGuard, Pool, PoolId, PoolStats};
+pub use pool::{BlockHandle, BlockSet, BlockView, PinGuard, Pool, PoolId, PoolStats};
 pub use runs::Extent;
 pub use slab::{PageKind, Slab, SlabConfig};
 pub use table::BlockState;

@@ -5,6 +5,7 @@
 //! told anything.
 
 mod arrivals;
+mod due;
 mod grants;
 mod pools;
 

@@ -9,8 +9,10 @@ mod epochs;
 mod holds;
 mod moves;
 mod pick;
+mod renew;
 mod report;
 mod sets;
+mod view;
 
 use std::{
     fmt,
@@ -29,6 +31,7 @@ pub use self::{
     holds::{HoldKind, Holds, PinGuard},
     moves::Move,
     report::PoolStats,
+    view::BlockView,
 };
 use self::{epochs::Epochs, sets::Sets};
 use crate::{

@@ -127,6 +127,31 @@ impl FreeRuns {
         })
     }
 
+    /// Takes one free slot by name. Looks for the beginning of its run from there, so it costs as much as the run is
+    /// long. `false` where it is in no run.
+    pub fn take_slot(&mut self, slot: u32) -> bool {
+        let mut before = (0..=slot).rev();
+        let Some(found) = before.find(|&at| self.tags[at as usize] > 0) else {
+            return false;
+        };
+        // The last slot of a run is met first where it is this one, or where the run lies before it.
+        let len = self.tags[found as usize] & !LAST;
+        let is_last = self.tags[found as usize] & LAST > 0;
+        let start = if is_last { found + 1 - len } else { found };
+        if slot >= start + len {
+            return false;
+        }
+        self.unlink(start, len);
+        self.num_free -= 1;
+        if slot > start {
+            self.link(start, slot - start);
+        }
+        if slot + 1 < start + len {
+            self.link(slot + 1, start + len - slot - 1);
+        }
+        true
+    }
+
     /// Gives slots of one slab back; they join their free neighbours.
     pub fn give_back(&mut self, extent: Extent) {
         let Extent { mut start, mut len } = extent;
@@ -348,7 +373,7 @@ mod tests {
         #[test]
         fn the_index_is_what_a_scan_would_find(
             slots_per_slab in 1_u32..200,
-            steps in prop::collection::vec((0_u8..4, 1_u32..150, any::<prop::sample::Index>()), 1..120),
+            steps in prop::collection::vec((0_u8..5, 1_u32..150, any::<prop::sample::Index>()), 1..120),
         ) {
             let mut runs = FreeRuns::new(slots_per_slab);
             let mut naive = Naive { slots_per_slab: slots_per_slab as usize, free: Vec::new() };
@@ -373,6 +398,13 @@ mod tests {
                         let run = runs.take_run(n);
                         prop_assert_eq!(run.is_some(), before.iter().any(|run| run.len >= n));
                         extents.extend(run);
+                    }
+                    3 if !naive.free.is_empty() => {
+                        let slot = which.index(naive.free.len());
+                        prop_assert_eq!(runs.take_slot(slot as u32), naive.free[slot]);
+                        if naive.free[slot] {
+                            extents.push(Extent { start: slot as u32, len: 1 });
+                        }
                     }
                     _ if !held.is_empty() => {
                         let extent = held.swap_remove(which.index(held.len()));

@@ -40,6 +40,9 @@ pub struct SlabConfig {
     pub len: u64,
     /// Whether to try huge pages; small ones are the fallback, never an error.
     pub huge_pages: bool,
+    /// Whether the memory is touched at once. Else each page comes when it is first used, and no reserved huge pages
+    /// are tried: a network card that registers the slab touches all of it anyway.
+    pub prefault: bool,
     /// Threads that touch the memory first; 1 touches it on the caller's.
     pub prefault_threads: NonZeroUsize,
 }
@@ -49,6 +52,7 @@ impl Default for SlabConfig {
         Self {
             len: 2 << 30,
             huge_pages: true,
+            prefault: true,
             prefault_threads: NonZeroUsize::MIN.saturating_add(3),
         }
     }
@@ -95,6 +99,7 @@ impl Slab {
         }
         let len = config.len as usize;
         if config.huge_pages
+            && config.prefault
             && let Ok(file) = memory_file(len, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)
             && let Ok(base) = map_aligned(&file, len)
         {
@@ -110,7 +115,12 @@ impl Slab {
         if config.huge_pages && slab.advise(0, len, Advice::LinuxHugepage).is_ok() {
             slab.pages = PageKind::Transparent;
         }
-        match slab.populate(config.prefault_threads) {
+        let populated = if config.prefault {
+            slab.populate(config.prefault_threads)
+        } else {
+            Ok(())
+        };
+        match populated {
             Ok(()) => {}
             // Kernels before 5.14 cannot populate on request.
             Err(rustix::io::Errno::INVAL) => slab.touch(),

@@ -108,7 +108,8 @@ impl SlotWord {
         (self.0 / LEASE) & LEASES_MAX
     }
 
-    const fn is_held(self) -> bool {
+    /// Whether anybody reads or writes it, or may.
+    pub const fn is_held(self) -> bool {
         self.pins() + self.leases() > 0
     }
 
@@ -334,6 +335,18 @@ impl Slot {
             Ok(word) if word.state().is_retired() && !word.is_held() => AfterHold::GiveBack,
             _ => AfterHold::InUse,
         }
+    }
+
+    /// Gives the block a new life without taking it from its owner, who fills it anew: its handles go stale.
+    pub fn renew(&self, generation: u32) -> Result<(), MemoryError> {
+        self.change(|word| {
+            let word = word.named(generation, LIVE, "live")?;
+            if word.is_held() {
+                return Err(MemoryError::InUse);
+            }
+            Ok(word.with_state(BlockState::Writing).next_generation())
+        })
+        .map(drop)
     }
 
     /// Takes the block from its owner: its handles go stale.

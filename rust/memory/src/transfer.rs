@@ -24,6 +24,9 @@ pub(crate) use self::{
 };
 use crate::error::TransferError;
 
+/// Those who may wait for one transfer.
+const WAKERS_MAX: usize = 8;
+
 /// How a transfer is made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TransferOptions {
@@ -70,7 +73,7 @@ pub type TransferResult = Result<TransferStats, TransferError>;
 #[derive(Default)]
 struct Ending {
     result: Option<TransferResult>,
-    waker: Option<Waker>,
+    wakers: Vec<Waker>,
 }
 
 /// What the caller and the engine both see of a transfer.
@@ -90,11 +93,9 @@ impl Shared {
         let mut ending = self.ending.lock();
         debug_assert!(ending.result.is_none(), "a transfer ends once");
         ending.result = Some(result);
-        let waker = ending.waker.take();
+        let wakers = std::mem::take(&mut ending.wakers);
         drop(ending);
-        if let Some(waker) = waker {
-            waker.wake();
-        }
+        wakers.into_iter().for_each(Waker::wake);
     }
 }
 
@@ -119,6 +120,27 @@ impl Transfer {
         self.shared.ending.lock().result.clone()
     }
 
+    /// Has `waker` called when it ends; `true` where it has ended, and nobody will be. A few may wait: one too many
+    /// wakes the first of them, who asks again.
+    pub fn wake(&self, waker: &Waker) -> bool {
+        let mut ending = self.shared.ending.lock();
+        if ending.result.is_some() {
+            return true;
+        }
+        let is_known = ending.wakers.iter().any(|known| known.will_wake(waker));
+        if is_known {
+            return false;
+        }
+        let is_full = ending.wakers.len() == WAKERS_MAX;
+        let displaced = is_full.then(|| ending.wakers.remove(0));
+        ending.wakers.push(waker.clone());
+        drop(ending);
+        if let Some(displaced) = displaced {
+            displaced.wake();
+        }
+        false
+    }
+
     /// Gives it up. It ends at the manager's next progress.
     pub fn abort(&self) {
         self.shared.is_aborted.store(true, Ordering::Relaxed);
@@ -129,12 +151,8 @@ impl Future for Transfer {
     type Output = TransferResult;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<TransferResult> {
-        let mut ending = self.shared.ending.lock();
-        if let Some(result) = &ending.result {
-            return Poll::Ready(result.clone());
-        }
-        ending.waker = Some(context.waker().clone());
-        Poll::Pending
+        self.wake(context.waker());
+        self.result().map_or(Poll::Pending, Poll::Ready)
     }
 }
 

@@ -10,6 +10,7 @@ use pyo3::{
 
 use crate::{
     errors::Failure,
+    kv_pool::KvPool,
     values::{config_from, to_dict},
 };
 
@@ -25,10 +26,19 @@ pub(crate) struct Agent {
 #[pymethods]
 impl Agent {
     #[new]
-    fn new(py: Python<'_>, config: &Bound<'_, PyDict>) -> PyResult<Self> {
+    #[pyo3(signature = (config, kv_pool = None))]
+    fn new(
+        py: Python<'_>,
+        config: &Bound<'_, PyDict>,
+        kv_pool: Option<&Bound<'_, KvPool>>,
+    ) -> PyResult<Self> {
         let config: AgentConfig = config_from(config)?;
+        let pool = kv_pool.map(|pool| pool.get().inner());
         let inner = py
-            .detach(|| orchestra_agent::Agent::new(config))
+            .detach(|| match pool {
+                Some(pool) => orchestra_agent::Agent::with_kv(config, pool),
+                None => orchestra_agent::Agent::new(config),
+            })
             .map_err(Failure::from)?;
         Ok(Self { inner })
     }
@@ -73,6 +83,11 @@ impl Agent {
         };
         let committed = py.detach(|| self.inner.commit_buffers(step_id, &buffers));
         Ok(committed.map_err(Failure::from)?)
+    }
+
+    /// The KV of a layer, and of those before it, is where the step puts it.
+    fn layer_done(&self, step_id: u64, layer: u32) {
+        self.inner.layer_done(step_id, layer);
     }
 
     /// Ends every sequence as failed: executing a step went wrong, so its KV cannot be trusted.

@@ -6,6 +6,8 @@
 
 mod agent;
 mod errors;
+mod kv_pool;
+mod memory;
 mod process;
 mod router;
 mod scheduler;
@@ -26,6 +28,11 @@ mod _core {
     use super::{
         agent::Agent,
         errors::error_codes,
+        kv_pool::KvPool,
+        memory::{
+            BlockPool, BlockSet, BlockView, BufferManager, Chime, Grant, MemoryTransfer,
+            RemoteGrant, TransferOptions,
+        },
         process::{die_with_parent, init_logging},
         router::run_router,
         scheduler::{

@@ -10,6 +10,7 @@
 mod admission;
 mod engines;
 mod kv_events;
+mod kv_moves;
 mod observe;
 mod operation;
 mod requests;
@@ -28,14 +29,18 @@ use prometheus_client::{
     registry::Registry,
 };
 
-pub(crate) use self::engines::{ABANDONED, ANSWERED, EngineSeries, STOPPED};
 pub use self::{
     admission::AdmissionMetrics,
     engines::EngineMetrics,
     kv_events::{CacheSeries, KvEventMetrics, KvEventSeries},
+    kv_moves::KvMoveMetrics,
     observe::ObserveMetrics,
     operation::OperationMetrics,
     workers::WorkerMetrics,
+};
+pub(crate) use self::{
+    engines::{ABANDONED, ANSWERED, EngineSeries, STOPPED},
+    kv_moves::{MoveKind, MoveOutcome},
 };
 use self::{
     requests::{DoorLabel, E2E_BUCKETS, ReasonLabel, ResponseLabel, TPOT_BUCKETS, TTFT_BUCKETS},
@@ -79,6 +84,8 @@ pub struct Metrics {
     pub engines: EngineMetrics,
     /// What engines say about their prefix caches.
     pub kv_events: KvEventMetrics,
+    /// KV that moves between attached workers.
+    pub kv_moves: KvMoveMetrics,
     /// Workers attached now.
     pub workers: Gauge,
     /// What operators do.
@@ -104,6 +111,7 @@ impl Metrics {
         let mut metrics = Self {
             engines: EngineMetrics::register(&mut registry),
             kv_events: KvEventMetrics::register(&mut registry),
+            kv_moves: KvMoveMetrics::register(&mut registry),
             operation: OperationMetrics::register(&mut registry),
             admission: AdmissionMetrics::register(&mut registry),
             observe: ObserveMetrics::register(&mut registry),

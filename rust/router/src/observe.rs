@@ -23,7 +23,7 @@ pub(crate) use self::{
     access_log::AccessLog,
     decisions::DecisionView,
     exporter::{Exporter, ExporterError},
-    record::{Arrival, Candidate, Explained, Passed, Stage},
+    record::{Arrival, Candidate, Explained, KvMove, Passed, Stage},
 };
 use self::{decisions::Decisions, record::Entry, throttle::Throttle, trace_context::TraceContext};
 use crate::{config::ObserveConfig, metrics::Metrics};

@@ -113,7 +113,7 @@ impl RouterState {
         let clock = Clock::start();
         Arc::new(Self {
             admission: Admission::new(&metrics),
-            workers: Workers::new(&limits, clock),
+            workers: Workers::new(&limits, clock, metrics.kv_moves.clone()),
             settings: Live::new(Settings {
                 limits,
                 ..Settings::default()

@@ -1,22 +1,30 @@
 //! The workers attached to this router: who they are, what runs on them, and the scheduler that chooses among them.
 //!
 //! A worker is its stream: [`gateway`] accepts it and listens, [`session`] is the stream as requests see it,
-//! [`outbox`] what is on its way to the worker, [`watchdog`] finds workers that went quiet. [`queue`] is how requests get
-//! room on them, [`stopping`] how some give it up again.
+//! [`sink`] where its tokens go, [`outbox`] what is on its way to the worker, [`watchdog`] finds workers that went quiet.
+//! [`queue`] is how requests get room on them, [`stopping`] how some give it up again. [`moves`] has KV move between
+//! workers, [`peers`] their messages about it.
 
 pub(crate) mod arrivals;
 mod explain;
 mod foreign;
 pub mod gateway;
 mod hello;
+mod kv_transfer;
+mod moves;
 mod operate;
 mod outbox;
+mod peers;
 pub(crate) mod queue;
 pub(crate) mod session;
+pub(crate) mod sink;
 pub(crate) mod stopping;
 mod watchdog;
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use orchestra_core::{
     BlockHash,
@@ -34,6 +42,7 @@ pub(crate) use self::operate::{OperateError, WorkerView};
 use self::{
     arrivals::{Arrivals, Listener},
     hello::Hello,
+    moves::Giver,
     outbox::Outbox,
     queue::{Outcome, Reserved},
     session::Session,
@@ -41,6 +50,7 @@ use self::{
 };
 use crate::{
     clock::Clock,
+    metrics::KvMoveMetrics,
     models::{ModelMismatch, ModelText, Models},
     state::CorridorLimits,
 };
@@ -60,6 +70,8 @@ pub(crate) struct Workers {
     /// Told when there may be a worker where there was none.
     arrivals: Arc<Arrivals>,
     clock: Clock,
+    next_transfer: AtomicU64,
+    kv_moves: KvMoveMetrics,
 }
 
 struct Pool {
@@ -74,7 +86,7 @@ struct Pool {
 }
 
 impl Workers {
-    pub(crate) fn new(limits: &CorridorLimits, clock: Clock) -> Arc<Self> {
+    pub(crate) fn new(limits: &CorridorLimits, clock: Clock, kv_moves: KvMoveMetrics) -> Arc<Self> {
         let at_most = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         let max_num_waiting = at_most(limits.max_queued_requests);
         let config = SchedulerConfig {
@@ -98,6 +110,8 @@ impl Workers {
             pool,
             arrivals: Arc::default(),
             clock,
+            next_transfer: AtomicU64::new(1),
+            kv_moves,
         })
     }
 
@@ -129,10 +143,15 @@ impl Workers {
     }
 
     /// The worker that room was reserved on. It may have gone since.
-    pub(crate) fn placement(&self, reserved: Reserved) -> Result<Placement, SchedulerError> {
+    pub(crate) fn placement(&self, mut reserved: Reserved) -> Result<Placement, SchedulerError> {
         let session = self.pool.lock().sessions.get(&reserved.worker()).cloned();
         let session = session.ok_or(SchedulerError::UnknownWorker)?;
-        Ok(Placement { session, reserved })
+        let moves = reserved.take_moves();
+        Ok(Placement {
+            session,
+            reserved,
+            giver: moves.and_then(|moves| Giver::find(self, moves)),
+        })
     }
 
     pub(crate) fn apply_kv_event(
@@ -193,7 +212,7 @@ impl Pool {
             self.scheduler.remove_worker(worker);
             return Err(error);
         }
-        let session = Arc::new(Session::new(worker, hello.spec, hello.vocab_size, outbox));
+        let session = Arc::new(Session::new(worker, hello, outbox));
         self.sessions.insert(worker, Arc::clone(&session));
         self.show_draining(&session);
         Ok(session)
@@ -211,4 +230,6 @@ impl Pool {
 pub(crate) struct Placement {
     pub(crate) session: Arc<Session>,
     pub(crate) reserved: Reserved,
+    /// Who gives it KV.
+    giver: Option<Giver>,
 }

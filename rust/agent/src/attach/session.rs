@@ -130,8 +130,13 @@ impl Network {
 
     async fn pass_on(&self, id: AttachmentId, message: v1::RouterMessage) {
         match message.message {
-            Some(Down::Start(start)) => self.tell(Command::Start(id, start)).await,
+            Some(Down::Start(start)) => self.tell(Command::Start(id, Box::new(start))).await,
             Some(Down::Abort(abort)) => self.tell(Command::Abort(id, abort.sequence_id)).await,
+            Some(Down::FromPeer(message)) => {
+                if let Some(inbox) = &self.kv {
+                    inbox.message(message);
+                }
+            }
             // A second welcome says nothing new; an empty message is one that a newer router knows.
             Some(Down::Welcome(_)) | None => {}
         }

@@ -3,9 +3,10 @@
 use orchestra_core::ErrorCode;
 use orchestra_proto::v1::{self, worker_message::Message};
 
-use super::StepLoop;
+use super::{KvLink, StepLoop};
 use crate::{
     attachment::{Attachment, Lost},
+    config::Role,
     outputs,
 };
 
@@ -28,11 +29,16 @@ impl StepLoop {
             eos_token_ids: limits.eos_token_ids.clone(),
             block_hashes: outputs::wire(&self.scheduler.cached_block_hashes()),
             vocab_size: self.config.vocab_size,
+            kv_transfer: self.kv.as_ref().map(KvLink::announcement),
+            role: wire_role(self.config.role).into(),
         };
         let hello = v1::WorkerMessage {
             message: Some(Message::Hello(hello)),
         };
         let sent = attachment.send(hello, &self.patience);
+        if let Some(kv) = &self.kv {
+            kv.attached(&attachment);
+        }
         self.attachment = Some(attachment);
         self.keep_or_detach(sent);
     }
@@ -43,6 +49,9 @@ impl StepLoop {
             return;
         };
         let aborted = self.scheduler.abort_all().len();
+        if let Some(kv) = &mut self.kv {
+            kv.detached();
+        }
         self.board.update(|stats| {
             stats.outbound_stalls += u64::from(lost == Lost::Stalled);
             stats.aborted_by_detach += aborted as u64;
@@ -96,5 +105,13 @@ impl StepLoop {
     pub(crate) fn close(&mut self) {
         self.outstanding = None;
         self.detach(Lost::Closing);
+    }
+}
+
+const fn wire_role(role: Role) -> v1::WorkerRole {
+    match role {
+        Role::Both => v1::WorkerRole::Unspecified,
+        Role::Prefill => v1::WorkerRole::Prefill,
+        Role::Decode => v1::WorkerRole::Decode,
     }
 }

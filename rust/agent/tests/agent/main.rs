@@ -10,6 +10,9 @@ mod ends;
 #[cfg(test)]
 mod kv_events;
 #[cfg(test)]
+mod kv_faults;
+mod kv_moves;
+#[cfg(test)]
 mod losses;
 #[cfg(test)]
 mod plan_codec;

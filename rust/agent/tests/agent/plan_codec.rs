@@ -7,8 +7,8 @@ use orchestra_agent::{
     plan_codec::{Wanted, num_top_logprobs},
 };
 use orchestra_core::{
-    RequestId, SamplingParams,
-    step::{BlockCopies, Sample, SequenceStart, StepPlan},
+    BlockId, RequestId, SamplingParams,
+    step::{BlockCopies, FilledBlocks, HoldId, Sample, SequenceStart, StepPlan},
 };
 use serde::Deserialize;
 use serde_bytes::ByteBuf;
@@ -36,6 +36,7 @@ struct PlanMap {
     sample_slots: ByteBuf,
     sample_positions: ByteBuf,
     num_top_logprobs: i32,
+    fills_blocks: bool,
     starts: Vec<StartMap>,
 }
 
@@ -102,6 +103,12 @@ fn plan() -> StepPlan {
             prompt_token_ids: vec![1, 2],
             output_token_ids: vec![],
         }],
+        filled: vec![FilledBlocks {
+            request_id: RequestId(1),
+            first_block: 0,
+            hold: HoldId(1),
+            blocks: vec![BlockId(3)],
+        }],
     }
 }
 
@@ -124,6 +131,13 @@ fn a_plan_is_one_map_of_little_endian_arrays() {
         (map.step_id, map.block_table_width, map.num_top_logprobs),
         (9, 1, 2)
     );
+    assert!(map.fills_blocks);
+    let other = StepPlan {
+        filled: vec![],
+        ..plan()
+    };
+    let other: PlanMap = rmp_serde::from_slice(&encode_plan(&other).unwrap()).unwrap();
+    assert!(!other.fills_blocks);
     let arrays: [(&ByteBuf, &[i32]); 16] = [
         (&map.token_ids, &[5, 6, 70_000]),
         (&map.positions, &[3, 0, 1]),

@@ -6,9 +6,10 @@
 
 use super::{
     Scheduler,
+    chain::usable_chain,
     error::SchedulerError,
     recent::RecentBlocks,
-    route::{Candidate, RouteRequest, usable_chain},
+    route::{Candidate, RouteRequest},
     worker::{WorkerId, hash_seed},
 };
 use crate::time::Time;

@@ -5,8 +5,8 @@
 //! queued and the smallest batch: no worker of the cell is cheaper. Cells are searched in order of their bounds, and
 //! those whose bound is no better than what was found are not searched at all, so the choice is exact over all cells.
 //!
-//! Only for policies that go by cost. Under `transfer_aware` KV is fetched within a cell, so costs are those of the
-//! cell. Cost of a decision: a depth search for each cell, and a routing decision for each that is searched, mostly one.
+//! Only for policies that go by cost. KV is fetched within a cell, so costs are those of the cell; and a worker of role
+//! `prefill` takes whole requests where its own cell has no other. Cost of a decision: a depth search for each cell, and a routing decision for each that is searched, mostly one.
 
 use std::cmp::Reverse;
 
@@ -134,14 +134,13 @@ impl Scheduler {
         let chains = self.chains(model, request);
         let bounds = chains.iter().filter_map(|chain| {
             let (queued, batch) = self.groups.get(chain.group).grid.least()?;
-            let mut costs = self.cost_model(request, chain);
+            let costs = self.cost_model(request, chain);
             let depth = if self.config.policy.uses_prefix() {
                 let mut probed = Probed::new(&self.index, &chain.blocks);
                 probed.deepest_above(chain.blocks.len(), 0).0 as u64
             } else {
                 0
             };
-            costs.deepest = depth;
             Some(costs.cost(costs.prefill(depth), queued, batch))
         });
         bounds.min()

@@ -57,8 +57,15 @@ pub struct SchedulerConfig {
     pub policy: RoutePolicy,
     /// What a sequence in the batch weighs under `prefix_sum`, in tokens of prefill.
     pub seq_cost_tokens: u32,
-    /// What fetching a token's KV costs under `transfer_aware`, in thousandths of computing it.
+    /// What fetching a token's KV costs, in thousandths of computing it: under `transfer_aware` for workers that do not
+    /// say how they exchange KV, and for those that do until their speed is known.
     pub fetch_cost_permille: u32,
+    /// How fast KV moves between workers until that is learned, bytes a second; at least 1.
+    pub fetch_bytes_per_s: u64,
+    /// What a fetch takes besides moving the bytes, microseconds.
+    pub fetch_latency_us: u32,
+    /// Prompts of which a worker lacks fewer tokens are not computed for it elsewhere.
+    pub split_min_tokens: u32,
     /// What loading a LoRA adapter costs, in tokens of prefill.
     pub lora_load_tokens: u32,
     /// Start of the random numbers of `random` and `power_of_two`.
@@ -87,6 +94,9 @@ impl Default for SchedulerConfig {
             policy: RoutePolicy::default(),
             seq_cost_tokens: 64,
             fetch_cost_permille: 100,
+            fetch_bytes_per_s: 1_000_000_000,
+            fetch_latency_us: 5_000,
+            split_min_tokens: 256,
             lora_load_tokens: 2048,
             seed: 0,
         }
@@ -114,6 +124,9 @@ impl SchedulerConfig {
         if self.max_num_workers > NUM_WORKERS_MAX {
             let message = format!("must be at most {NUM_WORKERS_MAX}");
             issues.push(ConfigIssue::new("max_num_workers", message));
+        }
+        if self.fetch_bytes_per_s == 0 {
+            issues.push(ConfigIssue::new("fetch_bytes_per_s", "must be at least 1"));
         }
         if !self.extent_bytes.is_power_of_two() {
             let message = format!("must be a power of two, got {}", self.extent_bytes);

@@ -1,9 +1,13 @@
 //! Judging every worker: why a request would go where it would go, and why it can go nowhere.
 
+use std::cmp::Reverse;
+
 use super::{
     Scheduler,
+    chain::Chain,
     error::SchedulerError,
-    route::{Candidate, Chain, RouteRequest},
+    exchange::{Source, WorkerRole},
+    route::{Candidate, RouteRequest},
     worker::{Worker, WorkerId},
 };
 
@@ -22,6 +26,8 @@ pub enum Ineligible {
     OtherSloClass,
     /// It serves no LoRA adapters.
     NoLoras,
+    /// It computes prompts for others, and there are others.
+    PrefillOnly,
     /// Prompt and output exceed its context.
     ContextTooLong {
         /// Prompt plus output tokens.
@@ -49,6 +55,7 @@ impl Ineligible {
             Self::NoLoras => Some((3, "lora")),
             Self::Excluded
             | Self::Draining
+            | Self::PrefillOnly
             | Self::ContextTooLong { .. }
             | Self::KvTooLarge { .. } => None,
         }
@@ -63,6 +70,7 @@ impl Ineligible {
             Self::Tainted => "tainted",
             Self::OtherSloClass => "other_slo_class",
             Self::NoLoras => "no_loras",
+            Self::PrefillOnly => "prefill_only",
             Self::ContextTooLong { .. } => "context_too_long",
             Self::KvTooLarge { .. } => "kv_too_large",
         }
@@ -133,10 +141,13 @@ impl Scheduler {
             mut candidates,
             ineligible,
         } = self.survey(request)?;
-        let chosen = self.choose(request).ok().map(|chosen| chosen.worker);
+        let chosen = self.choose(request).ok();
         // The chosen one first: among equals, and under policies that do not go by cost, the rank does not decide.
-        candidates
-            .sort_unstable_by_key(|candidate| (Some(candidate.worker) != chosen, candidate.rank()));
+        let is_chosen = |it: &Candidate| chosen.is_some_and(|chosen| chosen.worker == it.worker);
+        candidates.sort_unstable_by_key(|candidate| (!is_chosen(candidate), candidate.rank()));
+        if let (Some(first), Some(chosen)) = (candidates.first_mut(), chosen) {
+            (first.fetch, first.split) = (chosen.fetch, chosen.split);
+        }
         let num_more_candidates = candidates.len().saturating_sub(k) as u32;
         candidates.truncate(k);
         Ok(Explanation {
@@ -165,15 +176,32 @@ impl Scheduler {
         for chain in self.chains(model, request) {
             self.survey_group(request, &chain, &mut survey);
         }
+        self.set_prefill_apart(&mut survey);
         survey.ineligible.sort_unstable_by_key(|&(id, _)| id);
         Ok(survey)
+    }
+
+    /// Workers that are there for prompts take whole requests only where nobody else can.
+    fn set_prefill_apart(&self, survey: &mut Survey) {
+        let is_prefill = |it: &mut Candidate| {
+            let worker = self.workers.get(it.worker);
+            worker.is_some_and(|worker| worker.spec.role == WorkerRole::Prefill)
+        };
+        let apart: Vec<Candidate> = survey.candidates.extract_if(.., is_prefill).collect();
+        if survey.candidates.is_empty() {
+            survey.candidates = apart;
+            return;
+        }
+        let apart = apart.iter().map(|it| (it.worker, Ineligible::PrefillOnly));
+        survey.ineligible.extend(apart);
     }
 
     fn survey_group(&self, request: &RouteRequest<'_>, chain: &Chain<'_>, survey: &mut Survey) {
         let depths = self.index.depths(&chain.blocks, self.workers.num_slots());
         let mut costs = self.cost_model(request, chain);
-        // KV can be fetched from a worker that would not take the request itself.
-        costs.deepest = depths.iter().copied().max().unwrap_or(0).into();
+        if costs.fetch.is_some() {
+            costs.source = self.deepest_of(chain, &depths);
+        }
         for &slot in &self.groups.get(chain.group).members {
             let Some((worker, standing)) = self.workers.at(slot) else {
                 continue;
@@ -186,6 +214,26 @@ impl Scheduler {
             let candidate = self.candidate(request, chain, slot, depth, &costs);
             survey.candidates.extend(candidate);
         }
+    }
+}
+
+impl Scheduler {
+    /// The deepest holder that the workers of the chain's group can fetch from, where each one's depth is known. It need
+    /// not take the request itself.
+    fn deepest_of(&self, chain: &Chain<'_>, depths: &[u32]) -> Source {
+        let exchange = self.groups.get(chain.group).key.terms.exchange();
+        let holders = (0_u32..).zip(depths).filter(|&(slot, &depth)| {
+            let worker = self.workers.at(slot).filter(|_| depth > 0);
+            worker.is_some_and(|(worker, _)| {
+                exchange.is_none() || worker.spec.kv_exchange.as_ref() == exchange
+            })
+        });
+        let least_busy = |slot: u32| Reverse((self.workers.standing(slot).batch, slot));
+        let deepest = holders.max_by_key(|&(slot, depth)| (depth, least_busy(slot)));
+        deepest.map_or_else(Source::default, |(slot, &depth)| Source {
+            worker: exchange.map(|_| self.workers.standing(slot).id),
+            depth: depth.into(),
+        })
     }
 }
 

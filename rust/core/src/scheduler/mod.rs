@@ -1,17 +1,20 @@
 //! Chooses among replicas and GPUs: which worker takes a request, and which memory a model gets.
 //!
-//! [`mod@route`] holds the routing decision, [`mod@place`] the placement of gangs of GPUs, [`waiting`] the queues of
-//! those that found no room, [`cells`] one decision over several schedulers. What they know is fed from outside: specs,
+//! [`mod@route`] holds the routing decision, [`exchange`] and [`split`] what it says about KV that moves, [`mod@place`] the
+//! placement of gangs of GPUs, [`waiting`] the queues of those that found no room, [`cells`] one decision over several
+//! schedulers. What they know is fed from outside: specs,
 //! KV events, load reports. One owner holds the [`Scheduler`]; callers with threads put it behind a mutex.
 
 mod admission;
 mod assumed;
 mod bits;
 pub mod cells;
+mod chain;
 mod charge;
 mod chunks;
 mod config;
 mod error;
+pub mod exchange;
 mod explain;
 mod fair_queue;
 mod fair_share;
@@ -37,6 +40,7 @@ pub mod route;
 mod search;
 mod seats;
 mod serve;
+pub mod split;
 mod standing;
 mod stats;
 mod terms;
@@ -55,6 +59,7 @@ pub use self::{
     cells::{CellId, Cells},
     config::SchedulerConfig,
     error::SchedulerError,
+    exchange::{Fetch, KvExchange, WorkerRole},
     kv_feed::KvFeed,
     loras::Lora,
     make_room::{Preemptible, Preemption},
@@ -65,8 +70,9 @@ pub use self::{
     placement::{DomainMemory, GpuMemoryUse},
     policy::RoutePolicy,
     replica::ReplicaShape,
-    reservation::{Reservation, ReservationId},
+    reservation::{PrefillPart, Reservation, ReservationId},
     route::{Candidate, Explanation, HashedPrompt, Ineligible, RouteRequest},
+    split::Split,
     stats::{SchedulerStats, WorkerSnapshot},
     waiting::{Grant, Granted, TicketId, Wait},
     worker::{NAME_BYTES_MAX, WorkerId, WorkerLoad, WorkerSpec},
@@ -74,6 +80,7 @@ pub use self::{
 use self::{
     admission::Rules,
     charge::Charge,
+    exchange::{Exchanges, Moved},
     group::Groups,
     held::HeldReservations,
     index::PrefixIndex,
@@ -95,7 +102,10 @@ pub struct Scheduler {
     groups: Groups,
     index: PrefixIndex,
     loras: Loras,
+    exchanges: Exchanges,
     reservations: HeldReservations,
+    /// Of the reservations whose prompt comes from other workers.
+    moved: FxHashMap<ReservationId, Moved>,
     /// Reservations made so far.
     num_decisions: u64,
     /// Times that a worker's KV events were lost.
@@ -122,7 +132,9 @@ impl Scheduler {
             groups: Groups::default(),
             index: PrefixIndex::default(),
             loras: Loras::default(),
+            exchanges: Exchanges::default(),
             reservations: HeldReservations::default(),
+            moved: FxHashMap::default(),
             num_decisions: 0,
             num_kv_gaps: 0,
             gpus,
@@ -149,6 +161,7 @@ impl Scheduler {
             });
         }
         let slot = self.workers.next_slot();
+        self.exchanges.join(&spec, &self.config);
         let group = self.groups.add_member(&spec, slot);
         if self.config.policy == RoutePolicy::ConsistentHash
             && let Some(model) = self.groups.model_mut(&spec.model)
@@ -176,7 +189,11 @@ impl Scheduler {
         self.index
             .remove_holder(worker.holder, worker.num_cached_blocks);
         self.loras.remove(&worker.loras, id.slot);
+        self.exchanges.leave(&worker.spec);
         let lost = self.reservations.remove_worker(id);
+        for id in &lost {
+            self.moved.remove(id);
+        }
         self.refund_lost(&lost);
         if self.groups.model(&worker.spec.model).is_none() {
             self.waiting.forget_model(&worker.spec.model);

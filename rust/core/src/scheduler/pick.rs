@@ -4,9 +4,10 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::{
     Scheduler,
+    chain::Chain,
     group::Model,
     policy::{CostModel, RoutePolicy},
-    route::{Chain, RouteRequest},
+    route::RouteRequest,
     search::Found,
 };
 

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::exchange::{Fetch, FetchCost, Source};
+
 /// How a worker is chosen. `docs/routing.md` has each policy's formula, complexity and use.
 ///
 /// Under every policy the workers that have room for the request now come before those that have not.
@@ -11,7 +13,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RoutePolicy {
-    /// Least `(miss + queued) × (batch + 1)`.
+    /// Least `(miss + queued) × (batch + 1)`. Here and in `prefix_sum`, `miss` is less where a part of it can be fetched
+    /// (`KvExchange`).
     #[default]
     Product,
     /// Least `miss + queued + seq_cost_tokens × batch`.
@@ -41,6 +44,11 @@ impl RoutePolicy {
         matches!(self, Self::Product | Self::PrefixSum | Self::TransferAware)
     }
 
+    /// Whether blocks count as fetched also by workers that did not say that they can.
+    pub(super) const fn fetches_anywhere(self) -> bool {
+        matches!(self, Self::TransferAware)
+    }
+
     /// Whether the choice is a worker of least cost.
     pub(super) const fn is_least_cost(self) -> bool {
         match self {
@@ -64,10 +72,11 @@ pub(super) struct CostModel {
     pub(super) policy: RoutePolicy,
     pub(super) prompt_tokens: u64,
     pub(super) block_size: u64,
-    /// Leading blocks that the deepest holder has, of any terms; blocks are fetched from it.
-    pub(super) deepest: u64,
+    /// What fetching blocks costs, where they can be.
+    pub(super) fetch: Option<FetchCost>,
+    /// Whom they are fetched from.
+    pub(super) source: Source,
     pub(super) seq_cost_tokens: u64,
-    pub(super) fetch_cost_permille: u64,
     /// What must be done before the prompt, in tokens of prefill: loading an adapter.
     pub(super) load_tokens: u64,
 }
@@ -79,19 +88,33 @@ impl CostModel {
     }
 
     fn prompt_left(&self, depth: u64) -> u64 {
-        let missing = |depth: u64| self.prompt_tokens - depth * self.block_size;
-        match self.policy {
-            RoutePolicy::Product | RoutePolicy::PrefixSum => missing(depth),
-            RoutePolicy::TransferAware => {
-                let num_fetched = self.deepest.saturating_sub(depth) * self.block_size;
-                let fetch = num_fetched
-                    .saturating_mul(self.fetch_cost_permille)
-                    .div_ceil(1000);
-                let left = missing(self.deepest.max(depth));
-                missing(depth).min(left.saturating_add(fetch))
-            }
-            _ => self.prompt_tokens,
+        if !self.policy.uses_prefix() {
+            return self.prompt_tokens;
         }
+        self.missing(depth) - self.saved_by_fetch(depth).unwrap_or(0)
+    }
+
+    fn missing(&self, depth: u64) -> u64 {
+        self.prompt_tokens - depth * self.block_size
+    }
+
+    /// How much less fetching than computing costs a worker that has `depth` leading blocks; `None` where nobody has more
+    /// that could be fetched.
+    pub(super) fn saved_by_fetch(&self, depth: u64) -> Option<u64> {
+        let fetch = self.fetch?;
+        let num_blocks = self.source.depth.checked_sub(depth).filter(|&it| it > 0)?;
+        let computing = num_blocks * self.block_size;
+        Some(computing.saturating_sub(fetch.tokens(num_blocks)))
+    }
+
+    /// The fetch that a worker with `depth` leading blocks would make, where that is cheaper than computing.
+    pub(super) fn fetch_at(&self, depth: u64) -> Option<Fetch> {
+        let saved_tokens = self.saved_by_fetch(depth).filter(|&it| it > 0)?;
+        Some(Fetch {
+            source: self.source.worker?,
+            num_blocks: self.source.depth as u32,
+            saved_tokens,
+        })
     }
 
     /// The cost on a worker: what it would have to do, what it has queued, and how many sequences are there.

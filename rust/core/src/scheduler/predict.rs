@@ -1,7 +1,8 @@
 //! Predicted time to the first token.
 //!
 //! ```text
-//! ttft = wait + (queued(w) + miss(w) + adapter load) / speed(w)        w: the best worker as things are
+//! ttft = wait + (queued(w) + miss(w) + adapter load) / speed(w)        w: the best worker as things are, or who computes
+//!                                                                     the prompt for it; less what a fetch saves
 //! wait = 0 where nobody waits and w has room and a seat is free, else position / grants per second
 //! ```
 //!
@@ -34,9 +35,16 @@ impl Scheduler {
         key: &QueueKey,
         best: &Candidate,
     ) -> Option<Duration> {
-        let miss = request.token_ids.len() as u64 - u64::from(best.num_cached_tokens);
-        let prefill = best.queued_prefill_tokens + miss + best.lora_load_tokens;
-        let worker = self.workers.get(best.worker)?;
+        let (worker, prefill) = match (best.split, best.fetch) {
+            (Some(split), _) => (split.worker, split.cost),
+            (None, fetch) => {
+                let miss = request.token_ids.len() as u64 - u64::from(best.num_cached_tokens);
+                let left = miss - fetch.map_or(0, |fetch| fetch.saved_tokens);
+                let prefill = best.queued_prefill_tokens + left + best.lora_load_tokens;
+                (best.worker, prefill)
+            }
+        };
+        let worker = self.workers.get(worker)?;
         let compute = worker.prefill_pace.time_for(prefill)?;
         let wait = self.predict_wait(request, key, Some(best))?;
         Some(wait.saturating_add(compute))

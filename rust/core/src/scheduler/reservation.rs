@@ -3,9 +3,11 @@
 use super::{
     Scheduler,
     error::SchedulerError,
+    exchange::{Fetch, Moved},
     held::Held,
     policy::RoutePolicy,
     route::{Candidate, RouteRequest},
+    split::Split,
     worker::{Demand, WorkerId},
 };
 use crate::time::Time;
@@ -30,6 +32,21 @@ pub struct Reservation {
     pub num_cached_tokens: u32,
     /// KV blocks of the prompt and the booked output together, cached ones included.
     pub num_blocks: u32,
+    /// What it should get from another worker instead of computing it.
+    pub fetch: Option<Fetch>,
+    /// Who computes the prompt for it; never together with a fetch.
+    pub prefill: Option<PrefillPart>,
+}
+
+/// A prompt that another worker computes: room there, held like any other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PrefillPart {
+    /// Its own name. It outlives neither its worker nor [`Scheduler::release`]; what it is made for may end before it.
+    pub id: ReservationId,
+    /// Who computes.
+    pub worker: WorkerId,
+    /// Leading blocks of the prompt that are computed there.
+    pub num_blocks: u32,
 }
 
 impl Scheduler {
@@ -40,38 +57,25 @@ impl Scheduler {
         chosen: Candidate,
         now: Time,
     ) -> Result<Reservation, SchedulerError> {
-        let limit = self.config.max_num_reservations;
-        if self.reservations.len() >= limit as usize {
-            return Err(SchedulerError::LimitReached {
-                kind: "reservations",
-                current: limit,
-                limit,
-            });
-        }
-        let worker = self
-            .workers
-            .get_mut(chosen.worker)
-            .ok_or(SchedulerError::UnknownWorker)?;
+        let prompt = request.token_ids.len() as u64;
         let cached_blocks = chosen.num_cached_tokens / chosen.block_size;
-        let demand = Demand {
+        let mut demand = Demand {
             num_seqs: 1,
             num_blocks: u64::from(chosen.num_blocks - cached_blocks),
-            prefill_tokens: request.token_ids.len() as u64 - u64::from(chosen.num_cached_tokens),
+            prefill_tokens: prompt - chosen.num_given_tokens(),
         };
-        self.num_decisions += 1;
-        worker.reserved.add(demand);
-        worker.unreported.add(demand);
-        let num_reports = worker.num_reports;
-        let held = Held {
-            worker: chosen.worker,
-            demand,
-            num_reports,
-            reserved_at: now,
-        };
-        let id = self.reservations.insert(self.num_decisions, held);
-        let slot = chosen.worker.slot;
-        self.workers.standings_mut()[slot as usize].last_chosen = self.num_decisions;
-        self.refresh(slot);
+        // First, so that a lack of reservations leaves the request with its own.
+        let mut prefill = None;
+        if let Some(split) = chosen.split
+            && self.reservations.len() + 2 <= self.config.max_num_reservations as usize
+        {
+            prefill = self.reserve_prefill(&split, chosen.block_size, now);
+        }
+        if chosen.split.is_some() && prefill.is_none() {
+            demand.prefill_tokens = prompt - u64::from(chosen.num_cached_tokens);
+        }
+        let id = self.hold(chosen.worker, demand, now)?;
+        self.note_moves(id, &chosen, prefill.is_some());
         self.assume(request, &chosen, now);
         if let Some(lora) = request.lora {
             self.expect_lora(chosen.worker, lora);
@@ -86,7 +90,83 @@ impl Scheduler {
             worker: chosen.worker,
             num_cached_tokens: chosen.num_cached_tokens,
             num_blocks: chosen.num_blocks,
+            fetch: chosen.fetch,
+            prefill,
         })
+    }
+
+    /// Holds room on a worker.
+    fn hold(
+        &mut self,
+        id: WorkerId,
+        demand: Demand,
+        now: Time,
+    ) -> Result<ReservationId, SchedulerError> {
+        let limit = self.config.max_num_reservations;
+        if self.reservations.len() >= limit as usize {
+            return Err(SchedulerError::LimitReached {
+                kind: "reservations",
+                current: limit,
+                limit,
+            });
+        }
+        let worker = self.workers.get_mut(id);
+        let worker = worker.ok_or(SchedulerError::UnknownWorker)?;
+        self.num_decisions += 1;
+        worker.reserved.add(demand);
+        worker.unreported.add(demand);
+        let held = Held {
+            worker: id,
+            demand,
+            num_reports: worker.num_reports,
+            reserved_at: now,
+        };
+        let held = self.reservations.insert(self.num_decisions, held);
+        self.workers.standings_mut()[id.slot as usize].last_chosen = self.num_decisions;
+        self.refresh(id.slot);
+        Ok(held)
+    }
+
+    /// Holds room for a prompt on the worker that computes it for another one.
+    fn reserve_prefill(
+        &mut self,
+        split: &Split,
+        block_size: u32,
+        now: Time,
+    ) -> Option<PrefillPart> {
+        let num_cached_blocks = split.num_cached_tokens / block_size;
+        let num_left = u64::from(split.num_blocks - num_cached_blocks);
+        let demand = Demand {
+            num_seqs: 1,
+            num_blocks: num_left,
+            prefill_tokens: num_left * u64::from(block_size),
+        };
+        let id = self.hold(split.worker, demand, now).ok()?;
+        Some(PrefillPart {
+            id,
+            worker: split.worker,
+            num_blocks: split.num_blocks,
+        })
+    }
+
+    /// Remembers what the reservation's time will say about fetching.
+    fn note_moves(&mut self, id: ReservationId, chosen: &Candidate, is_split: bool) {
+        let moved = match chosen.fetch {
+            _ if is_split => Moved::Pushed,
+            Some(fetch) => {
+                let held = chosen.num_cached_tokens / chosen.block_size;
+                Moved::Fetched(fetch.num_blocks.saturating_sub(held).into())
+            }
+            None => {
+                if chosen.declines_fetch
+                    && let Some(worker) = self.workers.get(chosen.worker)
+                {
+                    self.exchanges.declined(&worker.spec, &self.config);
+                }
+                return;
+            }
+        };
+        self.moved.insert(id, moved);
     }
 
     /// The prompt is computed: its tokens no longer queue on the worker. `false` where the reservation is gone or
@@ -109,8 +189,12 @@ impl Scheduler {
         if is_first && let Some(worker) = self.workers.get_mut(held.worker) {
             let started = held.reserved_at.max(worker.prefill_done_at);
             worker.prefill_done_at = worker.prefill_done_at.max(now);
-            let tokens = prefill.prefill_tokens;
-            worker.prefill_pace.sample(tokens, now - started);
+            // Where KV came from elsewhere the time says nothing about computing.
+            if !self.moved.contains_key(&id) {
+                let (tokens, took) = (prefill.prefill_tokens, now - started);
+                worker.prefill_pace.sample(tokens, took);
+                self.exchanges.computed(&worker.spec, tokens, took);
+            }
         }
         is_first
     }
@@ -123,6 +207,7 @@ impl Scheduler {
             return false;
         };
         self.charges.remove(&id);
+        self.moved.remove(&id);
         self.give_back(&held, held.demand);
         true
     }

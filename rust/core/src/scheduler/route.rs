@@ -13,23 +13,25 @@
 //! Properties (tested): the choice has the least cost of a full scan; a request is never placed on a worker whose
 //! KV could not hold it even when empty; a refusal changes nothing.
 
-use std::{cmp::Reverse, ops::Deref, rc::Rc};
+use std::cmp::Reverse;
 
 pub use super::explain::{Explanation, Ineligible};
 use super::{
     Scheduler,
     admission::AdmissionClass,
-    bits::Bits,
+    chain::Chain,
     error::SchedulerError,
-    group::{GroupKey, Model},
+    exchange::{Fetch, Source},
+    group::GroupKey,
     loras::Lora,
     policy::CostModel,
     reservation::Reservation,
     search::{Found, Needs, Search},
-    worker::{NAME_BYTES_MAX, WorkerId, hash_seed, validate_name},
+    split::Split,
+    worker::{NAME_BYTES_MAX, WorkerId, validate_name},
 };
 use crate::{
-    hash::{BlockHash, HashSeed, block_hashes},
+    hash::{BlockHash, HashSeed},
     ids::TokenId,
     time::Time,
 };
@@ -85,7 +87,7 @@ pub struct HashedPrompt<'a> {
     pub seed: HashSeed,
     /// Tokens per block.
     pub block_size: u32,
-    /// In order; what [`block_hashes`] returns.
+    /// In order; what [`block_hashes`](crate::hash::block_hashes) returns.
     pub blocks: &'a [BlockHash],
 }
 
@@ -149,6 +151,12 @@ pub struct Candidate {
     pub kv_blocks_free: u64,
     /// What loading the request's adapter there costs, in tokens of prefill; 0 where it is there, or none is wanted.
     pub lora_load_tokens: u64,
+    /// What it would get from another worker instead of computing it.
+    pub fetch: Option<Fetch>,
+    /// Who would compute the prompt for it; only said of the chosen one.
+    pub split: Option<Split>,
+    /// Somebody holds more, and fetching it was thought no cheaper than computing.
+    pub(super) declines_fetch: bool,
     /// Of the worker.
     pub(super) block_size: u32,
     /// Number of the decision that last chose the worker; 0: none.
@@ -156,6 +164,14 @@ pub struct Candidate {
 }
 
 impl Candidate {
+    /// Prompt tokens whose KV the worker holds or is to be given.
+    pub(super) fn num_given_tokens(&self) -> u64 {
+        let of_split = self.split.map(|split| split.num_blocks);
+        let num_blocks = of_split.or(self.fetch.map(|fetch| fetch.num_blocks));
+        let moved = u64::from(num_blocks.unwrap_or(0)) * u64::from(self.block_size);
+        moved.max(self.num_cached_tokens.into())
+    }
+
     /// Least is best.
     pub(super) fn rank(&self) -> (Reverse<bool>, u64, u64, WorkerId) {
         (
@@ -164,47 +180,6 @@ impl Candidate {
             self.last_chosen,
             self.worker,
         )
-    }
-}
-
-/// A request's usable hashes on the workers of one group.
-pub(super) struct Chain<'a> {
-    pub(super) group: u32,
-    pub(super) block_size: u32,
-    seed: HashSeed,
-    pub(super) blocks: Blocks<'a>,
-    /// Workers that may hold these blocks: those of the groups that differ in terms alone.
-    pub(super) num_sharers: usize,
-    /// Slots of the workers that have the request's adapter; `None` where it wants none.
-    pub(super) residents: Option<&'a Bits>,
-}
-
-impl Chain<'_> {
-    /// The hashes, for other requests of this prompt.
-    pub(super) fn hashed(&self) -> HashedPrompt<'_> {
-        HashedPrompt {
-            seed: self.seed,
-            block_size: self.block_size,
-            blocks: &self.blocks,
-        }
-    }
-}
-
-/// Hashes that the caller had, or that groups with the same chain share.
-#[derive(Clone)]
-pub(super) enum Blocks<'a> {
-    Given(&'a [BlockHash]),
-    Hashed(Rc<[BlockHash]>),
-}
-
-impl Deref for Blocks<'_> {
-    type Target = [BlockHash];
-
-    fn deref(&self) -> &[BlockHash] {
-        match self {
-            Self::Given(blocks) => blocks,
-            Self::Hashed(blocks) => blocks,
-        }
     }
 }
 
@@ -254,56 +229,30 @@ impl Scheduler {
         request.validate()?;
         let model = self.groups.model(request.model);
         let model = model.ok_or(SchedulerError::ModelNotFound)?;
-        let chains = self.chains(model, request);
-        let found = if self.config.policy.is_least_cost() {
-            self.least_cost(request, &chains, rooms)
-        } else {
-            self.pick(model, request, &chains)
-        };
-        Ok(found.and_then(|(found, chain, costs)| {
-            self.verified(request, found, &chains[chain], &costs)
-        }))
-    }
-
-    /// The request's hashes for each group of its model whose workers may take it.
-    pub(super) fn chains<'a>(
-        &'a self,
-        model: &Model,
-        request: &RouteRequest<'a>,
-    ) -> Vec<Chain<'a>> {
-        let residents = request
-            .lora
-            .map(|lora| self.loras.residents(request.model, lora));
-        let mut chains: Vec<Chain<'a>> = Vec::with_capacity(model.groups.len());
-        for (key, &group) in &model.groups {
-            if key.refusal(request).is_some() {
-                continue;
+        let mut chains = self.chains(model, request);
+        let num_whole = self.set_prefill_last(&mut chains);
+        let (whole, prefill) = chains.split_at(num_whole);
+        let find = |chains: &[Chain<'_>], rooms: &[bool]| {
+            if self.config.policy.is_least_cost() {
+                self.least_cost(request, chains, rooms, |chain| {
+                    self.cost_model(request, chain)
+                })
+            } else {
+                self.pick(model, request, chains)
             }
-            let block_size = key.block_size;
-            let seed = match (request.salt, request.lora) {
-                ("", None) => self.groups.get(group).seed,
-                (salt, lora) => hash_seed(request.model, key.weights_epoch, salt, lora),
-            };
-            let same = chains
-                .iter()
-                .find(|other| (other.seed, other.block_size) == (seed, block_size));
-            let (blocks, num_sharers) = match same {
-                Some(other) => (other.blocks.clone(), other.num_sharers),
-                None => (
-                    usable_chain(request, seed, block_size),
-                    self.groups.num_sharers(model, key),
-                ),
-            };
-            chains.push(Chain {
-                group,
-                block_size,
-                seed,
-                blocks,
-                num_sharers,
-                residents,
-            });
+        };
+        if let Some((found, chain, costs)) = find(whole, rooms) {
+            let home = &whole[chain];
+            let candidate = self.verified(request, found, home, &costs);
+            return Ok(candidate.map(|it| self.split(request, prefill, home, it)));
         }
-        chains
+        // Those that compute prompts for others take whole requests only where nobody else could, be it later.
+        if prefill.is_empty() || find(whole, &[false]).is_some() {
+            return Ok(None);
+        }
+        Ok(find(prefill, rooms).and_then(|(found, chain, costs)| {
+            self.verified(request, found, &prefill[chain], &costs)
+        }))
     }
 
     /// What a request asks of a chain's workers.
@@ -325,13 +274,14 @@ impl Scheduler {
     }
 
     pub(super) fn cost_model(&self, request: &RouteRequest<'_>, chain: &Chain<'_>) -> CostModel {
+        let fetch = self.fetch_cost(chain);
         CostModel {
             policy: self.config.policy,
             prompt_tokens: request.token_ids.len() as u64,
             block_size: chain.block_size.into(),
-            deepest: 0,
+            fetch,
+            source: fetch.map_or_else(Source::default, |_| self.source(chain)),
             seq_cost_tokens: self.config.seq_cost_tokens.into(),
-            fetch_cost_permille: self.config.fetch_cost_permille.into(),
             load_tokens: 0,
         }
     }
@@ -345,11 +295,12 @@ impl Scheduler {
     }
 
     /// A worker of least cost, and which chain is its own.
-    fn least_cost<'a>(
+    pub(super) fn least_cost<'a>(
         &self,
         request: &RouteRequest<'a>,
         chains: &[Chain<'a>],
         rooms: &[bool],
+        costs_of: impl Fn(&Chain<'_>) -> CostModel,
     ) -> Option<(Found, usize, CostModel)> {
         rooms.iter().find_map(|&room| {
             let mut best: Option<(Found, usize, CostModel)> = None;
@@ -357,6 +308,7 @@ impl Scheduler {
                 // Those that have the adapter, then all as if they had to load it: no resident wins by the latter.
                 let residents = chain.residents.map(|residents| (Some(residents), 0));
                 let load_tokens = residents.map_or(0, |_| self.config.lora_load_tokens.into());
+                let costs = costs_of(chain);
                 for (only, load_tokens) in residents.into_iter().chain([(None, load_tokens)]) {
                     let mut search = Search {
                         index: &self.index,
@@ -371,7 +323,7 @@ impl Scheduler {
                         },
                         costs: CostModel {
                             load_tokens,
-                            ..self.cost_model(request, chain)
+                            ..costs
                         },
                         // One more, so that an equal of another group is found as well.
                         best: best.map(|(found, ..)| Found {
@@ -392,7 +344,7 @@ impl Scheduler {
     }
 
     /// The candidate that was found, if it holds what the search took it to hold.
-    fn verified(
+    pub(super) fn verified(
         &self,
         request: &RouteRequest<'_>,
         found: Found,
@@ -401,7 +353,7 @@ impl Scheduler {
     ) -> Option<Candidate> {
         let standing = self.workers.standing(found.slot);
         let blocks = &chain.blocks[..];
-        let claimed = if self.config.policy.uses_prefix() {
+        let claimed = if costs.policy.uses_prefix() {
             &blocks[..found.depth]
         } else {
             blocks
@@ -430,6 +382,7 @@ impl Scheduler {
         let block_size = chain.block_size;
         let num_blocks = request.num_booked_tokens().div_ceil(u64::from(block_size));
         let prefill = costs.prefill(depth as u64);
+        let saved = costs.saved_by_fetch(depth as u64);
         Some(Candidate {
             worker: standing.id,
             cost: costs.cost(prefill, standing.queued, standing.batch.into()),
@@ -442,6 +395,9 @@ impl Scheduler {
             num_blocks: num_blocks as u32,
             kv_blocks_free: standing.kv_blocks_free.into(),
             lora_load_tokens: load_tokens,
+            fetch: costs.fetch_at(depth as u64),
+            split: None,
+            declines_fetch: costs.source.worker.is_some() && saved == Some(0),
             block_size,
             last_chosen: standing.last_chosen,
         })
@@ -456,22 +412,5 @@ impl GroupKey {
             return Some(Ineligible::OtherWeightsEpoch);
         }
         self.terms.refusal(request)
-    }
-}
-
-/// Hashes of the prompt's blocks that a prefix hit can use: at least one token is always computed, because the first
-/// output token is drawn from its logits.
-pub(super) fn usable_chain<'a>(
-    request: &RouteRequest<'a>,
-    seed: HashSeed,
-    block_size: u32,
-) -> Blocks<'a> {
-    let (_last, usable) = request.token_ids.split_last().unwrap_or((&0, &[]));
-    match request.hashed {
-        Some(hashed) if hashed.seed == seed && hashed.block_size == block_size => {
-            let num_usable = (usable.len() / block_size as usize).min(hashed.blocks.len());
-            Blocks::Given(&hashed.blocks[..num_usable])
-        }
-        _ => Blocks::Hashed(block_hashes(seed, usable, block_size as usize).into()),
     }
 }

@@ -116,7 +116,6 @@ impl Search<'_> {
         }
         let mut probed = Probed::new(self.index, self.chain);
         let (mut depth, mut count) = probed.deepest_above(self.chain.len(), 0);
-        self.costs.deepest = depth as u64;
         loop {
             if !self.may_improve(depth, queued, batch) {
                 return;

@@ -185,14 +185,15 @@ impl Scheduler {
         assert_eq!(self.loras.len(), num_loras, "residents of adapters");
         assert!(cached.is_empty(), "a holder is not registered");
         self.workers.check_integrity();
+        let specs = self.workers.iter().map(|(_, worker)| &*worker.spec);
+        self.exchanges.check_integrity(specs);
         self.groups.check_integrity(self.workers.standings());
         self.gpus.check_integrity();
         self.waiting.check_integrity();
-        for &id in self.charges.keys() {
-            assert!(
-                self.reservations.contains(id),
-                "a charge outlived its reservation"
-            );
-        }
+        let reserved = |id| self.reservations.contains(id);
+        let mut moved = self.moved.keys().copied();
+        assert!(moved.all(reserved), "it moves KV for nobody");
+        let mut charged = self.charges.keys().copied();
+        assert!(charged.all(reserved), "a charge outlived its reservation");
     }
 }

@@ -1,6 +1,11 @@
 //! What a worker demands of the requests that it takes, besides having room for them.
 
-use super::{explain::Ineligible, route::RouteRequest, worker::WorkerSpec};
+use super::{
+    exchange::{KvExchange, WorkerRole},
+    explain::Ineligible,
+    route::RouteRequest,
+    worker::WorkerSpec,
+};
 
 /// Fixed while the worker is registered. Workers of equal terms are searched together.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -10,6 +15,9 @@ pub(super) struct Terms {
     /// Ascending, each once.
     slo_classes: Box<[String]>,
     serves_loras: bool,
+    /// Not a demand: what makes fetching cost the same for all of a group.
+    exchange: Option<KvExchange>,
+    role: WorkerRole,
 }
 
 impl Terms {
@@ -24,7 +32,17 @@ impl Terms {
             taints: set(&spec.taints),
             slo_classes: set(&spec.slo_classes),
             serves_loras: spec.max_loras > 0,
+            exchange: spec.kv_exchange.clone(),
+            role: spec.role,
         }
+    }
+
+    pub(super) const fn exchange(&self) -> Option<&KvExchange> {
+        self.exchange.as_ref()
+    }
+
+    pub(super) const fn role(&self) -> WorkerRole {
+        self.role
     }
 
     /// Why workers of these terms do not take the request; `None`: they do.

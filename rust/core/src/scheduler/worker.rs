@@ -3,8 +3,15 @@
 use std::{fmt, sync::Arc};
 
 use super::{
-    assumed::KvSource, error::SchedulerError, held::Held, index::HolderId, kv_feed::KvFeed,
-    loras::Lora, pace::Pace, recent::RecentBlocks,
+    assumed::KvSource,
+    error::SchedulerError,
+    exchange::{KvExchange, WorkerRole},
+    held::Held,
+    index::HolderId,
+    kv_feed::KvFeed,
+    loras::Lora,
+    pace::Pace,
+    recent::RecentBlocks,
 };
 use crate::{
     hash::{HashSeed, SeedParts},
@@ -57,6 +64,10 @@ pub struct WorkerSpec {
     pub max_loras: u32,
     /// How it becomes known which blocks it holds.
     pub kv_source: KvSource,
+    /// What its blocks have in common with those that it can exchange; `None`: it can give and take none.
+    pub kv_exchange: Option<KvExchange>,
+    /// What it is there for.
+    pub role: WorkerRole,
 }
 
 impl WorkerSpec {
@@ -82,6 +93,9 @@ impl WorkerSpec {
                 field: "kv_source.max_blocks",
                 expected: "1 to num_blocks",
             });
+        }
+        if let Some(exchange) = &self.kv_exchange {
+            exchange.validate()?;
         }
         for (field, names) in [("taints", &self.taints), ("slo_classes", &self.slo_classes)] {
             if names.len() > NAMES_MAX {

@@ -157,8 +157,8 @@ impl BlockPool {
         Some(table)
     }
 
-    /// Takes a share of a cached block.
-    fn acquire(&mut self, block: BlockId) {
+    /// Takes a share of a block that is cached or held.
+    pub(super) fn acquire(&mut self, block: BlockId) {
         let state = &mut self.blocks[block.0 as usize];
         state.ref_count += 1;
         if state.ref_count == 1 {

@@ -126,6 +126,7 @@ impl StepScheduler {
     /// Counts the step's tokens as computed and makes blocks that are now full reusable.
     fn commit_computed_tokens(&mut self) {
         let block_size = self.block_size();
+        let mut ends_prefill = false;
         for running in &mut self.running {
             running.num_computed_tokens += running.num_scheduled_tokens;
             running.num_scheduled_tokens = 0;
@@ -141,6 +142,21 @@ impl StepScheduler {
             );
             running.num_cached_blocks = cached.num_cached;
             running.num_sent_blocks = running.num_sent_blocks.min(cached.first_replaced);
+            if let Some(prefill) = &mut running.sequence.prefill_only {
+                let hold = prefill.hold.take();
+                if let Some(hold) = hold.and_then(|id| self.moves.holds.get_mut(&id)) {
+                    hold.follow(&running.block_table, cached.first_replaced, &mut self.pool);
+                }
+                running.is_finished = running.num_uncomputed_tokens() == 0;
+                ends_prefill |= running.is_finished;
+            }
+        }
+        if ends_prefill {
+            let ended = self.running.iter().filter(|running| running.is_finished);
+            self.moves
+                .prefilled
+                .extend(ended.map(|running| running.sequence.id));
+            self.release_finished();
         }
     }
 
@@ -164,6 +180,7 @@ impl StepScheduler {
             logprobs: logprobs.cloned().flatten(),
             finish_reason,
             num_cached_tokens: sequence.num_cached_tokens,
+            num_fetched_tokens: sequence.num_fetched_tokens,
         }
     }
 

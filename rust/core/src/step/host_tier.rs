@@ -100,6 +100,11 @@ impl HostTier {
         self.free.extend(swapped.host_blocks);
     }
 
+    /// Whether the next plan has copies to make.
+    pub(super) fn has_copies(&self) -> bool {
+        !self.swap_out.blocks.is_empty() || !self.swap_in.blocks.is_empty()
+    }
+
     /// Moves the copies into the plan that is to make them.
     pub(super) fn move_copies(&mut self, plan: &mut StepPlan) {
         plan.swap_out = std::mem::take(&mut self.swap_out);

@@ -18,8 +18,9 @@ impl StepScheduler {
             .running
             .iter()
             .map(|running| (running.block_table.as_slice(), running.num_cached_blocks))
+            .chain(self.awaiting_tables())
             .collect();
-        self.pool.check_integrity(&tables);
+        self.pool.check_integrity(&tables, &self.held_tables());
         for running in &self.running {
             self.check_running(running);
         }
@@ -28,6 +29,23 @@ impl StepScheduler {
         let kept = self.preempted.values();
         self.host
             .check_integrity(kept.filter_map(|it| it.swapped.as_ref()));
+    }
+
+    fn awaiting_tables(&self) -> impl Iterator<Item = (&[BlockId], usize)> {
+        let awaiting = self.moves.awaiting.values();
+        awaiting.map(|it| (it.block_table.as_slice(), it.num_matched))
+    }
+
+    /// What is held for other workers.
+    fn held_tables(&self) -> Vec<(&[BlockId], usize)> {
+        let mut tables = Vec::new();
+        for hold in self.moves.holds.values() {
+            let is_cached = |block: &&BlockId| self.pool.hash_of(**block).is_some();
+            let num_cached = hold.block_table.iter().take_while(is_cached).count();
+            tables.push((hold.block_table.as_slice(), num_cached));
+            tables.push((hold.loose.as_slice(), 0));
+        }
+        tables
     }
 
     fn check_running(&self, running: &Running) {
@@ -74,13 +92,14 @@ impl StepScheduler {
     fn check_requests(&self) {
         let waiting: Vec<&Sequence> = self.waiting.check_integrity().collect();
         assert!(
-            waiting.len() <= self.config.max_num_waiting as usize,
+            waiting.len() + self.moves.awaiting.len() <= self.config.max_num_waiting as usize,
             "waiting requests"
         );
         let running = self.running.iter().map(|running| &running.sequence);
         let all: Vec<&Sequence> = running
             .chain(self.preempted.values().map(|it| &it.sequence))
             .chain(waiting.iter().copied())
+            .chain(self.moves.sequences())
             .collect();
         let ids: FxHashSet<_> = all.iter().map(|sequence| sequence.id).collect();
         assert_eq!(ids.len(), all.len(), "a request is in one place");

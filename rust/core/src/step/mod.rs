@@ -2,7 +2,7 @@
 //!
 //! Reading order: `plan` is the contract with the runner; `scheduler` holds the state, `schedule` plans a step,
 //! `preempt` says who gives way, `commit` takes the result; `waiting`, `sequence`, `block_pool` and `host_tier` are
-//! what they work on, `step_cost` is what they learn. The rules, their bounds and the reasons are in
+//! what they work on, `step_cost` is what they learn; `moves` is what other workers bring and take. The rules, their bounds and the reasons are in
 //! `docs/step_scheduler.md`.
 
 mod block_pool;
@@ -14,6 +14,7 @@ mod host_tier;
 mod integrity;
 mod kv_events;
 mod lru;
+mod moves;
 mod plan;
 mod preempt;
 mod schedule;
@@ -25,9 +26,10 @@ mod waiting;
 
 pub use config::StepSchedulerConfig;
 pub use error::StepError;
+pub use moves::{AwaitedBlocks, HeldBlocks, HoldId};
 pub use plan::{
-    BlockCopies, FinishReason, KvEvent, Request, Sample, SequenceStart, StepOutput, StepPlan,
-    TokenLogprobs, TokenUpdate,
+    BlockCopies, FilledBlocks, FinishReason, KvEvent, Request, Sample, SequenceStart, StepOutput,
+    StepPlan, TokenLogprobs, TokenUpdate,
 };
 pub use scheduler::StepScheduler;
 pub use stats::StepStats;

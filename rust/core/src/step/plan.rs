@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use super::moves::HoldId;
 use crate::{
     hash::{BlockHash, HashSeed},
     ids::{BlockId, RequestId, TokenId},
@@ -63,6 +64,22 @@ pub struct StepPlan {
     pub samples: Vec<Sample>,
     /// Sequences that take a slot with this step, before anything is drawn.
     pub starts: Vec<SequenceStart>,
+    /// Blocks of prefill-only requests that are complete once the step is.
+    pub filled: Vec<FilledBlocks>,
+}
+
+/// Blocks that a step completes for another worker: layer by layer, they may be read from when the layer's KV is
+/// written until the hold is released.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FilledBlocks {
+    /// Whose prompt it is.
+    pub request_id: RequestId,
+    /// Which block of the prompt the first of them is.
+    pub first_block: u32,
+    /// Keeps them, and those before them, also where the request ends.
+    pub hold: HoldId,
+    /// The blocks.
+    pub blocks: Vec<BlockId>,
 }
 
 /// KV to copy between a block of the device and one of host memory.
@@ -169,6 +186,8 @@ pub struct TokenUpdate {
     pub finish_reason: Option<FinishReason>,
     /// Prompt tokens that the prefix cache gave when the request first ran.
     pub num_cached_tokens: u32,
+    /// Those of them whose KV another worker brought.
+    pub num_fetched_tokens: u32,
 }
 
 /// A change of what the replica's prefix cache holds, for the routers.

@@ -30,11 +30,12 @@ impl StepScheduler {
     /// Plans the next step. `None` where nothing is left to run, or while a step executes.
     ///
     /// Every plan has at least one token: the most senior request makes progress in every step (see
-    /// `preempt_one`).
+    /// `preempt_one`), as long as other workers leave it the blocks that it needs.
     pub fn schedule(&mut self, now: Time) -> Option<StepPlan> {
         if self.executing.is_some() {
             return None;
         }
+        self.give_up_awaiting(now);
         self.in_flight_prefixes.clear();
         let budget = self.config.max_num_batched_tokens as usize;
         let mut draft = Draft {
@@ -118,7 +119,8 @@ impl StepScheduler {
             return;
         }
         for index in 0..self.running.len() {
-            if self.running[index].num_scheduled_tokens == 0 {
+            // A decode that found no block, because others hold it, waits.
+            if !self.running[index].is_decode() {
                 self.schedule_chunk(index, draft);
             }
         }
@@ -201,8 +203,7 @@ impl StepScheduler {
     }
 
     fn start_first_time(&mut self, mut sequence: Sequence, seat: Seat, draft: &mut Draft) {
-        let num_matched = self.matched.len() * self.block_size();
-        sequence.num_cached_tokens = num_matched.min(sequence.num_prompt_tokens) as u32;
+        sequence.note_cached(self.matched.len(), self.block_size());
         self.stats.prefix_hit_tokens += u64::from(sequence.num_cached_tokens);
         self.stats.prefix_query_tokens += sequence.num_prompt_tokens as u64;
         self.stats.queue_wait = draft.now.since(sequence.arrived_at);
@@ -254,6 +255,9 @@ impl StepScheduler {
         };
         let (mut plan, executing) = build_plan(&shape, &mut self.running, self.config.block_size);
         plan.starts = draft.starts;
+        if draft.num_prefill_tokens > 0 {
+            plan.filled = self.hold_filled();
+        }
         self.host.move_copies(&mut plan);
         self.executing = Some(executing);
         Some(plan)

@@ -10,6 +10,7 @@ use super::{
     commit::Executing,
     config::StepSchedulerConfig,
     host_tier::HostTier,
+    moves::Moves,
     plan::{KvEvent, Request},
     sequence::{HashBlock, Preempted, Running, Sequence},
     stats::StepStats,
@@ -52,6 +53,7 @@ pub struct StepScheduler {
     pub(super) in_flight_prefixes: FxHashSet<BlockHash>,
     /// The cached blocks of the request being looked at.
     pub(super) matched: Vec<BlockId>,
+    pub(super) moves: Moves,
 }
 
 impl StepScheduler {
@@ -81,6 +83,7 @@ impl StepScheduler {
             step_cost: StepCost::default(),
             in_flight_prefixes: FxHashSet::default(),
             matched: Vec::new(),
+            moves: Moves::default(),
             config,
         })
     }
@@ -92,17 +95,28 @@ impl StepScheduler {
     /// replayed output leaves nothing to generate; `NoCapacity` where the whole pool could not hold the request;
     /// `EmptyPrompt`; `DuplicateId` while a request with this id has not ended.
     pub fn add_request(&mut self, request: Request, now: Time) -> Result<(), RejectReason> {
+        let sequence = self.admit(request, now)?;
+        self.enqueue(sequence);
+        Ok(())
+    }
+
+    /// Refuses a request, or hashes it.
+    pub(super) fn admit(&self, request: Request, now: Time) -> Result<Sequence, RejectReason> {
         self.check_request(&request)?;
         let mut sequence = Sequence::new(request, now);
         if self.config.enable_prefix_cache {
             sequence.hash_full_blocks(self.block_size(), self.hash_block);
         }
+        Ok(sequence)
+    }
+
+    /// Lets a request start when it is its turn.
+    pub(super) fn enqueue(&mut self, sequence: Sequence) {
         let num_cached = self
             .pool
             .estimate_prefix(sequence.matchable(self.block_size()));
         let num_prefill_tokens = sequence.num_tokens() - num_cached * self.block_size();
         self.waiting.push(sequence, num_prefill_tokens);
-        Ok(())
     }
 
     fn check_request(&self, request: &Request) -> Result<(), RejectReason> {
@@ -140,7 +154,8 @@ impl StepScheduler {
         if self.contains(request.id) {
             return Err(RejectReason::DuplicateId);
         }
-        let (current, limit) = (self.waiting.len(), self.config.max_num_waiting as usize);
+        let current = self.waiting.len() + self.moves.awaiting.len();
+        let limit = self.config.max_num_waiting as usize;
         if current >= limit {
             return Err(RejectReason::QueueFull { current, limit });
         }
@@ -151,6 +166,7 @@ impl StepScheduler {
         self.waiting.contains(id)
             || self.running.iter().any(|running| running.sequence.id == id)
             || self.preempted.values().any(|it| it.sequence.id == id)
+            || self.moves.sequences().any(|sequence| sequence.id == id)
     }
 
     /// Ends a request at once; `false` where there is none with this id.
@@ -160,7 +176,7 @@ impl StepScheduler {
     /// can name them, runs after this step, and because what this step writes was never committed: only the
     /// blocks of earlier steps stay in the prefix cache.
     pub fn abort(&mut self, id: RequestId) -> bool {
-        if self.waiting.remove(id).is_some() {
+        if self.waiting.remove(id).is_some() || self.abort_awaiting(id) {
             return true;
         }
         if let Some(index) = self
@@ -188,7 +204,8 @@ impl StepScheduler {
         preempted.sequence.id
     }
 
-    /// Ends every request and names them: the running ones first, then those that would have started next.
+    /// Ends every request and names them: the running ones first, then those that would have started next. What is
+    /// held for other workers stays so.
     pub fn abort_all(&mut self) -> Vec<RequestId> {
         let mut ids = Vec::new();
         for running in std::mem::take(&mut self.running) {
@@ -198,6 +215,7 @@ impl StepScheduler {
             ids.push(self.forget(preempted));
         }
         ids.extend(self.waiting.drain().map(|sequence| sequence.id));
+        ids.extend(self.abort_all_awaiting());
         ids
     }
 
@@ -220,8 +238,8 @@ impl StepScheduler {
         self.pool.cached_hashes()
     }
 
-    /// Whether any request has not ended. While one has not, and no step executes, [`schedule`](Self::schedule)
-    /// gives a plan.
+    /// Whether any request has not ended, but for those that await their KV. While one has not, and no step executes,
+    /// [`schedule`](Self::schedule) gives a plan, unless blocks are lacking that are held for other workers.
     pub fn has_work(&self) -> bool {
         self.waiting.len() + self.running.len() + self.preempted.len() > 0
     }
@@ -237,11 +255,13 @@ impl StepScheduler {
             .sum();
         StepStats {
             num_running: self.running.len() as u32,
-            num_waiting: (self.waiting.len() + self.preempted.len()) as u32,
+            num_waiting: (self.waiting.len() + self.preempted.len() + self.moves.awaiting.len())
+                as u32,
             kv_blocks_used: (self.pool.num_blocks() - self.pool.num_available()) as u32,
             kv_blocks_total: self.config.num_blocks,
             queued_prefill_tokens: self.waiting.num_prefill_tokens()
-                + (num_running_prefill + num_preempted_prefill) as u64,
+                + (num_running_prefill + num_preempted_prefill) as u64
+                + self.moves.num_prefill_tokens(self.block_size()),
             ..self.stats
         }
     }

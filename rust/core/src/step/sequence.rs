@@ -1,10 +1,11 @@
 //! One request's tokens, and what it holds while it runs.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use super::{
     block_pool::Chain,
     host_tier::Swapped,
+    moves::HoldId,
     plan::{FinishReason, Request, SequenceStart},
 };
 use crate::{
@@ -31,8 +32,22 @@ pub(super) struct Sequence {
     pub(super) block_hashes: Vec<BlockHash>,
     /// Prompt tokens that came from the prefix cache when the request first ran.
     pub(super) num_cached_tokens: u32,
+    /// Those of them whose KV another worker brought.
+    pub(super) num_fetched_tokens: u32,
+    /// Blocks that another worker brought.
+    pub(super) fetched_blocks: Range<usize>,
     /// Steps that the request was held back to share a prefix.
     pub(super) num_prefix_waits: u32,
+    /// Set where only the prompt's KV is wanted.
+    pub(super) prefill_only: Option<PrefillOnly>,
+}
+
+/// How far the KV of a prefill-only request has been announced to whom it is for.
+#[derive(Debug, Default)]
+pub(super) struct PrefillOnly {
+    pub(super) num_filled_blocks: usize,
+    /// What keeps the blocks that the step completes which executes.
+    pub(super) hold: Option<HoldId>,
 }
 
 impl Sequence {
@@ -49,12 +64,24 @@ impl Sequence {
             hash_seed: request.hash_seed,
             block_hashes: Vec::new(),
             num_cached_tokens: 0,
+            num_fetched_tokens: 0,
+            fetched_blocks: 0..0,
             num_prefix_waits: 0,
+            prefill_only: None,
         }
     }
 
     pub(super) fn num_tokens(&self) -> usize {
         self.token_ids.len()
+    }
+
+    /// Notes what the cache gives to a request that first runs.
+    pub(super) fn note_cached(&mut self, num_blocks: usize, block_size: usize) {
+        let tokens = |blocks: usize| (blocks * block_size).min(self.num_prompt_tokens) as u32;
+        let fetched = &self.fetched_blocks;
+        let end = fetched.end.min(num_blocks);
+        self.num_fetched_tokens = tokens(end) - tokens(fetched.start.min(end));
+        self.num_cached_tokens = tokens(num_blocks);
     }
 
     /// Hashes the full blocks that have no hash yet.
@@ -169,14 +196,15 @@ impl Running {
         self.sequence.num_tokens() - self.num_computed_tokens
     }
 
-    /// Whether only the last token has to be computed.
+    /// Whether only the last token has to be computed, to draw the next.
     pub(super) fn is_decode(&self) -> bool {
-        self.num_uncomputed_tokens() == 1
+        self.num_uncomputed_tokens() == 1 && self.sequence.prefill_only.is_none()
     }
 
     /// Whether the planned tokens are the last known ones, so that the step draws the next.
     pub(super) fn draws_token(&self) -> bool {
         self.num_scheduled_tokens == self.num_uncomputed_tokens()
+            && self.sequence.prefill_only.is_none()
     }
 
     /// Whether the sequence has lost its blocks in the step that is being planned.

@@ -30,4 +30,8 @@ pub struct StepStats {
     pub prefix_hit_tokens: u64,
     /// Prompt tokens of those requests in all.
     pub prefix_query_tokens: u64,
+    /// Blocks that other workers brought.
+    pub fetched_blocks: u64,
+    /// Times that what a request awaited of another worker did not come.
+    pub fetch_failures: u64,
 }

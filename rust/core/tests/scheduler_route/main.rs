@@ -14,13 +14,13 @@ mod ops;
 
 use std::collections::BTreeSet;
 
-use model::{LORA_LOAD_TOKENS, Model, ModelReservation, ModelWorker};
-use ops::{LORAS, NUM_FAMILIES, Op, Terms, op, prompt};
+use model::{LORA_LOAD_TOKENS, Model, ModelReservation, ModelWorker, SPLIT_MIN_TOKENS};
+use ops::{LORAS, NUM_FAMILIES, Op, op, prompt};
 use orchestra_core::{
     BlockHash, Time, block_hashes,
     scheduler::{
-        KvSource, Lora, RoutePolicy, RouteRequest, Scheduler, SchedulerConfig, WorkerId,
-        WorkerLoad, WorkerSpec,
+        KvSource, Lora, Reservation, RoutePolicy, RouteRequest, Scheduler, SchedulerConfig,
+        WorkerId, WorkerLoad, WorkerRole, WorkerSpec,
     },
     step::KvEvent,
 };
@@ -42,6 +42,7 @@ impl Pair {
             policy,
             seq_cost_tokens: 3,
             fetch_cost_permille: 250,
+            split_min_tokens: SPLIT_MIN_TOKENS as u32,
             lora_load_tokens: LORA_LOAD_TOKENS as u32,
             ..SchedulerConfig::default()
         };
@@ -74,8 +75,17 @@ impl Pair {
         )
     }
 
-    fn add_worker(&mut self, model: usize, epoch: u64, sizes: [u32; 3], terms: &Terms) {
-        let [block_size, num_blocks, max_num_seqs] = sizes;
+    fn add_worker(&mut self, op: &Op) {
+        let Op::AddWorker {
+            model,
+            epoch,
+            sizes: [block_size, num_blocks, max_num_seqs],
+            ref terms,
+            ref part,
+        } = *op
+        else {
+            return;
+        };
         self.names += 1;
         let spec = WorkerSpec {
             name: format!("worker-{}", self.names),
@@ -89,6 +99,8 @@ impl Pair {
             slo_classes: terms.slo_classes(),
             max_loras: terms.max_loras,
             kv_source: KvSource::Reported,
+            kv_exchange: part.exchange.clone(),
+            role: part.role,
         };
         let id = self.real.add_worker(spec.clone()).unwrap();
         self.model.workers.push(ModelWorker {
@@ -174,8 +186,35 @@ impl Pair {
                 assert_eq!((room, cost), best);
             }
             assert_eq!(room, best.0, "room goes first under every policy");
+            self.compare_moves(&reservation, request);
+        }
+        if let Some(fetch) = reservation.fetch {
+            let source = self.model.worker(fetch.source);
+            assert!(
+                source.depth(request) >= fetch.num_blocks,
+                "fetches what is not there"
+            );
+            assert_eq!(source.spec.kv_exchange, chosen.spec.kv_exchange);
         }
         self.model.commit(&reservation, request);
+    }
+
+    /// What the reservation says of KV that moves is what the model says.
+    fn compare_moves(&self, reservation: &Reservation, request: &RouteRequest<'_>) {
+        let chosen = self.model.worker(reservation.worker);
+        let fetch = self.model.fetch(chosen, request);
+        let split = self.model.split(chosen, request);
+        let Some(part) = reservation.prefill else {
+            assert_eq!(split, None, "it should have been split");
+            let fetched = reservation.fetch.map(|fetch| fetch.num_blocks);
+            assert_eq!(fetched, fetch);
+            return;
+        };
+        assert_eq!(reservation.fetch, None);
+        let helper = self.model.worker(part.worker);
+        assert_eq!(helper.spec.role, WorkerRole::Prefill);
+        assert_eq!(helper.spec.kv_exchange, chosen.spec.kv_exchange);
+        assert_eq!(Some(helper.prefill_rank(request)), split);
     }
 
     fn release(&mut self, pick: usize) {
@@ -276,12 +315,7 @@ impl Pair {
 
     fn apply(&mut self, op: &Op) {
         match *op {
-            Op::AddWorker {
-                model,
-                epoch,
-                sizes,
-                ref terms,
-            } => self.add_worker(model, epoch, sizes, terms),
+            Op::AddWorker { .. } => self.add_worker(op),
             Op::Route {
                 model,
                 family,

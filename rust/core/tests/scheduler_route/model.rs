@@ -5,11 +5,18 @@ use std::collections::BTreeSet;
 use orchestra_core::{
     BlockHash, ErrorCode, block_hashes,
     scheduler::{
-        Reservation, ReservationId, RoutePolicy, RouteRequest, WorkerId, WorkerLoad, WorkerSpec,
+        PrefillPart, Reservation, ReservationId, RoutePolicy, RouteRequest, WorkerId, WorkerLoad,
+        WorkerRole, WorkerSpec,
     },
 };
 
 pub(crate) const LORA_LOAD_TOKENS: u64 = 20;
+pub(crate) const SPLIT_MIN_TOKENS: u64 = 6;
+
+/// What moving KV of so many tokens costs; nothing is known of speeds.
+fn moving(tokens: u64) -> u64 {
+    tokens.div_ceil(4)
+}
 
 /// A worker with everything recomputed from lists when asked.
 pub(crate) struct ModelWorker {
@@ -68,12 +75,7 @@ impl ModelWorker {
         deepest: u32,
     ) -> (bool, u64, usize) {
         let depth = self.depth(request);
-        let batch = self.estimate(
-            u64::from(self.load.num_running) + u64::from(self.load.num_waiting),
-            |held| held.seqs,
-        );
-        // A prompt that was computed is given back without its place in the batch.
-        let queued = self.estimate(self.load.queued_prefill_tokens, |held| held.prefill);
+        let (batch, queued) = (self.batch(), self.queued());
         let used = self.estimate(self.load.kv_blocks_used.into(), |held| held.blocks);
         let needed = u64::from(self.booked_blocks(request) - depth);
         let left = request.token_ids.len() as u64 - u64::from(depth * self.spec.block_size);
@@ -81,17 +83,54 @@ impl ModelWorker {
             && used + needed <= u64::from(self.spec.num_blocks);
         let prompt = request.token_ids.len() as u64;
         let fetched = u64::from((deepest - depth) * self.spec.block_size);
-        let fetch = prompt - u64::from(deepest * self.spec.block_size) + fetched.div_ceil(4);
+        let fetch = prompt - u64::from(deepest * self.spec.block_size) + moving(fetched);
         let load = self.load_tokens(request);
+        let left = if self.fetches(policy) {
+            left.min(fetch)
+        } else {
+            left
+        };
         let cost = match policy {
-            RoutePolicy::Product => (left + load + queued) * (batch + 1),
+            RoutePolicy::Product | RoutePolicy::TransferAware => {
+                (left + load + queued) * (batch + 1)
+            }
             RoutePolicy::PrefixSum => left + load + queued + 3 * batch,
-            RoutePolicy::TransferAware => (left.min(fetch) + load + queued) * (batch + 1),
             RoutePolicy::LeastRequests => batch,
             RoutePolicy::LeastTokens => queued,
             _ => (prompt + load + queued) * (batch + 1),
         };
         (!has_room, cost, self.last_chosen)
+    }
+
+    fn batch(&self) -> u64 {
+        let reported = u64::from(self.load.num_running) + u64::from(self.load.num_waiting);
+        self.estimate(reported, |held| held.seqs)
+    }
+
+    fn queued(&self) -> u64 {
+        // A prompt that was computed is given back without its place in the batch.
+        self.estimate(self.load.queued_prefill_tokens, |held| held.prefill)
+    }
+
+    /// Whether it counts as fetching what others hold.
+    fn fetches(&self, policy: RoutePolicy) -> bool {
+        match policy {
+            RoutePolicy::Product | RoutePolicy::PrefixSum => self.spec.kv_exchange.is_some(),
+            policy => policy == RoutePolicy::TransferAware,
+        }
+    }
+
+    /// As one that computes a prompt for another worker: room, and what is before that and of it.
+    pub(crate) fn prefill_rank(&self, request: &RouteRequest<'_>) -> (bool, u64) {
+        let request = &RouteRequest {
+            max_tokens: 1,
+            booked_tokens: None,
+            ..*request
+        };
+        let (no_room, cost, _) = self.rank(RoutePolicy::LeastTokens, request, self.depth(request));
+        let held = u64::from(self.depth(request) * self.spec.block_size);
+        let left = request.token_ids.len() as u64 - held + self.load_tokens(request);
+        (no_room, cost + left)
     }
 
     pub(crate) fn load_tokens(&self, request: &RouteRequest<'_>) -> u64 {
@@ -142,16 +181,72 @@ impl Model {
         worker: &ModelWorker,
         request: &RouteRequest<'_>,
     ) -> (bool, u64, usize) {
-        fn key(worker: &ModelWorker) -> impl PartialEq + '_ {
+        worker.rank(self.policy, request, self.deepest(worker, request))
+    }
+
+    /// Blocks of the deepest holder that the worker could fetch from.
+    fn deepest(&self, worker: &ModelWorker, request: &RouteRequest<'_>) -> u32 {
+        let exchange = &worker.spec.kv_exchange;
+        let gives =
+            |other: &&ModelWorker| exchange.is_none() || other.spec.kv_exchange == *exchange;
+        let alike = self.alike(worker).filter(gives);
+        alike.map(|other| other.depth(request)).max().unwrap()
+    }
+
+    /// Those whose blocks have the names that the worker's have.
+    fn alike(&self, worker: &ModelWorker) -> impl Iterator<Item = &ModelWorker> {
+        fn key(worker: &ModelWorker) -> impl PartialEq + use<> {
             let spec = &worker.spec;
-            (&spec.model, spec.weights_epoch, spec.block_size)
+            (spec.model.clone(), spec.weights_epoch, spec.block_size)
         }
-        let alike = self
-            .workers
+        let wanted = key(worker);
+        self.workers
             .iter()
-            .filter(|other| key(other) == key(worker));
-        let deepest = alike.map(|other| other.depth(request)).max().unwrap();
-        worker.rank(self.policy, request, deepest)
+            .filter(move |other| key(other) == wanted)
+    }
+
+    /// Leading blocks that the worker would fetch where that is cheaper than computing.
+    pub(crate) fn fetch(&self, worker: &ModelWorker, request: &RouteRequest<'_>) -> Option<u32> {
+        let deepest = self.deepest(worker, request);
+        let between = u64::from((deepest - worker.depth(request)) * worker.spec.block_size);
+        let is_cheaper = moving(between) < between;
+        let fetches = worker.spec.kv_exchange.is_some() && worker.fetches(self.policy);
+        (fetches && is_cheaper).then_some(deepest)
+    }
+
+    /// The rank of who should compute the request's prompt for the worker, where somebody should.
+    pub(crate) fn split(
+        &self,
+        worker: &ModelWorker,
+        request: &RouteRequest<'_>,
+    ) -> Option<(bool, u64)> {
+        let spec = &worker.spec;
+        spec.kv_exchange.as_ref()?;
+        let size = u64::from(spec.block_size);
+        let prompt = request.token_ids.len() as u64;
+        let whole = (prompt - 1) / size * size;
+        let held = u64::from(worker.depth(request)) * size;
+        if spec.role == WorkerRole::Prefill || whole - held < SPLIT_MIN_TOKENS {
+            return None;
+        }
+        let fetched = self.fetch(worker, request);
+        let fetched = fetched.map_or(held, |blocks| u64::from(blocks) * size);
+        let crowd = worker.batch() + 1 + u64::from(spec.role == WorkerRole::Decode);
+        let alone = (prompt - fetched + worker.queued()) * crowd + moving(fetched - held);
+        let tail = (prompt - whole + worker.queued()) * crowd + moving(whole - held);
+        let tokens = request.token_ids.len() as u32 + 1;
+        let helps = |other: &&ModelWorker| {
+            other.spec.role == WorkerRole::Prefill
+                && other.spec.kv_exchange == spec.kv_exchange
+                && other.accepts(request)
+                && !other.is_draining
+                && !request.exclude.contains(&other.id)
+                && tokens <= other.spec.max_model_len
+                && tokens.div_ceil(other.spec.block_size) <= other.spec.num_blocks
+        };
+        let helpers = self.alike(worker).filter(helps);
+        let best = helpers.map(|other| other.prefill_rank(request)).min()?;
+        (best.1 + tail < alone).then_some(best)
     }
 
     /// The best rank, or why there is none.
@@ -170,10 +265,17 @@ impl Model {
         };
         let is_open =
             |worker: &&ModelWorker| !worker.is_draining && !request.exclude.contains(&worker.id);
-        let ranks = of_model()
-            .filter(|worker| worker.accepts(request))
-            .filter(is_open)
-            .filter(fits)
+        let able = || {
+            of_model()
+                .filter(|worker| worker.accepts(request))
+                .filter(is_open)
+                .filter(fits)
+        };
+        // Those that are there for prompts count where nobody else could take it.
+        let is_whole = |worker: &&ModelWorker| worker.spec.role != WorkerRole::Prefill;
+        let only_prefill = !able().any(|worker| is_whole(&worker));
+        let ranks = able()
+            .filter(|worker| only_prefill || is_whole(worker))
             .map(|worker| self.rank(worker, request));
         match ranks.min() {
             Some((room, cost, _)) => Ok((room, cost)),
@@ -185,21 +287,43 @@ impl Model {
     }
 
     pub(crate) fn commit(&mut self, reservation: &Reservation, request: &RouteRequest<'_>) {
+        if let Some(part) = &reservation.prefill {
+            self.commit_prefill(part, request);
+        }
         self.num_decisions += 1;
         let id = reservation.worker;
         let worker = self.workers.iter_mut().find(|worker| worker.id == id);
         let worker = worker.unwrap();
         worker.last_chosen = self.num_decisions;
         let cached = reservation.num_cached_tokens;
+        let moved = reservation.prefill.map(|part| part.num_blocks);
+        let moved = moved.or(reservation.fetch.map(|fetch| fetch.num_blocks));
+        let given = moved.unwrap_or(0) * worker.spec.block_size;
         worker.reservations.push(ModelReservation {
             id: reservation.id,
             is_reported: false,
             blocks: u64::from(reservation.num_blocks - cached / worker.spec.block_size),
-            prefill: request.token_ids.len() as u64 - u64::from(cached),
+            prefill: request.token_ids.len() as u64 - u64::from(given.max(cached)),
             seqs: 1,
         });
         let lora = request.lora.map(|lora| (lora.id.to_owned(), lora.version));
         worker.loras.extend(lora);
+    }
+
+    /// Room on the worker that computes a prompt for another.
+    fn commit_prefill(&mut self, part: &PrefillPart, request: &RouteRequest<'_>) {
+        self.num_decisions += 1;
+        let worker = self.workers.iter_mut().find(|it| it.id == part.worker);
+        let worker = worker.unwrap();
+        worker.last_chosen = self.num_decisions;
+        let blocks = u64::from(part.num_blocks - worker.depth(request));
+        worker.reservations.push(ModelReservation {
+            id: part.id,
+            is_reported: false,
+            blocks,
+            prefill: blocks * u64::from(worker.spec.block_size),
+            seqs: 1,
+        });
     }
 
     pub(crate) fn held(&self) -> Vec<ReservationId> {

@@ -1,6 +1,6 @@
 //! The operations that the property test draws.
 
-use orchestra_core::scheduler::{Lora, WorkerLoad};
+use orchestra_core::scheduler::{KvExchange, Lora, WorkerLoad, WorkerRole};
 use proptest::prelude::*;
 
 pub(crate) const LORAS: [Lora<'static>; 3] = [
@@ -41,6 +41,13 @@ impl Terms {
     }
 }
 
+/// What a worker does with others.
+#[derive(Clone, Debug)]
+pub(crate) struct Part {
+    pub(crate) exchange: Option<KvExchange>,
+    pub(crate) role: WorkerRole,
+}
+
 #[derive(Clone, Debug)]
 pub(crate) enum Op {
     AddWorker {
@@ -49,6 +56,7 @@ pub(crate) enum Op {
         /// `block_size`, `num_blocks`, `max_num_seqs`.
         sizes: [u32; 3],
         terms: Terms,
+        part: Part,
     },
     RemoveWorker(usize),
     SetDraining(usize, bool),
@@ -93,8 +101,8 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
     let block_size = prop_oneof![4 => Just(4_u32), 1 => Just(8)];
     let sizes = (block_size, 4_u32..40, 1_u32..6).prop_map(<[u32; 3]>::from);
     prop_oneof![
-        2 => (model(), epoch(), sizes, terms()).prop_map(|(model, epoch, sizes, terms)| {
-            Op::AddWorker { model, epoch, sizes, terms }
+        2 => (model(), epoch(), sizes, terms(), part()).prop_map(|(model, epoch, sizes, terms, part)| {
+            Op::AddWorker { model, epoch, sizes, terms, part }
         }),
         1 => pick.clone().prop_map(Op::RemoveWorker),
         1 => (pick.clone(), any::<bool>()).prop_map(|(worker, on)| Op::SetDraining(worker, on)),
@@ -126,6 +134,27 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
 
 fn epoch() -> impl Strategy<Value = u64> {
     prop_oneof![4 => Just(0_u64), 1 => Just(1)]
+}
+
+/// Some workers exchange nothing, and some not with the others.
+fn part() -> impl Strategy<Value = Part> {
+    let exchange = |layout: &str| {
+        Some(KvExchange {
+            layout: layout.to_owned(),
+            bytes_per_block: 4096,
+        })
+    };
+    let exchange = prop_oneof![
+        2 => Just(None),
+        4 => Just(exchange("wide")),
+        1 => Just(exchange("narrow")),
+    ];
+    let role = prop_oneof![
+        3 => Just(WorkerRole::Both),
+        1 => Just(WorkerRole::Prefill),
+        1 => Just(WorkerRole::Decode),
+    ];
+    (exchange, role).prop_map(|(exchange, role)| Part { exchange, role })
 }
 
 fn terms() -> impl Strategy<Value = Terms> {

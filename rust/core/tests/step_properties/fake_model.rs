@@ -7,7 +7,7 @@
 use std::hash::Hasher;
 
 use orchestra_core::{
-    RequestId, SamplingParams, TokenId,
+    BlockId, RequestId, SamplingParams, TokenId,
     step::{BlockCopies, StepOutput, StepPlan, StepSchedulerConfig, TokenLogprobs},
 };
 use rustc_hash::FxHasher;
@@ -126,6 +126,43 @@ impl FakeModel {
         for (block, host_block) in pairs(&plan.swap_in) {
             self.kv[slots(block)].copy_from_slice(&self.host_kv[slots(host_block)]);
         }
+    }
+
+    /// Puts the KV of some blocks of a prompt where another worker brings it.
+    pub(crate) fn bring(&mut self, prompt: &[TokenId], first_block: u32, blocks: &[BlockId]) {
+        let block_size = self.block_size as usize;
+        let entries = entries_of(prompt);
+        let contents = entries.chunks(block_size).skip(first_block as usize);
+        for (block, content) in blocks.iter().zip(contents) {
+            for (offset, &entry) in content.iter().enumerate() {
+                self.kv[block.0 as usize * block_size + offset] = Some(entry);
+            }
+        }
+    }
+
+    /// Late bytes of somebody who was given up.
+    pub(crate) fn spoil(&mut self, blocks: &[BlockId]) {
+        for block in blocks {
+            let start = (block.0 * self.block_size) as usize;
+            self.kv[start..start + self.block_size as usize].fill(None);
+        }
+    }
+
+    /// Whether blocks of a prompt hold their KV.
+    pub(crate) fn has(&self, prompt: &[TokenId], first_block: u32, blocks: &[BlockId]) -> bool {
+        let block_size = self.block_size as usize;
+        let entries = entries_of(prompt);
+        let contents = entries.chunks(block_size).skip(first_block as usize);
+        let same = |(offset, entry): (usize, &KvEntry), block: &BlockId| {
+            self.kv[block.0 as usize * block_size + offset].is_some_and(|held| {
+                (held.token, held.position, held.digest)
+                    == (entry.token, entry.position, entry.digest)
+            })
+        };
+        blocks
+            .iter()
+            .zip(contents)
+            .all(|(block, content)| content.iter().enumerate().all(|it| same(it, block)))
     }
 
     /// Writes the KV of a row's tokens, each with the digest of what the block table shows before it.
@@ -253,4 +290,21 @@ fn next_token(digest: u64, sampling: &SamplingParams, history: &[TokenId]) -> To
         }
     }
     (hasher.finish() >> 32) as u32 % VOCAB_SIZE
+}
+
+/// The KV of a prompt, as a worker computes it before its first step.
+fn entries_of(prompt: &[TokenId]) -> Vec<KvEntry> {
+    let mut digest = 0;
+    let positions = (0..).zip(prompt);
+    positions
+        .map(|(position, &token)| {
+            digest = extend_digest(digest, token);
+            KvEntry {
+                token,
+                position,
+                digest,
+                written_by: (0, 0),
+            }
+        })
+        .collect()
 }

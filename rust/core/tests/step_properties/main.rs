@@ -7,6 +7,7 @@
 
 mod bounds;
 mod fake_model;
+mod moves;
 mod replica;
 mod starvation;
 
@@ -14,10 +15,10 @@ use fake_model::VOCAB_SIZE;
 use orchestra_core::{
     BlockHash, HashSeed, RejectReason, SamplingParams, TokenId,
     hash::next_block_hash,
-    step::{StepScheduler, StepSchedulerConfig, StepStats},
+    step::{StepScheduler, StepSchedulerConfig},
 };
 use proptest::{prelude::*, strategy::ValueTree, test_runner::TestRunner};
-use replica::{NewRequest, Replica};
+use replica::{NewRequest, Replica, Wish};
 
 /// What may happen to a replica.
 #[derive(Clone, Debug)]
@@ -32,6 +33,19 @@ enum Op {
     /// The n-th unfinished request.
     Abort(usize),
     AbortAll,
+    /// Adds a request of which another worker brings some blocks.
+    Await(NewRequest, u32),
+    /// Adds a request of which only some blocks are wanted.
+    Prefill(NewRequest, u32),
+    /// The n-th move arrives, but for some of its last blocks.
+    Arrive(usize, usize),
+    /// The n-th move fails, and may go on writing.
+    FailKv(usize),
+    WriteLate,
+    /// The n-th move is quiet.
+    Release(usize),
+    /// Another worker asks for blocks.
+    Hold(NewRequest, u32),
 }
 
 fn any_config() -> impl Strategy<Value = StepSchedulerConfig> {
@@ -123,12 +137,20 @@ fn any_ops() -> impl Strategy<Value = Vec<Op>> {
         2 => Just(Op::CommitWrongly),
         6 => any::<usize>().prop_map(Op::Abort),
         1 => Just(Op::AbortAll),
+        12 => (any_request(), 1..8_u32).prop_map(|(new, num)| Op::Await(new, num)),
+        6 => (any_request(), 1..8_u32).prop_map(|(new, num)| Op::Prefill(new, num)),
+        8 => (any::<usize>(), prop_oneof![3 => Just(0), 1 => any::<usize>()])
+            .prop_map(|(index, cut)| Op::Arrive(index, cut)),
+        4 => any::<usize>().prop_map(Op::FailKv),
+        6 => Just(Op::WriteLate),
+        10 => any::<usize>().prop_map(Op::Release),
+        4 => (any_request(), 1..8_u32).prop_map(|(new, num)| Op::Hold(new, num)),
     ];
     proptest::collection::vec(op, 1..300)
 }
 
-/// Does all operations, lets the rest finish, and gives the counters.
-fn run(mut replica: Replica, ops: Vec<Op>) -> StepStats {
+/// Does all operations, lets the rest finish, and gives the replica.
+fn run(mut replica: Replica, ops: Vec<Op>) -> Replica {
     for op in ops {
         match op {
             Op::Add(request) => {
@@ -147,12 +169,23 @@ fn run(mut replica: Replica, ops: Vec<Op>) -> StepStats {
             Op::CommitWrongly => replica.commit_wrongly(),
             Op::Abort(index) => replica.abort(index),
             Op::AbortAll => replica.abort_all(),
+            Op::Await(request, num_blocks) => {
+                let _ = replica.add_with(request, Wish::Await(num_blocks));
+            }
+            Op::Prefill(request, num_blocks) => {
+                let _ = replica.add_with(request, Wish::Prefill(num_blocks));
+            }
+            Op::Arrive(index, cut) => replica.arrive(index, cut),
+            Op::FailKv(index) => replica.fail_kv(index),
+            Op::WriteLate => replica.write_late(),
+            Op::Release(index) => replica.release(index),
+            Op::Hold(request, num_blocks) => replica.hold_prefix(request, num_blocks),
         }
         replica.scheduler.check_integrity();
     }
     replica.commit();
     replica.run_to_end();
-    replica.scheduler.stats()
+    replica
 }
 
 /// Sixteen hashes for all blocks: nearly every look-up is a collision.
@@ -183,6 +216,7 @@ proptest! {
 fn the_random_runs_reach_the_rare_paths() {
     let mut runner = TestRunner::deterministic();
     let (mut steps, mut preemptions, mut swaps, mut hits) = (0, 0, 0, 0);
+    let (mut fetched, mut filled, mut held) = (0, 0, 0);
     for _ in 0..64 {
         let config = any_config()
             .new_tree(&mut runner)
@@ -193,7 +227,11 @@ fn the_random_runs_reach_the_rare_paths() {
             .expect("operations")
             .current();
         let scheduler = StepScheduler::new(config.clone()).expect("a valid config");
-        let stats = run(Replica::new(scheduler, config), ops);
+        let replica = run(Replica::new(scheduler, config), ops);
+        let stats = replica.scheduler.stats();
+        fetched += replica.moves.num_fetched_tokens;
+        filled += replica.moves.num_filled_blocks;
+        held += replica.moves.num_held_blocks;
         steps += stats.steps;
         preemptions += stats.preemptions;
         swaps += stats.swaps;
@@ -203,4 +241,7 @@ fn the_random_runs_reach_the_rare_paths() {
     assert!(preemptions > 80, "{preemptions} preemptions");
     assert!(swaps > 20, "{swaps} of them with swaps");
     assert!(hits > 30, "prefix hits in {hits} runs");
+    assert!(fetched > 300, "{fetched} tokens fetched");
+    assert!(filled > 100, "{filled} blocks filled for others");
+    assert!(held > 50, "{held} blocks held for others");
 }

@@ -11,12 +11,15 @@ use orchestra_core::{
 };
 use rustc_hash::FxHashSet;
 
-use crate::fake_model::{FakeModel, logprobs_of, reference_output};
+use crate::{
+    fake_model::{FakeModel, logprobs_of, reference_output},
+    moves::Moves,
+};
 
 /// What the test knows of one accepted request.
 #[derive(Debug)]
-struct Tracked {
-    prompt: Vec<TokenId>,
+pub(crate) struct Tracked {
+    pub(crate) prompt: Vec<TokenId>,
     sampling: SamplingParams,
     output: Vec<TokenId>,
     num_cached_tokens: Option<u32>,
@@ -25,6 +28,24 @@ struct Tracked {
     seniority: Option<usize>,
     /// Later requests that started before this one.
     num_overtakes: u32,
+    pub(crate) wish: Wish,
+}
+
+/// What is asked of a request besides its tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wish {
+    Nothing,
+    /// Another worker brings so many blocks.
+    Await(u32),
+    /// Only so many blocks are wanted.
+    Prefill(u32),
+}
+
+impl Tracked {
+    /// The prompt and the output so far.
+    pub(crate) fn known_tokens(&self) -> Vec<TokenId> {
+        [self.prompt.as_slice(), &self.output].concat()
+    }
 }
 
 /// A request as a test writes it; its id and seed are given when it is sent.
@@ -40,9 +61,10 @@ pub(crate) struct NewRequest {
 pub(crate) struct Replica {
     pub(crate) scheduler: StepScheduler,
     config: StepSchedulerConfig,
-    model: FakeModel,
-    requests: BTreeMap<RequestId, Tracked>,
+    pub(crate) model: FakeModel,
+    pub(crate) requests: BTreeMap<RequestId, Tracked>,
     executing: Option<StepPlan>,
+    pub(crate) moves: Moves,
     num_started: usize,
     /// The most senior request, once it has been seen running as such.
     safe: Option<RequestId>,
@@ -62,6 +84,7 @@ impl Replica {
             config,
             requests: BTreeMap::new(),
             executing: None,
+            moves: Moves::default(),
             num_started: 0,
             safe: None,
             router_view: FxHashSet::default(),
@@ -71,8 +94,16 @@ impl Replica {
         }
     }
 
-    /// Sends a request; on a refusal nothing may have changed.
     pub(crate) fn add(&mut self, new: NewRequest) -> Result<RequestId, RejectReason> {
+        self.add_with(new, Wish::Nothing)
+    }
+
+    /// Sends a request; on a refusal nothing may have changed.
+    pub(crate) fn add_with(
+        &mut self,
+        new: NewRequest,
+        wish: Wish,
+    ) -> Result<RequestId, RejectReason> {
         let id = RequestId(self.requests.len() as u64);
         let sampling = SamplingParams {
             seed: id.0,
@@ -89,13 +120,16 @@ impl Replica {
             hash_seed: new.hash_seed,
         };
         let before = self.scheduler.stats();
-        let result = self.scheduler.add_request(request.clone(), self.now);
+        let result = self.send(request.clone(), wish);
         if let Err(reason) = result {
             assert_eq!(self.scheduler.stats(), before, "a refusal changes nothing");
             return Err(reason);
         }
-        let again = self.scheduler.add_request(request, self.now);
-        assert_eq!(again, Err(RejectReason::DuplicateId));
+        // All of a prompt may be too long where a part of it is not.
+        if !matches!(wish, Wish::Prefill(_)) {
+            let again = self.scheduler.add_request(request, self.now);
+            assert_eq!(again, Err(RejectReason::DuplicateId));
+        }
         let tracked = Tracked {
             prompt: new.prompt,
             sampling,
@@ -104,9 +138,26 @@ impl Replica {
             finish_reason: None,
             seniority: None,
             num_overtakes: 0,
+            wish,
         };
         self.requests.insert(id, tracked);
         Ok(id)
+    }
+
+    fn send(&mut self, request: Request, wish: Wish) -> Result<(), RejectReason> {
+        match wish {
+            Wish::Nothing => self.scheduler.add_request(request, self.now),
+            Wish::Prefill(num_blocks) => self.scheduler.add_prefill(request, num_blocks, self.now),
+            Wish::Await(num_blocks) => {
+                let id = request.id;
+                let deadline = Time(self.now.0 + 20_000);
+                let awaited = self
+                    .scheduler
+                    .add_awaiting(request, num_blocks, deadline, self.now)?;
+                self.moves.incoming.extend(awaited.map(|it| (id, it)));
+                Ok(())
+            }
+        }
     }
 
     /// Ends the `index`-th request that is unfinished, if there is one.
@@ -129,7 +180,9 @@ impl Replica {
             self.end_by_abort(id);
         }
         assert!(!self.scheduler.has_work());
-        assert_eq!(self.scheduler.stats().kv_blocks_used, 0);
+        let is_filling = |plan: &StepPlan| !plan.filled.is_empty();
+        let has_moves = self.moves.is_any_open() || self.executing.as_ref().is_some_and(is_filling);
+        assert!(has_moves || self.scheduler.stats().kv_blocks_used == 0);
     }
 
     fn end_by_abort(&mut self, id: RequestId) {
@@ -153,9 +206,8 @@ impl Replica {
             assert_eq!(plan, None, "one step at a time");
             return true;
         }
-        assert_eq!(
-            plan.is_some(),
-            self.scheduler.has_work(),
+        assert!(
+            plan.is_some() == self.scheduler.has_work() || self.moves.is_any_open(),
             "work means a plan"
         );
         let Some(plan) = plan else { return false };
@@ -224,7 +276,10 @@ impl Replica {
             request.seniority = Some(self.num_started);
             self.num_started += 1;
             for (_, earlier) in self.requests.range_mut(..id) {
-                let is_waiting = earlier.seniority.is_none() && earlier.finish_reason.is_none();
+                // What has awaited its KV came to the queue later than its number says.
+                let is_waiting = earlier.seniority.is_none()
+                    && earlier.finish_reason.is_none()
+                    && !matches!(earlier.wish, Wish::Await(_));
                 earlier.num_overtakes += u32::from(is_waiting);
             }
         }
@@ -291,6 +346,13 @@ impl Replica {
         for update in &updates {
             self.take_update(update);
         }
+        for id in self.scheduler.take_prefilled() {
+            let request = self.requests.get_mut(&id).expect("a request that was sent");
+            assert!(matches!(request.wish, Wish::Prefill(_)), "{id}");
+            assert_eq!(request.finish_reason, None, "{id} has ended");
+            request.finish_reason = Some(FinishReason::Length);
+        }
+        self.note_filled(plan.filled);
         self.check();
     }
 
@@ -352,6 +414,9 @@ impl Replica {
             "{id}: said once and for all"
         );
         assert!(num_cached as usize <= request.prompt.len(), "{id}");
+        assert!(update.num_fetched_tokens <= num_cached, "{id}");
+        assert!(!matches!(request.wish, Wish::Prefill(_)), "{id} draws");
+        self.moves.num_fetched_tokens += u64::from(update.num_fetched_tokens);
 
         let eos = &self.config.eos_token_ids;
         let reference = reference_output(&request.prompt, &request.sampling, eos);
@@ -400,6 +465,7 @@ impl Replica {
     /// number of steps is bounded by what each request could compute as the most senior one, once before it is
     /// preempted for the last time and once after.
     pub(crate) fn run_to_end(&mut self) {
+        self.settle_moves();
         let num_tokens = |request: &Tracked| {
             request.prompt.len() as u64 + u64::from(request.sampling.max_tokens)
         };
@@ -413,6 +479,7 @@ impl Replica {
         let first_step = self.num_steps;
         while self.schedule() {
             self.commit();
+            self.settle_moves();
             assert!(self.num_steps - first_step <= most_steps, "livelock");
         }
         self.check();

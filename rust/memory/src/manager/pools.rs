@@ -53,6 +53,18 @@ impl BufferManager {
         }
     }
 
+    /// Takes blocks more for a set, as [`Self::allocate`] does.
+    pub fn extend(&self, set: &mut BlockSet, n: u32) -> Result<(), MemoryError> {
+        loop {
+            match set.extend(n) {
+                Err(MemoryError::Exhausted { .. }) if set.pool().may_grow() => {
+                    self.add_slab(&Arc::clone(set.pool()))?;
+                }
+                answer => return answer,
+            }
+        }
+    }
+
     /// Makes a slab, registers it everywhere, and only then lets blocks be taken from it.
     fn add_slab(&self, pool: &Pool) -> Result<(), MemoryError> {
         let id = {

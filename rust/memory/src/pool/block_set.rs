@@ -27,6 +27,10 @@ impl BlockSet {
         Self { pool, id }
     }
 
+    pub(super) const fn id(&self) -> SetId {
+        self.id
+    }
+
     /// The pool of its blocks.
     pub const fn pool(&self) -> &Arc<Pool> {
         &self.pool

@@ -89,6 +89,11 @@ impl Holds {
         Ok(holds)
     }
 
+    /// The pool of the blocks.
+    pub(super) const fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
     /// How many blocks.
     pub const fn len(&self) -> usize {
         self.slots.len()

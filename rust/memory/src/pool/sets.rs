@@ -74,6 +74,19 @@ impl Sets {
         *place = GONE;
     }
 
+    /// Whether the block of this number is gone.
+    pub(crate) fn is_gap(&self, set: SetId, at: usize) -> bool {
+        self.slots[set.0 as usize].get(at) == Some(&GONE)
+    }
+
+    /// Lists a slot under a number whose block is gone.
+    pub(crate) fn fill_gap(&mut self, set: SetId, at: usize, slot: u32) {
+        let place = &mut self.slots[set.0 as usize][at];
+        debug_assert_eq!(*place, GONE, "no block is there");
+        *place = slot;
+        self.own(set.0, at, &[slot]);
+    }
+
     /// A block that lies elsewhere now.
     pub(crate) fn move_block(&mut self, from: u32, to: u32) {
         let owner = self.owners[from as usize];

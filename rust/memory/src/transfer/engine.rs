@@ -81,6 +81,12 @@ impl Engine {
         self.inflight_bytes
     }
 
+    /// The first deadline of those that have not ended.
+    pub(crate) fn next_deadline(&self) -> Option<Time> {
+        let deadlines = self.active.iter().map(|active| active.transfer.deadline);
+        deadlines.min()
+    }
+
     /// Whether this peer has a transfer that is not over, or not known to be.
     pub(crate) fn has_peer(&self, peer: PeerId) -> bool {
         self.active

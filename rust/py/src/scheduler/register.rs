@@ -45,6 +45,7 @@ impl From<WorkerSpecArg> for WorkerSpec {
             slo_classes: spec.slo_classes.0,
             max_loras: spec.max_loras,
             kv_source: KvSource::Reported,
+            ..Self::default()
         }
     }
 }

@@ -236,7 +236,8 @@ impl IneligibleRow {
             | Ineligible::OtherWeightsEpoch
             | Ineligible::Tainted
             | Ineligible::OtherSloClass
-            | Ineligible::NoLoras => (None, None),
+            | Ineligible::NoLoras
+            | Ineligible::PrefillOnly => (None, None),
         };
         Self {
             worker: name_of(scheduler, worker),

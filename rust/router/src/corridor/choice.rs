@@ -21,6 +21,8 @@ pub(super) struct Output {
     pub(super) token_ids: Vec<TokenId>,
     pub(super) logprobs: Vec<TokenLogprobs>,
     pub(super) cached_tokens: u32,
+    /// Of these, those that another worker gave.
+    pub(super) fetched_tokens: u32,
     pub(super) finish: Option<FinishReason>,
 }
 
@@ -39,6 +41,8 @@ pub(super) struct Choice {
     /// Set while the choice waits for a worker to continue on.
     pub(super) wait: Option<Wait>,
     pub(super) is_finished: bool,
+    /// Whether the sequence that runs now has given a token.
+    pub(super) is_prefilled: bool,
     /// When its first token came.
     pub(super) first_token: Option<Instant>,
     cached_tokens: u32,
@@ -58,6 +62,7 @@ impl Choice {
             num_replays: 0,
             wait: None,
             is_finished: false,
+            is_prefilled: false,
             first_token: None,
             cached_tokens: 0,
             detokenizer: Detokenizer::new(tokenizer, &request.prompt_token_ids),

@@ -12,7 +12,8 @@ use crate::{
     metrics::InFlight,
     workers::{
         Placement,
-        session::{RunningSequence, SequenceEvent, Sink},
+        session::RunningSequence,
+        sink::{SequenceEvent, TokenSink},
     },
 };
 
@@ -76,7 +77,7 @@ impl Choice {
     ) -> Result<RunningSequence, SchedulerError> {
         loop {
             let worker = placement.session.worker;
-            let sink = Sink {
+            let sink = TokenSink {
                 choice: self.index,
                 events: events.clone(),
                 next_index: self.output.len() as u32,
@@ -86,10 +87,13 @@ impl Choice {
             };
             let session = Arc::clone(&placement.session);
             let predicted_cached_tokens = placement.reserved.predicted_cached_tokens();
+            let kv_move = placement.kv_move();
             if let Some(sequence) = placement.start(self.start_message(request), sink) {
                 let choice = (self.index, self.num_replays > 0);
                 let name = &session.spec.name;
-                request.record.placed(choice, name, predicted_cached_tokens);
+                let record = &request.record;
+                record.placed(choice, name, predicted_cached_tokens, kv_move);
+                self.is_prefilled = false;
                 return Ok(sequence);
             }
             self.refused.push(worker);
@@ -106,6 +110,8 @@ impl Choice {
             // Filled in with the worker.
             sequence_id: 0,
             weights_epoch: 0,
+            kv_source: None,
+            kv_target: None,
         }
     }
 }

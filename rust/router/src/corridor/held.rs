@@ -19,7 +19,8 @@ use crate::{
     metrics::InFlight,
     workers::{
         queue::Seat,
-        session::{EventKind, RunningSequence, SequenceEvent},
+        session::RunningSequence,
+        sink::{EventKind, SequenceEvent},
         stopping::{Progress, Stop},
     },
 };
@@ -118,16 +119,16 @@ impl Held {
         drop(left);
     }
 
-    /// The choice's first token came.
-    pub(super) fn prefilled(&self, choice: usize) {
+    /// The choice's first token came, and of its prompt so many tokens' KV from another worker.
+    pub(super) fn prefilled(&self, choice: usize, fetched_tokens: u32) {
         let mut held = self.holdings.lock();
         let sequence = held
             .as_mut()
             .and_then(|held| held.sequences[choice].as_mut());
-        let prefill = sequence.and_then(RunningSequence::prefilled);
+        let prefilled = sequence.and_then(|sequence| sequence.prefilled(fetched_tokens));
         // Others may be served now, so not under the lock.
         drop(held);
-        if let Some(prefill) = prefill {
+        if let Some((prefill, _moving)) = prefilled {
             prefill.done();
         }
     }

@@ -28,7 +28,7 @@ use crate::{
     workers::{
         arrivals::Listener,
         queue::Waiting,
-        session::{EventKind, SequenceEvent},
+        sink::{EventKind, SequenceEvent},
     },
 };
 
@@ -182,12 +182,14 @@ impl Running {
                 token_ids,
                 logprobs,
                 cached_tokens,
+                fetched_tokens,
                 finish,
             } => {
                 let output = Output {
                     token_ids,
                     logprobs,
                     cached_tokens,
+                    fetched_tokens,
                     finish,
                 };
                 Ok(Some(self.take_output(event.choice, output)))
@@ -212,12 +214,14 @@ impl Running {
             .all(|choice| choice.first_token.is_none());
         let choice = &mut self.choices[index];
         let now = Instant::now();
+        if !std::mem::replace(&mut choice.is_prefilled, true) {
+            self.held.prefilled(index, output.fetched_tokens);
+        }
         if choice.first_token.is_none() {
             choice.first_token = Some(now);
             metrics
                 .prefix_cache_hit_tokens
                 .inc_by(output.cached_tokens.into());
-            self.held.prefilled(index);
             request.record.first_token(index, output.cached_tokens);
         }
         let chunk = choice.take(output, &request.stop);

@@ -3,10 +3,11 @@ use std::collections::BTreeSet;
 use super::*;
 
 /// Where families are registered, each with a line of its own.
-const SOURCES: [&str; 7] = [
+const SOURCES: [&str; 8] = [
     include_str!("admission.rs"),
     include_str!("engines.rs"),
     include_str!("kv_events.rs"),
+    include_str!("kv_moves.rs"),
     include_str!("observe.rs"),
     include_str!("operation.rs"),
     include_str!("requests.rs"),

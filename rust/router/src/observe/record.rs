@@ -58,9 +58,23 @@ pub(crate) struct Decision {
     /// Those that it said it held; absent until its first token.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) reported_cached_tokens: Option<u32>,
+    /// KV of the prompt that was to come from another worker.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) kv_move: Option<KvMove>,
     /// Every worker judged; only where that was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) explanation: Option<Explained>,
+}
+
+/// KV that a worker gets from another one.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct KvMove {
+    /// `fetch`: the other one holds it. `split`: it is to compute it.
+    pub(crate) kind: &'static str,
+    /// The other one.
+    pub(crate) from: String,
+    /// Leading blocks of the prompt.
+    pub(crate) blocks: u32,
 }
 
 /// How the workers stood when a request was placed.
@@ -85,6 +99,8 @@ pub(crate) struct Candidate {
     pub(crate) batch: u32,
     pub(crate) kv_blocks: u32,
     pub(crate) kv_blocks_free: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) kv_move: Option<KvMove>,
 }
 
 /// What is known of a request so far.
@@ -244,6 +260,7 @@ impl Record {
         (choice, is_replay): (usize, bool),
         worker: &str,
         predicted_cached_tokens: u32,
+        kv_move: Option<KvMove>,
     ) {
         let Some(Open { entry, observers }) = self.0.as_deref() else {
             return;
@@ -272,6 +289,7 @@ impl Record {
             is_replay,
             predicted_cached_tokens,
             reported_cached_tokens: None,
+            kv_move,
             explanation,
         });
         drop(facts);

@@ -1,9 +1,12 @@
 //! Every worker judged for one request, in words for an operator.
 
-use orchestra_core::scheduler::{RouteRequest, Scheduler, WorkerId};
+use orchestra_core::scheduler::{self as core, RouteRequest, Scheduler, WorkerId};
 
 use super::Workers;
-use crate::observe::{Candidate, Explained, Record};
+use crate::{
+    metrics::MoveKind,
+    observe::{Candidate, Explained, KvMove, Record},
+};
 
 /// Candidates, and ineligible workers, that are named.
 const NAMED_MAX: usize = 16;
@@ -30,6 +33,7 @@ impl Workers {
             batch: candidate.batch,
             kv_blocks: candidate.num_blocks,
             kv_blocks_free: candidate.kv_blocks_free,
+            kv_move: kv_move(scheduler, candidate),
         });
         let ineligible = explanation.ineligible.iter().take(NAMED_MAX);
         let ineligible = ineligible.map(|&(id, reason)| (name_of(scheduler, id), reason.as_str()));
@@ -40,6 +44,21 @@ impl Workers {
             num_more_ineligible: explanation.ineligible.len().saturating_sub(NAMED_MAX),
         })
     }
+}
+
+fn kv_move(scheduler: &Scheduler, candidate: &core::Candidate) -> Option<KvMove> {
+    let (kind, from, blocks) = match (candidate.split, candidate.fetch) {
+        (Some(split), _) => (MoveKind::Split, split.worker, split.num_blocks),
+        (None, fetch) => {
+            let fetch = fetch?;
+            (MoveKind::Fetch, fetch.source, fetch.num_blocks)
+        }
+    };
+    Some(KvMove {
+        kind: kind.as_str(),
+        from: name_of(scheduler, from),
+        blocks,
+    })
 }
 
 fn name_of(scheduler: &Scheduler, worker: WorkerId) -> String {

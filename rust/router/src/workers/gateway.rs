@@ -24,7 +24,8 @@ use super::{
     AttachError,
     hello::Hello,
     outbox::{Outbox, OutboxStream},
-    session::{Session, Violation},
+    session::Session,
+    sink::Violation,
     watchdog::{Hang, Watchdog},
 };
 use crate::{
@@ -285,6 +286,7 @@ impl Attached<'_> {
                 watchdog.reported(load.steps, load.num_running);
                 self.apply_load(&load, counters);
             }
+            Some(Up::ToPeer(message)) => self.state.workers.hand_on(&self.session, message)?,
             Some(Up::Hello(_)) => return Err(End::Unexpected("a second hello")),
             Some(Up::ModelFiles(_)) => return Err(End::Unexpected("model_files unasked")),
             // A kind that a newer worker knows.
@@ -357,6 +359,26 @@ impl Attached<'_> {
         metrics
             .worker_execute
             .inc_by(seconds(report.execute_us, before.execute_us));
+        let moves = [
+            (
+                &metrics.kv_moves.blocks_fetched,
+                report.kv_blocks_fetched,
+                before.kv_blocks_fetched,
+            ),
+            (
+                &metrics.kv_moves.blocks_pushed,
+                report.kv_blocks_pushed,
+                before.kv_blocks_pushed,
+            ),
+            (
+                &metrics.kv_moves.failures,
+                report.kv_fetch_failures,
+                before.kv_fetch_failures,
+            ),
+        ];
+        for (counter, now, before) in moves {
+            counter.inc_by(since(now, before));
+        }
     }
 }
 

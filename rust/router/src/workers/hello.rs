@@ -3,6 +3,7 @@
 use orchestra_core::scheduler::{NAME_BYTES_MAX, WorkerSpec};
 use orchestra_proto::v1;
 
+use super::kv_transfer::{self, KvTransfer};
 use crate::models::WorkerLimits;
 
 /// A hex SHA-256 has 64 characters.
@@ -15,6 +16,7 @@ pub(crate) struct Hello {
     pub(crate) vocab_size: u32,
     pub(crate) model_files_digest: String,
     pub(crate) block_hashes: Vec<u64>,
+    pub(crate) kv: Option<KvTransfer>,
 }
 
 impl Hello {
@@ -43,8 +45,13 @@ impl Hello {
         if hello.block_hashes.len() > hello.num_blocks as usize {
             return Err("hello.block_hashes holds more than num_blocks blocks".to_owned());
         }
+        let transfer = hello.kv_transfer;
+        let kv = transfer.map(|it| KvTransfer::from_wire(&hello.worker_id, it));
+        let kv = kv.transpose()?;
         Ok(Self {
             spec: WorkerSpec {
+                kv_exchange: kv.as_ref().map(|kv| kv.exchange().clone()),
+                role: kv_transfer::role(hello.role)?,
                 name: hello.worker_id,
                 model: hello.model,
                 weights_epoch: hello.weights_epoch,
@@ -57,6 +64,7 @@ impl Hello {
             vocab_size: hello.vocab_size,
             model_files_digest: hello.model_files_digest,
             block_hashes: hello.block_hashes,
+            kv,
         })
     }
 
@@ -93,8 +101,32 @@ mod tests {
             max_model_len: 1000,
             model_files_digest: "d".to_owned(),
             vocab_size: 10,
+            kv_transfer: Some(v1::KvTransfer {
+                epoch: 1,
+                metadata: [("shm".to_owned(), vec![1, 2])].into(),
+                bytes_per_block: 4096,
+                layout: "bf16".to_owned(),
+                host: "h".to_owned(),
+            }),
             ..v1::WorkerHello::default()
         }
+    }
+
+    fn kv(hello: &mut v1::WorkerHello) -> &mut v1::KvTransfer {
+        hello.kv_transfer.as_mut().unwrap()
+    }
+
+    #[test]
+    fn what_opens_a_worker_s_memory_does_not_print() {
+        let mut hello = valid();
+        let secret = b"sesame".to_vec();
+        kv(&mut hello).metadata.insert("tcp".to_owned(), secret);
+        let shown = format!("{:?}", Hello::from_wire(hello).unwrap());
+        assert!(shown.contains("bf16"), "{shown}");
+        assert!(
+            !shown.contains("115, 101") && !shown.contains("sesame"),
+            "{shown}"
+        );
     }
 
     #[test]
@@ -108,7 +140,7 @@ mod tests {
     #[test]
     fn each_bad_field_is_named() {
         type Spoil = fn(&mut v1::WorkerHello);
-        let spoilers: [(&str, Spoil); 10] = [
+        let spoilers: [(&str, Spoil); 19] = [
             ("worker_id", |hello| hello.worker_id.clear()),
             ("worker_id", |hello| hello.worker_id.push('\n')),
             ("model", |hello| {
@@ -134,6 +166,26 @@ mod tests {
             }),
             ("block_hashes", |hello| {
                 hello.block_hashes = vec![0; 5];
+            }),
+            ("role", |hello| hello.role = 9),
+            ("kv_transfer.metadata", |hello| kv(hello).metadata.clear()),
+            ("kv_transfer.metadata", |hello| {
+                let names = (0..9).map(|number| (number.to_string(), Vec::new()));
+                kv(hello).metadata.extend(names);
+            }),
+            ("kv_transfer.metadata", |hello| {
+                kv(hello).metadata.insert("s".repeat(33), Vec::new());
+            }),
+            ("kv_transfer.metadata", |hello| {
+                kv(hello).metadata.insert("tcp".into(), vec![0; 65_537]);
+            }),
+            ("kv_transfer.layout", |hello| kv(hello).layout.clear()),
+            ("kv_transfer.layout", |hello| {
+                kv(hello).layout = "l".repeat(257);
+            }),
+            ("kv_transfer.host", |hello| kv(hello).host = "h".repeat(129)),
+            ("kv_transfer.bytes_per_block", |hello| {
+                kv(hello).bytes_per_block = 0;
             }),
         ];
         for (field, spoil) in spoilers {

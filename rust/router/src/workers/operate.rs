@@ -36,6 +36,10 @@ pub(crate) struct WorkerView {
     /// `attached`: an Orchestra worker that dialled in.
     pub(crate) source: &'static str,
     pub(crate) weights_epoch: u64,
+    /// `both`, `prefill` or `decode`.
+    pub(crate) role: &'static str,
+    /// Whether KV can move to and from it.
+    pub(crate) exchanges_kv: bool,
     /// Sequences of this router that run there.
     pub(crate) sequences: usize,
     /// Sequences that run or wait there, those of other routers included.
@@ -70,6 +74,8 @@ impl Workers {
                 state: pool.state_of(session),
                 source: "attached",
                 weights_epoch: spec.weights_epoch,
+                role: spec.role.as_str(),
+                exchanges_kv: spec.kv_exchange.is_some(),
                 sequences: session.num_sequences(),
                 batch: snapshot.batch,
                 queued_prefill_tokens: snapshot.queued_prefill_tokens,
@@ -135,7 +141,7 @@ impl Pool {
         Ok(())
     }
 
-    fn session_of(&self, name: &str) -> Option<Arc<Session>> {
+    pub(super) fn session_of(&self, name: &str) -> Option<Arc<Session>> {
         let worker = self.scheduler.worker_by_name(name)?;
         self.sessions.get(&worker).cloned()
     }

@@ -14,6 +14,9 @@ use tonic::Status;
 
 /// Sequence starts that may wait. A worker that lets more pile up is not taking work; the caller tries another.
 const WAITING_MAX: usize = 1024;
+/// Messages of other workers that may wait, and bytes in them. What comes then is refused, and its sender told.
+const PEER_WAITING_MAX: usize = 256;
+const PEER_BYTES_MAX: usize = 8 << 20;
 
 /// The queue to one worker.
 ///
@@ -27,6 +30,9 @@ pub(crate) struct Outbox {
 #[derive(Debug)]
 struct Queue {
     messages: VecDeque<Message>,
+    /// Of other workers among them, and the bytes in these.
+    num_peer: usize,
+    peer_bytes: usize,
     is_open: bool,
     /// What the stream ends with; comes before all that waits.
     end: Option<Status>,
@@ -38,6 +44,8 @@ impl Outbox {
     pub(crate) fn new() -> (Arc<Self>, OutboxStream) {
         let queue = Queue {
             messages: VecDeque::new(),
+            num_peer: 0,
+            peer_bytes: 0,
             is_open: true,
             end: None,
             reader: None,
@@ -52,12 +60,29 @@ impl Outbox {
     #[must_use]
     pub(crate) fn push(&self, message: Message) -> bool {
         let mut queue = self.queue.lock();
-        let has_room = queue.is_open && queue.messages.len() < WAITING_MAX;
+        let num_waiting = queue.messages.len() - queue.num_peer;
+        let has_room = queue.is_open && num_waiting < WAITING_MAX;
         if has_room {
             queue.messages.push_back(message);
             queue.wake();
         }
         has_room
+    }
+
+    /// Queues what another worker has to say; `false` where the worker is gone or too much of that waits.
+    #[must_use]
+    pub(crate) fn push_peer(&self, message: v1::PeerMessage) -> bool {
+        let mut queue = self.queue.lock();
+        let num_bytes = queue.peer_bytes + message.payload.len();
+        let has_room = queue.num_peer < PEER_WAITING_MAX && num_bytes <= PEER_BYTES_MAX;
+        if !queue.is_open || !has_room {
+            return false;
+        }
+        queue.num_peer += 1;
+        queue.peer_bytes = num_bytes;
+        queue.messages.push_back(Message::FromPeer(message));
+        queue.wake();
+        true
     }
 
     /// Ends a sequence on the worker, or takes its start back where it was not sent yet.
@@ -80,13 +105,27 @@ impl Outbox {
         if queue.is_open {
             queue.is_open = false;
             queue.end = Some(status);
-            queue.messages.clear();
+            queue.clear();
             queue.wake();
         }
     }
 }
 
 impl Queue {
+    fn pop(&mut self) -> Option<Message> {
+        let message = self.messages.pop_front()?;
+        if let Message::FromPeer(message) = &message {
+            self.num_peer -= 1;
+            self.peer_bytes -= message.payload.len();
+        }
+        Some(message)
+    }
+
+    fn clear(&mut self) {
+        self.messages.clear();
+        (self.num_peer, self.peer_bytes) = (0, 0);
+    }
+
     fn wake(&mut self) {
         if let Some(reader) = self.reader.take() {
             reader.wake();
@@ -108,7 +147,7 @@ impl Stream for OutboxStream {
         if let Some(status) = queue.end.take() {
             return Poll::Ready(Some(Err(status)));
         }
-        if let Some(message) = queue.messages.pop_front() {
+        if let Some(message) = queue.pop() {
             return Poll::Ready(Some(Ok(v1::RouterMessage {
                 message: Some(message),
             })));
@@ -125,7 +164,7 @@ impl Drop for OutboxStream {
     fn drop(&mut self) {
         let mut queue = self.outbox.queue.lock();
         queue.is_open = false;
-        queue.messages.clear();
+        queue.clear();
     }
 }
 
@@ -173,6 +212,31 @@ mod tests {
             .take_while(|_| poll(&mut stream).is_ready())
             .count();
         assert_eq!(waiting, WAITING_MAX + 1);
+    }
+
+    #[test]
+    fn messages_of_peers_are_bounded_and_leave_starts_their_room() {
+        let peer = |num_bytes: usize| v1::PeerMessage {
+            payload: vec![0; num_bytes],
+            ..v1::PeerMessage::default()
+        };
+        let (outbox, mut stream) = Outbox::new();
+        for _ in 0..8 {
+            assert!(outbox.push_peer(peer(1 << 20)));
+        }
+        assert!(!outbox.push_peer(peer(1)), "too many bytes");
+        for _ in 8..PEER_WAITING_MAX {
+            assert!(outbox.push_peer(peer(0)));
+        }
+        assert!(!outbox.push_peer(peer(0)), "too many messages");
+        for sequence_id in 0..WAITING_MAX as u64 {
+            assert!(outbox.push(start(sequence_id)));
+        }
+        assert!(poll(&mut stream).is_ready());
+        assert!(
+            outbox.push_peer(peer(1 << 20)),
+            "what was sent waits no more"
+        );
     }
 
     #[test]

@@ -26,7 +26,7 @@ use std::{
 use orchestra_core::{
     Time,
     scheduler::{
-        AdmissionClass, Granted, Reservation, ReservationId, RouteRequest, Scheduler,
+        AdmissionClass, Fetch, Granted, Reservation, ReservationId, RouteRequest, Scheduler,
         SchedulerError, TicketId, Wait, WorkerId,
     },
 };
@@ -72,17 +72,40 @@ pub(crate) struct Reserved {
     worker: WorkerId,
     predicted_cached_tokens: u32,
     num_output_tokens: u32,
+    to_move: Option<ToMove>,
+}
+
+/// KV that is to come to the worker from another one.
+pub(crate) enum ToMove {
+    /// From who holds it.
+    Fetch(Fetch),
+    /// From who is to compute so many blocks of the prompt, with the room for that.
+    Prefill(Box<Reserved>, u32),
 }
 
 impl Reserved {
     fn new(workers: &Arc<Workers>, reservation: &Reservation) -> Self {
-        Self {
+        let on = |id, worker| Self {
             workers: Arc::clone(workers),
-            id: reservation.id,
-            worker: reservation.worker,
-            predicted_cached_tokens: reservation.num_cached_tokens,
+            id,
+            worker,
+            predicted_cached_tokens: 0,
             num_output_tokens: 0,
-        }
+            to_move: None,
+        };
+        let prefill = reservation.prefill.map(|part| {
+            let helper = Box::new(on(part.id, part.worker));
+            ToMove::Prefill(helper, part.num_blocks)
+        });
+        let mut reserved = on(reservation.id, reservation.worker);
+        reserved.predicted_cached_tokens = reservation.num_cached_tokens;
+        reserved.to_move = prefill.or(reservation.fetch.map(ToMove::Fetch));
+        reserved
+    }
+
+    /// What is to come from another worker, to be told once.
+    pub(crate) const fn take_moves(&mut self) -> Option<ToMove> {
+        self.to_move.take()
     }
 
     pub(crate) const fn worker(&self) -> WorkerId {
@@ -99,6 +122,7 @@ impl Reserved {
         Prefill {
             workers: Arc::clone(&self.workers),
             id: self.id,
+            fetched: None,
         }
     }
 
@@ -132,14 +156,28 @@ impl Drop for Reserved {
 pub(crate) struct Prefill {
     workers: Arc<Workers>,
     id: ReservationId,
+    /// Tokens that came by a fetch, where one was to be made.
+    fetched: Option<u32>,
 }
 
 impl Prefill {
+    /// The same where the worker was to fetch a part: KV of so many tokens came.
+    pub(crate) fn with_fetched(self, num_tokens: Option<u32>) -> Self {
+        Self {
+            fetched: num_tokens,
+            ..self
+        }
+    }
+
     /// It is computed. Room may have been made, so this is not to be called under a lock.
     pub(crate) fn done(&self) {
         let now = self.workers.clock.now();
-        self.workers
-            .change(|pool| pool.scheduler.prefill_done(self.id, now));
+        self.workers.change(|pool| {
+            if let Some(num_tokens) = self.fetched {
+                pool.scheduler.fetch_done(self.id, num_tokens, now);
+            }
+            pool.scheduler.prefill_done(self.id, now)
+        });
     }
 }
 

@@ -1,87 +1,26 @@
-//! One attached worker as requests see it: where sequences are started and ended, and where its tokens go.
+//! One attached worker as requests see it: where sequences are started and ended.
 
 use std::sync::{
     Arc, Weak,
-    atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
-use orchestra_core::{
-    ErrorCode, TokenId,
-    scheduler::{WorkerId, WorkerSpec},
-    step::{FinishReason, TokenLogprobs},
-};
+use orchestra_core::scheduler::{WorkerId, WorkerSpec};
 use orchestra_proto::v1::{self, router_message::Message};
 use parking_lot::Mutex;
 use rustc_hash::FxHashMap;
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::{
     Placement,
+    hello::Hello,
+    kv_transfer::KvTransfer,
+    moves::Moving,
     outbox::Outbox,
     queue::{Prefill, Reserved},
+    sink::{Delivered, HelperEnd, Sink, TokenSink, Violation},
     stopping::{Progress, Stop, Stoppable},
 };
-
-/// Longest error text taken over from a worker, characters.
-const ERROR_CHARS_MAX: usize = 256;
-/// Below every log-probability that a model gives, and a number in JSON, which has no infinity.
-const LOGPROB_MIN: f32 = -9999.0;
-
-/// What happens to one sequence.
-#[derive(Debug)]
-pub(crate) struct SequenceEvent {
-    /// Index of the choice that the sequence runs for.
-    pub(crate) choice: usize,
-    pub(crate) kind: EventKind,
-}
-
-#[derive(Debug)]
-pub(crate) enum EventKind {
-    /// New tokens; with `finish` the last ones. They follow the tokens before without gap or repeat.
-    Output {
-        token_ids: Vec<TokenId>,
-        logprobs: Vec<TokenLogprobs>,
-        cached_tokens: u32,
-        finish: Option<FinishReason>,
-    },
-    /// The worker ended it with an error.
-    Failed { code: ErrorCode, message: String },
-    /// The worker is gone.
-    Lost,
-    /// The whole request was stopped for a more urgent one.
-    Stopped,
-}
-
-/// Where the tokens of one sequence go, and what they must look like.
-///
-/// The channel has room for everything that the sequence may produce, so a slow reader holds nobody up.
-#[derive(Debug)]
-pub(crate) struct Sink {
-    pub(crate) choice: usize,
-    pub(crate) events: mpsc::Sender<SequenceEvent>,
-    /// Index that the next token must have.
-    pub(crate) next_index: u32,
-    /// The same, for those who look on.
-    pub(crate) progress: Arc<AtomicU32>,
-    pub(crate) max_tokens: u32,
-    pub(crate) has_logprobs: bool,
-}
-
-/// The worker broke the protocol: its stream is closed, and its sequences go elsewhere.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Violation {
-    #[error("it sent an output with neither tokens nor an end")]
-    Empty,
-    #[error("its tokens have a gap or a repeat")]
-    Index,
-    #[error("it sent more tokens than were asked for")]
-    TooMany,
-    #[error("it sent a token outside the vocabulary")]
-    Vocabulary,
-    #[error("its log-probabilities do not match its tokens")]
-    Logprobs,
-}
 
 /// An attached worker.
 #[derive(Debug)]
@@ -93,6 +32,8 @@ pub(crate) struct Session {
     pub(crate) replaced: CancellationToken,
     /// Cancelled when an operator lets the worker go.
     pub(super) removed: CancellationToken,
+    /// How others reach its KV; `None` where they cannot.
+    pub(super) kv: Option<KvTransfer>,
     vocab_size: u32,
     outbox: Arc<Outbox>,
     next_sequence: AtomicU64,
@@ -101,19 +42,15 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    pub(super) fn new(
-        worker: WorkerId,
-        spec: WorkerSpec,
-        vocab_size: u32,
-        outbox: Arc<Outbox>,
-    ) -> Self {
+    pub(super) fn new(worker: WorkerId, hello: Hello, outbox: Arc<Outbox>) -> Self {
         Self {
             worker,
-            spec,
+            spec: hello.spec,
+            kv: hello.kv,
             is_draining: AtomicBool::new(false),
             replaced: CancellationToken::new(),
             removed: CancellationToken::new(),
-            vocab_size,
+            vocab_size: hello.vocab_size,
             outbox,
             next_sequence: AtomicU64::new(1),
             sequences: Mutex::new(Some(FxHashMap::default())),
@@ -122,6 +59,17 @@ impl Session {
 
     /// Hands each output to its sequence. Outputs of sequences that ended here a moment ago are dropped.
     pub(super) fn deliver(&self, batch: v1::TokenBatch) -> Result<(), Violation> {
+        let mut ends = Vec::new();
+        let delivered = self.deliver_all(batch, &mut ends);
+        ends.into_iter().for_each(HelperEnd::tell);
+        delivered
+    }
+
+    fn deliver_all(
+        &self,
+        batch: v1::TokenBatch,
+        ends: &mut Vec<HelperEnd>,
+    ) -> Result<(), Violation> {
         let mut sequences = self.sequences.lock();
         let Some(sequences) = sequences.as_mut() else {
             return Ok(());
@@ -131,9 +79,13 @@ impl Session {
             let Some(sink) = sequences.get_mut(&sequence_id) else {
                 continue;
             };
-            let is_last = sink.deliver(output, self.vocab_size)?;
-            if is_last {
-                sequences.remove(&sequence_id);
+            let is_done = match sink.deliver(output, self.vocab_size)? {
+                Delivered::More => continue,
+                Delivered::End => false,
+                Delivered::HelperEnd { is_done } => is_done,
+            };
+            if let Some(Sink::Prefill(sink)) = sequences.remove(&sequence_id) {
+                ends.push(HelperEnd { sink, is_done });
             }
         }
         Ok(())
@@ -142,9 +94,39 @@ impl Session {
     /// Tells every sequence that the worker is gone; from now on none can be started.
     pub(super) fn lose_sequences(&self) {
         let sequences = self.sequences.lock().take().unwrap_or_default();
-        for sink in sequences.into_values() {
-            sink.send(EventKind::Lost);
+        sequences.into_values().for_each(Sink::lose);
+    }
+
+    /// Queues what another worker has to say; `false` where that cannot be.
+    pub(super) fn push_peer(&self, message: v1::PeerMessage) -> bool {
+        self.outbox.push_peer(message)
+    }
+
+    /// Starts a sequence, with an id of its own; `None` where the worker is gone or takes no work.
+    pub(super) fn start(&self, mut start: v1::StartSequence, sink: Sink) -> Option<u64> {
+        let sequence_id = self.next_sequence.fetch_add(1, Ordering::Relaxed);
+        start.sequence_id = sequence_id;
+        start.weights_epoch = self.spec.weights_epoch;
+        // Registered first: the worker may answer before this function returns.
+        let mut sequences = self.sequences.lock();
+        let Some(all) = sequences.as_mut() else {
+            // The sink goes after the lock.
+            drop(sequences);
+            return None;
+        };
+        all.insert(sequence_id, sink);
+        drop(sequences);
+        if self.outbox.push(Message::Start(start)) {
+            return Some(sequence_id);
         }
+        // Not `end`: the worker never heard of it.
+        drop(self.forget(sequence_id));
+        None
+    }
+
+    /// What a sequence had to be told, to be dropped under no lock.
+    fn forget(&self, sequence_id: u64) -> Option<Sink> {
+        self.sequences.lock().as_mut()?.remove(&sequence_id)
     }
 
     /// A newer stream of this worker has taken over.
@@ -159,50 +141,43 @@ impl Session {
     }
 
     /// Forgets a sequence and tells the worker, unless it had ended.
-    fn end(&self, sequence_id: u64) {
-        let mut sequences = self.sequences.lock();
-        let was_running = sequences
-            .as_mut()
-            .is_some_and(|all| all.remove(&sequence_id).is_some());
-        drop(sequences);
-        if was_running {
+    pub(super) fn end(&self, sequence_id: u64) {
+        if self.forget(sequence_id).is_some() {
             self.outbox.push_abort(sequence_id);
         }
     }
 }
 
 impl Placement {
-    /// Starts a sequence on the chosen worker; `sequence_id` and epoch are filled in. `None` where the worker is gone or
-    /// takes no work: the room on it is given back, and the caller tries another.
-    pub(crate) fn start(self, mut start: v1::StartSequence, sink: Sink) -> Option<RunningSequence> {
-        let Self { session, reserved } = self;
-        let sequence_id = session.next_sequence.fetch_add(1, Ordering::Relaxed);
-        start.sequence_id = sequence_id;
-        start.weights_epoch = session.spec.weights_epoch;
+    /// Starts a sequence on the chosen worker; `sequence_id`, epoch and the ways of its KV are filled in. `None` where the
+    /// worker is gone or takes no work: the room on it is given back, and the caller tries another.
+    pub(crate) fn start(
+        self,
+        mut start: v1::StartSequence,
+        sink: TokenSink,
+    ) -> Option<RunningSequence> {
+        let Self {
+            session,
+            reserved,
+            giver,
+        } = self;
         let progress = Progress {
             first_index: sink.next_index,
             next_index: Arc::clone(&sink.progress),
         };
-        // Registered first: the worker may answer before this function returns.
-        session.sequences.lock().as_mut()?.insert(sequence_id, sink);
-        let running = RunningSequence {
+        let moving = giver.and_then(|giver| giver.begin(&session, &mut start));
+        let sequence_id = session.start(start, Sink::Tokens(sink))?;
+        if let Some(moving) = &moving {
+            moving.told();
+        }
+        Some(RunningSequence {
             session,
             sequence_id,
             reserved,
             progress,
+            moving,
             is_prefilled: false,
-        };
-        if running.session.outbox.push(Message::Start(start)) {
-            return Some(running);
-        }
-        // Not `end`: the worker never heard of it.
-        running
-            .session
-            .sequences
-            .lock()
-            .as_mut()
-            .map(|all| all.remove(&sequence_id));
-        None
+        })
     }
 }
 
@@ -212,6 +187,8 @@ pub(crate) struct RunningSequence {
     sequence_id: u64,
     reserved: Reserved,
     progress: Progress,
+    /// KV that comes from another worker.
+    moving: Option<Moving>,
     is_prefilled: bool,
 }
 
@@ -239,10 +216,20 @@ impl RunningSequence {
         });
     }
 
-    /// A token came, so the prompt is computed; with the first one there is somebody to tell.
-    pub(crate) fn prefilled(&mut self) -> Option<Prefill> {
-        let was_prefilled = std::mem::replace(&mut self.is_prefilled, true);
-        (!was_prefilled).then(|| self.reserved.prefill())
+    /// A token came, so the prompt is computed; with the first one there is somebody to tell, and what was to move has
+    /// done so, `fetched_tokens` of the prompt, or is not wanted any more. Both are for when no lock is held.
+    pub(crate) fn prefilled(&mut self, fetched_tokens: u32) -> Option<(Prefill, Option<Moving>)> {
+        if std::mem::replace(&mut self.is_prefilled, true) {
+            return None;
+        }
+        let mut moving = self.moving.take();
+        if let Some(moving) = &mut moving {
+            moving.arrived(fetched_tokens);
+        }
+        let is_fetch = moving.as_ref().is_some_and(Moving::is_fetch);
+        let prefill = self.reserved.prefill();
+        let prefill = prefill.with_fetched(is_fetch.then_some(fetched_tokens));
+        Some((prefill, moving))
     }
 }
 
@@ -251,96 +238,5 @@ impl Drop for RunningSequence {
         self.session.end(self.sequence_id);
         let produced = self.progress.num_output_tokens();
         self.reserved.set_num_output_tokens(produced);
-    }
-}
-
-impl Sink {
-    /// Checks an output and passes it on; `true` where it was the last one.
-    fn deliver(&mut self, output: v1::SequenceOutput, vocab_size: u32) -> Result<bool, Violation> {
-        let finish = match output.finish_reason() {
-            v1::FinishReason::Unspecified => None,
-            v1::FinishReason::Stop => Some(FinishReason::Stop),
-            v1::FinishReason::Length => Some(FinishReason::Length),
-            // An abort that nobody here asked for, or the sink would be gone. Tokens that come with a failure are not
-            // passed on; they are drawn again, alike, when the request is continued elsewhere.
-            v1::FinishReason::Abort | v1::FinishReason::Error => {
-                self.send(failure(output.error));
-                return Ok(true);
-            }
-        };
-        self.check(&output, finish.is_some(), vocab_size)?;
-        self.next_index += output.token_ids.len() as u32;
-        self.progress.store(self.next_index, Ordering::Relaxed);
-        let logprobs = if self.has_logprobs {
-            output.logprobs
-        } else {
-            Vec::new()
-        };
-        self.send(EventKind::Output {
-            token_ids: output.token_ids,
-            logprobs: logprobs.iter().map(logprobs_of).collect(),
-            cached_tokens: output.cached_tokens,
-            finish,
-        });
-        Ok(finish.is_some())
-    }
-
-    fn check(
-        &self,
-        output: &v1::SequenceOutput,
-        is_last: bool,
-        vocab_size: u32,
-    ) -> Result<(), Violation> {
-        let count = output.token_ids.len();
-        if count == 0 {
-            return if is_last {
-                Ok(())
-            } else {
-                Err(Violation::Empty)
-            };
-        }
-        if output.first_index != self.next_index {
-            return Err(Violation::Index);
-        }
-        if self.next_index as usize + count > self.max_tokens as usize {
-            return Err(Violation::TooMany);
-        }
-        if output.token_ids.iter().any(|&id| id >= vocab_size) {
-            return Err(Violation::Vocabulary);
-        }
-        if self.has_logprobs && output.logprobs.len() != count {
-            return Err(Violation::Logprobs);
-        }
-        Ok(())
-    }
-
-    fn send(&self, kind: EventKind) {
-        // Each output has a token or is the last, so the channel has room for all of them. It is closed where the
-        // request has just ended.
-        let _ = self.events.try_send(SequenceEvent {
-            choice: self.choice,
-            kind,
-        });
-    }
-}
-
-fn failure(error: Option<v1::SequenceError>) -> EventKind {
-    let error = error.unwrap_or_default();
-    EventKind::Failed {
-        code: ErrorCode::parse(&error.code).unwrap_or(ErrorCode::WorkerFailed),
-        message: error.message.chars().take(ERROR_CHARS_MAX).collect(),
-    }
-}
-
-fn logprobs_of(wire: &v1::TokenLogprobs) -> TokenLogprobs {
-    // `max` takes the number where the other is not one.
-    let logprob = |token: &v1::TokenLogprob| token.logprob.max(LOGPROB_MIN);
-    TokenLogprobs {
-        chosen: wire.chosen.as_ref().map_or(LOGPROB_MIN, logprob),
-        top: wire
-            .top
-            .iter()
-            .map(|token| (token.token_id, logprob(token)))
-            .collect(),
     }
 }

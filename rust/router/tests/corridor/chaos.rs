@@ -6,11 +6,14 @@ use std::sync::{
 };
 
 use orchestra_core::{TokenId, step::FinishReason};
-use orchestra_proto::v1::{self, router_message::Message as Down};
+use orchestra_proto::v1::{self, WorkerRole, router_message::Message as Down};
 use orchestra_router::state::CorridorLimits;
 use tokio::task::JoinSet;
 
-use crate::support::{TestRouter, Worker, collect, eventually, limits, text, tokens};
+use crate::{
+    moves::kv_hello,
+    support::{TestRouter, Worker, collect, eventually, hello, limits, text, tokens},
+};
 
 const REQUESTS: u32 = 60;
 const TOKENS: u32 = 40;
@@ -23,6 +26,8 @@ fn token(seed: u64, index: u32) -> TokenId {
 
 struct Sequence {
     id: u64,
+    /// It only computes a prompt for another worker.
+    is_helper: bool,
     seed: u64,
     index: u32,
     max_tokens: u32,
@@ -38,17 +43,22 @@ async fn run_for(worker: &mut Worker, steps: u32) {
             message = worker.next() => match message {
                 Ok(Down::Start(start)) => running.push(Sequence {
                     id: start.sequence_id,
+                    is_helper: start.kv_target.is_some(),
                     seed: start.sampling.as_ref().unwrap().seed(),
                     index: start.output_token_ids.len() as u32,
                     max_tokens: start.sampling.as_ref().unwrap().max_tokens(),
                 }),
                 Ok(Down::Abort(abort)) => running.retain(|sequence| sequence.id != abort.sequence_id),
-                Ok(Down::Welcome(_)) => {}
+                Ok(Down::Welcome(_) | Down::FromPeer(_)) => {}
                 Err(status) => panic!("the router let go: {status}"),
             },
             () = std::future::ready(()), if !running.is_empty() => {}
         }
         for sequence in &mut running {
+            if sequence.is_helper {
+                end_help(worker, sequence, step).await;
+                continue;
+            }
             let count = (1 + step % 3).min(sequence.max_tokens - sequence.index);
             let new: Vec<_> = (0..count)
                 .map(|i| token(sequence.seed, sequence.index + i))
@@ -64,8 +74,41 @@ async fn run_for(worker: &mut Worker, steps: u32) {
     }
 }
 
+/// Now and then it fails, or takes another step.
+async fn end_help(worker: &Worker, sequence: &mut Sequence, step: u32) {
+    match step % 5 {
+        0 => worker.fail(sequence.id, "queue_full", "busy").await,
+        1 => return,
+        _ => {
+            let reason = v1::FinishReason::Prefilled;
+            worker.finish(sequence.id, 0, &[], reason).await;
+        }
+    }
+    sequence.index = sequence.max_tokens;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_token_is_lost_repeated_or_out_of_order() {
+    run(|number| hello(&format!("w{number}")), "x").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nor_where_workers_compute_prompts_for_each_other() {
+    let roles = [WorkerRole::Prefill, WorkerRole::Decode, WorkerRole::Decode];
+    let hello = move |number: u64| kv_hello(&format!("w{number}"), roles[number as usize]);
+    let router = run(hello, &"long".repeat(100)).await;
+    let outcomes = ["moved", "computed", "abandoned"];
+    let labels =
+        |outcome: &str| format!("orchestra_kv_moves_total{{kind=\"split\",outcome=\"{outcome}\"}}");
+    let counts = outcomes.map(|outcome| router.metric(&labels(outcome)).unwrap());
+    assert!(counts.iter().sum::<i64>() > 0, "nothing was split");
+}
+
+/// Workers of these kinds come and go under requests for the prompt.
+async fn run(
+    hello: impl Fn(u64) -> v1::WorkerHello + Copy + Send + 'static,
+    prompt: &str,
+) -> Arc<TestRouter> {
     let limits = CorridorLimits {
         max_replays: 10_000,
         ..limits()
@@ -78,9 +121,8 @@ async fn no_token_is_lost_repeated_or_out_of_order() {
         workers.spawn(async move {
             let mut lives: u32 = 0;
             while !is_over.load(Ordering::Relaxed) {
-                let hello = crate::support::hello(&format!("w{number}"));
                 let mut worker = router
-                    .dial(hello, crate::support::model_files())
+                    .dial(hello(number), crate::support::model_files())
                     .await
                     .unwrap();
                 // The first lives are short; the last one is long enough to finish everything.
@@ -98,9 +140,9 @@ async fn no_token_is_lost_repeated_or_out_of_order() {
 
     let mut clients = JoinSet::new();
     for request in 0..REQUESTS {
-        let router = Arc::clone(&router);
+        let (router, prompt) = (Arc::clone(&router), prompt.to_owned());
         clients.spawn(async move {
-            let mut input = text("x");
+            let mut input = text(&prompt);
             input.n = 1 + request % 2;
             input.sampling.seed = Some(u64::from(request) * 100);
             input.sampling.max_tokens = Some(TOKENS);
@@ -139,4 +181,5 @@ async fn no_token_is_lost_repeated_or_out_of_order() {
         "only {lives} lives: nothing was broken off"
     );
     assert_eq!(router.metric("orchestra_requests_running"), Some(0));
+    router
 }

@@ -8,6 +8,8 @@ mod chaos;
 mod checks;
 mod membership;
 #[cfg(test)]
+mod moves;
+#[cfg(test)]
 mod pauses;
 #[cfg(test)]
 mod queue;

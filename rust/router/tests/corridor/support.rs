@@ -198,6 +198,7 @@ pub(crate) fn hello(worker_id: &str) -> v1::WorkerHello {
         eos_token_ids: vec![fixtures::END],
         block_hashes: Vec::new(),
         vocab_size: fixtures::VOCAB_SIZE,
+        ..v1::WorkerHello::default()
     }
 }
 

@@ -115,6 +115,7 @@ impl Worker {
                 eos_token_ids: vec![fixtures::END],
                 block_hashes: Vec::new(),
                 vocab_size: fixtures::VOCAB_SIZE,
+                ..v1::WorkerHello::default()
             };
             let message = Some(Up::Hello(hello));
             outgoing.send(v1::WorkerMessage { message }).await.unwrap();

@@ -121,8 +121,8 @@ async fn a_hang_before_the_answer_is_another_engine_s_turn() {
     for is_stream in [false, true] {
         let (mut a, mut b) = (Engine::start().await, Engine::start().await);
         let mut config = config();
-        config.engines.engine_ttft_timeout.0 = std::time::Duration::from_millis(300);
-        config.engines.engine_answer_timeout.0 = std::time::Duration::from_millis(300);
+        config.engines.engine_ttft_timeout.0 = Duration::from_millis(300);
+        config.engines.engine_answer_timeout.0 = Duration::from_millis(300);
         let (_router, address) = start(config, &[&a, &b]).await;
         let fields = if is_stream { ", \"stream\": true" } else { "" };
         let client = Client::send(address, chat(fields)).await;
@@ -203,8 +203,7 @@ async fn attempts_are_bounded() {
             break answer.unwrap();
         }
         for engine in &mut engines {
-            let call =
-                tokio::time::timeout(std::time::Duration::from_millis(5), engine.call()).await;
+            let call = tokio::time::timeout(Duration::from_millis(5), engine.call()).await;
             if let Ok(call) = call {
                 num_calls += 1;
                 call.answer(500, "{}").await;

@@ -151,7 +151,7 @@ impl Worker {
                 });
             }
             Some(Down::Abort(abort)) => self.running.retain(|it| it.id != abort.sequence_id),
-            Some(Down::Welcome(_)) | None => {}
+            Some(Down::Welcome(_) | Down::FromPeer(_)) | None => {}
         }
     }
 
@@ -301,6 +301,7 @@ fn hello(name: &str) -> v1::WorkerHello {
         eos_token_ids: vec![fixtures::END],
         block_hashes: Vec::new(),
         vocab_size: fixtures::VOCAB_SIZE,
+        ..v1::WorkerHello::default()
     }
 }
 

@@ -1,6 +1,8 @@
 //! A router and an engine to test with.
 
+mod cluster;
 mod engine;
+mod kv_engine;
 mod messages;
 mod router;
 
@@ -9,7 +11,9 @@ use std::time::{Duration, Instant};
 use orchestra_agent::{AgentConfig, ModelFiles, ReconnectConfig};
 use orchestra_core::step::StepSchedulerConfig;
 
+pub(crate) use cluster::{Cluster, Line};
 pub(crate) use engine::{Engine, execute};
+pub(crate) use kv_engine::{KvEngine, LAYERS, kv_pool, reference};
 pub(crate) use messages::{VOCAB_SIZE, abort, collect, drawn_token, outputs_of, start};
 pub(crate) use router::{FakeRouter, Session};
 

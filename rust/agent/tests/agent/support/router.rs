@@ -108,6 +108,12 @@ impl Session {
         Some(message.message.expect("a message has a content"))
     }
 
+    /// The next message, however long it takes; `None` when the stream is over in any way.
+    pub(crate) fn try_next(&mut self) -> Option<Up> {
+        let Self { runtime, up, .. } = self;
+        runtime.block_on(up.message()).ok()??.message
+    }
+
     /// The first message that `pick` takes.
     pub(crate) fn wait_for<T>(&mut self, pick: impl Fn(Up) -> Option<T>) -> T {
         loop {
@@ -146,6 +152,14 @@ impl SessionSender {
             message: Some(message),
         };
         self.0.blocking_send(Ok(message)).unwrap();
+    }
+
+    /// [`send`](Self::send) to a worker that may have gone.
+    pub(crate) fn try_send(&self, message: Down) {
+        let message = RouterMessage {
+            message: Some(message),
+        };
+        let _ = self.0.blocking_send(Ok(message));
     }
 }
 

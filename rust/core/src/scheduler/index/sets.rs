@@ -1,5 +1,7 @@
 //! Sets of holders, for the blocks that more than one worker holds.
 
+use std::ops::ControlFlow;
+
 use crate::scheduler::{bits::Bits, chunks::Chunks};
 
 /// Names what a worker holds, until it is cleared or leaves.
@@ -46,6 +48,18 @@ impl Holders<'_> {
             Self::List(ids) if ids.len() <= FEW_MAX => ids.contains(&holder.0),
             Self::List(ids) => ids.binary_search(&holder.0).is_ok(),
             Self::Bits(bits) => bits.contains(holder.0.into()),
+        }
+    }
+
+    /// Visits holders until told to stop.
+    pub(in crate::scheduler) fn try_for_each(
+        &self,
+        mut visit: impl FnMut(HolderId) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
+        match self {
+            Self::One(id) => visit(HolderId(*id)),
+            Self::List(ids) => ids.iter().try_for_each(|&id| visit(HolderId(id))),
+            Self::Bits(bits) => bits.iter().try_for_each(|id| visit(HolderId(id as u16))),
         }
     }
 

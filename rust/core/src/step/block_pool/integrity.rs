@@ -6,19 +6,35 @@ use super::{BlockPool, Parent};
 use crate::ids::BlockId;
 
 impl BlockPool {
-    /// Asserts every invariant, given all tables that hold blocks, each with its number of leading cached blocks.
-    pub(in crate::step) fn check_integrity(&self, tables: &[(&[BlockId], usize)]) {
-        self.check_counts(tables);
-        self.check_tables(tables);
+    /// Asserts every invariant, given all tables that hold blocks, each with its number of leading cached blocks:
+    /// those of owners, who may write their private blocks, and those of others, who may not.
+    pub(in crate::step) fn check_integrity(
+        &self,
+        owners: &[(&[BlockId], usize)],
+        others: &[(&[BlockId], usize)],
+    ) {
+        let owned = self.occurrences(owners);
+        self.check_counts(owned.iter().zip(self.occurrences(others)));
+        self.check_tables(owners);
+        self.check_tables(others);
+        for (index, &count) in owned.iter().enumerate() {
+            let is_cached = self.blocks[index].identity.is_some();
+            assert!(is_cached || count <= 1, "b{index} has one writer");
+        }
         self.check_cache();
     }
 
-    /// Every block is free, unused or held, and held as often as the tables say.
-    fn check_counts(&self, tables: &[(&[BlockId], usize)]) {
-        let mut occurrences = vec![0_u32; self.num_blocks()];
+    fn occurrences(&self, tables: &[(&[BlockId], usize)]) -> Vec<u32> {
+        let mut occurrences = vec![0; self.num_blocks()];
         for block in tables.iter().flat_map(|(table, _)| *table) {
             occurrences[block.0 as usize] += 1;
         }
+        occurrences
+    }
+
+    /// Every block is free, unused or held, and held as often as the tables say.
+    fn check_counts<'a>(&self, counts: impl Iterator<Item = (&'a u32, u32)>) {
+        let occurrences: Vec<u32> = counts.map(|(owned, others)| owned + others).collect();
         for (index, state) in self.blocks.iter().enumerate() {
             assert_eq!(state.ref_count, occurrences[index], "holders of b{index}");
         }
@@ -65,10 +81,6 @@ impl BlockPool {
                     state.identity.is_some(),
                     position < *num_cached,
                     "cached: {block}"
-                );
-                assert!(
-                    state.identity.is_some() || state.ref_count == 1,
-                    "{block} has one writer"
                 );
                 if let Some(Parent::Block(parent)) = state.identity.map(|identity| identity.parent)
                 {

@@ -161,7 +161,12 @@ impl Admitted {
         let worker = worker.ok_or(SchedulerError::UnknownWorker)?;
         let record = &self.request.record;
         let choice = (0, !exclude.is_empty());
-        record.placed(choice, &worker.name, reserved.predicted_cached_tokens());
+        record.placed(
+            choice,
+            &worker.name,
+            reserved.predicted_cached_tokens(),
+            None,
+        );
         record.reached(Stage::Dispatched);
         Ok((worker, reserved))
     }
