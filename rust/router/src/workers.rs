@@ -110,7 +110,7 @@ impl Workers {
             pool,
             arrivals: Arc::default(),
             clock,
-            next_transfer: AtomicU64::new(1),
+            next_transfer: AtomicU64::new(moves::first_transfer_id()),
             kv_moves,
         })
     }

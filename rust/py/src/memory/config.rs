@@ -216,6 +216,7 @@ impl PoolSettings {
             huge_pages: self.huge_pages,
             prefault_threads: NonZeroUsize::new(self.prefault_threads)
                 .ok_or_else(|| wrong("prefault_threads", "must be at least 1"))?,
+            ..PoolConfig::default()
         };
         config.validate().map_err(issue)?;
         Ok(config)

@@ -8,7 +8,7 @@
 use std::{
     fmt,
     sync::{Arc, atomic::Ordering},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use orchestra_core::TokenId;
@@ -32,6 +32,12 @@ const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long it waits for blocks that another one has yet to compute, behind what is queued there. A helper that fails,
 /// dies or hangs ends the wait at once, so this is for one that stays and does nothing.
 const SPLIT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Workers tell transfers apart by number, also where several routers make them: so each router begins elsewhere.
+pub(super) fn first_transfer_id() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.map_or(1, |since| since.as_nanos() as u64)
+}
 
 /// Who gives KV to a placed sequence.
 pub(crate) struct Giver {

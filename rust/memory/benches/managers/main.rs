@@ -1,0 +1,62 @@
+//! Managers, pools and their peers, each figure beside what physics or the kernel sets as its limit here:
+//! `cargo bench -p orchestra-memory --bench managers -- [pools|slabs|defragment|peers …]`.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a bench prints, and fails by panicking"
+)]
+
+mod defragment;
+mod node;
+mod peers;
+mod pools;
+mod slabs;
+
+#[path = "../../peer/rig.rs"]
+#[allow(dead_code, reason = "shared with the tests, which use more of it")]
+mod rig;
+
+/// The middle one.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_unstable_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// The value that this share of them does not exceed.
+fn percentile(values: &mut [f64], share: f64) -> f64 {
+    values.sort_unstable_by(f64::total_cmp);
+    values[((values.len() - 1) as f64 * share) as usize]
+}
+
+fn transports() -> impl Iterator<Item = &'static str> {
+    ["shm", "tcp", "nixl"]
+        .into_iter()
+        .filter(|kind| rig::is_installed(kind))
+}
+
+fn main() {
+    let asked: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|argument| argument != "--bench")
+        .collect();
+    if let [first, kind] = asked.as_slice()
+        && first == node::PEER
+    {
+        return node::serve(kind);
+    }
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    println!("load {}", load.trim_end());
+    let parts: [(&str, fn()); 4] = [
+        ("pools", pools::measure),
+        ("slabs", slabs::measure),
+        ("defragment", defragment::measure),
+        ("peers", peers::measure),
+    ];
+    for (name, measure) in parts {
+        if asked.is_empty() || asked.iter().any(|asked| asked == name) {
+            measure();
+        }
+    }
+}
