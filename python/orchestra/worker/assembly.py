@@ -107,6 +107,9 @@ def assemble(config: WorkerConfig, progress: Progress) -> Rank:
     model_config = ModelConfig.from_directory(config.model_dir)
     _longest_sequence(config, model_config)
     config.shard.heads(model_config.num_heads, model_config.num_kv_heads)
+    if config.expert_parallel and model_config.experts is None:
+        message = f"--expert-parallel: {model_config.architecture} has no experts"
+        raise ConfigError(message, key="expert_parallel")
     place = _choose_place(config, model_config)
     return build_rank(config, model_config, place, _join(config, place), progress)
 
@@ -117,7 +120,9 @@ def build_rank(
     """Loads and allocates what one rank of a joined group needs; raises as `assemble` does."""
     longest = _longest_sequence(config, model_config)
     with WeightReader(config.model_dir) as reader:
-        context = LoadContext(reader, group.communicator, place.dtype, place.device)
+        context = LoadContext(
+            reader, group.communicator, place.dtype, place.device, config.expert_parallel
+        )
         load = LOADERS[model_config.architecture]
         model = load(context, model_config, longest, progress)
     heads = config.shard.heads(model_config.num_heads, model_config.num_kv_heads)
