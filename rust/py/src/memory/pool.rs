@@ -80,7 +80,6 @@ fn defragment(pool: &Arc<Pool>, max_bytes: u64) -> Result<usize, Failure> {
         hysteresis: 0.0,
         // In steps: to look at all blocks costs more than to move a few.
         look_every: Duration::from_secs(64),
-        ..usual
     };
     let mut defragmenter = Defragmenter::new(Arc::clone(pool), config)?;
     let (mut now, mut left, mut moved) = (Time::ZERO, max_bytes, 0);
