@@ -12,6 +12,7 @@ from orchestra.worker.linear import make_linear
 from orchestra.worker.loader import empty_weight
 from orchestra.worker.model_config import ExpertConfig, ModelConfig
 from orchestra.worker.parallel import Communicator
+from orchestra.worker.sharding import Span
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,14 @@ class ExpertNames:
 
 
 class SparseMLP:
-    """The router and, of every expert, this rank's share of the intermediate dimension.
+    """The router and this rank's part of the experts: a slice of each, or some of them whole.
 
     No expert has a limit of tokens, so none is ever dropped.
 
     Args:
         router: `[experts, H]`, whole on every rank: all ranks make the same choice.
-        experts: maps `[n, H]` to this rank's part of the sum over the ranks, for each expert.
+        first: number of the rank's first expert.
+        experts: the rank's, in order; each maps `[n, H]` to this rank's part of the sum over the ranks.
         config: how many experts a token goes to, and how they are weighted.
         communicator: joins the ranks.
     """
@@ -38,11 +40,13 @@ class SparseMLP:
     def __init__(
         self,
         router: Tensor,
+        first: int,
         experts: Sequence[Op],
         config: ExpertConfig,
         communicator: Communicator,
     ) -> None:
         self._router = router
+        self._own = slice(first, first + len(experts))
         self._experts = experts
         self._config = config
         self._communicator = communicator
@@ -51,15 +55,21 @@ class SparseMLP:
     def load(
         cls, context: LoadContext, name: str, config: ModelConfig, names: ExpertNames
     ) -> "SparseMLP":
-        """Loads `name` + `.gate` and `.experts.<index>`."""
-        experts = config.experts
+        """Loads `name` + `.gate` and `.experts.<number>`."""
+        experts, shard = config.experts, context.communicator.shard
         assert experts is not None
         router = context.rows(f"{name}.gate.weight", [experts.count, config.hidden_size])
-        loaded = [
-            _load_expert(context, f"{name}.experts.{index}", config, names)
-            for index in range(experts.count)
-        ]
-        return cls(router, loaded, experts, context.communicator)
+        own, inside = Span(0, experts.count), shard.span(experts.intermediate_size)
+        if context.expert_parallel:
+            own, inside = shard.span(experts.count), Span(0, experts.intermediate_size)
+        loaded = []
+        for number in range(experts.count):
+            expert = _Expert(f"{name}.experts.{number}", config, names)
+            if own.start <= number < own.stop:
+                loaded.append(expert.load(context, inside))
+            else:
+                expert.leave(context)
+        return cls(router, own.start, loaded, experts, context.communicator)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Maps `[T, H]` to `[T, H]`."""
@@ -67,13 +77,15 @@ class SparseMLP:
         tokens, picks = chosen.shape
         # All pairs of token and pick, sorted by expert: what one expert computes is one run of rows.
         flat = chosen.flatten()
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=len(self._experts)).tolist()
-        runs = torch.split(x.index_select(0, order // picks), counts)
-        parts = [expert(run) for expert, run in zip(self._experts, runs, strict=True) if len(run)]
+        counts = torch.bincount(flat, minlength=self._config.count).tolist()
+        before, runs = sum(counts[: self._own.start]), counts[self._own]
+        order = flat.argsort(stable=True)[before : before + sum(runs)]
+        inputs = torch.split(x.index_select(0, order // picks), runs)
         # Back in the order of the tokens before they are added up, so that no sum depends on who else is in the batch.
-        outputs = x.new_empty(tokens * picks, x.shape[1])
-        outputs.index_copy_(0, order, torch.cat(parts))
+        outputs = x.new_zeros(tokens * picks, x.shape[1])
+        parts = [expert(run) for expert, run in zip(self._experts, inputs, strict=True) if len(run)]
+        if parts:
+            outputs.index_copy_(0, order, torch.cat(parts))
         y = torch.bmm(weights.unsqueeze(1), outputs.view(tokens, picks, -1)).squeeze(1)
         if self._communicator.shard.size > 1:
             self._communicator.all_reduce(y)
@@ -88,18 +100,26 @@ class SparseMLP:
         return weights.to(x.dtype), chosen
 
 
-def _load_expert(
-    context: LoadContext, name: str, config: ModelConfig, names: ExpertNames
-) -> GatedMLP:
-    """One expert without the sum over the ranks, which all experts share."""
-    assert config.experts is not None
-    hidden, intermediate = config.hidden_size, config.experts.intermediate_size
-    span = context.communicator.shard.span(intermediate)
-    shape = [intermediate, hidden]
-    gate_up = context.stacked_rows(
-        [(f"{name}.{part}.weight", shape, [span]) for part in (names.gate, names.up)]
-    )
-    down = empty_weight([hidden, len(span)], context.dtype, context.device)
-    context.reader.copy_columns(f"{name}.{names.down}.weight", [hidden, intermediate], span, down)
-    activation = ACTIVATIONS[config.activation]
-    return GatedMLP(make_linear(gate_up, None), make_linear(down, None), len(span), activation)
+class _Expert:
+    """One expert in the checkpoint."""
+
+    def __init__(self, name: str, config: ModelConfig, names: ExpertNames) -> None:
+        assert config.experts is not None
+        shape = [config.experts.intermediate_size, config.hidden_size]
+        self._activation = ACTIVATIONS[config.activation]
+        self._inner = [(f"{name}.{part}.weight", shape) for part in (names.gate, names.up)]
+        self._down = (f"{name}.{names.down}.weight", shape[::-1])
+
+    def load(self, context: LoadContext, span: Span) -> GatedMLP:
+        """A slice of it, without the sum over the ranks, which all experts share."""
+        gate_up = context.stacked_rows([(name, shape, [span]) for name, shape in self._inner])
+        name, shape = self._down
+        down = empty_weight([shape[0], len(span)], context.dtype, context.device)
+        context.reader.copy_columns(name, shape, span, down)
+        linears = make_linear(gate_up, None), make_linear(down, None)
+        return GatedMLP(*linears, len(span), self._activation)
+
+    def leave(self, context: LoadContext) -> None:
+        """Checks it, for another rank has it."""
+        for name, shape in (*self._inner, self._down):
+            context.reader.leave(name, shape)

@@ -38,6 +38,8 @@ class LoadContext:
     communicator: Communicator
     dtype: torch.dtype
     device: torch.device
+    expert_parallel: bool = False
+    """Whether each expert is loaded whole, by one rank."""
 
     def rows(self, name: str, shape: Sequence[int], runs: Sequence[Span] | None = None) -> Tensor:
         """Loads runs of rows of a weight (all of them by default); see `WeightReader.copy_rows`."""

@@ -52,6 +52,7 @@ pub(crate) fn measure() {
                 huge_pages,
                 prefault: true,
                 prefault_threads: threads,
+                ..SlabConfig::default()
             };
             let started = Instant::now();
             let slab = Arc::new(Slab::create(SlabId(round), &config).unwrap());

@@ -305,3 +305,71 @@ impl Drop for Moving {
         self.metrics.ended(self.kind, outcome, bytes);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        pin::Pin,
+        task::{Context, Poll, Waker},
+    };
+
+    use futures_core::Stream as _;
+    use orchestra_core::scheduler::{Scheduler, SchedulerConfig, WorkerSpec};
+    use orchestra_proto::v1::router_message::Message;
+
+    use super::*;
+    use crate::workers::{
+        hello::Hello,
+        outbox::{Outbox, OutboxStream},
+    };
+
+    fn session(name: &str) -> (Arc<Session>, OutboxStream) {
+        let hello = v1::WorkerHello {
+            worker_id: name.to_owned(),
+            model: "m".to_owned(),
+            block_size: 16,
+            num_blocks: 4,
+            max_num_seqs: 1,
+            max_model_len: 64,
+            model_files_digest: "d".to_owned(),
+            vocab_size: 10,
+            ..v1::WorkerHello::default()
+        };
+        let hello = Hello::from_wire(hello).unwrap();
+        let mut scheduler = Scheduler::new(SchedulerConfig::default()).unwrap();
+        let worker = scheduler
+            .add_worker(WorkerSpec::clone(&hello.spec))
+            .unwrap();
+        let (outbox, stream) = Outbox::new();
+        (Arc::new(Session::new(worker, hello, outbox)), stream)
+    }
+
+    /// Whether the worker was told that its peer will not come.
+    fn was_told(stream: &mut OutboxStream) -> bool {
+        match Pin::new(stream).poll_next(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(Some(Ok(message))) => {
+                matches!(message.message, Some(Message::FromPeer(it)) if it.is_undeliverable)
+            }
+            _ => false,
+        }
+    }
+
+    #[test]
+    fn a_failure_is_told_after_the_start_and_once() {
+        for is_early in [true, false] {
+            let ((helper, _), (target, mut stream)) = (session("p"), session("d"));
+            let link = Link::new(&helper, &target);
+            if is_early {
+                link.failed();
+                assert!(!was_told(&mut stream), "it knows of nothing yet");
+                link.told();
+            } else {
+                link.told();
+                assert!(!was_told(&mut stream), "nothing has failed");
+                link.failed();
+            }
+            assert!(was_told(&mut stream));
+            assert!(!was_told(&mut stream));
+        }
+    }
+}

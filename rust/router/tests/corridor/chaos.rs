@@ -104,6 +104,34 @@ async fn nor_where_workers_compute_prompts_for_each_other() {
     assert!(counts.iter().sum::<i64>() > 0, "nothing was split");
 }
 
+/// A client's request, and every token that it has to give.
+async fn ask(router: Arc<TestRouter>, prompt: String, request: u32) {
+    let mut input = text(&prompt);
+    input.n = 1 + request % 2;
+    input.sampling.seed = Some(u64::from(request) * 100);
+    input.sampling.max_tokens = Some(TOKENS);
+    // At this moment there may be no worker at all; a client would try again.
+    let stream = loop {
+        match router.generate(input.clone()).await {
+            Ok(stream) => break stream,
+            Err(error) => assert!(error.code.retryable(), "{error}"),
+        }
+        tokio::task::yield_now().await;
+    };
+    let answers = collect(stream, input.n as usize).await.unwrap();
+    for (choice, answer) in (0..).zip(answers) {
+        let seed = u64::from(request) * 100 + choice;
+        let expected: Vec<_> = (0..TOKENS).map(|index| token(seed, index)).collect();
+        assert_eq!(answer.token_ids, expected);
+        assert_eq!(answer.completion_tokens, TOKENS);
+        let text: String = expected.iter().map(|&id| char::from(id as u8)).collect();
+        assert_eq!(
+            (answer.text, answer.finish),
+            (text, Some(FinishReason::Length))
+        );
+    }
+}
+
 /// Workers of these kinds come and go under requests for the prompt.
 async fn run(
     hello: impl Fn(u64) -> v1::WorkerHello + Copy + Send + 'static,
@@ -140,33 +168,7 @@ async fn run(
 
     let mut clients = JoinSet::new();
     for request in 0..REQUESTS {
-        let (router, prompt) = (Arc::clone(&router), prompt.to_owned());
-        clients.spawn(async move {
-            let mut input = text(&prompt);
-            input.n = 1 + request % 2;
-            input.sampling.seed = Some(u64::from(request) * 100);
-            input.sampling.max_tokens = Some(TOKENS);
-            // At this moment there may be no worker at all; a client would try again.
-            let stream = loop {
-                match router.generate(input.clone()).await {
-                    Ok(stream) => break stream,
-                    Err(error) => assert!(error.code.retryable(), "{error}"),
-                }
-                tokio::task::yield_now().await;
-            };
-            let answers = collect(stream, input.n as usize).await.unwrap();
-            for (choice, answer) in (0..).zip(answers) {
-                let seed = u64::from(request) * 100 + choice;
-                let expected: Vec<_> = (0..TOKENS).map(|index| token(seed, index)).collect();
-                assert_eq!(answer.token_ids, expected);
-                assert_eq!(answer.completion_tokens, TOKENS);
-                let text: String = expected.iter().map(|&id| char::from(id as u8)).collect();
-                assert_eq!(
-                    (answer.text, answer.finish),
-                    (text, Some(FinishReason::Length))
-                );
-            }
-        });
+        clients.spawn(ask(Arc::clone(&router), prompt.to_owned(), request));
     }
     while let Some(client) = clients.join_next().await {
         client.unwrap();
