@@ -22,6 +22,9 @@ use super::{
 /// How long a peer that was told to stop may take to say that it has. Then its connection is closed, which proves it.
 const STOP_GRACE: Duration = Duration::from_millis(500);
 
+/// How often the router is asked, by a message for the peer, whether the peer is still attached.
+const PING_EVERY: Duration = Duration::from_millis(250);
+
 /// Where a move stands.
 enum Stage {
     /// The holder was asked for a grant.
@@ -42,6 +45,7 @@ struct Incoming {
     first_block: u32,
     blocks: Vec<BlockId>,
     deadline: Time,
+    pinged: Time,
     stage: Stage,
 }
 
@@ -84,6 +88,7 @@ impl IncomingMoves {
             first_block: order.first_block,
             blocks: order.blocks,
             deadline,
+            pinged: desk.pool.now(),
             stage,
         };
         self.0.insert(transfer_id, incoming);
@@ -176,7 +181,8 @@ impl IncomingMoves {
     pub(super) fn poll(&mut self, desk: &mut Desk) {
         let now = desk.pool.now();
         let mut over = Vec::new();
-        for (&id, incoming) in &self.0 {
+        for (&id, incoming) in &mut self.0 {
+            incoming.ping(id, now, desk);
             let is_due = match &incoming.stage {
                 Stage::Getting(transfer, _) => transfer.result().is_some(),
                 Stage::Stopping(_, until) => now >= *until,
@@ -262,6 +268,15 @@ impl IncomingMoves {
 }
 
 impl Incoming {
+    /// A peer that has died says nothing: the router does, when it cannot hand a message on.
+    fn ping(&mut self, transfer_id: u64, now: Time, desk: &Desk) {
+        let waits = matches!(self.stage, Stage::Asked(_) | Stage::Granted(_));
+        if waits && now >= self.pinged + PING_EVERY {
+            self.pinged = now;
+            desk.send(&self.worker_id, transfer_id, Message::Ping(v1::KvPing {}));
+        }
+    }
+
     /// Reads as much as the holder has. `None` where its grant is of no use.
     fn get(&self, grant: &v1::KvGrant, asked: Time, desk: &Desk) -> Option<Stage> {
         let end_max = self.first_block + self.blocks.len() as u32;

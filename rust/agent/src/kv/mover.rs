@@ -272,6 +272,7 @@ impl Mover {
                 self.servings.on_stop(worker_id, transfer_id, desk);
             }
             Message::Stop(_) => self.pushes.on_stop(worker_id, transfer_id, desk),
+            Message::Ping(_) => {}
         }
     }
 

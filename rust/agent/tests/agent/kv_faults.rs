@@ -19,8 +19,10 @@ use crate::support::{
 const NAME: &str = "worker-of-its-own";
 /// The router to dial, what moves KV, and after how many layers the engine stands still.
 const CHILD: &str = "ORCHESTRA_TEST_KV_WORKER";
-/// How long the worker that lives waits for the other.
+/// How long the worker that lives waits for the other, where that says nothing.
 const TIMEOUT_MS: u32 = 400;
+/// The same where the router knows better: longer than any test waits.
+const FOREVER_MS: u32 = 60_000;
 const BLOCKS: u32 = 5;
 
 /// A worker in a process of its own.
@@ -80,23 +82,23 @@ fn request(sequence_id: u64, max_tokens: u32) -> StartSequence {
     }
 }
 
-fn taking(from: &Process, sequence_id: u64, is_pushed: bool) -> StartSequence {
+fn taking(from: &Process, id: u64, is_pushed: bool, timeout_ms: u32) -> StartSequence {
     StartSequence {
         kv_source: Some(KvSource {
             peer: Some(from.line.peer()),
-            transfer_id: sequence_id,
+            transfer_id: id,
             num_blocks: BLOCKS,
             is_pushed,
-            timeout_ms: TIMEOUT_MS,
+            timeout_ms,
         }),
-        ..request(sequence_id, 4)
+        ..request(id, 4)
     }
 }
 
 /// Lets another process push, until it stands still behind the first layer.
-fn push_until_the_first_layer(cluster: &Cluster, giver: &Process) {
+fn push_until_the_first_layer(cluster: &Cluster, giver: &Process, timeout_ms: u32) {
     let taker = &cluster.members[0];
-    taker.start(taking(giver, 1, true));
+    taker.start(taking(giver, 1, true, timeout_ms));
     giver.line.start(StartSequence {
         kv_target: Some(KvTarget {
             peer: Some(taker.peer()),
@@ -122,7 +124,7 @@ fn check_computed(cluster: &Cluster, sequence_id: u64) {
 fn a_writer_is_killed(transports: KvTransports) {
     let cluster = Cluster::start(&[transports], |_| {});
     let giver = Process::start(&cluster, transports, 0);
-    push_until_the_first_layer(&cluster, &giver);
+    push_until_the_first_layer(&cluster, &giver, FOREVER_MS);
     giver.signal(Signal::KILL);
     check_computed(&cluster, 1);
     assert_eq!(cluster.members[0].engine.agent.stats().kv_fetch_failures, 1);
@@ -130,12 +132,12 @@ fn a_writer_is_killed(transports: KvTransports) {
 }
 
 #[test]
-fn a_writer_that_is_killed_costs_the_timeout_and_no_block_over_shared_memory() {
+fn a_writer_that_is_killed_costs_no_timeout_and_no_block_over_shared_memory() {
     a_writer_is_killed(Shm);
 }
 
 #[test]
-fn a_writer_that_is_killed_costs_the_timeout_and_no_block_over_tcp() {
+fn a_writer_that_is_killed_costs_no_timeout_and_no_block_over_tcp() {
     a_writer_is_killed(Tcp);
 }
 
@@ -143,7 +145,7 @@ fn a_writer_is_stopped(transports: KvTransports) {
     let cluster = Cluster::start(&[transports], |_| {});
     let taker = &cluster.members[0];
     let giver = Process::start(&cluster, transports, 0);
-    push_until_the_first_layer(&cluster, &giver);
+    push_until_the_first_layer(&cluster, &giver, TIMEOUT_MS);
     giver.signal(Signal::STOP);
     check_computed(&cluster, 1);
     eventually("nobody runs", || taker.engine.agent.is_idle());
@@ -174,7 +176,7 @@ fn a_holder_that_is_stopped_costs_the_timeout_and_lets_go_when_it_goes_on() {
     let holder = Process::start(&cluster, Shm, u32::MAX);
     holder.line.run(request(1, 1));
     holder.signal(Signal::STOP);
-    cluster.members[0].start(taking(&holder, 2, false));
+    cluster.members[0].start(taking(&holder, 2, false, TIMEOUT_MS));
     check_computed(&cluster, 2);
     // It had granted nothing, so there is nothing to wait for.
     cluster.members[0].engine.wait_until_quiet();
@@ -187,13 +189,13 @@ fn a_holder_that_is_stopped_costs_the_timeout_and_lets_go_when_it_goes_on() {
 }
 
 #[test]
-fn a_holder_that_is_killed_costs_the_timeout() {
+fn a_holder_that_is_killed_costs_no_timeout() {
     let cluster = Cluster::start(&[Tcp], |_| {});
     let mut holder = Process::start(&cluster, Tcp, u32::MAX);
     holder.line.run(request(1, 1));
     holder.signal(Signal::KILL);
     holder.child.wait().unwrap();
-    cluster.members[0].start(taking(&holder, 2, false));
+    cluster.members[0].start(taking(&holder, 2, false, FOREVER_MS));
     check_computed(&cluster, 2);
     cluster.members[0].engine.wait_until_quiet();
 }

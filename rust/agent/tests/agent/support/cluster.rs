@@ -103,6 +103,7 @@ impl Cluster {
                     }
                 }
             }
+            doors.lock().retain(|(it, _)| *it != name);
         });
         Line {
             hello,
