@@ -8,12 +8,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 END_OF_TEXT = "<|end|>"
@@ -62,7 +67,17 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 256,
 }
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 256,
+}
+_DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
 _LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+
+_WINDOW = {"use_sliding_window": True, "sliding_window": 21}
+_MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 # Each kind: the configuration class and what differs from the shape above.
 _KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
@@ -71,6 +86,8 @@ _KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama-biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
     "llama3-rope": (LlamaConfig, {"rope_parameters": _LLAMA3_ROPE}),
     "linear-rope": (LlamaConfig, {"rope_parameters": _LINEAR_ROPE}),
+    "yarn-rope": (LlamaConfig, {"rope_parameters": _YARN_ROPE}),
+    "dynamic-rope": (LlamaConfig, {"rope_parameters": _DYNAMIC_ROPE}),
     # Nothing divides evenly but the heads: a vocabulary of a prime size, an odd intermediate size, 4 KV heads.
     "llama-odd": (
         LlamaConfig,
@@ -83,10 +100,73 @@ _KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         },
     ),
     "mistral": (MistralConfig, {"sliding_window": None}),
+    # Windows that are no multiple of a block and shorter than the prompts of the tests.
+    "mistral-window": (MistralConfig, {"sliding_window": 21}),
     "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen2-window": (Qwen2Config, {**_WINDOW, "max_window_layers": 1}),
     "qwen3": (Qwen3Config, {}),
+    "phi3": (Phi3Config, {"sliding_window": 21}),
+    "phi3-longrope": (
+        Phi3Config,
+        {
+            "num_attention_heads": 4,
+            "original_max_position_embeddings": MAX_POSITIONS,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.2, 1.4, 1.9, 3.0],
+                "long_factor": [1.0, 2.1, 4.2, 8.4, 16.9, 31.0],
+            },
+        },
+    ),
+    # The caps are low enough to bend what random weights give.
+    "gemma2": (
+        Gemma2Config,
+        {
+            "sliding_window": 21,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (Gemma3TextConfig, {"sliding_window": 21, "layer_types": _MIXED_LAYERS}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    # The first layer has no experts; the weights of a token's experts do not add up to 1.
+    "qwen3-moe": (
+        Qwen3MoeConfig,
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 52,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "qwen3-moe-normalised": (
+        Qwen3MoeConfig,
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 52,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+            **_WINDOW,
+        },
+    ),
+    "qwen3-window": (Qwen3Config, {**_WINDOW, "layer_types": _MIXED_LAYERS}),
 }
 KINDS = tuple(_KINDS)
+# One kind of each way to build a layer.
+FAMILIES = (
+    "llama",
+    "mistral-window",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "mixtral",
+    "qwen3-moe",
+)
 
 
 def make_checkpoint(kind: str, directory: Path, seed: int, **overrides: Any) -> Path:

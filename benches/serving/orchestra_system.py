@@ -14,6 +14,9 @@ from typing import Any
 from benches.serving.workload import Cell, Sample
 from tests.e2e.stack import Serve, start_serve
 
+# A connection: what comes and what goes.
+Line = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
 
 @dataclass
 class Orchestra:
@@ -37,26 +40,32 @@ class Orchestra:
         sample = Sample(elapsed_s=0.0, output_tokens=0)
 
         async def client() -> None:
-            reader, writer = await asyncio.open_connection(*self.serve.http.split(":"))
+            line = await self.connect()
             for prompt in waiting:
-                ttft, tokens = await self._stream(reader, writer, prompt, cell.output_tokens)
-                sample.ttft_s.append(ttft)
-                sample.output_tokens += tokens
-            writer.close()
+                moments = await self.stream(prompt, cell.output_tokens, line)
+                sample.ttft_s.append(moments[0])
+                sample.output_tokens += cell.output_tokens
+            line[1].close()
 
         started = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(cell.concurrency)))
         sample.elapsed_s = time.perf_counter() - started
         return sample
 
-    async def _stream(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        prompt: list[int],
-        max_tokens: int,
-    ) -> tuple[float, int]:
-        """Streams one completion; returns the time to the first token in seconds, and the tokens."""
+    async def stream(self, prompt: list[int], max_tokens: int, line: Line) -> list[float]:
+        """Streams one completion.
+
+        Args:
+            prompt: token ids.
+            max_tokens: as many come; the end of a text is ignored.
+            line: a connection to the HTTP door.
+
+        Returns:
+            When the events with tokens came, seconds after the request was sent.
+
+        Raises:
+            RuntimeError: the server refused, or gave another number of tokens.
+        """
         body = json.dumps(
             {
                 "model": self.serve.model,
@@ -73,18 +82,23 @@ class Orchestra:
             f"POST /v1/completions HTTP/1.1\r\nHost: {self.serve.http}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
+        reader, writer = line
         started = time.perf_counter()
         writer.write(head.encode() + body)
-        ttft = 0.0
+        moments = []
         tokens = 0
         async for event in _events(reader):
             if event.get("usage"):
                 tokens = event["usage"]["completion_tokens"]
-            elif not ttft and event["choices"][0].get("token_ids"):
-                ttft = time.perf_counter() - started
+            elif event["choices"][0].get("token_ids"):
+                moments.append(time.perf_counter() - started)
         if tokens != max_tokens:
             raise RuntimeError(f"asked for {max_tokens} tokens, usage says {tokens}")
-        return ttft, tokens
+        return moments
+
+    async def connect(self) -> Line:
+        """A connection to the HTTP door."""
+        return await asyncio.open_connection(*self.serve.http.split(":"))
 
     def _router_cpu_s(self) -> float:
         """CPU seconds that the router process has used."""

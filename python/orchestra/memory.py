@@ -88,7 +88,8 @@ class BufferManager:
         Args:
             **settings: `block_bytes`; `max_bytes`, and `slab_bytes` where several slabs shall make it up;
                 `initial_slabs`, the others are added when blocks run out; `huge_pages`; `prefault_threads`;
-                `defragment_bytes_per_s`, above 0 to keep it in long runs in the background.
+                `numa_node`, where it shall not be the kernel's choice; `defragment_bytes_per_s`, above 0 to keep it in
+                long runs in the background.
 
         Raises:
             ConfigError: A setting is wrong; `key` names it.

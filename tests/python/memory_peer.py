@@ -70,6 +70,13 @@ class Rig:
         self.sets.append(blocks)
         return len(self.sets) - 1
 
+    def drop(self) -> None:
+        """Forgets all sets; their numbers stay."""
+        self.grants.clear()
+        for blocks in self.sets:
+            with blocks:
+                pass
+
     def grant(self, which: int, to: str, rights: str, ttl: float) -> bytes:
         self.grants.append(self.manager.grant(self.sets[which], to=to, rights=rights, ttl=ttl))  # type: ignore[arg-type]
         return self.grants[-1].encode()

@@ -204,6 +204,7 @@ def test_the_last_reference_frees(pool: BlockPool) -> None:
         ({"max_bytes": 1 << 63}, "max_bytes"),
         ({"prefault_threads": 0}, "prefault_threads"),
         ({"block_byte": 4096}, "block_byte"),
+        ({"max_bytes": 2 << 20, "numa_node": 900}, "numa_node"),
         ({"initial_slabs": 3, "slab_bytes": 2 << 20}, "max_slabs"),
     ],
 )

@@ -1,6 +1,7 @@
 """`BufferManager` between two real processes, over every transport that is here, and with real signals."""
 
 import asyncio
+import contextlib
 import gc
 import importlib.util
 import signal
@@ -361,3 +362,76 @@ def test_several_event_loops_share_a_manager() -> None:
 def test_a_pool_that_may_not_be_locked_is_refused_before_any_library_tries(two: Two) -> None:
     refused = two.peer.ask("memlock_of_a_poor_process")
     assert refused == ("MemlockTooLowError", 1 << 20, 4 << 20)
+
+
+@on_our_own
+def test_a_storm_of_reconnects_leaves_nothing_behind(two: Two) -> None:
+    source = two.pool.alloc(2)
+    fill(source, 5)
+    for round_ in range(100):
+        grant = two.granted(two.peer.ask("alloc", 2), "write")
+        if round_ % 10 == 0:
+            assert two.manager.put(source, grant).wait(20).blocks == 2
+        # One side goes first, in turns; each is asked until it can prove that the other is quiet.
+        ends: list[Callable[[], bool]] = [
+            lambda: two.manager.disconnect(THEM),
+            lambda: bool(two.peer.ask("disconnect", US)),
+        ]
+        are_quiet = [False, False]
+        while not all(are_quiet):
+            for at in (round_ % 2, 1 - round_ % 2):
+                are_quiet[at] = are_quiet[at] or ends[at]()
+        with pytest.raises(errors.InvalidRequestError):
+            two.manager.put(source, grant)
+        two.peer.ask("drop")
+        two.manager.connect(THEM, two.peer.ask("metadata"))
+        two.peer.ask("connect", US, two.manager.metadata())
+    stats = two.peer.ask("stats")
+    assert (stats.open_grants, stats.quarantined_blocks, stats.unproven_peers) == (0, 0, 0)
+    source.free()
+    two.all_come_back()
+
+
+@on_our_own
+def test_a_pool_whose_blocks_are_all_in_quarantine_recovers(two: Two) -> None:
+    blocks = two.pool.stats()["num_blocks"]
+    mine = two.pool.alloc(blocks)
+    grant = two.manager.grant(mine, to=THEM, ttl=20.0)
+    grant.revoke()
+    with pytest.raises(errors.PoolExhaustedError) as exhausted:
+        two.pool.alloc(1)
+    assert (exhausted.value.limit, exhausted.value.quarantined) == (0, blocks)
+    del mine
+    gc.collect()
+    assert two.pool.stats()["quarantined"] == blocks
+    two.peer.kill()
+    until(lambda: two.manager.disconnect(THEM))
+    two.all_come_back()
+    assert len(two.pool.alloc(blocks)) == blocks
+
+
+@pytest.mark.parametrize(
+    "two", [name for name in TRANSPORTS if name.startswith("nixl")], indirect=True
+)
+def test_a_peer_killed_under_nixl_is_gone_once_that_is_confirmed(two: Two) -> None:
+    source = two.pool.alloc(64)
+    fill(source, 3)
+    mine = two.pool.alloc(8)
+    two.manager.grant(mine, to=THEM, ttl=20.0)
+    grant = two.granted(two.peer.ask("alloc", 64), "write")
+    assert two.manager.put(source, grant, ends_grant=False).wait(20).blocks == 64
+    two.peer.kill()
+    put = two.manager.put(source, grant, timeout=2.0)
+    # Whether a put into the dead fails or is done all the same is the fabric's choice; that it ends is not.
+    with contextlib.suppress(
+        errors.PeerGoneError, errors.TransferFailedError, errors.TransferTimeoutError
+    ):
+        put.wait(20)
+    assert two.manager.disconnect(THEM) is False, "nothing of NIXL's can prove it"
+    assert two.manager.stats().unproven_peers == 1
+    del mine
+    gc.collect()
+    assert two.pool.stats()["free"] < two.pool.stats()["num_blocks"] - 64
+    two.manager.confirm_gone(THEM)
+    source.free()
+    two.all_come_back()

@@ -43,7 +43,7 @@ def reference(checkpoint: Checkpoints) -> Reference:
     @cache
     def model(kind: str) -> torch.nn.Module:
         loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-            checkpoint(kind), dtype=torch.float32
+            checkpoint(kind), dtype=torch.float32, attn_implementation="eager"
         )
         return loaded
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orchestra.worker import attention
+from orchestra.worker import attention_layout
 from orchestra.worker.attention import TorchPagedAttention
 from orchestra.worker.kv_cache import KvCache, KvCacheSpec
+from orchestra.worker.model_config import AttentionRule
 from tests.worker.plans import PlanBuilder
 
 CPU = torch.device("cpu")
@@ -23,14 +24,25 @@ sequences = st.lists(
 )
 
 
-def textbook(query: Tensor, key: Tensor, value: Tensor, first: int) -> Tensor:
-    """Causal attention of `[tokens, heads, d]` at positions from `first` over `[context, kv_heads, d]`."""
+rules = st.builds(
+    AttentionRule,
+    window=st.sampled_from([None, 1, 16, 21, 50]),
+    scale=st.sampled_from([None, 0.7]),
+    soft_cap=st.sampled_from([None, 1.5]),
+)
+
+
+def textbook(query: Tensor, key: Tensor, value: Tensor, first: int, rule: AttentionRule) -> Tensor:
+    """Attention of `[tokens, heads, d]` at positions from `first` over `[context, kv_heads, d]`."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(HEAD_DIM)
+    scores = torch.einsum("qhd,khd->hqk", query, key) * (rule.scale or 1 / math.sqrt(HEAD_DIM))
+    if rule.soft_cap is not None:
+        scores = rule.soft_cap * torch.tanh(scores / rule.soft_cap)
     positions = torch.arange(first, first + query.shape[0])
-    is_future = torch.arange(key.shape[0]) > positions.unsqueeze(1)
-    weights = scores.masked_fill(is_future, -math.inf).softmax(-1)
+    age = positions.unsqueeze(1) - torch.arange(key.shape[0])
+    is_hidden = (age < 0) | (age >= (rule.window or math.inf))
+    weights = scores.masked_fill(is_hidden, -math.inf).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, value)
 
 
@@ -38,17 +50,19 @@ def textbook(query: Tensor, key: Tensor, value: Tensor, first: int) -> Tensor:
     batch=sequences,
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),
-    waste=st.sampled_from([0, attention.PADDED_TOKENS_FREE]),
-    mask_limit=st.sampled_from([600, attention.MASK_NUMBERS_MAX]),
+    waste=st.sampled_from([0, attention_layout.PADDED_TOKENS_FREE]),
+    mask_limit=st.sampled_from([600, attention_layout.MASK_NUMBERS_MAX]),
+    rule=rules,
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_agrees_with_the_textbook(
     batch: list[tuple[int, int]],
     kv_heads: int,
     group: int,
     waste: int,
     mask_limit: int,
+    rule: AttentionRule,
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -59,7 +73,8 @@ def test_agrees_with_the_textbook(
     cache = KvCache(KvCacheSpec(2, kv_heads, HEAD_DIM, 16, torch.float32), 64, CPU)
     # What no sequence has written must not matter.
     cache.slab.copy_(random(*cache.slab.shape) * 100)
-    backend = TorchPagedAttention(cache, kv_heads * group, CPU)
+    # The layer under test is the second; the first has another rule, which must not leak into it.
+    backend = TorchPagedAttention(cache, kv_heads * group, CPU, [AttentionRule(window=3), rule])
     builder = PlanBuilder(64, seed)
     written: dict[str, Tensor] = {}
 
@@ -77,7 +92,7 @@ def test_agrees_with_the_textbook(
             context = torch.cat([before, key_value[start:stop]])
             written[name] = context
             expected = textbook(
-                query[start:stop], context[:, :kv_heads], context[:, kv_heads:], len(before)
+                query[start:stop], context[:, :kv_heads], context[:, kv_heads:], len(before), rule
             )
             torch.testing.assert_close(actual[start:stop], expected, atol=2e-5, rtol=1e-4)
 
@@ -88,9 +103,9 @@ def test_agrees_with_the_textbook(
             run(builder.plan({name: cached}), [name])
     with_new = {name: new for name, (_, new) in zip(names, batch, strict=True)}
     in_order = sorted(names, key=lambda name: with_new[name] > 1)
-    original = attention.PADDED_TOKENS_FREE, attention.MASK_NUMBERS_MAX
-    attention.PADDED_TOKENS_FREE, attention.MASK_NUMBERS_MAX = waste, mask_limit
+    original = attention_layout.PADDED_TOKENS_FREE, attention_layout.MASK_NUMBERS_MAX
+    attention_layout.PADDED_TOKENS_FREE, attention_layout.MASK_NUMBERS_MAX = waste, mask_limit
     try:
         run(builder.plan(with_new), in_order)
     finally:
-        attention.PADDED_TOKENS_FREE, attention.MASK_NUMBERS_MAX = original
+        attention_layout.PADDED_TOKENS_FREE, attention_layout.MASK_NUMBERS_MAX = original

@@ -26,8 +26,8 @@ def test_every_flag(tmp_path: Path) -> None:
         "--worker-id w --served-model-name m --tp 2 --rank 1 --rendezvous file:///x --dtype bfloat16 "
         "--device cpu --block-size 32 --kv-cache-memory 1.5GiB --num-host-blocks 12 "
         "--max-num-seqs 9 --max-num-batched-tokens 100 --max-model-len 50 --max-prefill-chunk 16 --tpot-target-ms 40 "
-        "--no-prefix-cache --kv-transfer tcp --kv-address ::1 --role decode --weights-epoch 3 --drain-timeout 1.5 "
-        "--metrics-host ::1 --metrics-port 90 --parent-pid 7"
+        "--no-prefix-cache --expert-parallel --kv-transfer tcp --kv-address ::1 --role decode --weights-epoch 3 "
+        "--drain-timeout 1.5 --metrics-host ::1 --metrics-port 90 --parent-pid 7"
     )
     assert parse_arguments([str(tmp_path), *ROUTER, *flags.split()]) == WorkerConfig(
         model_dir=tmp_path,
@@ -47,6 +47,7 @@ def test_every_flag(tmp_path: Path) -> None:
         max_prefill_chunk=16,
         tpot_target_ms=40,
         enable_prefix_cache=False,
+        expert_parallel=True,
         kv_transfer="tcp",
         kv_address="::1",
         role="decode",

@@ -52,6 +52,16 @@ def test_weights_that_nothing_reads_are_named(directory: Path) -> None:
         reader.finish(lambda name: name in {"a", "b"})
 
 
+def test_weights_of_other_ranks_are_checked_and_not_read(directory: Path) -> None:
+    with WeightReader(directory) as reader:
+        reader.leave("a", [6, 4])
+        with pytest.raises(ConfigError, match=r"b has shape \[3\]"):
+            reader.leave("b", [4])
+        with pytest.raises(ConfigError, match=r"does not: b$"):
+            reader.finish(lambda _name: False)
+        assert reader.bytes_read == 0
+
+
 def test_not_a_safetensors_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not a header")
     with pytest.raises(ConfigError, match=r"model\.safetensors is not a safetensors file"):

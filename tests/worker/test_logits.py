@@ -2,15 +2,17 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from orchestra.worker import attention
+from orchestra.worker import attention_layout
 from orchestra.worker.assembly import Rank
-from tests.checkpoints import KINDS
+from tests.checkpoints import FAMILIES, KINDS, MAX_POSITIONS, make_checkpoint
 from tests.worker.conftest import MakeRank, Reference
 from tests.worker.plans import PlanBuilder
 
@@ -46,7 +48,8 @@ class Run:
             name = names[int(slot)]
             expected = self._reference(self._kind, self.builder.sequences[name].tokens)[-1]
             assert_close(row, expected)
-            drawn[name] = int(expected.argmax())
+            drawn[name] = int(row.argmax())
+            assert drawn[name] == int(expected.argmax())
             self.builder.append(name, drawn[name])
             self.num_compared += 1
         return drawn
@@ -73,10 +76,27 @@ def test_whole_chunked_and_decoded(kind: str, make_rank: MakeRank, reference: Re
     assert run.num_compared == 12
 
 
-def test_every_way_to_cut_a_prompt(make_rank: MakeRank, reference: Reference) -> None:
-    rank = make_rank("llama")
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_tokens_are_the_same(kind: str, make_rank: MakeRank, reference: Reference) -> None:
+    rank = make_rank(kind)
+    builder = PlanBuilder(rank.num_blocks)
+    tokens = prompt(30)
+    builder.add("a", tokens)
+    for step in range(64):
+        logits = rank.runner.forward(builder.plan({"a": 1 if step else 30}))
+        assert logits is not None
+        builder.append("a", int(logits[0].argmax()))
+    drawn = builder.sequences["a"].tokens
+    # One pass over what was drawn says what transformers would have drawn after each token.
+    expected = reference(kind, drawn)[29:-1].argmax(-1)
+    assert drawn[30:] == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_way_to_cut_a_prompt(kind: str, make_rank: MakeRank, reference: Reference) -> None:
+    rank = make_rank(kind)
     for chunk in (1, 2, 7, 15, 16, 17, 32):
-        run = Run(rank, "llama", reference)
+        run = Run(rank, kind, reference)
         run.builder.add("a", prompt(50))
         for start in range(0, 50, chunk):
             run.step(a=min(chunk, 50 - start))
@@ -94,8 +114,26 @@ def test_long_context_reaches_stretched_rotations(
     assert run.num_compared == 2
 
 
-def test_sequences_share_a_prefix(make_rank: MakeRank, reference: Reference) -> None:
-    run = Run(make_rank("qwen3"), "qwen3", reference)
+def test_longest_sequence_chooses_between_rotations(tmp_path: Path, make_rank: MakeRank) -> None:
+    # Made for 64 positions, stretched to 2,048: transformers chooses by each sequence, we once for all of them.
+    changes = {"original_max_position_embeddings": 64, "max_position_embeddings": MAX_POSITIONS}
+    model_dir = make_checkpoint("phi3-longrope", tmp_path / "phi3", seed=1, **changes)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager")
+    for length, settings in ((100, {}), (60, {"max_model_len": 64})):
+        rank = make_rank("phi3-longrope", model_dir=model_dir, **settings)
+        builder = PlanBuilder(rank.num_blocks)
+        tokens = prompt(length)
+        builder.add("a", tokens)
+        rank.runner.forward(builder.plan({"a": 48}))
+        logits = rank.runner.forward(builder.plan({"a": length - 48}))
+        assert logits is not None
+        with torch.inference_mode():
+            assert_close(logits[0], model(torch.tensor([tokens])).logits[0, -1])
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_sequences_share_a_prefix(kind: str, make_rank: MakeRank, reference: Reference) -> None:
+    run = Run(make_rank(kind), kind, reference)
     shared = prompt(48)
     run.builder.add("first", shared + prompt(5, seed=1))
     run.step(first=53)
@@ -106,8 +144,11 @@ def test_sequences_share_a_prefix(make_rank: MakeRank, reference: Reference) -> 
     assert run.num_compared == 7
 
 
-def test_preempted_sequence_comes_back(make_rank: MakeRank, reference: Reference) -> None:
-    run = Run(make_rank("qwen2"), "qwen2", reference)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_preempted_sequence_comes_back(
+    kind: str, make_rank: MakeRank, reference: Reference
+) -> None:
+    run = Run(make_rank(kind), kind, reference)
     run.builder.add("a", prompt(20))
     run.builder.add("b", prompt(33))
     run.step(a=20, b=33)
@@ -142,11 +183,12 @@ def test_swapped_sequences_come_back(make_rank: MakeRank, reference: Reference) 
     swap_and_come_back(make_rank("qwen2", num_host_blocks=6), "qwen2", reference)
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_mixed_lengths_are_bucketed(
-    make_rank: MakeRank, reference: Reference, monkeypatch: pytest.MonkeyPatch
+    kind: str, make_rank: MakeRank, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "PADDED_TOKENS_FREE", 0)
-    run = Run(make_rank("llama"), "llama", reference)
+    monkeypatch.setattr(attention_layout, "PADDED_TOKENS_FREE", 0)
+    run = Run(make_rank(kind), kind, reference)
     lengths = {"a": 3, "b": 250, "c": 17, "d": 5, "e": 33, "f": 12, "g": 8}
     for name, length in lengths.items():
         run.builder.add(name, prompt(length))
@@ -159,11 +201,12 @@ def test_mixed_lengths_are_bucketed(
     assert run.num_compared == 7 + 3 * 7 + 1
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_long_chunks_are_cut_into_bounded_masks(
-    make_rank: MakeRank, reference: Reference, monkeypatch: pytest.MonkeyPatch
+    kind: str, make_rank: MakeRank, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "MASK_NUMBERS_MAX", 2000)
-    run = Run(make_rank("llama"), "llama", reference)
+    monkeypatch.setattr(attention_layout, "MASK_NUMBERS_MAX", 2000)
+    run = Run(make_rank(kind), kind, reference)
     run.builder.add("a", prompt(90))
     run.step(a=30)
     run.step(a=60)
@@ -192,14 +235,15 @@ def test_samples_may_come_in_any_order(make_rank: MakeRank, reference: Reference
         assert_close(row, reference("llama", tokens[name])[-1])
 
 
-def test_bfloat16_stays_close(make_rank: MakeRank, reference: Reference) -> None:
-    rank = make_rank("qwen3", dtype="bfloat16")
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_bfloat16_stays_close(kind: str, make_rank: MakeRank, reference: Reference) -> None:
+    rank = make_rank(kind, dtype="bfloat16")
     builder = PlanBuilder(rank.num_blocks)
     tokens = prompt(60)
     builder.add("a", tokens)
     assert rank.runner.forward(builder.plan({"a": 40})) is None
     logits = rank.runner.forward(builder.plan({"a": 20}))
-    expected = reference("qwen3", tokens)[-1:]
+    expected = reference(kind, tokens)[-1:]
     assert logits is not None
     error = (logits.float() - expected).square().mean().sqrt()
     assert logits.dtype == torch.bfloat16

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -22,6 +23,7 @@ from orchestra.worker.config import WorkerConfig
 from orchestra.worker.loader import WeightReader
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.sharding import Shard
+from tests.checkpoints import FAMILIES
 from tests.worker.conftest import Checkpoints, Reference
 from tests.worker.plans import PlanBuilder, encode_plan, sampling_start
 from tests.worker.test_logits import assert_close, prompt
@@ -91,7 +93,7 @@ class ThreadCommunicator:
         pass
 
 
-def thread_ranks(model_dir: Path, size: int) -> list[Rank]:
+def thread_ranks(model_dir: Path, size: int, **settings: Any) -> list[Rank]:
     """Brings up all ranks of a group in this process."""
     group = ThreadGroup(size)
     model_config = ModelConfig.from_directory(model_dir)
@@ -99,7 +101,9 @@ def thread_ranks(model_dir: Path, size: int) -> list[Rank]:
 
     def build(index: int) -> Rank:
         shard = Shard(index, size)
-        config = WorkerConfig(model_dir, "", "", "", shard, num_blocks=64, max_num_seqs=8)
+        config = WorkerConfig(
+            model_dir, "", "", "", shard, num_blocks=64, max_num_seqs=8, **settings
+        )
         joined = Group(ThreadCommunicator(shard, group))
         return build_rank(config, model_config, place, joined, lambda _done, _total: None)
 
@@ -134,7 +138,7 @@ def script(kind: str, reference: Reference) -> tuple[list[bytes], list[list[int]
 @pytest.mark.parametrize(
     ("kind", "size"),
     [
-        pytest.param("qwen3", 2, id="each rank has its KV head"),
+        *[pytest.param(kind, 2, id=f"{kind}, each rank has its KV head") for kind in FAMILIES],
         pytest.param("llama-biases", 4, id="two ranks share a KV head"),
         pytest.param("llama-tied", 8, id="one head per rank"),
         pytest.param("llama-odd", 3, id="no size but the heads divides"),
@@ -142,8 +146,28 @@ def script(kind: str, reference: Reference) -> tuple[list[bytes], list[list[int]
     ],
 )
 def test_shards_add_up(kind: str, size: int, checkpoint: Checkpoints, reference: Reference) -> None:
+    compare(kind, thread_ranks(checkpoint(kind), size), reference)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        pytest.param("mixtral", 2, id="three experts each"),
+        pytest.param("mixtral", 4, id="one or two experts each"),
+        pytest.param("mixtral", 8, id="some ranks have none"),
+        pytest.param("qwen3-moe", 2, id="and one layer without"),
+    ],
+)
+def test_whole_experts_add_up(
+    kind: str, size: int, checkpoint: Checkpoints, reference: Reference
+) -> None:
+    compare(kind, thread_ranks(checkpoint(kind), size, expert_parallel=True), reference)
+
+
+def compare(kind: str, ranks: list[Rank], reference: Reference) -> None:
+    """Runs the script on all ranks of a group and compares its logits."""
+    size = len(ranks)
     messages, sampled = script(kind, reference)
-    ranks = thread_ranks(checkpoint(kind), size)
     plans = [ranks[0].reader.read(message) for message in messages]
     row = 0
     with ThreadPoolExecutor(size) as pool:
@@ -156,8 +180,20 @@ def test_shards_add_up(kind: str, size: int, checkpoint: Checkpoints, reference:
     assert row == len(sampled)
 
 
-def test_every_rank_reads_its_slices_only(checkpoint: Checkpoints) -> None:
-    model_dir = checkpoint("llama")
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {}),
+        ("phi3", {}),
+        ("mixtral", {}),
+        ("mixtral", {"expert_parallel": True}),
+    ],
+    ids=str,
+)
+def test_every_rank_reads_its_slices_only(
+    kind: str, settings: dict[str, Any], checkpoint: Checkpoints
+) -> None:
+    model_dir = checkpoint(kind)
     read = []
 
     class CountingReader(WeightReader):
@@ -167,12 +203,16 @@ def test_every_rank_reads_its_slices_only(checkpoint: Checkpoints) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assembly, "WeightReader", CountingReader)
-        thread_ranks(model_dir, 2)
+        thread_ranks(model_dir, 2, **settings)
     weights = load_file(model_dir / "model.safetensors")
     whole = sum(weight.nbytes for weight in weights.values())
-    norms = sum(weight.nbytes for weight in weights.values() if weight.dim() == 1)
-    # Both ranks need every norm; each other byte is read once.
-    assert sum(read) == whole + norms
+    shared = sum(
+        weight.nbytes
+        for name, weight in weights.items()
+        if weight.dim() == 1 or name.endswith(".gate.weight")
+    )
+    # Both ranks need every norm and router; each other byte is read once.
+    assert sum(read) == whole + shared
     assert max(read) == min(read)
 
 

@@ -107,6 +107,9 @@ def assemble(config: WorkerConfig, progress: Progress) -> Rank:
     model_config = ModelConfig.from_directory(config.model_dir)
     _longest_sequence(config, model_config)
     config.shard.heads(model_config.num_heads, model_config.num_kv_heads)
+    if config.expert_parallel and model_config.experts is None:
+        message = f"--expert-parallel: {model_config.architecture} has no experts"
+        raise ConfigError(message, key="expert_parallel")
     place = _choose_place(config, model_config)
     return build_rank(config, model_config, place, _join(config, place), progress)
 
@@ -117,7 +120,9 @@ def build_rank(
     """Loads and allocates what one rank of a joined group needs; raises as `assemble` does."""
     longest = _longest_sequence(config, model_config)
     with WeightReader(config.model_dir) as reader:
-        context = LoadContext(reader, group.communicator, place.dtype, place.device)
+        context = LoadContext(
+            reader, group.communicator, place.dtype, place.device, config.expert_parallel
+        )
         load = LOADERS[model_config.architecture]
         model = load(context, model_config, longest, progress)
     heads = config.shard.heads(model_config.num_heads, model_config.num_kv_heads)
@@ -134,7 +139,7 @@ def build_rank(
     check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(spec, num_blocks, place))
     pool = make_kv_pool(config, spec, num_blocks, place.device)
     cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks, pool)
-    attention = TorchPagedAttention(cache, len(heads.heads), place.device)
+    attention = TorchPagedAttention(cache, len(heads.heads), place.device, model_config.attention)
     sampler = None
     if config.shard.rank == 0:
         sampler = Sampler(model_config.vocab_size, config.max_num_seqs, place.device)
@@ -204,7 +209,7 @@ def _activation_bytes(config: WorkerConfig, model_config: ModelConfig) -> int:
     # Live at once per token: the residual stream and its copies, both halves of the MLP, the attention heads. Per
     # sample: the logits and, while it is drawn, their copies in double precision. All counted as fp32.
     heads = 3 * model_config.num_heads * model_config.head_dim
-    per_token = 4 * model_config.hidden_size + 3 * model_config.intermediate_size + heads
+    per_token = 4 * model_config.hidden_size + 3 * model_config.mlp_width + heads
     per_sample = 8 * model_config.vocab_size
     numbers = config.max_num_batched_tokens * per_token + config.max_num_seqs * per_sample
     return numbers * torch.float32.itemsize

@@ -62,6 +62,8 @@ class WorkerConfig:
     """How long a step may last while sequences decode; prompts get what is left. 0: no matter how long."""
     enable_prefix_cache: bool = True
     """Whether prompts reuse the KV of equal beginnings."""
+    expert_parallel: bool = False
+    """Whether each expert lies whole on one rank, instead of a slice of each on every rank."""
     kv_transfer: str = "auto"
     """What moves KV between workers: `auto`, `shm`, `tcp`, or `off`."""
     kv_address: str | None = None
@@ -197,6 +199,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
             help="how long a step may last while sequences decode, which sizes the chunks of prompts; 0: no limit",
         ),
         add("--no-prefix-cache", action="store_true", help="compute every prompt from its start"),
+        add(
+            "--expert-parallel",
+            action="store_true",
+            help="keep each expert whole on one rank, instead of a slice of each on every rank",
+        ),
         add(
             "--kv-transfer",
             choices=["auto", "off", "shm", "tcp"],

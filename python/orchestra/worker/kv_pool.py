@@ -48,13 +48,14 @@ def _make(
             raise UnsupportedError(f"--kv-transfer {config.kv_transfer}: {obstacle}")
     from orchestra import _core
 
-    shape = f"{spec.num_layers}x{spec.num_kv_heads}x{spec.head_dim}"
+    shape = f"{spec.num_layers}x{spec.num_kv_heads}x{spec.head_dim}x{spec.block_size}"
+    weights = f"{config.model_name}/{config.weights_epoch}"
     return _core.KvPool(
         {
             "num_layers": spec.num_layers,
             "num_blocks": num_blocks,
             "layer_block_bytes": spec.layer_block_bytes,
-            "layout": f"{config.model_name}/{spec.dtype}/{shape}/{spec.block_size}",
+            "layout": f"{weights}/{spec.dtype}/{shape}",
             "transports": config.kv_transfer,
             "address": config.kv_address,
         }

@@ -9,6 +9,7 @@ Shapes: `T` tokens of a step, `H` hidden size; weights are `[out, in]` as in the
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,10 +17,17 @@ from torch.nn import functional as F  # noqa: N812 (torch's own customary name)
 
 from orchestra.worker.linear import make_linear
 from orchestra.worker.loader import WeightReader, empty_weight
+from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.parallel import Communicator
 from orchestra.worker.sharding import Span
 
 Op = Callable[[Tensor], Tensor]
+
+# By their names in `config.json`.
+ACTIVATIONS: dict[str, Op] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,8 @@ class LoadContext:
     communicator: Communicator
     dtype: torch.dtype
     device: torch.device
+    expert_parallel: bool = False
+    """Whether each expert is loaded whole, by one rank."""
 
     def rows(self, name: str, shape: Sequence[int], runs: Sequence[Span] | None = None) -> Tensor:
         """Loads runs of rows of a weight (all of them by default); see `WeightReader.copy_rows`."""
@@ -48,19 +58,24 @@ class LoadContext:
 
 
 class RMSNorm:
-    """Divides by the root mean square over the last dimension, then multiplies by a weight."""
+    """Divides by the root mean square over the last dimension, then multiplies by a weight.
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    Args:
+        weight: as the checkpoint has it.
+        config: of the model: what is added to the mean of the squares, and to the weight.
+    """
+
+    def __init__(self, weight: Tensor, config: ModelConfig) -> None:
         # y = x / sqrt(sum(x²) / n + eps) * w  =  x / hypot(norm(x), sqrt(n * eps)) * (w * sqrt(n)):
         # four small kernels. torch.rms_norm takes nine on the CPU, and twice the time.
         size = weight.shape[-1]
-        self._floor = torch.tensor(math.sqrt(size * eps), device=weight.device)
-        self._weight = weight.float() * math.sqrt(size)
+        self._floor = torch.tensor(math.sqrt(size * config.rms_norm_eps), device=weight.device)
+        self._weight = (weight.float() + config.norm_offset) * math.sqrt(size)
 
     @classmethod
-    def load(cls, context: LoadContext, name: str, size: int, eps: float) -> "RMSNorm":
+    def load(cls, context: LoadContext, name: str, size: int, config: ModelConfig) -> "RMSNorm":
         """Loads `name` + `.weight`, whole on every rank."""
-        return cls(context.rows(f"{name}.weight", [size]), eps)
+        return cls(context.rows(f"{name}.weight", [size]), config)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalises `[..., size]`; the statistics are fp32 whatever the dtype of `x`."""
@@ -98,35 +113,46 @@ class RowParallel:
 
 
 class GatedMLP:
-    """`down(silu(gate(x)) * up(x))`, the intermediate dimension spread over the ranks."""
+    """`down(act(gate(x)) * up(x))`, the intermediate dimension spread over the ranks.
 
-    def __init__(self, gate_up: Op, down: Op, width: int) -> None:
+    Args:
+        gate_up: maps `[T, H]` to this rank's gates and values side by side.
+        down: maps this rank's `[T, width]` to `[T, H]`.
+        width: of this rank.
+        activation: applied to the gates.
+    """
+
+    def __init__(self, gate_up: Op, down: Op, width: int, activation: Op) -> None:
         self._gate_up = gate_up
         self._down = down
         self._width = width
+        self._activation = activation
 
     @classmethod
-    def load(
-        cls, context: LoadContext, name: str, hidden: int, intermediate: int, *, bias: bool
-    ) -> "GatedMLP":
-        """Loads `name` + `.gate_proj`, `.up_proj` and `.down_proj`."""
+    def load(cls, context: LoadContext, name: str, config: ModelConfig) -> "GatedMLP":
+        """Loads `name` + `.gate_proj`, `.up_proj` (or both as `.gate_up_proj`) and `.down_proj`."""
+        hidden, intermediate = config.hidden_size, config.intermediate_size
         span = context.communicator.shard.span(intermediate)
 
-        def stacked(kind: str, shape: list[int]) -> Tensor:
+        def stacked(kind: str, rest: list[int]) -> Tensor:
+            if config.has_joined_projections:
+                runs = [span, span.after(intermediate)]
+                return context.rows(f"{name}.gate_up_proj.{kind}", [2 * intermediate, *rest], runs)
             names = (f"{name}.gate_proj.{kind}", f"{name}.up_proj.{kind}")
-            return context.stacked_rows([(part, shape, [span]) for part in names])
+            return context.stacked_rows([(part, [intermediate, *rest], [span]) for part in names])
 
-        weight = stacked("weight", [intermediate, hidden])
-        vector = stacked("bias", [intermediate]) if bias else None
+        weight = stacked("weight", [hidden])
+        vector = stacked("bias", []) if config.mlp_bias else None
         down = RowParallel.load(
-            context, f"{name}.down_proj", [hidden, intermediate], span, bias=bias
+            context, f"{name}.down_proj", [hidden, intermediate], span, bias=config.mlp_bias
         )
-        return cls(make_linear(weight, vector), down, len(span))
+        activation = ACTIVATIONS[config.activation]
+        return cls(make_linear(weight, vector), down, len(span), activation)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Maps `[T, H]` to `[T, H]`."""
         gate_up = self._gate_up(x)
-        gate = F.silu(gate_up[:, : self._width])
+        gate = self._activation(gate_up[:, : self._width])
         return self._down(gate.mul_(gate_up[:, self._width :]))
 
 
@@ -137,22 +163,31 @@ class VocabEmbedding:
         weight: `[rows, H]`, this rank's rows and padding below them.
         span: the token ids of the real rows.
         communicator: joins the ranks.
+        scale: multiplies the embeddings; None: they are taken as they are.
     """
 
-    def __init__(self, weight: Tensor, span: Span, communicator: Communicator) -> None:
+    def __init__(
+        self, weight: Tensor, span: Span, communicator: Communicator, scale: float | None
+    ) -> None:
         self.weight = weight
+        # Rounded to the model's own numbers, as it was when the model was trained.
+        self._scale = None if scale is None else float(torch.tensor(scale, dtype=weight.dtype))
         self._span = span
         self._communicator = communicator
 
     @classmethod
-    def load(cls, context: LoadContext, name: str, vocab: int, hidden: int) -> "VocabEmbedding":
+    def load(cls, context: LoadContext, name: str, config: ModelConfig) -> "VocabEmbedding":
         """Loads this rank's rows of `name`."""
-        span = context.communicator.shard.padded_span(vocab)
-        weight = load_vocab_rows(context, name, vocab, hidden)
-        return cls(weight, span, context.communicator)
+        span = context.communicator.shard.padded_span(config.vocab_size)
+        weight = load_vocab_rows(context, name, config.vocab_size, config.hidden_size)
+        return cls(weight, span, context.communicator, config.embedding_scale)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """Maps `[T]` ids to `[T, H]`."""
+        embedded = self._look_up(token_ids)
+        return embedded if self._scale is None else embedded.mul_(self._scale)
+
+    def _look_up(self, token_ids: Tensor) -> Tensor:
         if self._communicator.shard.size == 1:
             return F.embedding(token_ids, self.weight)
         is_elsewhere = (token_ids < self._span.start) | (token_ids >= self._span.stop)
@@ -163,9 +198,19 @@ class VocabEmbedding:
 
 
 class VocabHead:
-    """Logits, the vocabulary spread over the ranks and gathered on rank 0."""
+    """Logits, the vocabulary spread over the ranks and gathered on rank 0.
 
-    def __init__(self, weight: Tensor, vocab: int, communicator: Communicator) -> None:
+    Args:
+        weight: `[rows, H]`, this rank's rows and padding below them.
+        vocab: size of the vocabulary.
+        communicator: joins the ranks.
+        soft_cap: bends every logit `x` to `cap · tanh(x / cap)`; None: not bent.
+    """
+
+    def __init__(
+        self, weight: Tensor, vocab: int, communicator: Communicator, soft_cap: float | None
+    ) -> None:
+        self._soft_cap = soft_cap
         self._linear = make_linear(weight, None)
         self._vocab = vocab
         self._communicator = communicator
@@ -173,7 +218,11 @@ class VocabHead:
     def __call__(self, hidden: Tensor) -> Tensor | None:
         """Maps `[N, H]` to `[N, vocab]` on rank 0, to None elsewhere."""
         logits = self._communicator.gather_columns(self._linear(hidden))
-        return None if logits is None else logits[:, : self._vocab]
+        if logits is None:
+            return None
+        if self._soft_cap is not None:
+            logits.div_(self._soft_cap).tanh_().mul_(self._soft_cap)
+        return logits[:, : self._vocab]
 
 
 def load_vocab_rows(context: LoadContext, name: str, vocab: int, hidden: int) -> Tensor:

@@ -86,6 +86,10 @@ class WeightReader:
         target.copy_(piece)
         self.bytes_read += piece.nbytes
 
+    def leave(self, name: str, shape: Sequence[int]) -> None:
+        """Checks a weight that other ranks read and this one has no part of; see `copy_rows`."""
+        self._slice(name, shape)
+
     def finish(self, ignored: Callable[[str], bool]) -> None:
         """Checks that nothing of the checkpoint was left unread, which would mean another model than its config says.
 

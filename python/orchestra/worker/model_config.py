@@ -1,6 +1,6 @@
 """The shape of a model, read from the Hugging Face `config.json` of its checkpoint."""
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,32 +9,51 @@ from typing import Any
 import torch
 
 from orchestra.errors import ConfigError, UnsupportedError
+from orchestra.worker.config_json import natural, number, optional_number, positive, read_json
+from orchestra.worker.families import FAMILIES, Family
+from orchestra.worker.rope_config import RopeConfig, parse_ropes
 
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# What each architecture means where its config.json has no key for it.
-_ARCHITECTURES: dict[str, dict[str, bool]] = {
-    "LlamaForCausalLM": {},
-    "MistralForCausalLM": {},
-    "Qwen2ForCausalLM": {"qkv_bias": True},
-    "Qwen3ForCausalLM": {"qk_norm": True},
-}
+# Of the MLP's gates; `layers` computes them.
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding: the base frequency and how it is stretched to longer contexts."""
+class AttentionRule:
+    """What the tokens of a layer see, and how their scores are made."""
 
-    theta: float = 10_000.0
-    kind: str = "default"
-    """`default`, `linear` or `llama3`."""
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    window: int | None = None
+    """How many tokens, the last ones and itself, a token sees; None: all before it."""
+    scale: float | None = None
+    """Multiplies the scores; None: 1 / √head_dim."""
+    soft_cap: float | None = None
+    """Bends every score `s` to `cap · tanh(s / cap)`; None: not bent."""
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """The experts that take the place of the MLP in some layers or all."""
+
+    count: int
+    per_token: int
+    """Experts that each token goes to."""
+    intermediate_size: int
+    """Of one expert."""
+    is_normalised: bool
+    """Whether the weights of a token's experts are made to add up to 1."""
+    sparse_step: int
+    """Every so many layers there are experts."""
+    dense_layers: frozenset[int]
+    """Where there are none all the same."""
+
+    def is_in(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return (layer + 1) % self.sparse_step == 0 and layer not in self.dense_layers
 
 
 @dataclass(frozen=True)
@@ -52,15 +71,44 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     rope: RopeConfig
+    window_rope: RopeConfig
+    """Of layers with a window; the same in most models."""
+    attention: tuple[AttentionRule, ...]
+    """Of each layer."""
+    activation: str
+    """Of the MLP's gates; one of `ACTIVATIONS`."""
+    norm_offset: float
+    """Added to the weights of norms."""
+    embedding_scale: float | None
+    """Multiplies the embeddings; None: they are taken as they are."""
+    logit_soft_cap: float | None
+    """Bends every logit `x` to `cap · tanh(x / cap)`; None: not bent."""
+    has_joined_projections: bool
+    """Whether query, key and value are one weight in the checkpoint, and gate and up are one."""
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
     """Whether each query and key head is normalised before the rotation."""
+    experts: ExpertConfig | None
+    """None: every layer has one MLP."""
     dtype: torch.dtype
     """Of the checkpoint's weights."""
     eos_token_ids: tuple[int, ...]
+
+    @property
+    def mlp_width(self) -> int:
+        """Numbers that the widest MLP keeps of a token side by side, between its first weight and its last."""
+        if self.experts is None:
+            return self.intermediate_size
+        # Every expert has its own copy of the token too.
+        chosen = self.experts.per_token * (self.experts.intermediate_size + self.hidden_size)
+        return max(self.intermediate_size, chosen)
+
+    def rope_of(self, layer: int) -> RopeConfig:
+        """The rotation of a layer."""
+        return self.rope if self.attention[layer].window is None else self.window_rope
 
     @classmethod
     def from_directory(cls, model_dir: Path) -> "ModelConfig":
@@ -70,9 +118,9 @@ class ModelConfig:
             ConfigError: a file is missing or not JSON, or a value has the wrong type or range.
             UnsupportedError: the model needs something that the worker does not have; the key is named.
         """
-        config = _read_json(model_dir / "config.json")
+        config = read_json(model_dir / "config.json")
         generation = model_dir / "generation_config.json"
-        generation_config = _read_json(generation) if generation.exists() else {}
+        generation_config = read_json(generation) if generation.exists() else {}
         return cls.from_mappings(config, generation_config)
 
     @classmethod
@@ -81,104 +129,141 @@ class ModelConfig:
     ) -> "ModelConfig":
         """Like `from_directory`, of the files' contents."""
         architecture = _architecture(config)
-        _refuse_unsupported(config)
-        flags = _ARCHITECTURES[architecture]
+        family = FAMILIES[architecture]
+        config = {**family.defaults, **config}
+        _refuse_unsupported(config, family)
         attention_bias = bool(config.get("attention_bias"))
-        num_heads = _positive(config, "num_attention_heads")
-        num_kv_heads = _positive(config, "num_key_value_heads", num_heads)
+        num_heads = positive(config, "num_attention_heads")
+        num_kv_heads = positive(config, "num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
             raise ConfigError(
                 f"num_key_value_heads: {num_kv_heads} do not divide {num_heads} attention heads"
             )
-        hidden_size = _positive(config, "hidden_size")
-        head_dim = _positive(config, "head_dim", hidden_size // num_heads)
+        hidden_size = positive(config, "hidden_size")
+        head_dim = positive(config, "head_dim", hidden_size // num_heads)
         if head_dim % 2:
             raise UnsupportedError(f"head_dim: {head_dim} is odd, rotation needs pairs")
+        num_layers = positive(config, "num_hidden_layers")
+        rope, window_rope = parse_ropes(config, head_dim)
         return cls(
             architecture=architecture,
-            vocab_size=_positive(config, "vocab_size"),
+            vocab_size=positive(config, "vocab_size"),
             hidden_size=hidden_size,
-            intermediate_size=_positive(config, "intermediate_size"),
-            num_layers=_positive(config, "num_hidden_layers"),
+            intermediate_size=positive(config, "intermediate_size"),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=_positive(config, "max_position_embeddings"),
-            rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
-            rope=_rope(config),
+            max_position_embeddings=positive(config, "max_position_embeddings"),
+            rms_norm_eps=number(config, "rms_norm_eps", 1e-6),
+            rope=rope,
+            window_rope=window_rope,
+            attention=_attention(config, num_layers, family),
+            activation=_activation(config)[1],
+            norm_offset=family.norm_offset,
+            embedding_scale=math.sqrt(hidden_size) if family.has_scaled_embedding else None,
+            logit_soft_cap=optional_number(config, "final_logit_softcapping"),
+            has_joined_projections=family.has_joined_projections,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=attention_bias or flags.get("qkv_bias", False),
+            qkv_bias=attention_bias or family.qkv_bias,
             o_bias=attention_bias,
             mlp_bias=bool(config.get("mlp_bias")),
-            qk_norm=flags.get("qk_norm", False),
+            qk_norm=family.qk_norm,
+            experts=_experts(config),
             dtype=_dtype(config),
             eos_token_ids=_eos_token_ids(config, generation_config),
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path.name} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path.name} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path.name} must hold a JSON object")
-    return content
-
-
 def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures") or []
-    known = [name for name in names if name in _ARCHITECTURES]
+    known = [name for name in names if name in FAMILIES]
     if not known:
-        expected = ", ".join(_ARCHITECTURES)
+        expected = ", ".join(FAMILIES)
         raise UnsupportedError(f"architectures: {names} has none of {expected}")
     return str(known[0])
 
 
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
     """Names the first key that asks for something the worker would silently get wrong."""
     if config.get("quantization_config") is not None:
         raise UnsupportedError("quantization_config: quantised checkpoints are not supported")
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UnsupportedError(f"hidden_act: {activation!r} is not supported, only 'silu'")
-    has_window = config.get("sliding_window") is not None
-    if has_window and config.get("use_sliding_window", True):
-        raise UnsupportedError(
-            f"sliding_window: {config['sliding_window']} is set, windows are not supported"
-        )
-    kinds = set(config.get("layer_types") or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise UnsupportedError(f"layer_types: {sorted(kinds)}, only 'full_attention' is supported")
+    key, activation = _activation(config)
+    if activation not in ACTIVATIONS:
+        expected = ", ".join(ACTIVATIONS)
+        raise UnsupportedError(f"{key}: {activation!r} is not supported, only {expected}")
+    if config.get("use_bidirectional_attention"):
+        raise UnsupportedError("use_bidirectional_attention: tokens see only those before them")
+    window = config.get("sliding_window")
+    if window is not None and not family.has_windows:
+        raise UnsupportedError(f"sliding_window: {window} is set, this architecture has none")
+    kinds = config.get("layer_types")
+    supported = [_FULL, _SLIDING] if family.has_windows else [_FULL]
+    if kinds is not None:
+        if not isinstance(kinds, list) or len(kinds) != config.get("num_hidden_layers"):
+            raise ConfigError("layer_types: must be a list with a kind for every layer")
+        unknown = [kind for kind in kinds if kind not in supported]
+        if unknown:
+            expected = ", ".join(supported)
+            raise UnsupportedError(f"layer_types: {unknown[0]!r}, supported here are {expected}")
 
 
-def _rope(config: Mapping[str, Any]) -> RopeConfig:
-    # transformers 5 writes `rope_parameters`; before, `rope_theta` stood beside an optional `rope_scaling`.
-    key = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
-    given = config.get(key) or {}
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{key}: must be an object")
-    share = given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if share not in (None, 1.0):
-        raise UnsupportedError(f"partial_rotary_factor: {share} is not supported, only 1.0")
-    theta = _number(given, "rope_theta", config.get("rope_theta", RopeConfig.theta), key)
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind == "default":
-        return RopeConfig(theta)
-    if kind == "linear":
-        return RopeConfig(theta, kind, _number(given, "factor", None, key))
-    if kind == "llama3":
-        return RopeConfig(
-            theta,
-            kind,
-            _number(given, "factor", None, key),
-            _number(given, "low_freq_factor", None, key),
-            _number(given, "high_freq_factor", None, key),
-            int(_number(given, "original_max_position_embeddings", None, key)),
-        )
-    raise UnsupportedError(f"{key}.rope_type: {kind!r}, supported are default, linear and llama3")
+def _activation(config: Mapping[str, Any]) -> tuple[str, Any]:
+    """The key that names the activation, and the name."""
+    key = "hidden_act" if config.get("hidden_activation") is None else "hidden_activation"
+    return key, config.get(key, "silu")
+
+
+def _attention(
+    config: Mapping[str, Any], num_layers: int, family: Family
+) -> tuple[AttentionRule, ...]:
+    divisor = optional_number(config, "query_pre_attn_scalar")
+    scale = None if divisor is None else 1 / math.sqrt(divisor)
+    soft_cap = optional_number(config, "attn_logit_softcapping")
+    windows = _windows(config, num_layers, family)
+    return tuple(AttentionRule(window, scale, soft_cap) for window in windows)
+
+
+def _windows(config: Mapping[str, Any], num_layers: int, family: Family) -> tuple[int | None, ...]:
+    """How many tokens the layers see, one by one."""
+    is_used = family.has_windows and config.get("use_sliding_window", True)
+    if not is_used or config.get("sliding_window") is None:
+        return (None,) * num_layers
+    window = positive(config, "sliding_window")
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        return tuple(window if kind == _SLIDING else None for kind in kinds)
+    # Without a list, the last of every `sliding_window_pattern` layers sees everything (Gemma), or the first
+    # `max_window_layers` do (Qwen), or none does.
+    layers = range(num_layers)
+    if config.get("sliding_window_pattern") is not None:
+        pattern = positive(config, "sliding_window_pattern")
+        return tuple(window if (index + 1) % pattern else None for index in layers)
+    first = natural(config, "max_window_layers", 0)
+    return tuple(window if index >= first else None for index in layers)
+
+
+def _experts(config: Mapping[str, Any]) -> ExpertConfig | None:
+    # Qwen's first files say `num_experts`.
+    key = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
+    if config.get(key) is None:
+        return None
+    count, per_token = positive(config, key), positive(config, "num_experts_per_tok")
+    if per_token > count:
+        raise ConfigError(f"num_experts_per_tok: {per_token} of {count} experts")
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(isinstance(index, int) for index in dense):
+        raise ConfigError("mlp_only_layers: must be a list of layers")
+    return ExpertConfig(
+        count=count,
+        per_token=per_token,
+        intermediate_size=positive(
+            config, "moe_intermediate_size", positive(config, "intermediate_size")
+        ),
+        is_normalised=bool(config.get("norm_topk_prob")),
+        sparse_step=positive(config, "decoder_sparse_step", 1),
+        dense_layers=frozenset(dense),
+    )
 
 
 def _eos_token_ids(
@@ -198,20 +283,3 @@ def _dtype(config: Mapping[str, Any]) -> torch.dtype:
     if name not in _DTYPES:
         raise UnsupportedError(f"dtype: {name!r}, supported are {', '.join(_DTYPES)}")
     return _DTYPES[name]
-
-
-def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{key}: must be a positive integer, is {value!r}")
-    return value
-
-
-def _number(config: Mapping[str, Any], key: str, default: Any, within: str = "") -> float:
-    value = config.get(key)
-    value = default if value is None else value
-    name = f"{within}.{key}" if within else key
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise ConfigError(f"{name}: must be a positive number, is {value!r}")
-    return float(value)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from orchestra.worker.attention import AttentionBackend
-from orchestra.worker.layers import LoadContext, Op, RMSNorm
+from orchestra.worker.layers import LoadContext, Op, RMSNorm, RowParallel
 from orchestra.worker.linear import make_linear
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.rotary import interleave, rotate
@@ -43,7 +43,7 @@ class SelfAttention:
     def load(
         cls, context: LoadContext, name: str, index: int, config: ModelConfig
     ) -> "SelfAttention":
-        """Loads `name` + `.q_proj`, `.k_proj`, `.v_proj` and the head norms where the model has them."""
+        """Loads `name` + `.q_proj`, `.k_proj`, `.v_proj` (or all as `.qkv_proj`), and head norms if there are some."""
         heads = context.communicator.shard.heads(config.num_heads, config.num_kv_heads)
         weight = _load_qkv(context, name, config, heads, "weight")
         bias = _load_qkv(context, name, config, heads, "bias") if config.qkv_bias else None
@@ -66,24 +66,36 @@ class SelfAttention:
         )
 
 
+def load_output(context: LoadContext, name: str, config: ModelConfig) -> RowParallel:
+    """Loads the output projection of this rank's heads, `name` + `.weight`."""
+    heads = context.communicator.shard.heads(config.num_heads, config.num_kv_heads)
+    shape = [config.hidden_size, config.num_heads * config.head_dim]
+    columns = heads.query_rows(config.head_dim)
+    return RowParallel.load(context, name, shape, columns, bias=config.o_bias)
+
+
 def _load_qkv(
     context: LoadContext, name: str, config: ModelConfig, heads: HeadShard, kind: str
 ) -> Tensor:
     """Loads the weight or bias of all three projections, query and key rows in pairs."""
     head_dim = config.head_dim
-    kv = heads.kv_rows(head_dim)
+    query, kv = heads.query_rows(head_dim), heads.kv_rows(head_dim)
     rest = [config.hidden_size] if kind == "weight" else []
-    query_shape = [config.num_heads * head_dim, *rest]
-    kv_shape = [config.num_kv_heads * head_dim, *rest]
-    stacked = context.stacked_rows(
-        [
-            (f"{name}.q_proj.{kind}", query_shape, [heads.query_rows(head_dim)]),
-            (f"{name}.k_proj.{kind}", kv_shape, kv),
-            (f"{name}.v_proj.{kind}", kv_shape, kv),
-        ]
-    )
+    queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    if config.has_joined_projections:
+        runs = [query, *(run.after(queries) for run in kv)]
+        runs += [run.after(queries + keys) for run in kv]
+        stacked = context.rows(f"{name}.qkv_proj.{kind}", [queries + 2 * keys, *rest], runs)
+    else:
+        stacked = context.stacked_rows(
+            [
+                (f"{name}.q_proj.{kind}", [queries, *rest], [query]),
+                (f"{name}.k_proj.{kind}", [keys, *rest], kv),
+                (f"{name}.v_proj.{kind}", [keys, *rest], kv),
+            ]
+        )
     rotated = stacked[: (len(heads.heads) + len(heads.kv_heads)) * head_dim]
-    rotated.copy_(interleave(rotated, head_dim))
+    rotated.copy_(interleave(rotated, head_dim, config.rope.rotary_dim(head_dim)))
     return stacked
 
 
@@ -92,11 +104,12 @@ def _load_head_norms(
 ) -> RMSNorm:
     """One norm for query and key heads together: a row of weights for each."""
     head_dim = config.head_dim
+    rotary_dim = config.rope.rotary_dim(head_dim)
 
     def weight(part: str, count: int) -> Tensor:
         loaded = context.rows(f"{name}.{part}.weight", [head_dim], [Span(0, head_dim)])
-        return interleave(loaded, head_dim).expand(count, head_dim)
+        return interleave(loaded, head_dim, rotary_dim).expand(count, head_dim)
 
     query = weight("q_norm", len(heads.heads))
     key = weight("k_norm", len(heads.kv_heads))
-    return RMSNorm(torch.cat([query, key]), config.rms_norm_eps)
+    return RMSNorm(torch.cat([query, key]), config)

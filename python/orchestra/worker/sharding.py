@@ -16,6 +16,10 @@ class Span:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def after(self, offset: int) -> "Span":
+        """The same range `offset` further on."""
+        return Span(self.start + offset, self.stop + offset)
+
 
 @dataclass(frozen=True)
 class HeadShard:

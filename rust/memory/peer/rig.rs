@@ -57,6 +57,7 @@ pub(crate) fn slab(id: u32, len: u64) -> Arc<Slab> {
         huge_pages: false,
         prefault: true,
         prefault_threads: NonZeroUsize::MIN,
+        numa_node: None,
     };
     Arc::new(Slab::create(SlabId(id), &config).unwrap())
 }

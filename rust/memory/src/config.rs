@@ -27,6 +27,8 @@ pub struct PoolConfig {
     pub prefault: bool,
     /// Threads that touch a new slab.
     pub prefault_threads: NonZeroUsize,
+    /// The NUMA node that slabs come from; the kernel's choice where `None`.
+    pub numa_node: Option<u32>,
 }
 
 impl Default for PoolConfig {
@@ -40,6 +42,7 @@ impl Default for PoolConfig {
             huge_pages: slab.huge_pages,
             prefault: slab.prefault,
             prefault_threads: slab.prefault_threads,
+            numa_node: slab.numa_node,
         }
     }
 }
@@ -83,6 +86,7 @@ impl PoolConfig {
             huge_pages: self.huge_pages,
             prefault: self.prefault,
             prefault_threads: self.prefault_threads,
+            numa_node: self.numa_node,
         }
     }
 }

@@ -9,6 +9,8 @@
     reason = "maps memory and copies in and out of what other processes write"
 )]
 
+mod numa;
+
 use std::{
     ffi::c_void,
     num::NonZeroUsize,
@@ -45,6 +47,8 @@ pub struct SlabConfig {
     pub prefault: bool,
     /// Threads that touch the memory first; 1 touches it on the caller's.
     pub prefault_threads: NonZeroUsize,
+    /// The NUMA node that the memory comes from; the kernel's choice where `None`.
+    pub numa_node: Option<u32>,
 }
 
 impl Default for SlabConfig {
@@ -54,6 +58,7 @@ impl Default for SlabConfig {
             huge_pages: true,
             prefault: true,
             prefault_threads: NonZeroUsize::MIN.saturating_add(3),
+            numa_node: None,
         }
     }
 }
@@ -104,6 +109,7 @@ impl Slab {
             && let Ok(base) = map_aligned(&file, len)
         {
             let slab = Self::over(id, base, len, PageKind::Huge, file);
+            slab.bind(config.numa_node)?;
             // A mapping of huge pages that were never reserved faults with a signal: only `Populate` is safe here.
             if slab.populate(config.prefault_threads).is_ok() {
                 return Ok(slab);
@@ -112,6 +118,7 @@ impl Slab {
         let file = memory_file(len, MemfdFlags::empty())?;
         let base = map_aligned(&file, len)?;
         let mut slab = Self::over(id, base, len, PageKind::Small, file);
+        slab.bind(config.numa_node)?;
         if config.huge_pages && slab.advise(0, len, Advice::LinuxHugepage).is_ok() {
             slab.pages = PageKind::Transparent;
         }
@@ -224,6 +231,10 @@ impl Slab {
         debug_assert!(offset + len <= self.len, "advice stays inside the slab");
         // SAFETY: the range lies inside the mapping, and both advices used here keep the bytes as they are.
         unsafe { madvise(self.base.as_ptr().add(offset).cast::<c_void>(), len, advice) }
+    }
+
+    fn bind(&self, node: Option<u32>) -> Result<(), MemoryError> {
+        node.map_or(Ok(()), |node| numa::bind(self.as_ptr(), self.len, node))
     }
 
     /// Makes the kernel back every page, in parallel: first touch costs more than registering.
@@ -362,6 +373,28 @@ mod tests {
         for len in [0, 1, (2 << 20) + 4096, SLAB_BYTES_MAX + SLAB_ALIGN] {
             let refused = Slab::create(SlabId(0), &small(len));
             assert!(matches!(refused, Err(MemoryError::InvalidField { .. })));
+        }
+    }
+
+    #[test]
+    fn a_node_that_is_not_there_is_refused_and_one_that_is_gives_the_pages() {
+        let on = |node| SlabConfig {
+            numa_node: Some(node),
+            ..small(2 << 20)
+        };
+        for node in [900, 5000] {
+            let refused = Slab::create(SlabId(0), &on(node)).map(drop);
+            let field = "numa_node";
+            assert!(
+                matches!(refused, Err(MemoryError::InvalidField { field: named, .. }) if named == field)
+            );
+        }
+        if std::fs::exists("/sys/devices/system/node/node0").unwrap() {
+            let slab = Slab::create(SlabId(0), &on(0)).unwrap();
+            let start = format!("{:x} ", slab.as_ptr().addr());
+            let maps = std::fs::read_to_string("/proc/self/numa_maps").unwrap_or_default();
+            let line = maps.lines().find(|line| line.starts_with(&start));
+            assert!(line.is_none_or(|line| line.contains("bind:0")), "{line:?}");
         }
     }
 

@@ -57,7 +57,8 @@ impl BufferManager {
     fn create_pool(&self, py: Python<'_>, settings: &Bound<'_, PyDict>) -> PyResult<BlockPool> {
         let settings: PoolSettings = config_from(settings)?;
         let pool = py.detach(|| -> Result<Arc<Pool>, Failure> {
-            let pool = self.hub.manager()?.create_pool(settings.pool()?)?;
+            let created = self.hub.manager()?.create_pool(settings.pool()?);
+            let pool = created.map_err(config::issue)?;
             if let Some(defragmenter) = settings.defragmenter(&pool)? {
                 self.hub.driver.defragment(defragmenter);
             }

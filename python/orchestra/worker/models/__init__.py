@@ -1,6 +1,7 @@
 """Model families: one file each, composed of the shared layers."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -9,7 +10,10 @@ from orchestra.worker.attention import AttentionBackend
 from orchestra.worker.layers import LoadContext
 from orchestra.worker.loader import Progress
 from orchestra.worker.model_config import ModelConfig
-from orchestra.worker.models.llama import Llama
+from orchestra.worker.models.decoder import Decoder, LoadLayer
+from orchestra.worker.models.gemma import GemmaLayer
+from orchestra.worker.models.llama import LlamaLayer
+from orchestra.worker.models.mixture import load_mixtral_layer, load_qwen3_layer
 
 
 class Model(Protocol):
@@ -34,10 +38,17 @@ class Model(Protocol):
 
 Loader = Callable[[LoadContext, ModelConfig, int, Progress], Model]
 
-# The architectures of `model_config` by the file that builds them.
-LOADERS: dict[str, Loader] = {
-    "LlamaForCausalLM": Llama.load,
-    "MistralForCausalLM": Llama.load,
-    "Qwen2ForCausalLM": Llama.load,
-    "Qwen3ForCausalLM": Llama.load,
+# The architectures of `families` by what loads one of their layers.
+_LAYERS: dict[str, LoadLayer] = {
+    "LlamaForCausalLM": LlamaLayer.load,
+    "MistralForCausalLM": LlamaLayer.load,
+    "Qwen2ForCausalLM": LlamaLayer.load,
+    "Qwen3ForCausalLM": LlamaLayer.load,
+    "Phi3ForCausalLM": LlamaLayer.load,
+    "MixtralForCausalLM": load_mixtral_layer,
+    "Qwen3MoeForCausalLM": load_qwen3_layer,
+    "Gemma2ForCausalLM": GemmaLayer.load,
+    "Gemma3ForCausalLM": GemmaLayer.load,
 }
+
+LOADERS: dict[str, Loader] = {name: partial(Decoder.load, load) for name, load in _LAYERS.items()}

@@ -258,18 +258,19 @@ fn whoever_takes_may_be_aborted_and_nothing_is_lost() {
     };
     prefill.engine.allow(0);
     decode.start(StartSequence {
-        kv_source: Some(source(&cluster, 0, true, TIMEOUT_MS)),
+        kv_source: Some(source(&cluster, 0, true, 60_000)),
         ..request(1, 3)
     });
     prefill.start(StartSequence {
-        kv_target: Some(target(&cluster, 1, TIMEOUT_MS)),
+        kv_target: Some(target(&cluster, 1, 60_000)),
         ..request(1, 3)
     });
     eventually("the prompt is being computed", || {
         prefill.engine.agent.stats().steps == 1
     });
     decode.send(abort(1));
-    eventually("the abort is through", || decode.engine.agent.is_idle());
+    // Its blocks come back while the one who computes stands still.
+    decode.engine.wait_until_quiet();
     prefill.engine.allow(u32::MAX);
     assert_eq!(prefill.finish(1).finish_reason(), FinishReason::Prefilled);
     wait_until_quiet(&cluster);

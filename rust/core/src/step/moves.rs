@@ -12,6 +12,9 @@
 //! the caller says that it is quiet. A block that another process reads is held, as a sequence would hold it: never
 //! evicted, never written.
 
+#[cfg(test)]
+mod tests;
+
 use std::{collections::BTreeMap, ops::Range};
 
 use super::{

@@ -85,6 +85,7 @@ fn defragment(pool: &Arc<Pool>) -> f64 {
         bytes_per_second: u64::MAX,
         start_above: 0.0,
         hysteresis: 0.0,
+        look_every: Duration::from_secs(64),
         ..DefragmentConfig::default()
     };
     let mut defragmenter = Defragmenter::new(Arc::clone(pool), config).unwrap();

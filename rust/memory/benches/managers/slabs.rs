@@ -50,7 +50,9 @@ pub(crate) fn measure() {
             let config = SlabConfig {
                 len: BYTES as u64,
                 huge_pages,
+                prefault: true,
                 prefault_threads: threads,
+                ..SlabConfig::default()
             };
             let started = Instant::now();
             let slab = Arc::new(Slab::create(SlabId(round), &config).unwrap());

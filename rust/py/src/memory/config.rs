@@ -175,6 +175,7 @@ pub(super) struct PoolSettings {
     initial_slabs: u32,
     huge_pages: bool,
     prefault_threads: usize,
+    numa_node: Option<u32>,
     defragment_bytes_per_s: u64,
 }
 
@@ -188,6 +189,7 @@ impl Default for PoolSettings {
             initial_slabs: pool.initial_slabs,
             huge_pages: pool.huge_pages,
             prefault_threads: pool.prefault_threads.get(),
+            numa_node: pool.numa_node,
             defragment_bytes_per_s: 0,
         }
     }
@@ -216,6 +218,7 @@ impl PoolSettings {
             huge_pages: self.huge_pages,
             prefault_threads: NonZeroUsize::new(self.prefault_threads)
                 .ok_or_else(|| wrong("prefault_threads", "must be at least 1"))?,
+            numa_node: self.numa_node,
             ..PoolConfig::default()
         };
         config.validate().map_err(issue)?;

@@ -78,6 +78,8 @@ fn defragment(pool: &Arc<Pool>, max_bytes: u64) -> Result<usize, Failure> {
         unit_bytes: usual.unit_bytes.max(pool.config().block_bytes),
         start_above: 0.0,
         hysteresis: 0.0,
+        // In steps: to look at all blocks costs more than to move a few.
+        look_every: Duration::from_secs(64),
         ..usual
     };
     let mut defragmenter = Defragmenter::new(Arc::clone(pool), config)?;
