@@ -24,6 +24,7 @@ CRATE_LAYERS = {
     "orchestra-router": 2,
     "orchestra-py": 3,
     "orchestra-fuzz": 3,
+    "orchestra-joint": 3,
     # Measures and breaks the router from outside: knows nothing of ours.
     "orchestra-rig": 0,
 }
@@ -33,12 +34,19 @@ CRATES_ONLY_IN = {
     "axum": {"orchestra-router"},
     "tokenizers": {"orchestra-router"},
     "minijinja": {"orchestra-router"},
-    "tonic": {"orchestra-proto", "orchestra-cluster", "orchestra-agent", "orchestra-router"},
+    "tonic": {
+        "orchestra-proto",
+        "orchestra-cluster",
+        "orchestra-agent",
+        "orchestra-router",
+        "orchestra-joint",
+    },
     "tokio": {
         "orchestra-cluster",
         "orchestra-agent",
         "orchestra-router",
         "orchestra-py",
+        "orchestra-joint",
         "orchestra-rig",
     },
 }
