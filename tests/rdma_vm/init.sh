@@ -4,7 +4,7 @@
 
 say() { echo "@$*"; }
 
-/bin/busybox mkdir -p /proc /sys /dev /host /extra /scratch /root
+/bin/busybox mkdir -p /proc /sys /dev /host /extra /scratch /tree
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
@@ -17,13 +17,13 @@ mount -t 9p -o $options host /host || say "failed mount host"
 mount -t 9p -o $options extra /extra || say "failed mount extra"
 mount -t tmpfs tmpfs /scratch
 mkdir /scratch/upper /scratch/work
-mount -t overlay -o lowerdir=/extra:/host,upperdir=/scratch/upper,workdir=/scratch/work overlay /root || say "failed mount root"
-for folder in proc sys dev; do mount --move /$folder /root/$folder; done
-mount -t tmpfs tmpfs /root/tmp
-mkdir -p /root/dev/shm
-mount -t tmpfs tmpfs /root/dev/shm
+mount -t overlay -o lowerdir=/extra:/host,upperdir=/scratch/upper,workdir=/scratch/work overlay /tree || say "failed mount tree"
+for folder in proc sys dev; do mount --move /$folder /tree/$folder; done
+mount -t tmpfs tmpfs /tree/tmp
+mkdir -p /tree/dev/shm
+mount -t tmpfs tmpfs /tree/dev/shm
 
-cat > /root/tmp/run.sh <<'RUN'
+cat > /tree/tmp/run.sh <<'RUN'
 counter() { cat "/sys/class/infiniband/rxe0/ports/1/hw_counters/$1"; }
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp
 ip link set lo up
@@ -47,7 +47,7 @@ ORCHESTRA_TEST_VERBS=1 "$MEMLOCK" --test-threads 1 --color never
 echo "@memlock $?"
 echo "@end $(cut -d ' ' -f 1 /proc/uptime)"
 RUN
-cp /settings /root/tmp/settings
-chroot /root /bin/sh /tmp/run.sh
+cp /settings /tree/tmp/settings
+chroot /tree /bin/sh /tmp/run.sh
 sync
 poweroff -f
