@@ -86,7 +86,7 @@ fn defragment(pool: &Arc<Pool>) -> f64 {
         start_above: 0.0,
         hysteresis: 0.0,
         look_every: Duration::from_secs(64),
-        ..DefragmentConfig::default()
+        unit_bytes: DefragmentConfig::default().unit_bytes,
     };
     let mut defragmenter = Defragmenter::new(Arc::clone(pool), config).unwrap();
     let (mut now, mut copied) = (Time::ZERO, 0);

@@ -72,10 +72,10 @@ impl BlockPool {
 /// Moves what is worth it until the budget is spent. The defragmenter's clock is made up: a second between two steps
 /// fills its bucket each time, so that the bytes alone limit it.
 fn defragment(pool: &Arc<Pool>, max_bytes: u64) -> Result<usize, Failure> {
-    let usual = DefragmentConfig::default();
+    let unit_bytes = DefragmentConfig::default().unit_bytes;
     let config = DefragmentConfig {
         bytes_per_second: u64::MAX,
-        unit_bytes: usual.unit_bytes.max(pool.config().block_bytes),
+        unit_bytes: unit_bytes.max(pool.config().block_bytes),
         start_above: 0.0,
         hysteresis: 0.0,
         // In steps: to look at all blocks costs more than to move a few.
