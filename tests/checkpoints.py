@@ -8,6 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
@@ -78,6 +80,18 @@ _LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
 
 _WINDOW = {"use_sliding_window": True, "sliding_window": 21}
 _MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+_LATENT = {
+    "num_key_value_heads": 8,
+    "head_dim": 10,
+    "q_lora_rank": 44,
+    "kv_lora_rank": 36,
+    "qk_rope_head_dim": 10,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 14,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 28,
+}
 
 # Each kind: the configuration class and what differs from the shape above.
 _KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
@@ -152,6 +166,32 @@ _KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             **_WINDOW,
         },
     ),
+    "deepseek2": (
+        DeepseekV2Config,
+        {**_LATENT, "q_lora_rank": None, "n_routed_experts": 6, "first_k_dense_replace": 1},
+    ),
+    "deepseek2-grouped": (
+        DeepseekV2Config,
+        {
+            **_LATENT,
+            "n_routed_experts": 12,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.7,
+        },
+    ),
+    "deepseek3": (
+        DeepseekV3Config,
+        {
+            **_LATENT,
+            "n_routed_experts": 12,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {**_YARN_ROPE, "mscale": 1.0, "mscale_all_dim": 0.7},
+        },
+    ),
     "qwen3-window": (Qwen3Config, {**_WINDOW, "layer_types": _MIXED_LAYERS}),
 }
 KINDS = tuple(_KINDS)
@@ -221,6 +261,6 @@ def write_tokenizer(directory: Path) -> None:
 def _randomise_vectors(model: PreTrainedModel) -> None:
     """Norm weights and biases too: at 1 and 0 a mistake with them would not show."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        for weight in model.state_dict().values():
+            if weight.dim() == 1:
+                weight.add_(torch.randn_like(weight), alpha=0.2)

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from orchestra.errors import ConfigError
+from orchestra.worker.expert_config import ExpertConfig
+from orchestra.worker.expert_router import ExpertRouter
 from orchestra.worker.experts import SparseMLP
 from orchestra.worker.layers import Op
-from orchestra.worker.model_config import ExpertConfig
 from orchestra.worker.parallel import SingleRank
 from tests.worker.conftest import MakeRank
 
@@ -51,25 +52,29 @@ def test_agrees_with_a_loop_over_tokens(
     # With the bias every token wants the same expert first: it computes them all.
     x[:, 0] = x[:, 0].abs() + 0.1
     router[seed % count, 0] += bias
-    config = ExpertConfig(count, min(per_token, count), 1, is_normalised, 1, frozenset())
-    sparse = SparseMLP(router, 0, [expert(number) for number in range(count)], config, SingleRank())
+    config = ExpertConfig(count, min(per_token, count), 1, is_normalised=is_normalised)
+    choose = ExpertRouter(router, None, config)
+    every = [expert(number) for number in range(count)]
+    sparse = SparseMLP(choose, 0, every, None, SingleRank())
     together = sparse(x)
     torch.testing.assert_close(together, by_hand(x, router, config), atol=1e-5, rtol=1e-5)
 
     # The experts of two ranks, some of whom may have none, add up to the same.
     cut = seed % (count + 1)
     parts = [
-        SparseMLP(router, first, [expert(number) for number in own], config, SingleRank())(x)
-        for first, own in ((0, range(cut)), (cut, range(cut, count)))
+        SparseMLP(choose, first, own, None, SingleRank())(x)
+        for first, own in ((0, every[:cut]), (cut, every[cut:]))
     ]
     torch.testing.assert_close(parts[0] + parts[1], together, atol=1e-5, rtol=1e-5)
 
 
 def test_a_token_does_not_depend_on_its_company() -> None:
-    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
-    router = torch.randn(8, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
-    config = ExpertConfig(8, 3, 1, True, 1, frozenset())
-    sparse = SparseMLP(router, 0, [expert(number) for number in range(8)], config, SingleRank())
+    # Whole numbers: a sum of them is the same in every order.
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(-3, 4, (16, 64), generator=generator).bfloat16()
+    router = torch.randint(-3, 4, (8, 64), generator=generator).float() / 64
+    choose = ExpertRouter(router, None, ExpertConfig(8, 3, 1, is_normalised=True))
+    sparse = SparseMLP(choose, 0, [expert(number) for number in range(8)], None, SingleRank())
     whole = sparse(x)
     for size in (2, 6, 16):
         parts = torch.cat([sparse(part) for part in torch.split(x, size)])

@@ -1,11 +1,12 @@
 """Reading slices of safetensors files, and the errors that name the tensor."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from orchestra.errors import ConfigError
 from orchestra.worker.loader import WeightReader
@@ -85,6 +86,18 @@ def test_index_names_a_missing_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match=r"missing: part-1\.safetensors"):
         WeightReader(tmp_path)
+
+
+def test_layers_that_only_draft_are_left(
+    checkpoint: Checkpoints, make_rank: MakeRank, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoint("deepseek3"), tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "model.layers.3.eh_proj.weight": MATRIX}, tmp_path / "model.safetensors")
+    make_rank("deepseek3", model_dir=tmp_path)
+    save_file({**weights, "model.layers.4.eh_proj.weight": MATRIX}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"does not: model\.layers\.4\.eh_proj\.weight"):
+        make_rank("deepseek3", model_dir=tmp_path)
 
 
 def test_model_in_several_files(

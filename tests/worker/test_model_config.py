@@ -1,6 +1,7 @@
 """`config.json` in its spellings, and what is refused by name."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 3}
+LATENT = {"architectures": ["DeepseekV2ForCausalLM"], "num_experts_per_tok": 2}
 
 
 def parse(generation: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
@@ -183,6 +186,28 @@ def test_experts() -> None:
     assert [qwen.is_in(layer) for layer in range(6)] == [False, True, False, False, False, True]
 
 
+def test_latent_attention_has_one_head_in_the_cache() -> None:
+    changes: dict[str, Any] = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 40,
+            "original_max_position_embeddings": 4096,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    }
+    config = parse(**changes)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 1, 576)
+    assert config.rotary_head_dim == 64
+    assert config.rope.attention_factor == 1.0
+    assert config.attention[0].scale == pytest.approx((0.1 * math.log(40) + 1) ** 2 / 192**0.5)
+    assert config.experts is not None
+    assert config.experts.is_in(3)
+    assert not config.experts.is_in(2)
+    assert config.num_draft_layers == 1
+
+
 def test_every_family_has_its_layers_and_a_checkpoint(checkpoint: Checkpoints) -> None:
     assert FAMILIES.keys() == LOADERS.keys()
     made = {ModelConfig.from_directory(checkpoint(kind)).architecture for kind in KINDS}
@@ -201,6 +226,11 @@ def test_end_tokens_come_from_the_generation_config_first() -> None:
         {"architectures": None},
         {"hidden_act": "gelu"},
         {"hidden_activation": "gelu"},
+        {"topk_method": "random", **EXPERTS},
+        {"scoring_func": "tanh", **EXPERTS},
+        {"moe_layer_freq": 2, **EXPERTS},
+        {"attention_bias": True, **LATENT},
+        {"rope_interleave": False, **LATENT},
         {"use_bidirectional_attention": True},
         {"quantization_config": {"quant_method": "gptq"}},
         {"sliding_window": 4096},
@@ -238,7 +268,12 @@ def test_unsupported_models_are_refused_by_key(changes: dict[str, Any]) -> None:
         {"layer_types": ["full_attention"]},
         {"layer_types": "full_attention"},
         {"num_experts_per_tok": 3, "num_experts": 2},
-        {"mlp_only_layers": 3, "num_experts": 2, "num_experts_per_tok": 1},
+        {"mlp_only_layers": 3, **EXPERTS},
+        {"n_group": 3, "topk_method": "noaux_tc", **EXPERTS},
+        {"n_group": 4, "topk_method": "noaux_tc", "num_experts": 4, "num_experts_per_tok": 1},
+        {"topk_group": 3, "n_group": 2, "topk_method": "noaux_tc", **EXPERTS},
+        {"topk_group": 1, "n_group": 2, "topk_method": "noaux_tc", **EXPERTS},
+        {"kv_lora_rank": 0, **LATENT},
         {"eos_token_id": "</s>"},
     ],
     ids=str,

@@ -139,6 +139,7 @@ def script(kind: str, reference: Reference) -> tuple[list[bytes], list[list[int]
     ("kind", "size"),
     [
         *[pytest.param(kind, 2, id=f"{kind}, each rank has its KV head") for kind in FAMILIES],
+        pytest.param("deepseek2-grouped", 4, id="all ranks share the only KV head"),
         pytest.param("llama-biases", 4, id="two ranks share a KV head"),
         pytest.param("llama-tied", 8, id="one head per rank"),
         pytest.param("llama-odd", 3, id="no size but the heads divides"),
@@ -156,6 +157,7 @@ def test_shards_add_up(kind: str, size: int, checkpoint: Checkpoints, reference:
         pytest.param("mixtral", 4, id="one or two experts each"),
         pytest.param("mixtral", 8, id="some ranks have none"),
         pytest.param("qwen3-moe", 2, id="and one layer without"),
+        pytest.param("deepseek3", 2, id="and one for every token"),
     ],
 )
 def test_whole_experts_add_up(

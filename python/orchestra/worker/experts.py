@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 (torch's own customary name)
 
+from orchestra.worker.expert_router import ExpertRouter
 from orchestra.worker.layers import ACTIVATIONS, GatedMLP, LoadContext, Op
 from orchestra.worker.linear import make_linear
 from orchestra.worker.loader import empty_weight
-from orchestra.worker.model_config import ExpertConfig, ModelConfig
+from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.parallel import Communicator
 from orchestra.worker.sharding import Span
 
@@ -30,54 +30,59 @@ class SparseMLP:
     No expert has a limit of tokens, so none is ever dropped.
 
     Args:
-        router: `[experts, H]`, whole on every rank: all ranks make the same choice.
+        router: the same on every rank.
         first: number of the rank's first expert.
         experts: the rank's, in order; each maps `[n, H]` to this rank's part of the sum over the ranks.
-        config: how many experts a token goes to, and how they are weighted.
+        shared: the same, for every token; None: there is none.
         communicator: joins the ranks.
     """
 
     def __init__(
         self,
-        router: Tensor,
+        router: ExpertRouter,
         first: int,
         experts: Sequence[Op],
-        config: ExpertConfig,
+        shared: Op | None,
         communicator: Communicator,
     ) -> None:
         self._router = router
         self._own = slice(first, first + len(experts))
         self._experts = experts
-        self._config = config
+        self._shared = shared
         self._communicator = communicator
 
     @classmethod
     def load(
         cls, context: LoadContext, name: str, config: ModelConfig, names: ExpertNames
     ) -> "SparseMLP":
-        """Loads `name` + `.gate` and `.experts.<number>`."""
+        """Loads `name` + `.gate`, `.experts.<number>` and, where the model has them, `.shared_experts`."""
         experts, shard = config.experts, context.communicator.shard
         assert experts is not None
-        router = context.rows(f"{name}.gate.weight", [experts.count, config.hidden_size])
-        own, inside = Span(0, experts.count), shard.span(experts.intermediate_size)
+        router = ExpertRouter.load(context, f"{name}.gate", config.hidden_size, experts)
+        size = experts.intermediate_size
+        own, inside = Span(0, experts.count), shard.span(size)
         if context.expert_parallel:
-            own, inside = shard.span(experts.count), Span(0, experts.intermediate_size)
+            own, inside = shard.span(experts.count), Span(0, size)
         loaded = []
         for number in range(experts.count):
-            expert = _Expert(f"{name}.experts.{number}", config, names)
+            expert = _Expert(f"{name}.experts.{number}", size, config, names)
             if own.start <= number < own.stop:
                 loaded.append(expert.load(context, inside))
             else:
                 expert.leave(context)
-        return cls(router, own.start, loaded, experts, context.communicator)
+        shared = None
+        if experts.shared_size:
+            together = _Expert(f"{name}.shared_experts", experts.shared_size, config, names)
+            shared = together.load(context, shard.span(experts.shared_size))
+        return cls(router, own.start, loaded, shared, context.communicator)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Maps `[T, H]` to `[T, H]`."""
-        weights, chosen = self._route(x)
+        weights, chosen = self._router(x)
         tokens, picks = chosen.shape
         # All pairs of token and pick, sorted by expert: what one expert computes is one run of rows.
         flat = chosen.flatten()
-        counts = torch.bincount(flat, minlength=self._config.count).tolist()
+        counts = torch.bincount(flat, minlength=self._router.config.count).tolist()
         before, runs = sum(counts[: self._own.start]), counts[self._own]
         order = flat.argsort(stable=True)[before : before + sum(runs)]
         inputs = torch.split(x.index_select(0, order // picks), runs)
@@ -87,25 +92,18 @@ class SparseMLP:
         if parts:
             outputs.index_copy_(0, order, torch.cat(parts))
         y = torch.bmm(weights.unsqueeze(1), outputs.view(tokens, picks, -1)).squeeze(1)
+        if self._shared is not None:
+            y.add_(self._shared(x))
         if self._communicator.shard.size > 1:
             self._communicator.all_reduce(y)
         return y
-
-    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights (in the numbers of `x`) and indices of each token's experts, both `[T, picks]`."""
-        probabilities = F.linear(x, self._router).softmax(-1, dtype=torch.float32)
-        weights, chosen = probabilities.topk(self._config.per_token, dim=-1)
-        if self._config.is_normalised:
-            weights /= weights.sum(-1, keepdim=True)
-        return weights.to(x.dtype), chosen
 
 
 class _Expert:
     """One expert in the checkpoint."""
 
-    def __init__(self, name: str, config: ModelConfig, names: ExpertNames) -> None:
-        assert config.experts is not None
-        shape = [config.experts.intermediate_size, config.hidden_size]
+    def __init__(self, name: str, size: int, config: ModelConfig, names: ExpertNames) -> None:
+        shape = [size, config.hidden_size]
         self._activation = ACTIVATIONS[config.activation]
         self._inner = [(f"{name}.{part}.weight", shape) for part in (names.gate, names.up)]
         self._down = (f"{name}.{names.down}.weight", shape[::-1])

@@ -21,6 +21,8 @@ class Family:
     """Whether query, key and value are one weight in the checkpoint, and gate and up are one."""
     has_scaled_embedding: bool = False
     """Whether embeddings are multiplied by √hidden_size."""
+    is_latent: bool = False
+    """Whether keys and values are compressed into one vector per token."""
     norm_offset: float = 0.0
     """Added to the weights of norms."""
 
@@ -33,6 +35,13 @@ _GEMMA = {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
     "tie_word_embeddings": True,
+}
+_DEEPSEEK = {
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
 }
 
 FAMILIES: dict[str, Family] = {
@@ -85,5 +94,27 @@ FAMILIES: dict[str, Family] = {
         has_windows=True,
         has_scaled_embedding=True,
         norm_offset=1.0,
+    ),
+    "DeepseekV2ForCausalLM": Family(
+        {**_DEEPSEEK, "n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407},
+        is_latent=True,
+    ),
+    "DeepseekV3ForCausalLM": Family(
+        {
+            **_DEEPSEEK,
+            "n_routed_experts": 256,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 2048,
+            "num_experts_per_tok": 8,
+            "n_group": 8,
+            "topk_group": 4,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "first_k_dense_replace": 3,
+            "num_nextn_predict_layers": 1,
+        },
+        is_latent=True,
     ),
 }

@@ -10,7 +10,9 @@ import torch
 
 from orchestra.errors import ConfigError, UnsupportedError
 from orchestra.worker.config_json import natural, number, optional_number, positive, read_json
+from orchestra.worker.expert_config import ExpertConfig, parse_experts
 from orchestra.worker.families import FAMILIES, Family
+from orchestra.worker.latent_config import LatentConfig, parse_latent
 from orchestra.worker.rope_config import RopeConfig, parse_ropes
 
 _DTYPES = {
@@ -33,27 +35,6 @@ class AttentionRule:
     """Multiplies the scores; None: 1 / √head_dim."""
     soft_cap: float | None = None
     """Bends every score `s` to `cap · tanh(s / cap)`; None: not bent."""
-
-
-@dataclass(frozen=True)
-class ExpertConfig:
-    """The experts that take the place of the MLP in some layers or all."""
-
-    count: int
-    per_token: int
-    """Experts that each token goes to."""
-    intermediate_size: int
-    """Of one expert."""
-    is_normalised: bool
-    """Whether the weights of a token's experts are made to add up to 1."""
-    sparse_step: int
-    """Every so many layers there are experts."""
-    dense_layers: frozenset[int]
-    """Where there are none all the same."""
-
-    def is_in(self, layer: int) -> bool:
-        """Whether a layer has experts."""
-        return (layer + 1) % self.sparse_step == 0 and layer not in self.dense_layers
 
 
 @dataclass(frozen=True)
@@ -93,6 +74,10 @@ class ModelConfig:
     """Whether each query and key head is normalised before the rotation."""
     experts: ExpertConfig | None
     """None: every layer has one MLP."""
+    latent: LatentConfig | None
+    """None: every KV head has keys and values of its own. Else all heads share one of `head_dim` elements."""
+    num_draft_layers: int
+    """Layers behind the last one that only help to draft tokens; the worker does not run them."""
     dtype: torch.dtype
     """Of the checkpoint's weights."""
     eos_token_ids: tuple[int, ...]
@@ -104,7 +89,12 @@ class ModelConfig:
             return self.intermediate_size
         # Every expert has its own copy of the token too.
         chosen = self.experts.per_token * (self.experts.intermediate_size + self.hidden_size)
-        return max(self.intermediate_size, chosen)
+        return max(self.intermediate_size, chosen + self.experts.shared_size)
+
+    @property
+    def rotary_head_dim(self) -> int:
+        """Elements of a head that the rotation covers, those that it leaves alone included."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
 
     def rope_of(self, layer: int) -> RopeConfig:
         """The rotation of a layer."""
@@ -140,11 +130,13 @@ class ModelConfig:
                 f"num_key_value_heads: {num_kv_heads} do not divide {num_heads} attention heads"
             )
         hidden_size = positive(config, "hidden_size")
+        latent = parse_latent(config) if family.is_latent else None
         head_dim = positive(config, "head_dim", hidden_size // num_heads)
-        if head_dim % 2:
-            raise UnsupportedError(f"head_dim: {head_dim} is odd, rotation needs pairs")
+        rotary_head_dim = head_dim if latent is None else latent.rope_dim
+        if rotary_head_dim % 2:
+            raise UnsupportedError(f"head_dim: {rotary_head_dim} is odd, rotation needs pairs")
         num_layers = positive(config, "num_hidden_layers")
-        rope, window_rope = parse_ropes(config, head_dim)
+        rope, window_rope = parse_ropes(config, rotary_head_dim)
         return cls(
             architecture=architecture,
             vocab_size=positive(config, "vocab_size"),
@@ -152,13 +144,13 @@ class ModelConfig:
             intermediate_size=positive(config, "intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
+            num_kv_heads=num_kv_heads if latent is None else 1,
+            head_dim=head_dim if latent is None else latent.cached_dim,
             max_position_embeddings=positive(config, "max_position_embeddings"),
             rms_norm_eps=number(config, "rms_norm_eps", 1e-6),
             rope=rope,
             window_rope=window_rope,
-            attention=_attention(config, num_layers, family),
+            attention=_attention(config, family, _scale(config, latent, rope)),
             activation=_activation(config)[1],
             norm_offset=family.norm_offset,
             embedding_scale=math.sqrt(hidden_size) if family.has_scaled_embedding else None,
@@ -169,7 +161,9 @@ class ModelConfig:
             o_bias=attention_bias,
             mlp_bias=bool(config.get("mlp_bias")),
             qk_norm=family.qk_norm,
-            experts=_experts(config),
+            latent=latent,
+            num_draft_layers=natural(config, "num_nextn_predict_layers", 0),
+            experts=parse_experts(config),
             dtype=_dtype(config),
             eos_token_ids=_eos_token_ids(config, generation_config),
         )
@@ -215,13 +209,21 @@ def _activation(config: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def _attention(
-    config: Mapping[str, Any], num_layers: int, family: Family
+    config: Mapping[str, Any], family: Family, scale: float | None
 ) -> tuple[AttentionRule, ...]:
-    divisor = optional_number(config, "query_pre_attn_scalar")
-    scale = None if divisor is None else 1 / math.sqrt(divisor)
     soft_cap = optional_number(config, "attn_logit_softcapping")
-    windows = _windows(config, num_layers, family)
+    windows = _windows(config, positive(config, "num_hidden_layers"), family)
     return tuple(AttentionRule(window, scale, soft_cap) for window in windows)
+
+
+def _scale(
+    config: Mapping[str, Any], latent: LatentConfig | None, rope: RopeConfig
+) -> float | None:
+    """What multiplies the scores; None: 1 / √head_dim."""
+    if latent is not None:
+        return rope.score_factor / math.sqrt(latent.query_dim)
+    divisor = optional_number(config, "query_pre_attn_scalar")
+    return None if divisor is None else 1 / math.sqrt(divisor)
 
 
 def _windows(config: Mapping[str, Any], num_layers: int, family: Family) -> tuple[int | None, ...]:
@@ -241,29 +243,6 @@ def _windows(config: Mapping[str, Any], num_layers: int, family: Family) -> tupl
         return tuple(window if (index + 1) % pattern else None for index in layers)
     first = natural(config, "max_window_layers", 0)
     return tuple(window if index >= first else None for index in layers)
-
-
-def _experts(config: Mapping[str, Any]) -> ExpertConfig | None:
-    # Qwen's first files say `num_experts`.
-    key = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
-    if config.get(key) is None:
-        return None
-    count, per_token = positive(config, key), positive(config, "num_experts_per_tok")
-    if per_token > count:
-        raise ConfigError(f"num_experts_per_tok: {per_token} of {count} experts")
-    dense = config.get("mlp_only_layers") or []
-    if not isinstance(dense, list) or not all(isinstance(index, int) for index in dense):
-        raise ConfigError("mlp_only_layers: must be a list of layers")
-    return ExpertConfig(
-        count=count,
-        per_token=per_token,
-        intermediate_size=positive(
-            config, "moe_intermediate_size", positive(config, "intermediate_size")
-        ),
-        is_normalised=bool(config.get("norm_topk_prob")),
-        sparse_step=positive(config, "decoder_sparse_step", 1),
-        dense_layers=frozenset(dense),
-    )
 
 
 def _eos_token_ids(

@@ -24,6 +24,8 @@ class RopeConfig:
     original_max_position_embeddings: int = 8192
     attention_factor: float = 1.0
     """Multiplies every rotated query and key (`yarn` and `longrope`)."""
+    score_factor: float = 1.0
+    """Multiplies the scores of latent attention (`yarn` with `mscale_all_dim`)."""
     low_freq_factor: float = 1.0
     """Of `llama3`: rotations with at most so many turns in the original context are slowed down wholly."""
     high_freq_factor: float = 4.0
@@ -125,14 +127,19 @@ def _stretched(
         beta_fast=number(given, "beta_fast", RopeConfig.beta_fast, key),
         beta_slow=number(given, "beta_slow", RopeConfig.beta_slow, key),
         truncate=bool(given.get("truncate", True)),
+        score_factor=_growth(given, factor, "mscale_all_dim", key) ** 2,
     )
 
 
 def _yarn_attention_factor(given: Mapping[str, Any], factor: float, key: str) -> float:
-    """0.1 · ln(factor) + 1, as the paper recommends (Peng et al., 2023, equation 22), or a model's own variant."""
-    scale = optional_number(given, "mscale", key)
-    scale_all = optional_number(given, "mscale_all_dim", key)
-    growth = 0.1 * math.log(max(factor, 1.0))
-    if scale is not None and scale_all is not None:
-        return (growth * scale + 1) / (growth * scale_all + 1)
-    return growth + 1
+    """0.1 · ln(factor) + 1, as the paper recommends (Peng et al., 2023, equation 22), or DeepSeek's variant."""
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        growth = _growth(given, factor, "mscale", key)
+        return growth / _growth(given, factor, "mscale_all_dim", key)
+    return 0.1 * math.log(max(factor, 1.0)) + 1
+
+
+def _growth(given: Mapping[str, Any], factor: float, name: str, key: str) -> float:
+    """0.1 · m · ln(factor) + 1; 1 where `m` is 0 or missing."""
+    scale = number(given, name, None, key) if given.get(name) else 0.0
+    return 0.1 * scale * math.log(max(factor, 1.0)) + 1

@@ -11,6 +11,7 @@ from orchestra.worker.layers import LoadContext
 from orchestra.worker.loader import Progress
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.models.decoder import Decoder, LoadLayer
+from orchestra.worker.models.deepseek import DeepseekLayer
 from orchestra.worker.models.gemma import GemmaLayer
 from orchestra.worker.models.llama import LlamaLayer
 from orchestra.worker.models.mixture import load_mixtral_layer, load_qwen3_layer
@@ -47,6 +48,8 @@ _LAYERS: dict[str, LoadLayer] = {
     "Phi3ForCausalLM": LlamaLayer.load,
     "MixtralForCausalLM": load_mixtral_layer,
     "Qwen3MoeForCausalLM": load_qwen3_layer,
+    "DeepseekV2ForCausalLM": DeepseekLayer.load,
+    "DeepseekV3ForCausalLM": DeepseekLayer.load,
     "Gemma2ForCausalLM": GemmaLayer.load,
     "Gemma3ForCausalLM": GemmaLayer.load,
 }

@@ -90,11 +90,13 @@ class Decoder:
         if not config.tie_word_embeddings:
             weight = load_vocab_rows(context, "lm_head.weight", vocab, hidden)
         head = VocabHead(weight, vocab, context.communicator, config.logit_soft_cap)
-        context.reader.finish(_is_ignored)
+        drafts = range(config.num_layers, config.num_layers + config.num_draft_layers)
+        unread = tuple(f"model.layers.{index}." for index in drafts)
+        context.reader.finish(lambda name: name.startswith(unread) or _is_ignored(name))
         progress(parts, parts)
         ropes = [config.rope_of(index) for index in range(config.num_layers)]
         tables = {
-            rope: RotaryTable(rope, config.head_dim, max_positions, context.device)
+            rope: RotaryTable(rope, config.rotary_head_dim, max_positions, context.device)
             for rope in set(ropes)
         }
         return cls(embedding, layers, norm, head, [tables[rope] for rope in ropes])
