@@ -4,7 +4,7 @@ use std::{num::NonZeroUsize, time::Duration};
 
 use crate::{
     error::MemoryError,
-    slab::{SLAB_ALIGN, SLAB_BYTES_MAX, SlabConfig},
+    slab::{SLAB_ALIGN, SLAB_BYTES_UNREGISTERED_MAX, SlabConfig},
 };
 
 /// The most slots that a pool may have: numbers of slots and lengths of runs fit in 31 bits.
@@ -15,7 +15,8 @@ const SLOTS_MAX: u64 = 1 << 30;
 pub struct PoolConfig {
     /// Bytes of a block: at least 1, at most a slab.
     pub block_bytes: u64,
-    /// Bytes of a slab: a multiple of 2 MiB, at most 4 GiB. A rest that holds no whole block stays unused.
+    /// Bytes of a slab: a multiple of 2 MiB, at most 4 GiB where a transport registers it with a card, else 1 TiB. A
+    /// rest that holds no whole block stays unused.
     pub slab_bytes: u64,
     /// Slabs made at once. Peers know those that exist when they connect.
     pub initial_slabs: u32,
@@ -53,9 +54,9 @@ impl PoolConfig {
         let refuse = |field, expected| Err(MemoryError::InvalidField { field, expected });
         if self.slab_bytes == 0
             || !self.slab_bytes.is_multiple_of(SLAB_ALIGN)
-            || self.slab_bytes > SLAB_BYTES_MAX
+            || self.slab_bytes > SLAB_BYTES_UNREGISTERED_MAX
         {
-            return refuse("slab_bytes", "a positive multiple of 2 MiB, at most 4 GiB");
+            return refuse("slab_bytes", "a positive multiple of 2 MiB, at most 1 TiB");
         }
         if self.block_bytes == 0 || self.block_bytes > self.slab_bytes {
             return refuse("block_bytes", "at least 1 and at most slab_bytes");

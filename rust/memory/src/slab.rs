@@ -30,6 +30,8 @@ use crate::{error::MemoryError, transport::SlabId};
 pub const SLAB_ALIGN: u64 = 2 << 20;
 /// The most that one registration should hold: some cards lose throughput above it.
 pub const SLAB_BYTES_MAX: u64 = 4 << 30;
+/// The most that a slab may hold where no card registers it.
+pub const SLAB_BYTES_UNREGISTERED_MAX: u64 = 1 << 40;
 /// What a prefaulting thread touches at a time.
 const PREFAULT_CHUNK: usize = 64 << 20;
 /// The smallest page that is touched where the kernel does not populate for us.
@@ -38,7 +40,7 @@ const SMALL_PAGE: usize = 4096;
 /// How a slab is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlabConfig {
-    /// Size in bytes: a positive multiple of 2 MiB, at most 4 GiB.
+    /// Size in bytes: a positive multiple of 2 MiB, at most 1 TiB. Transports may want less.
     pub len: u64,
     /// Whether to try huge pages; small ones are the fallback, never an error.
     pub huge_pages: bool,
@@ -95,11 +97,11 @@ unsafe impl Sync for Slab {}
 impl Slab {
     /// Maps and touches a slab.
     pub fn create(id: SlabId, config: &SlabConfig) -> Result<Self, MemoryError> {
-        if config.len == 0 || !config.len.is_multiple_of(SLAB_ALIGN) || config.len > SLAB_BYTES_MAX
-        {
+        let is_whole = config.len > 0 && config.len.is_multiple_of(SLAB_ALIGN);
+        if !is_whole || config.len > SLAB_BYTES_UNREGISTERED_MAX {
             return Err(MemoryError::InvalidField {
                 field: "slab_bytes",
-                expected: "a positive multiple of 2 MiB, at most 4 GiB",
+                expected: "a positive multiple of 2 MiB, at most 1 TiB",
             });
         }
         let len = config.len as usize;
@@ -370,7 +372,12 @@ mod tests {
 
     #[test]
     fn a_size_that_no_registration_should_have_is_refused() {
-        for len in [0, 1, (2 << 20) + 4096, SLAB_BYTES_MAX + SLAB_ALIGN] {
+        for len in [
+            0,
+            1,
+            (2 << 20) + 4096,
+            SLAB_BYTES_UNREGISTERED_MAX + SLAB_ALIGN,
+        ] {
             let refused = Slab::create(SlabId(0), &small(len));
             assert!(matches!(refused, Err(MemoryError::InvalidField { .. })));
         }

@@ -14,7 +14,7 @@ use std::{os::fd::BorrowedFd, sync::Arc, time::Duration};
 
 use crate::{
     error::{MemoryError, TransferError},
-    slab::Slab,
+    slab::{SLAB_BYTES_MAX, Slab},
 };
 
 /// A slab of this process; also the name by which its peers call it.
@@ -126,6 +126,11 @@ pub trait Transport: Send + Sync {
     /// Does work for at most about `budget`; returns how many things moved. Called by the manager's own progress
     /// loop: no thread of a transport may spin.
     fn progress(&self, budget: Duration) -> usize;
+
+    /// The largest slab that it should be given. Registering with a card sets the default.
+    fn slab_bytes_max(&self) -> u64 {
+        SLAB_BYTES_MAX
+    }
 
     /// Readable when [`progress`](Self::progress) has something to do that came from outside, for the caller's loop
     /// to sleep on; none where the transport cannot tell. Work of this side's own is not counted: after a

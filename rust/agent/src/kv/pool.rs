@@ -18,7 +18,7 @@ use orchestra_core::{BlockId, Time, config::ConfigIssue};
 use orchestra_memory::{
     BlockHandle, BlockSet, BufferManager, ManagerConfig, MemoryError, PeerId, Pool, PoolConfig,
     Slab, Transport,
-    slab::{SLAB_ALIGN, SLAB_BYTES_MAX},
+    slab::{SLAB_ALIGN, SLAB_BYTES_UNREGISTERED_MAX},
     transport::{
         shm::ShmTransport,
         tcp::{TcpConfig, TcpTransport},
@@ -94,10 +94,12 @@ impl KvPoolConfig {
             let message = format!("must have 1 to {LAYOUT_BYTES_MAX} bytes");
             issues.push(ConfigIssue::new("layout", message));
         }
-        if self.bytes().is_none_or(|bytes| bytes > SLAB_BYTES_MAX) {
+        if self
+            .bytes()
+            .is_none_or(|bytes| bytes > SLAB_BYTES_UNREGISTERED_MAX)
+        {
             let message = format!(
-                "{} blocks of {} layers and {} bytes each must fit in {SLAB_BYTES_MAX} bytes, which one \
-                 registration may have",
+                "{} blocks of {} layers and {} bytes each must fit in {SLAB_BYTES_UNREGISTERED_MAX} bytes",
                 self.num_blocks, self.num_layers, self.layer_block_bytes
             );
             issues.push(ConfigIssue::new("num_blocks", message));
@@ -165,7 +167,7 @@ impl KvPool {
             ..ManagerConfig::default()
         };
         let manager = BufferManager::new(LOCAL, limits, open(&config)?)?;
-        let bytes = config.bytes().unwrap_or(SLAB_BYTES_MAX);
+        let bytes = config.bytes().unwrap_or(SLAB_BYTES_UNREGISTERED_MAX);
         let pool = manager.create_pool(PoolConfig {
             block_bytes: config.layer_block_bytes,
             slab_bytes: bytes.next_multiple_of(SLAB_ALIGN),
@@ -382,6 +384,23 @@ mod tests {
     }
 
     #[test]
+    fn a_cache_may_be_larger_than_what_a_card_registers() {
+        let pool = KvPool::new(KvPoolConfig {
+            num_blocks: 5000,
+            layer_block_bytes: 300 << 10,
+            ..config()
+        });
+        let pool = pool.unwrap();
+        assert!(pool.len() > 4 << 30);
+        for (layer, block) in [(0, BlockId(0)), (2, BlockId(4999))] {
+            pool.write(layer, block, &[7]).unwrap();
+            let mut byte = [0];
+            pool.read(layer, block, &mut byte).unwrap();
+            assert_eq!(byte, [7]);
+        }
+    }
+
+    #[test]
     fn what_no_pool_can_be_is_refused_with_every_reason() {
         let keys = |config: KvPoolConfig| match KvPool::new(config) {
             Err(KvPoolError::InvalidConfig(issues)) => {
@@ -395,7 +414,7 @@ mod tests {
             ["num_layers", "num_blocks", "layer_block_bytes", "layout"]
         );
         let large: Vec<String> = keys(KvPoolConfig {
-            num_blocks: 5_000_000,
+            num_blocks: u32::MAX,
             ..config()
         });
         assert_eq!(large, ["num_blocks"]);

@@ -16,6 +16,11 @@ impl BufferManager {
     /// Makes a pool and registers its first slabs with every transport.
     pub fn create_pool(&self, config: PoolConfig) -> Result<Arc<Pool>, MemoryError> {
         config.validate()?;
+        let mut limits = self.transports.iter().map(|one| one.slab_bytes_max());
+        if limits.any(|limit| config.slab_bytes > limit) {
+            let (field, expected) = ("slab_bytes", "at most 4 GiB where a card registers it");
+            return Err(MemoryError::InvalidField { field, expected });
+        }
         if self.config.memlock == MemlockPolicy::Require {
             let state = self.state.lock();
             let pools: u64 = state

@@ -45,7 +45,7 @@ use super::{
 };
 use crate::{
     error::{MemoryError, TransferError},
-    slab::Slab,
+    slab::{SLAB_BYTES_UNREGISTERED_MAX, Slab},
 };
 
 const KIND: u8 = 1;
@@ -233,6 +233,10 @@ impl Transport for ShmTransport {
 
     fn is_one_sided(&self) -> bool {
         true
+    }
+
+    fn slab_bytes_max(&self) -> u64 {
+        SLAB_BYTES_UNREGISTERED_MAX
     }
 
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {

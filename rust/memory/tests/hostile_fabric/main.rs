@@ -115,3 +115,16 @@ fn the_random_runs_reach_the_rare_paths() {
     assert!(seen.stale_arrivals > 3 && seen.expired > 3, "{seen:?}");
     assert!(seen.came_back_from_quarantine > 3, "{seen:?}");
 }
+
+#[test]
+fn a_slab_that_a_card_registers_has_a_limit() {
+    assert_eq!(
+        world::largest_slab(4 << 30),
+        None,
+        "a transport registers with a card unless it says otherwise"
+    );
+    assert_eq!(
+        world::largest_slab((4 << 30) + (2 << 20)),
+        Some("slab_bytes")
+    );
+}

@@ -94,6 +94,21 @@ fn pattern(tag: u64) -> Vec<u8> {
     bytes
 }
 
+/// The field that a manager refuses where a pool has slabs of this size; none of it is touched.
+pub(crate) fn largest_slab(slab_bytes: u64) -> Option<&'static str> {
+    let transport = Arc::new(Fabric::default().end(0));
+    let manager = BufferManager::new(PeerId(0), ManagerConfig::default(), vec![transport]);
+    let pool = manager.unwrap().create_pool(PoolConfig {
+        slab_bytes,
+        prefault: false,
+        ..PoolConfig::default()
+    });
+    match pool {
+        Err(MemoryError::InvalidField { field, .. }) => Some(field),
+        other => other.map(|_| None).unwrap(),
+    }
+}
+
 fn node(fabric: &Fabric, at: usize) -> Node {
     let config = ManagerConfig {
         // Three blocks: most transfers are posted in parts.
