@@ -12,9 +12,11 @@ safe to call from any thread, and free the interpreter while they move bytes or 
 promised about a block, and docs/transports.md what each transport can prove.
 """
 
+import atexit
 import site
 import sysconfig
 import time
+import weakref
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,6 +81,7 @@ class BufferManager:
             config["tcp_advertise"] = tcp_advertise
         self._core = _core.BufferManager(config)
         self._doorbells = Doorbells()
+        _open.add(self)
 
     def create_pool(self, **settings: int | bool) -> BlockPool:
         """Makes a pool and registers its first slabs with every transport.
@@ -239,6 +242,16 @@ class BufferManager:
     def _transport(self, name: str | None) -> str:
         """A transport as the core calls it: without its backend."""
         return self._core.transports[0] if name is None else name.partition(":")[0]
+
+
+_open: weakref.WeakSet[BufferManager] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Ends the threads that drive managers: what libraries take down at exit must not be at work then."""
+    for manager in list(_open):
+        manager.close()
 
 
 class Transfer:

@@ -5,6 +5,8 @@ import contextlib
 import gc
 import importlib.util
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
@@ -435,3 +437,15 @@ def test_a_peer_killed_under_nixl_is_gone_once_that_is_confirmed(two: Two) -> No
     two.manager.confirm_gone(THEM)
     source.free()
     two.all_come_back()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_program_may_end_with_a_manager_open(transport: str) -> None:
+    script = f"""
+from orchestra import BufferManager
+manager = BufferManager(transports=[{transport!r}])
+blocks = manager.create_pool(block_bytes=4096, max_bytes=2 << 20).alloc(1)
+view = blocks.memoryview(0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], timeout=50, check=False)
+    assert done.returncode == 0
