@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,6 +53,7 @@ def textbook(query: Tensor, key: Tensor, value: Tensor, first: int, rule: Attent
     group=st.integers(1, 3),
     waste=st.sampled_from([0, attention_layout.PADDED_TOKENS_FREE]),
     mask_limit=st.sampled_from([600, attention_layout.MASK_NUMBERS_MAX]),
+    causal=st.sampled_from([{"cpu"}, attention_layout.CAUSAL_DEVICES]),
     rule=rules,
     seed=st.integers(0, 1000),
 )
@@ -62,6 +64,7 @@ def test_agrees_with_the_textbook(
     group: int,
     waste: int,
     mask_limit: int,
+    causal: set[str],
     rule: AttentionRule,
     seed: int,
 ) -> None:
@@ -103,9 +106,8 @@ def test_agrees_with_the_textbook(
             run(builder.plan({name: cached}), [name])
     with_new = {name: new for name, (_, new) in zip(names, batch, strict=True)}
     in_order = sorted(names, key=lambda name: with_new[name] > 1)
-    original = attention_layout.PADDED_TOKENS_FREE, attention_layout.MASK_NUMBERS_MAX
-    attention_layout.PADDED_TOKENS_FREE, attention_layout.MASK_NUMBERS_MAX = waste, mask_limit
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_layout, "PADDED_TOKENS_FREE", waste)
+        patch.setattr(attention_layout, "MASK_NUMBERS_MAX", mask_limit)
+        patch.setattr(attention_layout, "CAUSAL_DEVICES", causal)
         run(builder.plan(with_new), in_order)
-    finally:
-        attention_layout.PADDED_TOKENS_FREE, attention_layout.MASK_NUMBERS_MAX = original

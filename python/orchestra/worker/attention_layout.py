@@ -17,6 +17,10 @@ PADDED_TOKENS_FREE = 512
 # Largest mask of one call, numbers (with a soft cap: of its scores): longer chunks are computed in pieces.
 MASK_NUMBERS_MAX = 1 << 22
 
+# Where whole prompts go through torch's own causal attention. On the CPU it gains next to nothing over the masked one,
+# and adds up in another order: in bf16 a prompt's logits, and a token's experts, would depend on how it is cut.
+CAUSAL_DEVICES = {"cuda"}
+
 Int64Array = NDArray[np.int64]
 
 
@@ -45,7 +49,7 @@ class StepLayout:
 
     cached: list[CachedPart]
     fresh: list[slice]
-    """Rows of whole prompts, or their first chunks: nothing of the sequence was in the cache before."""
+    """Rows of whole prompts, or their first chunks, where torch's causal attention computes them."""
 
 
 class LayoutPlanner:
@@ -86,6 +90,7 @@ class LayoutPlanner:
             tokens = rows.stop - rows.start
             # Torch's own causal attention knows neither windows nor caps.
             is_plain = rule.soft_cap is None and (rule.window is None or tokens <= rule.window)
+            is_plain &= self._device.type in CAUSAL_DEVICES
             if is_plain and plan.context_lens[sequence] == tokens:
                 fresh.append(rows)
             else:
