@@ -22,6 +22,10 @@ pub(super) struct Chain<'a> {
     pub(super) num_sharers: usize,
     /// Slots of the workers that have the request's adapter; `None` where it wants none.
     pub(super) residents: Option<&'a Bits>,
+    /// The group's, here so that a decision need not look at it there.
+    pub(super) role: WorkerRole,
+    /// Whether the group's workers exchange KV.
+    pub(super) has_exchange: bool,
 }
 
 impl Chain<'_> {
@@ -95,15 +99,16 @@ impl Scheduler {
                 blocks,
                 num_sharers,
                 residents,
+                role: key.terms.role(),
+                has_exchange: key.terms.exchange().is_some(),
             });
         }
         chains
     }
 
     /// Puts the chains of workers that are there for prompts last; returns how many others there are.
-    pub(super) fn set_prefill_last(&self, chains: &mut [Chain<'_>]) -> usize {
-        let role = |chain: &Chain<'_>| self.groups.get(chain.group).key.terms.role();
-        let is_prefill = |chain: &Chain<'_>| role(chain) == WorkerRole::Prefill;
+    pub(super) fn set_prefill_last(chains: &mut [Chain<'_>]) -> usize {
+        let is_prefill = |chain: &Chain<'_>| chain.role == WorkerRole::Prefill;
         let num_prefill = chains.iter().filter(|chain| is_prefill(chain)).count();
         if num_prefill > 0 {
             chains.sort_by_key(is_prefill);

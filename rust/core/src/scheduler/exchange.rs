@@ -270,7 +270,7 @@ impl Scheduler {
     /// not look at it.
     pub(super) fn fetch_cost(&self, chain: &Chain<'_>) -> Option<FetchCost> {
         let policy = self.config.policy;
-        if !policy.uses_prefix() {
+        if !policy.uses_prefix() || !(chain.has_exchange || policy.fetches_anywhere()) {
             return None;
         }
         let block_size = chain.block_size.into();

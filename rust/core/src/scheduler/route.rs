@@ -230,7 +230,7 @@ impl Scheduler {
         let model = self.groups.model(request.model);
         let model = model.ok_or(SchedulerError::ModelNotFound)?;
         let mut chains = self.chains(model, request);
-        let num_whole = self.set_prefill_last(&mut chains);
+        let num_whole = Self::set_prefill_last(&mut chains);
         let (whole, prefill) = chains.split_at(num_whole);
         let find = |chains: &[Chain<'_>], rooms: &[bool]| {
             if self.config.policy.is_least_cost() {
