@@ -26,6 +26,8 @@ use super::{
 const PUTS_MAX: usize = 16;
 /// Messages about pushes that have not begun here: a step that executes holds the step loop up, and no message.
 const EARLY_MAX: usize = 256;
+/// Pushes that are over and remembered, so that whoever grants blocks for one late is told.
+const OVER_MAX: usize = 4096;
 
 /// Blocks that one step fills.
 struct Part {
@@ -57,23 +59,20 @@ struct Push {
     is_last_posted: bool,
 }
 
-enum EarlyNews {
-    Offer(v1::KvGrant),
-    Stop,
-}
-
 struct Early {
     worker_id: String,
     came: Time,
-    news: EarlyNews,
+    offer: v1::KvGrant,
 }
 
 /// All of them.
 #[derive(Default)]
 pub(super) struct Pushes {
     pushes: FxHashMap<RequestId, Push>,
-    /// By transfer.
+    /// Offers for pushes that have not begun, by transfer.
     early: FxHashMap<u64, Early>,
+    /// Pushes that failed or are not wanted any more, and since when.
+    over: FxHashMap<u64, Time>,
 }
 
 /// How a push stands after it was looked at.
@@ -96,9 +95,10 @@ impl Pushes {
         let Some(to) = peer else { return };
         let early = self.early.remove(transfer_id);
         let early = early.filter(|it| it.worker_id == to.worker_id);
-        let is_unwanted = matches!(&early, Some(it) if matches!(it.news, EarlyNews::Stop));
-        let peer = if is_unwanted { None } else { desk.connect(to) };
+        let is_over = self.over.contains_key(transfer_id);
+        let peer = if is_over { None } else { desk.connect(to) };
         let Some(peer) = peer else {
+            self.note_over(*transfer_id, desk);
             desk.send(
                 &to.worker_id,
                 *transfer_id,
@@ -118,13 +118,8 @@ impl Pushes {
             puts: Vec::new(),
             is_last_posted: false,
         };
-        if let Some(Early {
-            news: EarlyNews::Offer(grant),
-            came,
-            ..
-        }) = early
-        {
-            push.take_offer(&grant, came, desk);
+        if let Some(early) = early {
+            push.take_offer(&early.offer, early.came, desk);
         }
         self.pushes.insert(order.request_id, push);
     }
@@ -141,7 +136,10 @@ impl Pushes {
         let found = pushes.find(|it| it.transfer_id == transfer_id && it.worker_id == worker_id);
         match found {
             Some(push) => push.take_offer(&grant, desk.pool.now(), desk),
-            None => self.remember(worker_id, transfer_id, EarlyNews::Offer(grant), desk),
+            None if self.over.contains_key(&transfer_id) => {
+                desk.send(worker_id, transfer_id, Message::Refusal(v1::KvRefusal {}));
+            }
+            None => self.remember(worker_id, transfer_id, grant, desk),
         }
     }
 
@@ -154,22 +152,27 @@ impl Pushes {
         }
         // Over, or not begun: either way nothing is under way, and nothing will be.
         desk.send(worker_id, transfer_id, Message::Refusal(v1::KvRefusal {}));
-        self.remember(worker_id, transfer_id, EarlyNews::Stop, desk);
+        self.note_over(transfer_id, desk);
     }
 
-    fn remember(&mut self, worker_id: &str, transfer_id: u64, news: EarlyNews, desk: &Desk) {
-        let is_offer = matches!(news, EarlyNews::Offer(_));
-        let is_known = self.early.contains_key(&transfer_id);
-        // A stop is the last word. Where there is no room the taker waits until its deadline.
-        if (is_known && is_offer) || (!is_known && self.early.len() >= EARLY_MAX) {
-            return;
+    /// Keeps an offer for a push that has not begun. Where there is no room the taker waits until its deadline.
+    fn remember(&mut self, worker_id: &str, transfer_id: u64, offer: v1::KvGrant, desk: &Desk) {
+        if self.early.len() < EARLY_MAX {
+            let early = Early {
+                worker_id: worker_id.to_owned(),
+                came: desk.pool.now(),
+                offer,
+            };
+            self.early.insert(transfer_id, early);
         }
-        let early = Early {
-            worker_id: worker_id.to_owned(),
-            came: desk.pool.now(),
-            news,
-        };
-        self.early.insert(transfer_id, early);
+    }
+
+    /// From now on whoever grants blocks for this push is refused.
+    fn note_over(&mut self, transfer_id: u64, desk: &Desk) {
+        self.early.remove(&transfer_id);
+        if self.over.len() < OVER_MAX {
+            self.over.insert(transfer_id, desk.pool.now());
+        }
     }
 
     /// A step that is handed out fills blocks of a prompt.
@@ -204,6 +207,7 @@ impl Pushes {
     pub(super) fn poll(&mut self, progress: StepProgress, desk: &mut Desk) -> usize {
         let now = desk.pool.now();
         self.early.retain(|_, it| now < it.came + LEASE_MAX);
+        self.over.retain(|_, since| now < *since + LEASE_MAX);
         let mut num_posted = 0;
         let mut verdicts = Vec::new();
         for (&request_id, push) in &mut self.pushes {
@@ -231,6 +235,7 @@ impl Pushes {
     /// Gives a push up, and says so when nothing of it moves any more.
     fn fail(&mut self, request_id: RequestId, desk: &mut Desk) {
         if let Some(push) = self.pushes.remove(&request_id) {
+            self.note_over(push.transfer_id, desk);
             for put in &push.puts {
                 put.abort();
             }
