@@ -68,7 +68,7 @@ struct Early {
 /// All of them.
 #[derive(Default)]
 pub(super) struct Pushes {
-    pushes: FxHashMap<RequestId, Push>,
+    open: FxHashMap<RequestId, Push>,
     /// Offers for pushes that have not begun, by transfer.
     early: FxHashMap<u64, Early>,
     /// Pushes that failed or are not wanted any more, and since when.
@@ -85,7 +85,7 @@ enum Verdict {
 
 impl Pushes {
     pub(super) fn is_empty(&self) -> bool {
-        self.pushes.is_empty()
+        self.open.is_empty()
     }
 
     pub(super) fn begin(&mut self, order: &PushOrder, desk: &mut Desk) {
@@ -121,7 +121,7 @@ impl Pushes {
         if let Some(early) = early {
             push.take_offer(&early.offer, early.came, desk);
         }
-        self.pushes.insert(order.request_id, push);
+        self.open.insert(order.request_id, push);
     }
 
     /// The taker lets us write.
@@ -132,7 +132,7 @@ impl Pushes {
         grant: v1::KvGrant,
         desk: &mut Desk,
     ) {
-        let mut pushes = self.pushes.values_mut();
+        let mut pushes = self.open.values_mut();
         let found = pushes.find(|it| it.transfer_id == transfer_id && it.worker_id == worker_id);
         match found {
             Some(push) => push.take_offer(&grant, desk.pool.now(), desk),
@@ -145,7 +145,7 @@ impl Pushes {
 
     /// The taker does not want it any more.
     pub(super) fn on_stop(&mut self, worker_id: &str, transfer_id: u64, desk: &mut Desk) {
-        let mut pushes = self.pushes.iter();
+        let mut pushes = self.open.iter();
         let is_it = |it: &Push| it.transfer_id == transfer_id && it.worker_id == worker_id;
         if let Some((&request_id, _)) = pushes.find(|(_, it)| is_it(it)) {
             return self.fail(request_id, desk);
@@ -177,7 +177,7 @@ impl Pushes {
 
     /// A step that is handed out fills blocks of a prompt.
     pub(super) fn on_filled(&mut self, step_id: u64, filled: FilledBlocks, desk: &mut Desk) {
-        let Some(push) = self.pushes.get_mut(&filled.request_id) else {
+        let Some(push) = self.open.get_mut(&filled.request_id) else {
             return desk.released(filled.hold);
         };
         push.parts.push(Part {
@@ -198,7 +198,7 @@ impl Pushes {
     }
 
     pub(super) fn abandon_all(&mut self, desk: &mut Desk) {
-        for request_id in self.pushes.keys().copied().collect::<Vec<_>>() {
+        for request_id in self.open.keys().copied().collect::<Vec<_>>() {
             self.fail(request_id, desk);
         }
     }
@@ -210,7 +210,7 @@ impl Pushes {
         self.over.retain(|_, since| now < *since + LEASE_MAX);
         let mut num_posted = 0;
         let mut verdicts = Vec::new();
-        for (&request_id, push) in &mut self.pushes {
+        for (&request_id, push) in &mut self.open {
             let verdict = push.advance(progress, now, desk, &mut num_posted);
             verdicts.push((request_id, verdict));
         }
@@ -225,7 +225,7 @@ impl Pushes {
     }
 
     fn finish(&mut self, request_id: RequestId, desk: &mut Desk) {
-        if let Some(push) = self.pushes.remove(&request_id) {
+        if let Some(push) = self.open.remove(&request_id) {
             let range = push.offer.as_ref().map_or(0..0, |it| it.range.clone());
             desk.pushed(u64::from(range.end - range.start));
             desk.endings.add(push.ending(false));
@@ -234,7 +234,7 @@ impl Pushes {
 
     /// Gives a push up, and says so when nothing of it moves any more.
     fn fail(&mut self, request_id: RequestId, desk: &mut Desk) {
-        if let Some(push) = self.pushes.remove(&request_id) {
+        if let Some(push) = self.open.remove(&request_id) {
             self.note_over(push.transfer_id, desk);
             for put in &push.puts {
                 put.abort();
