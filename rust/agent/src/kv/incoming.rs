@@ -20,7 +20,7 @@ use super::{
 };
 
 /// How long a peer that was told to stop may take to say that it has. Then its connection is closed, which proves it.
-const STOP_GRACE: Duration = Duration::from_millis(500);
+const STOP_GRACE: Duration = Duration::from_secs(2);
 
 /// How often the router is asked, by a message for the peer, whether the peer is still attached.
 const PING_EVERY: Duration = Duration::from_millis(250);

@@ -64,7 +64,13 @@ impl Peers {
         if let Some(link) = self.links.get_mut(&to.epoch) {
             link.used = now;
             match link.peer {
-                Some(peer) if !link.is_leaving => return Ok(peer),
+                Some(peer) if !link.is_leaving => {
+                    // One that has held for so long is as good as new.
+                    if now > link.until + PAUSE_MAX {
+                        link.pause = PAUSE_MIN;
+                    }
+                    return Ok(peer);
+                }
                 None if now >= link.until => {}
                 _ => return Err(Unreachable::TooSoon),
             }

@@ -26,6 +26,8 @@ use super::{
 const PUTS_MAX: usize = 16;
 /// Messages about pushes that have not begun here: a step that executes holds the step loop up, and no message.
 const EARLY_MAX: usize = 256;
+/// Pushes that are over and remembered, so that whoever grants blocks for one late is told.
+const OVER_MAX: usize = 4096;
 
 /// Blocks that one step fills.
 struct Part {
@@ -57,23 +59,20 @@ struct Push {
     is_last_posted: bool,
 }
 
-enum EarlyNews {
-    Offer(v1::KvGrant),
-    Stop,
-}
-
 struct Early {
     worker_id: String,
     came: Time,
-    news: EarlyNews,
+    offer: v1::KvGrant,
 }
 
 /// All of them.
 #[derive(Default)]
 pub(super) struct Pushes {
-    pushes: FxHashMap<RequestId, Push>,
-    /// By transfer.
+    open: FxHashMap<RequestId, Push>,
+    /// Offers for pushes that have not begun, by transfer.
     early: FxHashMap<u64, Early>,
+    /// Pushes that failed or are not wanted any more, and since when.
+    over: FxHashMap<u64, Time>,
 }
 
 /// How a push stands after it was looked at.
@@ -86,7 +85,7 @@ enum Verdict {
 
 impl Pushes {
     pub(super) fn is_empty(&self) -> bool {
-        self.pushes.is_empty()
+        self.open.is_empty()
     }
 
     pub(super) fn begin(&mut self, order: &PushOrder, desk: &mut Desk) {
@@ -96,9 +95,10 @@ impl Pushes {
         let Some(to) = peer else { return };
         let early = self.early.remove(transfer_id);
         let early = early.filter(|it| it.worker_id == to.worker_id);
-        let is_unwanted = matches!(&early, Some(it) if matches!(it.news, EarlyNews::Stop));
-        let peer = if is_unwanted { None } else { desk.connect(to) };
+        let is_over = self.over.contains_key(transfer_id);
+        let peer = if is_over { None } else { desk.connect(to) };
         let Some(peer) = peer else {
+            self.note_over(*transfer_id, desk);
             desk.send(
                 &to.worker_id,
                 *transfer_id,
@@ -118,15 +118,10 @@ impl Pushes {
             puts: Vec::new(),
             is_last_posted: false,
         };
-        if let Some(Early {
-            news: EarlyNews::Offer(grant),
-            came,
-            ..
-        }) = early
-        {
-            push.take_offer(&grant, came, desk);
+        if let Some(early) = early {
+            push.take_offer(&early.offer, early.came, desk);
         }
-        self.pushes.insert(order.request_id, push);
+        self.open.insert(order.request_id, push);
     }
 
     /// The taker lets us write.
@@ -137,44 +132,52 @@ impl Pushes {
         grant: v1::KvGrant,
         desk: &mut Desk,
     ) {
-        let mut pushes = self.pushes.values_mut();
+        let mut pushes = self.open.values_mut();
         let found = pushes.find(|it| it.transfer_id == transfer_id && it.worker_id == worker_id);
         match found {
             Some(push) => push.take_offer(&grant, desk.pool.now(), desk),
-            None => self.remember(worker_id, transfer_id, EarlyNews::Offer(grant), desk),
+            None if self.over.contains_key(&transfer_id) => {
+                desk.send(worker_id, transfer_id, Message::Refusal(v1::KvRefusal {}));
+            }
+            None => self.remember(worker_id, transfer_id, grant, desk),
         }
     }
 
     /// The taker does not want it any more.
     pub(super) fn on_stop(&mut self, worker_id: &str, transfer_id: u64, desk: &mut Desk) {
-        let mut pushes = self.pushes.iter();
+        let mut pushes = self.open.iter();
         let is_it = |it: &Push| it.transfer_id == transfer_id && it.worker_id == worker_id;
         if let Some((&request_id, _)) = pushes.find(|(_, it)| is_it(it)) {
             return self.fail(request_id, desk);
         }
         // Over, or not begun: either way nothing is under way, and nothing will be.
         desk.send(worker_id, transfer_id, Message::Refusal(v1::KvRefusal {}));
-        self.remember(worker_id, transfer_id, EarlyNews::Stop, desk);
+        self.note_over(transfer_id, desk);
     }
 
-    fn remember(&mut self, worker_id: &str, transfer_id: u64, news: EarlyNews, desk: &Desk) {
-        let is_offer = matches!(news, EarlyNews::Offer(_));
-        let is_known = self.early.contains_key(&transfer_id);
-        // A stop is the last word. Where there is no room the taker waits until its deadline.
-        if (is_known && is_offer) || (!is_known && self.early.len() >= EARLY_MAX) {
-            return;
+    /// Keeps an offer for a push that has not begun. Where there is no room the taker waits until its deadline.
+    fn remember(&mut self, worker_id: &str, transfer_id: u64, offer: v1::KvGrant, desk: &Desk) {
+        if self.early.len() < EARLY_MAX {
+            let early = Early {
+                worker_id: worker_id.to_owned(),
+                came: desk.pool.now(),
+                offer,
+            };
+            self.early.insert(transfer_id, early);
         }
-        let early = Early {
-            worker_id: worker_id.to_owned(),
-            came: desk.pool.now(),
-            news,
-        };
-        self.early.insert(transfer_id, early);
+    }
+
+    /// From now on whoever grants blocks for this push is refused.
+    fn note_over(&mut self, transfer_id: u64, desk: &Desk) {
+        self.early.remove(&transfer_id);
+        if self.over.len() < OVER_MAX {
+            self.over.insert(transfer_id, desk.pool.now());
+        }
     }
 
     /// A step that is handed out fills blocks of a prompt.
     pub(super) fn on_filled(&mut self, step_id: u64, filled: FilledBlocks, desk: &mut Desk) {
-        let Some(push) = self.pushes.get_mut(&filled.request_id) else {
+        let Some(push) = self.open.get_mut(&filled.request_id) else {
             return desk.released(filled.hold);
         };
         push.parts.push(Part {
@@ -195,7 +198,7 @@ impl Pushes {
     }
 
     pub(super) fn abandon_all(&mut self, desk: &mut Desk) {
-        for request_id in self.pushes.keys().copied().collect::<Vec<_>>() {
+        for request_id in self.open.keys().copied().collect::<Vec<_>>() {
             self.fail(request_id, desk);
         }
     }
@@ -204,9 +207,10 @@ impl Pushes {
     pub(super) fn poll(&mut self, progress: StepProgress, desk: &mut Desk) -> usize {
         let now = desk.pool.now();
         self.early.retain(|_, it| now < it.came + LEASE_MAX);
+        self.over.retain(|_, since| now < *since + LEASE_MAX);
         let mut num_posted = 0;
         let mut verdicts = Vec::new();
-        for (&request_id, push) in &mut self.pushes {
+        for (&request_id, push) in &mut self.open {
             let verdict = push.advance(progress, now, desk, &mut num_posted);
             verdicts.push((request_id, verdict));
         }
@@ -221,7 +225,7 @@ impl Pushes {
     }
 
     fn finish(&mut self, request_id: RequestId, desk: &mut Desk) {
-        if let Some(push) = self.pushes.remove(&request_id) {
+        if let Some(push) = self.open.remove(&request_id) {
             let range = push.offer.as_ref().map_or(0..0, |it| it.range.clone());
             desk.pushed(u64::from(range.end - range.start));
             desk.endings.add(push.ending(false));
@@ -230,7 +234,8 @@ impl Pushes {
 
     /// Gives a push up, and says so when nothing of it moves any more.
     fn fail(&mut self, request_id: RequestId, desk: &mut Desk) {
-        if let Some(push) = self.pushes.remove(&request_id) {
+        if let Some(push) = self.open.remove(&request_id) {
+            self.note_over(push.transfer_id, desk);
             for put in &push.puts {
                 put.abort();
             }

@@ -278,6 +278,32 @@ fn whoever_takes_may_be_aborted_and_nothing_is_lost() {
 }
 
 #[test]
+fn whoever_offers_blocks_for_a_push_that_is_over_is_told_at_once() {
+    let cluster = Cluster::start(&[Shm, Shm], |_| {});
+    let [prefill, decode] = &cluster.members[..] else {
+        unreachable!()
+    };
+    // The one who computes gives up before the taker has begun.
+    prefill.engine.allow(0);
+    prefill.start(StartSequence {
+        kv_target: Some(target(&cluster, 1, 1)),
+        ..request(1, 3)
+    });
+    eventually("the prompt is being computed", || {
+        prefill.engine.agent.stats().steps == 1
+    });
+    prefill.engine.allow(u32::MAX);
+    assert_eq!(prefill.finish(1).finish_reason(), FinishReason::Prefilled);
+    prefill.engine.wait_until_quiet();
+    decode.start(StartSequence {
+        kv_source: Some(source(&cluster, 0, true, 60_000)),
+        ..request(1, 3)
+    });
+    check(&decode.finish(1), 3, 0, 0);
+    wait_until_quiet(&cluster);
+}
+
+#[test]
 fn who_writes_too_late_is_cut_off_and_its_blocks_come_back() {
     let cluster = Cluster::start(&[Shm, Shm], |_| {});
     let [prefill, decode] = &cluster.members[..] else {
