@@ -113,12 +113,17 @@ def test_too_few_gpus_is_said_with_the_numbers(monkeypatch: pytest.MonkeyPatch) 
 
 def test_prefill_workers_come_first() -> None:
     options = parse("m", "--prefill", "1", "--decode", "2")
-    assert [options.role(index) for index in range(options.replicas)] == [
-        "prefill",
-        "decode",
-        "decode",
+    assert [options.arguments_of(index) for index in range(options.replicas)] == [
+        ["--role", "prefill"],
+        ["--role", "decode"],
+        ["--role", "decode"],
     ]
-    assert parse("m", "--replicas", "2").role(0) is None
+    assert parse("m", "--replicas", "2").arguments_of(0) == []
+
+
+def test_a_lone_worker_keeps_its_kv_to_itself() -> None:
+    assert parse("m").arguments_of(0) == ["--kv-transfer", "off"]
+    assert parse("m", "--kv-transfer", "tcp").arguments_of(0) == ["--kv-transfer", "tcp"]
 
 
 @pytest.mark.parametrize(

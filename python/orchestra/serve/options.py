@@ -37,11 +37,15 @@ class ServeOptions:
     worker_arguments: tuple[str, ...]
     """Further arguments of every rank."""
 
-    def role(self, index: int) -> str | None:
-        """What a worker is there for; None where all are alike."""
-        if not self.prefill:
-            return None
-        return "prefill" if index < self.prefill else "decode"
+    def arguments_of(self, index: int) -> list[str]:
+        """Arguments of one worker, those of every rank included."""
+        arguments = list(self.worker_arguments)
+        if self.prefill:
+            arguments += ["--role", "prefill" if index < self.prefill else "decode"]
+        elif self.replicas == 1 and "--kv-transfer" not in arguments:
+            # Nobody is there to exchange KV with, and memory that is not shared may have huge pages.
+            arguments += ["--kv-transfer", "off"]
+        return arguments
 
     @property
     def model_name(self) -> str:

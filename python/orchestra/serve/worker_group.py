@@ -108,11 +108,8 @@ class WorkerGroup:
         command = [
             *["worker", str(options.model_dir), "--router", f"http://{self._router}"],
             *["--worker-id", f"worker-{self._index}"],
-            *options.worker_arguments,
+            *options.arguments_of(self._index),
         ]
-        role = options.role(self._index)
-        if role is not None:
-            command += ["--role", role]
         name = self.name
         if options.tp > 1:
             rendezvous = f"file://{self._meeting_place() / 'rendezvous'}"
