@@ -123,7 +123,7 @@ check-tidy:
 	$(PY) -m pytest -q tests/test_tidy.py
 
 check-rust-tests:
-	cargo test --workspace --locked --quiet
+	cargo test --workspace --locked --quiet --no-fail-fast
 
 check-tests:
 	$(PY) -m pytest --ignore tests/test_tidy.py

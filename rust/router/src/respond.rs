@@ -212,6 +212,8 @@ mod tests {
                     .map(|cell| cell.trim().trim_matches('`').to_owned())
                     .collect()
             })
+            // The classes of the registered memory, further down, have fewer columns.
+            .filter(|row: &Vec<String>| row.len() == 5)
             .collect()
     }
 

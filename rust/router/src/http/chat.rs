@@ -199,7 +199,7 @@ mod tests {
         );
         let expected = serde_json::json!([
             {"role": "system", "content": "be brief"},
-            {"role": "user", "content": "ab"},
+            {"role": "user", "content": "a\nb"},
             {"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]},
             {"role": "tool", "content": "", "tool_call_id": "1"}]);
         assert_eq!(Value::Array(messages), expected);
