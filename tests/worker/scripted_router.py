@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from grpc_tools import protoc
 
 PROTO = Path(__file__).resolve().parents[2] / "proto"
 PATIENCE_S = 60
@@ -19,8 +18,9 @@ PATIENCE_S = 60
 
 def load_messages(folder: Path) -> Any:
     """The wire types between worker and router, which Python needs nowhere else."""
-    source = "orchestra/v1/worker.proto"
-    assert protoc.main(["", f"-I{PROTO}", f"--python_out={folder}", source]) == 0
+    # In a process of its own: the compiler's C++ libraries and NIXL's do not get along in one.
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO}", f"--python_out={folder}"]
+    subprocess.run([*command, "orchestra/v1/worker.proto"], check=True)
     spec = importlib.util.spec_from_file_location(
         "worker_pb2", folder / "orchestra/v1/worker_pb2.py"
     )
