@@ -348,7 +348,7 @@ mod tests {
         }
         assert_eq!(size_of::<Node>(), 24);
         // And what says where each piece is.
-        let pieces = (1 << 16) / NODES * 48;
+        let pieces = (1 << 16) / NODES * size_of::<Vec<Node>>();
         assert!(
             recent.heap_bytes() <= (1 << 16) * 28 + pieces,
             "at a full power of two"

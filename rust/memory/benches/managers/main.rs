@@ -8,6 +8,7 @@
     reason = "a bench prints, and fails by panicking"
 )]
 
+mod churned;
 mod defragment;
 mod node;
 mod peers;

@@ -3,39 +3,17 @@
 use std::{
     hint::black_box,
     sync::{
-        Arc, Barrier,
+        Barrier,
         atomic::{AtomicU64, Ordering},
     },
     thread,
     time::Instant,
 };
 
-use orchestra_memory::{BlockSet, Pool, Slab, SlabId};
-
-use crate::{median, node::config};
+use crate::{churned::churned, median};
 
 const ROUNDS: usize = 9;
 const TIMES: usize = 20_000;
-
-/// A pool of 32,768 blocks that has been full for long: free runs of all lengths, four fifths in use.
-fn churned() -> (Arc<Pool>, Vec<BlockSet>) {
-    let config = config(4096, 128 << 20);
-    let pool = Pool::new(config).unwrap();
-    let slab = Slab::create(SlabId(0), &config.slab()).unwrap();
-    pool.add_slab(Arc::new(slab)).unwrap();
-    let (mut sets, mut live, mut draw) = (Vec::<BlockSet>::new(), 0, 1_usize);
-    for _ in 0..50_000 {
-        draw = draw.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        let n = 1 + (draw >> 33) % 64;
-        while live + n > 26_000 {
-            let at = (draw >> 17) % sets.len();
-            live -= sets.swap_remove(at).len();
-        }
-        sets.push(pool.allocate(n as u32).unwrap());
-        live += n;
-    }
-    (pool, sets)
-}
 
 /// Nanoseconds that one time took a thread, in the middle one of some rounds.
 fn nanoseconds(threads: usize, act: impl Fn() + Sync) -> f64 {
