@@ -108,7 +108,7 @@ impl Slab {
         if config.huge_pages
             && config.prefault
             && let Ok(file) = memory_file(len, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)
-            && let Ok(base) = map_aligned(&file, len)
+            && let Ok(base) = map(&file, len, ptr::null_mut(), MapFlags::empty())
         {
             let slab = Self::over(id, base, len, PageKind::Huge, file);
             slab.bind(config.numa_node)?;
@@ -291,7 +291,25 @@ fn memory_file(len: usize, extra: MemfdFlags) -> Result<OwnedFd, MemoryError> {
     Ok(file)
 }
 
-/// Maps the file at a multiple of [`SLAB_ALIGN`].
+/// Maps the file for reading and writing, at `start` where `flags` say so.
+///
+/// A file of huge pages lies at a multiple of their size wherever the kernel puts it, and often cannot be mapped at
+/// all. It is never mapped over a reservation: a failed `MAP_FIXED` may leave a gap in place of what was there
+/// (mmap(2)), other threads map their memory in the gap, and whoever then unmaps his reservation unmaps theirs.
+fn map(
+    file: &OwnedFd,
+    len: usize,
+    start: *mut c_void,
+    flags: MapFlags,
+) -> Result<NonNull<u8>, MemoryError> {
+    let fail = |errno| MemoryError::os("map a slab", errno);
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice, or over a reservation that the caller made.
+    let base = unsafe { mmap(start, len, protection, MapFlags::SHARED | flags, file, 0) };
+    NonNull::new(base.map_err(fail)?.cast()).ok_or_else(|| fail(rustix::io::Errno::NOMEM))
+}
+
+/// Maps a file of small pages at a multiple of [`SLAB_ALIGN`].
 fn map_aligned(file: &OwnedFd, len: usize) -> Result<NonNull<u8>, MemoryError> {
     let fail = |errno| MemoryError::os("map a slab", errno);
     let align = SLAB_ALIGN as usize;
@@ -309,28 +327,15 @@ fn map_aligned(file: &OwnedFd, len: usize) -> Result<NonNull<u8>, MemoryError> {
     .cast::<u8>();
     let head = reserved.align_offset(align);
     let start = reserved.wrapping_add(head);
-    // SAFETY: `start..start + len` lies inside the reservation just made, which nobody else knows of.
-    let mapped = unsafe {
-        mmap(
-            start.cast(),
-            len,
-            ProtFlags::READ | ProtFlags::WRITE,
-            MapFlags::SHARED | MapFlags::FIXED,
-            file,
-            0,
-        )
-    };
-    let keep = if mapped.is_ok() { len } else { 0 };
-    for (from, len) in [
-        (reserved, head),
-        (start.wrapping_add(keep), reserved_len - head - keep),
-    ] {
+    let tail = (start.wrapping_add(len), reserved_len - head - len);
+    for (from, len) in [(reserved, head), tail] {
         if len > 0 {
-            // SAFETY: the part of the reservation outside the slab, still unknown to anybody.
+            // SAFETY: the part of the reservation outside the slab, unknown to anybody.
             unsafe { munmap(from.cast(), len) }.map_err(fail)?;
         }
     }
-    NonNull::new(mapped.map_err(fail)?.cast()).ok_or_else(|| fail(rustix::io::Errno::NOMEM))
+    // Where this fails, the addresses are given up rather than unmapped: they may be somebody else's by then.
+    map(file, len, start.cast(), MapFlags::FIXED)
 }
 
 #[cfg(test)]
@@ -403,6 +408,25 @@ mod tests {
             let line = maps.lines().find(|line| line.starts_with(&start));
             assert!(line.is_none_or(|line| line.contains("bind:0")), "{line:?}");
         }
+    }
+
+    #[test]
+    fn slabs_that_are_made_and_dropped_beside_each_other_keep_their_memory() {
+        let make_and_drop = |id: u32| {
+            for round in 0..200 {
+                let slab = Slab::create(SlabId(id), &small(2 << 20)).unwrap();
+                let text = [id as u8, round as u8];
+                slab.write(1 << 20, &text).unwrap();
+                let mut back = [0; 2];
+                slab.read(1 << 20, &mut back).unwrap();
+                assert_eq!(back, text);
+            }
+        };
+        thread::scope(|scope| {
+            for id in 0..4 {
+                scope.spawn(move || make_and_drop(id));
+            }
+        });
     }
 
     #[test]
