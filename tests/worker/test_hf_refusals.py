@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from orchestra.errors import ConfigError, UnsupportedError
-from orchestra.worker.hf_config import HfConfig, check_rotations
+from orchestra.worker.hf_config import HfConfig
 from orchestra.worker.hf_model import HfModel
 from tests.checkpoints import make_checkpoint, write_checkpoint
 from tests.worker.conftest import Checkpoints
@@ -30,7 +30,6 @@ LLAMA = {
     "hidden_size": 32,
     "num_attention_heads": 4,
 }
-LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 64, "rope_theta": 1e4}
 
 
 def read(folder: Path, changes: dict[str, Any]) -> HfConfig:
@@ -98,12 +97,11 @@ def test_wrong_values_are_named(tmp_path: Path, changes: dict[str, Any], message
 
 
 def test_rotations_of_a_whole_batch_are_refused(tmp_path: Path) -> None:
-    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 4.0}
-    changes = {"rope_parameters": {**LONGROPE, **factors}, "max_position_embeddings": 256}
-    source = read(tmp_path, changes).source
-    check_rotations(source, 64)
+    changes = {"original_max_position_embeddings": 64, "max_position_embeddings": 256}
+    folder = make_checkpoint("phi3-longrope", tmp_path / "phi3", seed=1, **changes)
+    load(folder, longest=64)
     with pytest.raises(UnsupportedError, match=r"^rope_parameters: .*--max-model-len 64"):
-        check_rotations(source, 65)
+        load(folder, longest=65)
 
 
 # === by how the model runs ===
