@@ -198,6 +198,19 @@ impl BlockPool {
         Some(block)
     }
 
+    /// Makes every cached block an ordinary one: free where nobody holds it, private to its holders where somebody
+    /// does.
+    pub(super) fn forget_cached(&mut self) {
+        for block in &mut self.blocks {
+            block.identity = None;
+        }
+        self.index.clear();
+        while let Some(block) = self.unused.pop_oldest() {
+            self.free.push(block);
+        }
+        self.events.cleared();
+    }
+
     /// How many leading blocks of a chain are probably cached: by bisection, since parents are cached where their
     /// children are, and by hash alone. Good for an estimate, not for reuse.
     pub(super) fn estimate_prefix(&self, chain: Chain<'_>) -> usize {

@@ -105,6 +105,12 @@ impl HostTier {
         !self.swap_out.blocks.is_empty() || !self.swap_in.blocks.is_empty()
     }
 
+    /// Makes none of the copies that the next plan would have made: nobody wants what they were to save.
+    pub(super) fn forget_copies(&mut self) {
+        self.swap_out = BlockCopies::default();
+        self.swap_in = BlockCopies::default();
+    }
+
     /// Moves the copies into the plan that is to make them.
     pub(super) fn move_copies(&mut self, plan: &mut StepPlan) {
         plan.swap_out = std::mem::take(&mut self.swap_out);

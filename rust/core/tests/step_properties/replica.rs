@@ -72,6 +72,8 @@ pub(crate) struct Replica {
     router_view: FxHashSet<BlockHash>,
     now: Time,
     pub(crate) num_steps: u64,
+    /// Steps that were executing when their replica started over.
+    pub(crate) num_forgotten_steps: u64,
     /// Tokens computed, of all requests together.
     pub(crate) num_computed_tokens: u64,
 }
@@ -90,6 +92,7 @@ impl Replica {
             router_view: FxHashSet::default(),
             now: Time::ZERO,
             num_steps: 0,
+            num_forgotten_steps: 0,
             num_computed_tokens: 0,
         }
     }
@@ -183,6 +186,24 @@ impl Replica {
         let is_filling = |plan: &StepPlan| !plan.filled.is_empty();
         let has_moves = self.moves.is_any_open() || self.executing.as_ref().is_some_and(is_filling);
         assert!(has_moves || self.scheduler.stats().kv_blocks_used == 0);
+    }
+
+    /// Starts over, in the middle of a step or between two; the model has lost its KV.
+    pub(crate) fn forget_all(&mut self) {
+        let mut ended = self.scheduler.forget_all();
+        ended.sort_unstable();
+        assert_eq!(ended, self.unfinished().collect::<Vec<_>>());
+        for id in ended {
+            self.end_by_abort(id);
+        }
+        let plan = self.executing.take();
+        self.num_forgotten_steps += u64::from(plan.is_some());
+        self.moves
+            .forget_contents(plan.map_or_else(Vec::new, |plan| plan.filled));
+        self.model.lose_kv();
+        assert_eq!(self.scheduler.cached_block_hashes(), []);
+        assert!(!self.scheduler.has_work());
+        self.check();
     }
 
     fn end_by_abort(&mut self, id: RequestId) {
