@@ -2,7 +2,8 @@
 
 import os
 import struct
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +27,8 @@ from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.models import LOADERS
 from orchestra.worker.parallel import Communicator, ProcessGroup, SingleRank, rendezvous
 from orchestra.worker.plan import PlanReader
-from orchestra.worker.plan_channel import Follower, Leader
+from orchestra.worker.plan_channel import Follower, Leader, RankLostError
+from orchestra.worker.renewable_group import AbortableCommunicator, RenewableGroup
 from orchestra.worker.runner import ModelRunner, warm_up_plan
 from orchestra.worker.sampler import Sampler
 
@@ -49,6 +51,12 @@ class Group:
     """Rank 0's end of the plan channel; None with a single rank."""
     follower: Follower | None = None
     """The end of any other rank."""
+    renewable: RenewableGroup | None = None
+    """The communicator, where it can go on with another group after a rank was lost."""
+
+    def step(self) -> AbstractContextManager[None]:
+        """Brackets a step, so that others see how far this rank is."""
+        return nullcontext() if self.renewable is None else self.renewable.step()
 
     def agree_on_least(self, count: int) -> int:
         """The least of the ranks' numbers."""
@@ -89,6 +97,19 @@ class Rank:
     """Longest sequence that fits, tokens."""
     kv_pool: "KvPool | None" = None
     """The cache's memory, where KV can move to other workers and come from them."""
+    block_size: int = 1
+    """Tokens per KV block."""
+
+    def settle(self) -> None:
+        """Begins a generation together with the other ranks: those that stayed, and those that have just loaded.
+
+        Raises:
+            RankLostError: another rank of the group is gone, or has other room for KV than there was.
+        """
+        num_blocks = self.group.agree_on_least(self.num_blocks)
+        if num_blocks != self.num_blocks:
+            raise RankLostError(f"a rank has room for {num_blocks} blocks, not {self.num_blocks}")
+        warm_up(self.runner, self.block_size)
 
 
 def assemble(config: WorkerConfig, progress: Progress) -> Rank:
@@ -114,6 +135,12 @@ def assemble(config: WorkerConfig, progress: Progress) -> Rank:
     return build_rank(config, model_config, place, _join(config, place), progress)
 
 
+def warm_up(runner: ModelRunner, block_size: int) -> None:
+    """Runs a step of each kind, on all ranks together."""
+    for num_tokens in (block_size, 1):
+        runner.execute(warm_up_plan(num_tokens))
+
+
 def build_rank(
     config: WorkerConfig, model_config: ModelConfig, place: Place, group: Group, progress: Progress
 ) -> Rank:
@@ -134,6 +161,9 @@ def build_rank(
         dtype=place.dtype,
     )
     budget = _budget(config, model_config, place, longest)
+    if group.follower is not None and group.follower.num_blocks > 0:
+        # This rank replaces one: the others have their caches.
+        budget = replace(budget, num_blocks=group.follower.num_blocks)
     num_blocks = group.agree_on_least(decide_num_blocks(spec, budget))
     max_model_len = decide_max_model_len(spec, num_blocks, config.max_model_len, longest)
     check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(spec, num_blocks, place))
@@ -144,10 +174,13 @@ def build_rank(
     if config.shard.rank == 0:
         sampler = Sampler(model_config.vocab_size, config.max_num_seqs, place.device)
     runner = ModelRunner(model, cache, attention, sampler, place.device)
-    for num_tokens in (config.block_size, 1):
-        runner.execute(warm_up_plan(num_tokens))
+    warm_up(runner, config.block_size)
     plans = PlanReader(config.max_num_seqs, -(-max_model_len // config.block_size))
-    return Rank(model_config, runner, plans, group, num_blocks, max_model_len, pool)
+    return Rank(
+        *(model_config, runner, plans, group, num_blocks, max_model_len),
+        kv_pool=pool,
+        block_size=config.block_size,
+    )
 
 
 def _longest_sequence(config: WorkerConfig, model_config: ModelConfig) -> int:
@@ -176,11 +209,18 @@ def _join(config: WorkerConfig, place: Place) -> Group:
         return Group(SingleRank())
     store = rendezvous(config.rendezvous, shard)
     leader = follower = None
+    generation = 0
     if shard.rank == 0:
         leader = Leader(store, shard.size, config.rendezvous)
     else:
         follower = Follower(store, shard.rank)
-    return Group(ProcessGroup(shard, store, place.device), leader, follower)
+        generation = follower.generation
+
+    def join(generation: int) -> AbortableCommunicator:
+        return ProcessGroup(shard, store, place.device, generation)
+
+    group = RenewableGroup(shard, join, generation)
+    return Group(group, leader, follower, renewable=group)
 
 
 def _budget(
