@@ -90,6 +90,8 @@ class WorkerConfig:
     """Port of the metrics page; None: there is none."""
     parent_pid: int | None = None
     """The process whose end ends this one."""
+    is_spare: bool = False
+    """Whether the process waits for standard input to say which rank it is."""
 
 
 def parse_arguments(arguments: Sequence[str]) -> WorkerConfig:
@@ -273,6 +275,7 @@ def _add_process(parser: argparse.ArgumentParser) -> None:
         help="of this host, at which workers of other hosts reach its KV; unencrypted (default: none)",
     )
     add("--parent-pid", type=_integer(1), help=argparse.SUPPRESS)
+    add("--spare", dest="is_spare", action="store_true", help=argparse.SUPPRESS)
 
 
 def _from_namespace(given: argparse.Namespace) -> WorkerConfig:

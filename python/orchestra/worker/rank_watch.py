@@ -1,8 +1,8 @@
 """Threads that find out which rank is lost, and end the collectives that would wait for it for ever.
 
 Rank 0 watches the others' pulses: the end of one is a dead process, known at once. A rank that hangs is found by the
-clock: it owes the step, and for longer than such steps take neither enters a collective nor finishes. The others watch
-rank 0's end, by which they learn of everybody's loss.
+clock: it owes the step, and for longer than such steps take neither enters a collective nor finishes, although it was
+not kept waiting for a core. The others watch rank 0's end, by which they learn of everybody's loss.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from orchestra.worker.plan_channel import RankLostError
 from orchestra.worker.renewable_group import Progress, RenewableGroup
+from orchestra.worker.starvation import Starvation
 
 # How often pulses beat, and are looked at.
 BEAT_S = 0.05
@@ -78,8 +79,14 @@ class _Pulse:
     """Time since it was heard of."""
     still_s: float = 0.0
     """Time since it got on with what it owes."""
+    stood_s: float = 0.0
+    """The same, without what starvation has excused."""
     unread: bytes = b""
     """The beginning of a beat."""
+
+    def gets_on(self) -> None:
+        """It has done something, or owes nothing."""
+        self.still_s = self.stood_s = 0.0
 
 
 class Watch(threading.Thread):
@@ -95,10 +102,10 @@ class Watch(threading.Thread):
         return self._has_lost.wait(timeout_s)
 
     def stop(self) -> None:
-        """Ends the thread."""
-        with contextlib.suppress(OSError):
-            self._bell.send(b"\0")
-        self.join()
+        """Ends the thread, where it was started."""
+        self._bell.send(b"\0")
+        if self.ident is not None:
+            self.join()
         self._wake.close()
         self._bell.close()
 
@@ -130,6 +137,8 @@ class LeaderWatch(Watch):
         self._group = group
         self._patience = patience
         self._on_hung = on_hung
+        self._starvations = {rank: Starvation.of(pulse) for rank, pulse in pulses.items()}
+        self._is_suspicious = False
         self._num_steps = 0
         self._patience_s: float | None = None
         self._has_left = threading.Event()
@@ -185,13 +194,19 @@ class LeaderWatch(Watch):
         if patience_s is None:
             return []
         owing = {r: p for r, p in self._pulses.items() if p.progress.num_steps < self._num_steps}
-        if max((pulse.still_s for pulse in owing.values()), default=0.0) <= patience_s:
-            return []
-        return self._blame(owing)
+        still_s = max((pulse.still_s for pulse in owing.values()), default=0.0)
+        if still_s <= patience_s / 2:
+            self._is_suspicious = False
+        elif not self._is_suspicious:
+            self._is_suspicious = True
+            for starvation in self._starvations.values():
+                starvation.begin()
+        return self._blame(owing) if still_s > patience_s else []
 
     def _listen(self, rank: int, pulse: _Pulse, elapsed_s: float) -> None:
         pulse.silent_s += elapsed_s
         pulse.still_s += elapsed_s
+        pulse.stood_s += elapsed_s
         beats = pulse.unread
         with contextlib.suppress(OSError):
             # Its end is the poller's business.
@@ -203,11 +218,18 @@ class LeaderWatch(Watch):
         pulse.silent_s = 0.0
         last = Progress(*_BEAT.unpack_from(beats, whole - _BEAT.size))
         if last != pulse.progress or last.num_steps >= self._num_steps:
-            pulse.still_s = 0.0
+            pulse.gets_on()
         pulse.progress = last
 
     def _blame(self, owing: Mapping[int, _Pulse]) -> list[int]:
-        """Of the ranks that owe a step that stands still, those whose fault it is."""
+        """Of the ranks that owe a step that stands still, those whose fault it is; none where they are starved."""
+        stood_s = max(pulse.stood_s for pulse in owing.values())
+        is_starved = any(self._starvations[rank].is_starved() for rank in owing)
+        if is_starved and stood_s < PATIENCE_MAX_S:
+            self._is_suspicious = False
+            for pulse in owing.values():
+                pulse.still_s = 0.0
+            return []
         if silent := [rank for rank, pulse in owing.items() if pulse.silent_s > SILENT_S]:
             return silent
         # The others wait for whoever computes.

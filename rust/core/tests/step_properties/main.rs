@@ -9,6 +9,7 @@ mod bounds;
 mod fake_model;
 mod moves;
 mod replica;
+mod shape;
 mod starvation;
 
 use fake_model::VOCAB_SIZE;
