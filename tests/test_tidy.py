@@ -58,6 +58,7 @@ WORKER_ONLY_IMPORTS = {
     "tokenizers",
     "msgpack",
     "prometheus_client",
+    "transformers",
 }
 # The worker speaks to the router through `orchestra._core` alone.
 NOT_IN_WORKER = {"grpc", "ctypes", "cffi"}

@@ -24,7 +24,7 @@ def test_defaults(tmp_path: Path) -> None:
 def test_every_flag(tmp_path: Path) -> None:
     flags = (
         "--worker-id w --served-model-name m --tp 2 --rank 1 --rendezvous file:///x --dtype bfloat16 "
-        "--device cpu --block-size 32 --kv-cache-memory 1.5GiB --num-host-blocks 12 "
+        "--runner hf --device cpu --block-size 32 --kv-cache-memory 1.5GiB --num-host-blocks 12 "
         "--max-num-seqs 9 --max-num-batched-tokens 100 --max-model-len 50 --max-prefill-chunk 16 --tpot-target-ms 40 "
         "--no-prefix-cache --expert-parallel --kv-transfer tcp --kv-address ::1 --role decode --weights-epoch 3 "
         "--drain-timeout 1.5 --metrics-host ::1 --metrics-port 90 --parent-pid 7"
@@ -37,6 +37,7 @@ def test_every_flag(tmp_path: Path) -> None:
         shard=Shard(1, 2),
         rendezvous="file:///x",
         dtype="bfloat16",
+        runner="hf",
         device="cpu",
         block_size=32,
         kv_cache_memory=3 << 29,

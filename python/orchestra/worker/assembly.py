@@ -24,16 +24,18 @@ from orchestra.worker.kv_pool import make_kv_pool
 from orchestra.worker.layers import LoadContext
 from orchestra.worker.loader import Progress, WeightReader
 from orchestra.worker.model_config import ModelConfig
-from orchestra.worker.models import LOADERS
+from orchestra.worker.models import LOADERS, Model
 from orchestra.worker.parallel import Communicator, ProcessGroup, SingleRank, rendezvous
 from orchestra.worker.plan import PlanReader
 from orchestra.worker.plan_channel import Follower, Leader, RankLostError
 from orchestra.worker.renewable_group import AbortableCommunicator, RenewableGroup
 from orchestra.worker.runner import ModelRunner, warm_up_plan
+from orchestra.worker.runner_choice import ModelShape, load_hf, read_model_config
 from orchestra.worker.sampler import Sampler
 
 if TYPE_CHECKING:
     from orchestra._core import KvPool
+    from orchestra.worker.hf_config import HfConfig
 
 # Share of the free memory that the KV cache takes where nothing was asked for. A CPU's memory serves others too.
 CUDA_SHARE = 0.9
@@ -86,7 +88,7 @@ class Place:
 class Rank:
     """One rank, ready to execute plans."""
 
-    model_config: ModelConfig
+    model_config: ModelShape
     runner: ModelRunner
     reader: PlanReader
     """Reads the messages with this rank's plans."""
@@ -125,12 +127,8 @@ def assemble(config: WorkerConfig, progress: Progress) -> Rank:
         RankLostError: another rank of the group is gone.
     """
     # First what needs no other rank: an error here ends every rank of the group by itself.
-    model_config = ModelConfig.from_directory(config.model_dir)
+    model_config = read_model_config(config)
     _longest_sequence(config, model_config)
-    config.shard.heads(model_config.num_heads, model_config.num_kv_heads)
-    if config.expert_parallel and model_config.experts is None:
-        message = f"--expert-parallel: {model_config.architecture} has no experts"
-        raise ConfigError(message, key="expert_parallel")
     place = _choose_place(config, model_config)
     return build_rank(config, model_config, place, _join(config, place), progress)
 
@@ -142,25 +140,25 @@ def warm_up(runner: ModelRunner, block_size: int) -> None:
 
 
 def build_rank(
-    config: WorkerConfig, model_config: ModelConfig, place: Place, group: Group, progress: Progress
+    config: WorkerConfig,
+    model_config: "ModelConfig | HfConfig",
+    place: Place,
+    group: Group,
+    progress: Progress,
 ) -> Rank:
     """Loads and allocates what one rank of a joined group needs; raises as `assemble` does."""
     longest = _longest_sequence(config, model_config)
-    with WeightReader(config.model_dir) as reader:
-        context = LoadContext(
-            reader, group.communicator, place.dtype, place.device, config.expert_parallel
-        )
-        load = LOADERS[model_config.architecture]
-        model = load(context, model_config, longest, progress)
-    heads = config.shard.heads(model_config.num_heads, model_config.num_kv_heads)
+    model, shape = _load(config, model_config, place, group, progress)
+    heads = config.shard.heads(shape.num_heads, shape.num_kv_heads)
     spec = KvCacheSpec(
-        num_layers=model_config.num_layers,
+        num_layers=shape.num_layers,
         num_kv_heads=len(heads.kv_heads),
-        head_dim=model_config.head_dim,
+        head_dim=shape.head_dim,
         block_size=config.block_size,
         dtype=place.dtype,
+        key_order=shape.key_order,
     )
-    budget = _budget(config, model_config, place, longest)
+    budget = _budget(config, shape, place, longest)
     if group.follower is not None and group.follower.num_blocks > 0:
         # This rank replaces one: the others have their caches.
         budget = replace(budget, num_blocks=group.follower.num_blocks)
@@ -169,21 +167,40 @@ def build_rank(
     check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(spec, num_blocks, place))
     pool = make_kv_pool(config, spec, num_blocks, place.device)
     cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks, pool)
-    attention = TorchPagedAttention(cache, len(heads.heads), place.device, model_config.attention)
+    attention = TorchPagedAttention(cache, len(heads.heads), place.device, shape.attention)
     sampler = None
     if config.shard.rank == 0:
-        sampler = Sampler(model_config.vocab_size, config.max_num_seqs, place.device)
+        sampler = Sampler(shape.vocab_size, config.max_num_seqs, place.device)
     runner = ModelRunner(model, cache, attention, sampler, place.device)
     warm_up(runner, config.block_size)
     plans = PlanReader(config.max_num_seqs, -(-max_model_len // config.block_size))
     return Rank(
-        *(model_config, runner, plans, group, num_blocks, max_model_len),
+        *(shape, runner, plans, group, num_blocks, max_model_len),
         kv_pool=pool,
         block_size=config.block_size,
     )
 
 
-def _longest_sequence(config: WorkerConfig, model_config: ModelConfig) -> int:
+def _load(
+    config: WorkerConfig,
+    model_config: "ModelConfig | HfConfig",
+    place: Place,
+    group: Group,
+    progress: Progress,
+) -> tuple[Model, ModelShape]:
+    """Loads this rank's part by the runner that was chosen."""
+    longest = _longest_sequence(config, model_config)
+    if not isinstance(model_config, ModelConfig):
+        return load_hf(config, model_config, place.dtype, place.device, longest, progress)
+    with WeightReader(config.model_dir) as reader:
+        context = LoadContext(
+            reader, group.communicator, place.dtype, place.device, config.expert_parallel
+        )
+        load = LOADERS[model_config.architecture]
+        return load(context, model_config, longest, progress), model_config
+
+
+def _longest_sequence(config: WorkerConfig, model_config: "ModelConfig | HfConfig") -> int:
     """Tokens of the longest sequence that may ever run."""
     longest = model_config.max_position_embeddings
     asked = config.max_model_len
@@ -193,7 +210,7 @@ def _longest_sequence(config: WorkerConfig, model_config: ModelConfig) -> int:
     return longest if asked is None else asked
 
 
-def _choose_place(config: WorkerConfig, model_config: ModelConfig) -> Place:
+def _choose_place(config: WorkerConfig, model_config: "ModelConfig | HfConfig") -> Place:
     # torchrun sets both; without it, the ranks of a group share this machine.
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", config.shard.size))
     local_rank = int(os.environ.get("LOCAL_RANK", config.shard.rank))
@@ -224,7 +241,7 @@ def _join(config: WorkerConfig, place: Place) -> Group:
 
 
 def _budget(
-    config: WorkerConfig, model_config: ModelConfig, place: Place, longest: int
+    config: WorkerConfig, model_config: ModelShape, place: Place, longest: int
 ) -> KvCacheBudget:
     is_cuda = place.device.type == "cuda"
     free = devices.free_bytes(place.device, place.local_size)
@@ -244,7 +261,7 @@ def _free_host_bytes(spec: KvCacheSpec, num_blocks: int, place: Place) -> int:
     return max(0, free - num_blocks * spec.bytes_per_block) if is_cpu else free
 
 
-def _activation_bytes(config: WorkerConfig, model_config: ModelConfig) -> int:
+def _activation_bytes(config: WorkerConfig, model_config: ModelShape) -> int:
     """Upper estimate of what a step needs beside weights and cache."""
     # Live at once per token: the residual stream and its copies, both halves of the MLP, the attention heads. Per
     # sample: the logits and, while it is drawn, their copies in double precision. All counted as fp32.

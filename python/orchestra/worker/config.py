@@ -50,6 +50,8 @@ class WorkerConfig:
     """Shortest time without progress in a step after which a rank is taken for hung; 0: it never is."""
     dtype: str = "auto"
     """`float32`, `bfloat16`, or `auto`: the checkpoint's, where the device computes in it natively."""
+    runner: str = "auto"
+    """Whose code computes the model: `native`, `hf` (transformers' modules), or `auto`: native where it can."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: CUDA where there is some."""
     block_size: int = 16
@@ -154,6 +156,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
             "--served-model-name",
             metavar="NAME",
             help="name that clients use (default: the directory's name)",
+        ),
+        add(
+            "--runner",
+            choices=["auto", "native", "hf"],
+            default=default.runner,
+            help="whose code computes the model; hf: transformers' modules; auto: hf where native has no such model",
         ),
         add(
             "--dtype",

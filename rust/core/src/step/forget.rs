@@ -5,7 +5,7 @@ use crate::ids::RequestId;
 
 impl StepScheduler {
     /// Gives up the step that executes, if one does, and forgets everything computed: every request ends and is named
-    /// as by [`abort_all`](Self::abort_all), nothing is cached any more, and the next [`take_kv_events`] says
+    /// as by [`abort_all`](Self::abort_all), nothing is cached any more, in host memory neither, and the next [`take_kv_events`] says
     /// `Cleared`.
     ///
     /// Nobody may go on executing that step. Blocks that are held for other workers stay theirs until released, but
@@ -15,7 +15,6 @@ impl StepScheduler {
     pub fn forget_all(&mut self) -> Vec<RequestId> {
         let ended = self.abort_all();
         self.executing = None;
-        self.host.forget_copies();
         self.pool.forget_cached();
         ended
     }

@@ -11,6 +11,8 @@ mod commit;
 mod config;
 mod error;
 mod forget;
+mod host_cache;
+mod host_hits;
 mod host_tier;
 mod integrity;
 mod kv_events;
