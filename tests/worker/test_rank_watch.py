@@ -118,55 +118,85 @@ def test_a_dead_rank_ends_the_collectives_of_all_others(ranks: Ranks) -> None:
     assert ranks.hung == []
 
 
-def test_a_rank_without_a_pulse_hangs(ranks: Ranks) -> None:
-    ranks.start(2)
-    waiting = [enter(ranks.groups[rank]) for rank in (0, 2)]
+def beat(ranks: Ranks, rank: int) -> None:
+    """Sends what a rank's pulse says now."""
+    if rank not in ranks.followers:
+        ranks.followers[rank] = FollowerWatch(ranks.pulses[rank], ranks.groups[rank])
+    assert ranks.followers[rank]._beat()
+
+
+def hung(ranks: Ranks, waiting: tuple[int, ...], beating: tuple[int, ...] = (1, 2)) -> list[int]:
+    """Who is blamed for a step that stands still, with 0.2 s from one beat to the next.
+
+    Args:
+        ranks: of which nobody gets on.
+        waiting: those of them that are in a collective.
+        beating: those whose pulse still beats.
+    """
+    inside = [enter(ranks.groups[rank]) for rank in waiting]
+    while not all(ranks.groups[rank].progress().is_waiting for rank in waiting):
+        time.sleep(0.001)
     ranks.watch.begin_step(1)
-    assert ranks.watch.is_lost(TIMEOUT_S)
-    assert ranks.hung == ranks.watch.lost == [1]
-    for thread in waiting:
+    found: list[int] = []
+    for _ in range(5):
+        for rank in beating:
+            beat(ranks, rank)
+        found = found or ranks.watch._find_hung(0.2)
+    for rank in waiting:
+        ranks.groups[rank].abort()
+    for thread in inside:
         thread.join(TIMEOUT_S)
+    return found
+
+
+def test_a_rank_without_a_pulse_hangs(ranks: Ranks) -> None:
+    assert hung(ranks, waiting=(0, 2), beating=(2,)) == [1]
 
 
 def test_a_rank_that_computes_for_ever_hangs_and_not_those_that_wait_for_it(ranks: Ranks) -> None:
-    ranks.start(1, 2)
-    waiting = [enter(ranks.groups[rank]) for rank in (0, 2)]
-    ranks.watch.begin_step(1)
-    assert ranks.watch.is_lost(TIMEOUT_S)
-    assert ranks.hung == [1]
-    for thread in waiting:
-        thread.join(TIMEOUT_S)
+    assert hung(ranks, waiting=(0, 2)) == [1]
 
 
 def test_rank_0_too_can_be_the_one(ranks: Ranks) -> None:
-    ranks.start(1, 2)
-    waiting = [enter(ranks.groups[rank]) for rank in (1, 2)]
+    assert hung(ranks, waiting=(1, 2)) == [0]
+
+
+def test_where_all_wait_for_each_other_all_are_replaced(ranks: Ranks) -> None:
+    assert hung(ranks, waiting=(0, 1, 2)) == [1, 2]
+
+
+def test_a_hung_rank_is_reported_and_ends_the_collectives_of_all_others(ranks: Ranks) -> None:
+    ranks.start()
+    inside = enter(ranks.groups[0])
     ranks.watch.begin_step(1)
     assert ranks.watch.is_lost(TIMEOUT_S)
-    assert ranks.hung == [0]
-    for thread in waiting:
-        thread.join(TIMEOUT_S)
+    inside.join(TIMEOUT_S)
+    assert not inside.is_alive()
+    assert ranks.hung == ranks.watch.lost == [1, 2]
 
 
-def beat(ranks: Ranks, *, is_getting_on: bool) -> None:
-    """What the pulses of both other ranks say in 0.2 s, the time that passes for rank 0's watch."""
+def get_on(ranks: Ranks) -> None:
+    """Both other ranks do something, and say so."""
     for rank in (1, 2):
-        if is_getting_on:
-            ranks.gates[rank].is_open.set()
-            enter(ranks.groups[rank]).join()
-        if rank not in ranks.followers:
-            ranks.followers[rank] = FollowerWatch(ranks.pulses[rank], ranks.groups[rank])
-        assert ranks.followers[rank]._beat()
+        ranks.gates[rank].is_open.set()
+        enter(ranks.groups[rank]).join()
+        beat(ranks, rank)
+
+
+def stand_still(ranks: Ranks) -> None:
+    """Both other ranks say that they have done nothing."""
+    for rank in (1, 2):
+        beat(ranks, rank)
 
 
 def test_a_rank_that_gets_on_is_slow_and_does_not_hang(ranks: Ranks) -> None:
     ranks.watch.begin_step(1)
     for _ in range(10):
-        beat(ranks, is_getting_on=True)
+        get_on(ranks)
         assert ranks.watch._find_hung(0.2) == []
     found = []
     for _ in range(3):
-        beat(ranks, is_getting_on=False)
+        stand_still(ranks)
         found.append(ranks.watch._find_hung(0.2))
     # The patience is 0.3 s, and both compute, each by itself.
     assert found == [[], [1, 2], [1, 2]]
@@ -174,7 +204,7 @@ def test_a_rank_that_gets_on_is_slow_and_does_not_hang(ranks: Ranks) -> None:
         with ranks.groups[rank].step():
             pass
     for _ in range(10):
-        beat(ranks, is_getting_on=False)
+        stand_still(ranks)
         assert ranks.watch._find_hung(0.2) == [], "a rank that owes nothing may stand still"
 
 
@@ -184,11 +214,11 @@ def test_a_starved_rank_is_waited_for_but_not_for_ever(
     monkeypatch.setattr(Starvation, "is_starved", lambda _self: True)
     ranks.watch.begin_step(1)
     for _ in range(int(rank_watch.PATIENCE_MAX_S / 0.2) - 1):
-        beat(ranks, is_getting_on=False)
+        stand_still(ranks)
         assert ranks.watch._find_hung(0.2) == []
     found = []
     for _ in range(4):
-        beat(ranks, is_getting_on=False)
+        stand_still(ranks)
         found += ranks.watch._find_hung(0.2)
     assert found[:2] == [1, 2]
 
