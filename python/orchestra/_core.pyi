@@ -465,6 +465,17 @@ class Agent:
     def fail(self, message: str) -> None:
         """Ends every sequence as failed: executing a step went wrong, so its KV cannot be trusted."""
 
+    def start_over(self) -> None:
+        """Gives up the step that was handed out, if one was, and everything computed: a part of the KV is lost.
+
+        Every sequence ends and the stream to the router ends, so that it replays them elsewhere. The next `next_step`
+        attaches again, with an empty prefix cache.
+
+        Raises:
+            ShuttingDownError: The agent was closed.
+            InternalError: The agent has failed.
+        """
+
     def drain(self) -> None:
         """Refuses new sequences from now on; those that run or wait go on."""
 
