@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, final
 
+from orchestra._core_kernels import PagedAttention as PagedAttention
 from orchestra._core_kernels import SharedGroup as SharedGroup
 from orchestra._core_memory import BlockPool as BlockPool
 from orchestra._core_memory import BlockSet as BlockSet
@@ -32,6 +33,7 @@ __all__ = [
     "Chime",
     "Grant",
     "KvPool",
+    "PagedAttention",
     "PlaceRequest",
     "Placement",
     "RemoteGrant",

@@ -10,7 +10,7 @@ import torch
 
 from orchestra.errors import ConfigError
 from orchestra.worker import device as devices
-from orchestra.worker.attention import TorchPagedAttention
+from orchestra.worker.attention_cpu import make_attention
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.kv_cache import (
     KvCache,
@@ -168,7 +168,10 @@ def build_rank(
     check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(spec, num_blocks, place))
     pool = make_kv_pool(config, spec, num_blocks, place.device)
     cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks, pool)
-    attention = TorchPagedAttention(cache, len(heads.heads), place.device, shape.attention)
+    # Latent attention has one KV head of which all query heads are the group: that is a matrix product of torch's.
+    is_latent = isinstance(model_config, ModelConfig) and model_config.latent is not None
+    name = "torch" if is_latent else config.attention
+    attention = make_attention(name, cache, len(heads.heads), place.device, shape.attention)
     sampler = None
     if config.shard.rank == 0:
         sampler = Sampler(shape.vocab_size, config.max_num_seqs, place.device)

@@ -44,6 +44,8 @@ class WorkerConfig:
     """This rank's place in the tensor-parallel group."""
     rendezvous: str = ""
     """Where the ranks meet: `file:///path`, `tcp://host:port` or `env://`. Empty with one rank."""
+    attention: str = "auto"
+    """What attends over the cache: `torch`, `cpu`, or `auto`: kernels for the CPU where they can compute."""
     collectives: str = "auto"
     """What carries the sums of the ranks: `gloo`, `shm`, or `auto`: shared memory for CPU ranks of one machine."""
     regroup_timeout_s: float = 0.0
@@ -176,6 +178,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
             choices=["auto", "cpu", "cuda"],
             default=default.device,
             help="auto: CUDA where there is some",
+        ),
+        add(
+            "--attention",
+            choices=["auto", "torch", "cpu"],
+            default=default.attention,
+            help="what attends over the cache; auto: kernels of our own on a CPU, else torch",
         ),
         add(
             "--collectives",
