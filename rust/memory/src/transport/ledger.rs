@@ -63,8 +63,9 @@ impl LocalSlabs {
         self.0.remove(&slab).ok_or(MemoryError::UnknownSlab(slab.0))
     }
 
-    pub(super) fn get(&self, slab: SlabId) -> Option<&Arc<Slab>> {
-        self.0.get(&slab)
+    /// A slab for a peer, who gets none that somebody else has made.
+    pub(super) fn shown(&self, slab: SlabId) -> Option<&Arc<Slab>> {
+        self.0.get(&slab).filter(|slab| !slab.is_foreign())
     }
 
     /// For the metadata, in the order of their names.
@@ -72,6 +73,7 @@ impl LocalSlabs {
         let mut known: Vec<_> = self
             .0
             .values()
+            .filter(|slab| !slab.is_foreign())
             .map(|slab| KnownSlab {
                 id: slab.id(),
                 base: base(slab),
