@@ -82,6 +82,7 @@ vllm: ## Run the test against a running vLLM: ORCHESTRA_TEST_VLLM="URL EVENTS RE
 	cargo test --locked -p orchestra-router --lib a_real_vllm -- --ignored
 
 gpu: setup ## Run the tests that need an NVIDIA GPU
+	cargo test --locked -p orchestra-memory --test devices -- --ignored
 	$(PY) -m pytest -m gpu
 
 proto: $(VENV)/.installed ## Regenerate python/orchestra/v1 from proto/

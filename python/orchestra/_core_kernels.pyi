@@ -1,0 +1,139 @@
+"""The kernels of `_core`. For type checkers alone: there is no such module at run time.
+
+Tensors are handed over as addresses. Who calls promises that so many numbers lie there, without gaps, on the CPU, and
+that nobody writes them (or reads what the call writes) before it returns. No call holds the interpreter lock.
+"""
+
+from collections.abc import Sequence
+from typing import final
+
+@final
+class PagedAttention:
+    """Attention over the paged KV cache of one rank, on torch's own OpenMP threads where there are some.
+
+    Args:
+        shape: Query heads, KV heads, size of a head, tokens per block (both multiples of 8), blocks.
+        dtype: `float32` or `bfloat16`.
+        layers: Of each layer the address of its `[blocks, 2, kv_heads, block_size, head_dim]`, the tokens that each one
+            sees, the scale of the scores and their soft cap; `None` is all before it, the usual scale, no cap.
+        portable: Whether to leave away what only some processors can.
+
+    Raises:
+        InvalidRequestError: A number is out of range; `key` names it.
+    """
+
+    def __new__(
+        cls,
+        shape: tuple[int, int, int, int, int],
+        dtype: str,
+        layers: Sequence[tuple[int, int | None, float | None, float | None]],
+        *,
+        portable: bool = False,
+    ) -> PagedAttention: ...
+    def prepare(
+        self,
+        slot_mapping: bytes,
+        query_start: bytes,
+        context_lens: bytes,
+        block_tables: bytes,
+        threads: int,
+    ) -> None:
+        """Lays out the next step, whose `int32` arrays are as `orchestra.worker.plan.StepPlan` has them.
+
+        Args:
+            slot_mapping: `[T]`
+            query_start: `[S + 1]`
+            context_lens: `[S]`
+            block_tables: `[S, W]`
+            threads: On how many to compute.
+
+        Raises:
+            InvalidRequestError: They do not fit each other or the cache; the step before stays.
+        """
+
+    def forward(
+        self,
+        layer: int,
+        query_ptr: int,
+        query_stride: int,
+        key_value_ptr: int,
+        key_value_stride: int,
+        output_ptr: int,
+    ) -> None:
+        """Writes the prepared step's new KV of a layer to the cache, then attends over it.
+
+        Args:
+            layer: In the order of `layers`.
+            query_ptr: Address of `[T, num_heads, head_dim]`.
+            query_stride: Numbers from one token's queries to the next one's.
+            key_value_ptr: Address of `[T, 2 * num_kv_heads, head_dim]`, the keys, then the values.
+            key_value_stride: Numbers from one token's keys to the next one's.
+            output_ptr: Where `[T, num_heads * head_dim]` goes.
+
+        Raises:
+            InvalidRequestError: There is no such layer.
+        """
+
+@final
+class SharedGroup:
+    """One rank's end of the collectives between the ranks of one machine, over shared memory.
+
+    One thread at a time is in a collective; a second one waits for it. `abort` may come from any thread at any time.
+
+    Args:
+        rank: Of this end.
+        size: Ranks of the group, at most 64.
+        generation: Which group of these ranks it is.
+        timeout_ms: How long a rank waits for another inside a collective.
+        address: Where rank 0's memory is; `None` makes it, on rank 0.
+
+    Raises:
+        ConfigError: A number is out of range; `key` names it.
+        InternalError: Memory cannot be had, or what is at the address is not this group's.
+    """
+
+    def __new__(
+        cls, rank: int, size: int, generation: int, timeout_ms: int, address: str | None = None
+    ) -> SharedGroup: ...
+    @property
+    def address(self) -> str:
+        """Where the other ranks find the memory, until rank 0 has met them all."""
+
+    def meet(self) -> None:
+        """Waits until every rank is there.
+
+        Raises:
+            InternalError: A rank did not come in time, or the group was aborted.
+        """
+
+    def all_reduce(self, data_ptr: int, numel: int, dtype: str) -> None:
+        """Replaces `numel` numbers by their sums over all ranks, added in fp32 in the order of the ranks.
+
+        Args:
+            data_ptr: Address of the first number.
+            numel: How many, the same on every rank.
+            dtype: `float32` or `bfloat16`.
+
+        Raises:
+            InvalidRequestError: The dtype is another.
+            InternalError: A rank is gone, late or in another collective, or the group was aborted.
+        """
+
+    def gather_columns(
+        self, data_ptr: int, num_bytes: int, rows: int, joined_ptr: int | None = None
+    ) -> None:
+        """Joins the ranks' `[rows, columns]` side by side.
+
+        Args:
+            data_ptr: Address of this rank's part.
+            num_bytes: Of it, the same on every rank.
+            rows: Of it.
+            joined_ptr: Where rank 0 wants the result; `None` on the others.
+
+        Raises:
+            InvalidRequestError: The rows do not divide the bytes, or a rank but rank 0 wants the result.
+            InternalError: A rank is gone, late or in another collective, or the group was aborted.
+        """
+
+    def abort(self) -> None:
+        """Ends the collectives of every rank, now and from now on."""
