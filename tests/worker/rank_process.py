@@ -82,6 +82,10 @@ def empty_stats() -> dict[str, int]:
         "kv_blocks_fetched",
         "kv_blocks_pushed",
         "kv_fetch_failures",
+        "host_hit_tokens",
+        "kv_blocks_written_through",
+        "kv_blocks_kept",
+        "kv_write_throughs_dropped",
     )
     return dict.fromkeys(names, 0)
 

@@ -27,6 +27,7 @@ def test_every_flag(tmp_path: Path) -> None:
         "--runner hf --device cpu --block-size 32 --kv-cache-memory 1.5GiB --num-host-blocks 12 "
         "--max-num-seqs 9 --max-num-batched-tokens 100 --max-model-len 50 --max-prefill-chunk 16 --tpot-target-ms 40 "
         "--no-prefix-cache --expert-parallel --kv-transfer tcp --kv-address ::1 --role decode --weights-epoch 3 "
+        "--write-through --failure-domain rack7 "
         "--drain-timeout 1.5 --metrics-host ::1 --metrics-port 90 --parent-pid 7"
     )
     assert parse_arguments([str(tmp_path), *ROUTER, *flags.split()]) == WorkerConfig(
@@ -51,6 +52,8 @@ def test_every_flag(tmp_path: Path) -> None:
         expert_parallel=True,
         kv_transfer="tcp",
         kv_address="::1",
+        write_through=True,
+        failure_domain="rack7",
         role="decode",
         weights_epoch=3,
         drain_timeout_s=1.5,

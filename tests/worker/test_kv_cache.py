@@ -20,6 +20,7 @@ from orchestra.worker.kv_cache import (
     decide_num_blocks,
 )
 from orchestra.worker.kv_pool import make_kv_pool
+from orchestra.worker.plan import BlockCopies
 from orchestra.worker.sharding import Shard
 
 SPEC = KvCacheSpec(num_layers=2, num_kv_heads=4, head_dim=8, block_size=16, dtype=torch.bfloat16)
@@ -42,11 +43,12 @@ def test_bytes_per_block_are_those_of_the_slab() -> None:
     assert not cache.slab.any()
 
 
-def make_pool(num_blocks: int) -> _core.KvPool:
+def make_pool(num_blocks: int, num_host_blocks: int = 0) -> _core.KvPool:
     return _core.KvPool(
         {
             "num_layers": SPEC.num_layers,
             "num_blocks": num_blocks,
+            "num_host_blocks": num_host_blocks,
             "layer_block_bytes": SPEC.layer_block_bytes,
             "layout": "test",
             "transports": "shm",
@@ -68,6 +70,24 @@ def test_a_pool_is_the_memory_of_the_slab() -> None:
     # The tensor keeps the memory.
     del pool, seen
     assert cache.slab.count_nonzero() == 1
+
+
+def test_host_blocks_of_a_pool_lie_behind_those_of_each_layer() -> None:
+    pool = make_pool(5, 3)
+    cache = KvCache(SPEC, 5, torch.device("cpu"), 3, pool)
+    assert cache.layer(1).is_contiguous()
+    cache.slab[:, 4] = 7
+    out = BlockCopies(np.array([4], np.int32), np.array([2], np.int32))
+    none = BlockCopies(np.empty(0, np.int32), np.empty(0, np.int32))
+    cache.copy_blocks(out, none)
+    shape = (SPEC.num_layers, 8, -1)
+    memory = torch.from_numpy(np.asarray(pool)).view(SPEC.dtype).view(shape)
+    assert (memory[:, 7] == 7).all()
+    assert not memory[:, 5:7].any()
+    cache.slab.zero_()
+    cache.copy_blocks(none, out)
+    assert (cache.slab[:, 4] == 7).all()
+    assert not cache.slab[:, :4].any()
 
 
 def test_a_pool_has_a_limit() -> None:
@@ -98,6 +118,8 @@ def test_where_kv_cannot_move_it_is_an_error_to_ask_for_it(
 
     assert make("auto") is None
     assert make("off") is None
+    with pytest.raises(UnsupportedError, match=message):
+        make_kv_pool(config_with(write_through=True, **settings), SPEC, 4, torch.device(device))
     with pytest.raises(UnsupportedError, match=message):
         make("shm")
 

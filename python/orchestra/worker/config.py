@@ -65,7 +65,8 @@ class WorkerConfig:
     kv_cache_memory: int | None = None
     """Bytes of KV cache per rank; None: a share of the free memory."""
     num_host_blocks: int = 0
-    """KV blocks of host memory, of each rank, that keep what preempted sequences have computed."""
+    """KV blocks of host memory, of each rank, that keep what preempted sequences have computed, what the prefix cache
+    evicts, and copies for other workers."""
     max_num_seqs: int = 256
     """Most sequences in one step."""
     max_num_batched_tokens: int = 2048
@@ -84,6 +85,10 @@ class WorkerConfig:
     """What moves KV between workers: `auto`, `shm`, `tcp`, or `off`."""
     kv_address: str | None = None
     """Address at which workers of other hosts reach this one's KV; None: only those of this host do."""
+    write_through: bool = False
+    """Whether another worker is to keep copies of what the prefix cache holds."""
+    failure_domain: str = ""
+    """What fails together with this worker; empty: its host, by its boot."""
     role: str = "both"
     """What the worker is for: `prefill`, `decode` or `both`."""
     weights_epoch: int = 0
@@ -209,7 +214,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
             "--num-host-blocks",
             type=_integer(0),
             default=default.num_host_blocks,
-            help="KV blocks of host memory for preempted sequences; 0: they compute theirs again",
+            help="KV blocks of host memory below the cache: of preempted sequences, evicted, copied for other workers",
         ),
         add(
             "--max-num-seqs",
@@ -259,6 +264,17 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
             choices=["auto", "off", "shm", "tcp"],
             default=default.kv_transfer,
             help="what moves KV between workers; auto: shared memory on one host, TCP where there is --kv-address",
+        ),
+        add(
+            "--write-through",
+            action="store_true",
+            help="have another worker, with --num-host-blocks, keep copies of what the prefix cache holds",
+        ),
+        add(
+            "--failure-domain",
+            default=default.failure_domain,
+            metavar="NAME",
+            help="what fails together with the worker: copies go to another one (default: the host, by its boot)",
         ),
         add(
             "--weights-epoch",

@@ -55,7 +55,8 @@ class KvCache:
         num_blocks: how many blocks.
         device: where the slab lives.
         num_host_blocks: blocks that host memory holds besides.
-        pool: memory for the slab, all zero, that other workers can reach; None: memory of its own.
+        pool: memory for the slab, all zero, that other workers can reach, with as many blocks of host memory behind
+            those of each layer; None: memory of its own.
     """
 
     def __init__(
@@ -79,11 +80,14 @@ class KvCache:
         # Zeros, not garbage: attention multiplies what lies behind a sequence's end by 0, which NaN would survive.
         # Here a block is one run of bytes, layer after layer: a copy touches host memory once.
         host_shape = (num_host_blocks, spec.num_layers, *shape[2:])
-        if device.type == "cpu":
-            # The tensor keeps the pool for as long as it lives.
-            self.slab = (
-                _zeros(spec, shape) if pool is None else _view(np.asarray(pool), spec, shape)
-            )
+        if pool is not None and device.type == "cpu":
+            # The tensors keep the pool for as long as they live.
+            both = (spec.num_layers, num_blocks + num_host_blocks, *shape[2:])
+            memory = _view(np.asarray(pool), spec, both)
+            self.slab = memory[:, :num_blocks]
+            self._host = memory[:, num_blocks:].transpose(0, 1)
+        elif device.type == "cpu":
+            self.slab = _zeros(spec, shape)
             self._host = _zeros(spec, host_shape)
         else:
             self.slab = torch.zeros(shape, dtype=spec.dtype, device=device)

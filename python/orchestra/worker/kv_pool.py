@@ -25,11 +25,13 @@ def make_kv_pool(
         UnsupportedError: it was asked for by name, and this worker cannot have it.
     """
     if config.kv_transfer == "off":
+        if config.write_through:
+            raise UnsupportedError("--write-through: KV does not move with --kv-transfer off")
         return None
     try:
         return _make(config, spec, num_blocks, device)
     except (ConfigError, UnsupportedError) as error:
-        if config.kv_transfer != "auto":
+        if config.kv_transfer != "auto" or config.write_through:
             raise
         logger.info("KV does not move to or from this worker: %s", error)
         return None
@@ -56,8 +58,11 @@ def _make(
         {
             "num_layers": spec.num_layers,
             "num_blocks": num_blocks,
+            "num_host_blocks": config.num_host_blocks,
             "layer_block_bytes": spec.layer_block_bytes,
             "layout": f"{weights}/{spec.dtype}/{shape}",
+            "failure_domain": config.failure_domain,
+            "write_through": config.write_through,
             "transports": config.kv_transfer,
             "address": config.kv_address,
         }

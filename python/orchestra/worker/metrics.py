@@ -115,6 +115,22 @@ class _AgentCollector(Collector):
                 "KV blocks written to other workers while they were computed.",
                 stats["kv_blocks_pushed"],
             ),
+            "kv_host_hit_tokens": (
+                "Tokens whose KV was copied back from host memory.",
+                stats["host_hit_tokens"],
+            ),
+            "kv_blocks_written_through": (
+                "KV blocks that this worker's keeper has copied.",
+                stats["kv_blocks_written_through"],
+            ),
+            "kv_blocks_kept": (
+                "KV blocks copied from other workers to be kept for them.",
+                stats["kv_blocks_kept"],
+            ),
+            "kv_write_throughs_dropped": (
+                "Beginnings of sequences that were not written through because too many waited.",
+                stats["kv_write_throughs_dropped"],
+            ),
             "kv_fetch_failures": (
                 "Moves of KV that did not come about.",
                 stats["kv_fetch_failures"],

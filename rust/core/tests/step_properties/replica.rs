@@ -2,18 +2,17 @@
 
 use std::collections::BTreeMap;
 
+use crate::{
+    fake_model::{FakeModel, logprobs_of, reference_output},
+    moves::Moves,
+    router_view::RouterView,
+};
 use orchestra_core::{
     HashSeed, RejectReason, RequestId, SamplingParams, Time, TokenId,
     step::{
         FinishReason, Request, StepError, StepOutput, StepPlan, StepScheduler, StepSchedulerConfig,
         TokenUpdate,
     },
-};
-
-use crate::{
-    fake_model::{FakeModel, logprobs_of, reference_output},
-    moves::Moves,
-    router_view::RouterView,
 };
 
 /// What the test knows of one accepted request.
