@@ -57,7 +57,7 @@ class WorkerGroup:
     @property
     def loaded(self) -> float:
         """Share of the weights that is loaded, over all ranks, 0 to 1."""
-        ranks = range(self._options.tp)
+        ranks = range(self._options.num_ranks)
         return sum(
             1.0 if r in self._ready_ranks else self._loaded.get(r, 0.0) for r in ranks
         ) / len(ranks)
@@ -88,7 +88,7 @@ class WorkerGroup:
         waits: list[asyncio.Task[int]] = []
         try:
             self._meeting_place().mkdir()
-            for rank in range(self._options.tp):
+            for rank in range(self._options.num_ranks):
                 self.children.append(await self._start(rank))
             waits = [asyncio.create_task(child.wait()) for child in self.children]
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -111,9 +111,10 @@ class WorkerGroup:
             *options.arguments_of(self._index),
         ]
         name = self.name
-        if options.tp > 1:
+        if options.num_ranks > 1:
             rendezvous = f"file://{self._meeting_place() / 'rendezvous'}"
             command += ["--tp", str(options.tp), "--rank", str(rank), "--rendezvous", rendezvous]
+            command += ["--pp", str(options.stages)]
             name = f"{self.name} rank {rank}"
 
         def on_status(status: dict[str, Any]) -> None:
@@ -144,5 +145,7 @@ def _environment(options: ServeOptions, cuda_devices: str | None) -> dict[str, s
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks that each take every core would slow each other down.
         cores = len(os.sched_getaffinity(0))
-        environment["OMP_NUM_THREADS"] = str(max(1, cores // (options.tp * options.replicas)))
+        environment["OMP_NUM_THREADS"] = str(
+            max(1, cores // (options.num_ranks * options.replicas))
+        )
     return environment

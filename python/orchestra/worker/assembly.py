@@ -2,10 +2,11 @@
 
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.distributed_c10d import PrefixStore
 
 from orchestra.errors import ConfigError
 from orchestra.worker import device as devices
@@ -29,6 +30,8 @@ from orchestra.worker.plan import PlanReader
 from orchestra.worker.plan_channel import Follower, Leader
 from orchestra.worker.runner import ModelRunner, warm_up_plan
 from orchestra.worker.sampler import Sampler
+from orchestra.worker.sharding import Shard, Stage
+from orchestra.worker.stage_link import ProcessLink, SingleStage, StageLink
 
 if TYPE_CHECKING:
     from orchestra._core import KvPool
@@ -45,6 +48,9 @@ class Group:
     """How this rank speaks to the others."""
 
     communicator: Communicator
+    """Of this rank's stage."""
+    link: StageLink = field(default_factory=SingleStage)
+    """To the stages before and after it."""
     leader: Leader | None = None
     """Rank 0's end of the plan channel; None with a single rank."""
     follower: Follower | None = None
@@ -62,6 +68,11 @@ class Group:
             answer = self.follower.receive()
             return count if answer is None else int(_COUNT.unpack(answer)[0])
         return count
+
+    def close(self) -> None:
+        """Leaves the other ranks."""
+        self.link.close()
+        self.communicator.close()
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,25 @@ class Rank:
     """Longest sequence that fits, tokens."""
     kv_pool: "KvPool | None" = None
     """The cache's memory, where KV can move to other workers and come from them."""
+    stage: Stage = field(default_factory=Stage)
+    """Its stage of the pipeline."""
+    shard: Shard = field(default_factory=Shard)
+    """Its place in the stage."""
+
+    @property
+    def reporting_ranks(self) -> list[int]:
+        """The first rank of each stage but the first stage: those that report to rank 0."""
+        return [stage * self.shard.size for stage in range(1, self.stage.count)]
+
+    @property
+    def sampling_rank(self) -> int:
+        """The one that draws the tokens: the first rank of the last stage."""
+        return (self.stage.count - 1) * self.shard.size
+
+    @property
+    def is_reporting(self) -> bool:
+        """Whether rank 0 waits for this rank's reports."""
+        return self.shard.rank == 0 and not self.stage.is_first
 
 
 def assemble(config: WorkerConfig, progress: Progress) -> Rank:
@@ -107,6 +137,7 @@ def assemble(config: WorkerConfig, progress: Progress) -> Rank:
     model_config = ModelConfig.from_directory(config.model_dir)
     _longest_sequence(config, model_config)
     config.shard.heads(model_config.num_heads, model_config.num_kv_heads)
+    config.stage.layers(model_config.num_layers)
     if config.expert_parallel and model_config.experts is None:
         message = f"--expert-parallel: {model_config.architecture} has no experts"
         raise ConfigError(message, key="expert_parallel")
@@ -121,13 +152,20 @@ def build_rank(
     longest = _longest_sequence(config, model_config)
     with WeightReader(config.model_dir) as reader:
         context = LoadContext(
-            reader, group.communicator, place.dtype, place.device, config.expert_parallel
+            reader,
+            group.communicator,
+            place.dtype,
+            place.device,
+            config.expert_parallel,
+            config.stage,
+            group.link,
         )
         load = LOADERS[model_config.architecture]
         model = load(context, model_config, longest, progress)
     heads = config.shard.heads(model_config.num_heads, model_config.num_kv_heads)
+    layers = config.stage.layers(model_config.num_layers)
     spec = KvCacheSpec(
-        num_layers=model_config.num_layers,
+        num_layers=len(layers),
         num_kv_heads=len(heads.kv_heads),
         head_dim=model_config.head_dim,
         block_size=config.block_size,
@@ -139,15 +177,21 @@ def build_rank(
     check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(spec, num_blocks, place))
     pool = make_kv_pool(config, spec, num_blocks, place.device)
     cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks, pool)
-    attention = TorchPagedAttention(cache, len(heads.heads), place.device, model_config.attention)
+    rules = model_config.attention[layers.start : layers.stop]
+    attention = TorchPagedAttention(cache, len(heads.heads), place.device, rules)
     sampler = None
-    if config.shard.rank == 0:
+    if config.rank == config.sampling_rank:
         sampler = Sampler(model_config.vocab_size, config.max_num_seqs, place.device)
     runner = ModelRunner(model, cache, attention, sampler, place.device)
     for num_tokens in (config.block_size, 1):
         runner.execute(warm_up_plan(num_tokens))
     plans = PlanReader(config.max_num_seqs, -(-max_model_len // config.block_size))
-    return Rank(model_config, runner, plans, group, num_blocks, max_model_len, pool)
+    return Rank(
+        *(model_config, runner, plans, group, num_blocks, max_model_len),
+        kv_pool=pool,
+        stage=config.stage,
+        shard=config.shard,
+    )
 
 
 def _longest_sequence(config: WorkerConfig, model_config: ModelConfig) -> int:
@@ -162,8 +206,8 @@ def _longest_sequence(config: WorkerConfig, model_config: ModelConfig) -> int:
 
 def _choose_place(config: WorkerConfig, model_config: ModelConfig) -> Place:
     # torchrun sets both; without it, the ranks of a group share this machine.
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", config.shard.size))
-    local_rank = int(os.environ.get("LOCAL_RANK", config.shard.rank))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", config.num_ranks))
+    local_rank = int(os.environ.get("LOCAL_RANK", config.rank))
     device = devices.select_device(config.device, local_rank)
     devices.set_threads(local_size)
     dtype = devices.select_dtype(config.dtype, model_config.dtype, device)
@@ -171,16 +215,23 @@ def _choose_place(config: WorkerConfig, model_config: ModelConfig) -> Place:
 
 
 def _join(config: WorkerConfig, place: Place) -> Group:
-    shard = config.shard
-    if shard.size == 1:
+    if config.num_ranks == 1:
         return Group(SingleRank())
-    store = rendezvous(config.rendezvous, shard)
+    store = rendezvous(config.rendezvous, Shard(config.rank, config.num_ranks))
     leader = follower = None
-    if shard.rank == 0:
-        leader = Leader(store, shard.size, config.rendezvous)
+    if config.rank == 0:
+        leader = Leader(store, config.num_ranks, config.rendezvous)
     else:
-        follower = Follower(store, shard.rank)
-    return Group(ProcessGroup(shard, store, place.device), leader, follower)
+        follower = Follower(store, config.rank)
+    communicator: Communicator = SingleRank()
+    if config.shard.size > 1:
+        # Each stage is a world of its own: its collectives are among its ranks.
+        own = PrefixStore(f"stage-{config.stage.index}", store)
+        communicator = ProcessGroup(config.shard, own, place.device)
+    link: StageLink = SingleStage()
+    if config.stage.count > 1:
+        link = ProcessLink(config.stage, config.shard, store, place.device)
+    return Group(communicator, link, leader, follower)
 
 
 def _budget(

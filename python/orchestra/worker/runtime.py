@@ -14,6 +14,7 @@ from orchestra.errors import ConfigError, UnsupportedError
 from orchestra.worker.assembly import Rank, assemble
 from orchestra.worker.config import EXIT_INVALID_CONFIG, WorkerConfig
 from orchestra.worker.metrics import WorkerMetrics
+from orchestra.worker.pipeline import FinishedStep, StepsInFlight, execute
 from orchestra.worker.plan_channel import Follower, RankLostError
 
 EXIT_OK = 0
@@ -100,12 +101,12 @@ def run(config: WorkerConfig) -> int:
         # A lost rank has said why itself; anything else needs its traceback.
         is_ours = not isinstance(error, RankLostError)
         logger.error("the worker failed: %s", error, exc_info=is_ours)  # noqa: TRY400
-        if config.shard.size > 1:
+        if config.num_ranks > 1:
             # Leaving a group whose other ranks are gone can block for ever; nothing is left to clean up.
             logging.shutdown()
             os._exit(EXIT_FAILED)
         return EXIT_FAILED
-    rank.group.communicator.close()
+    rank.group.close()
     return EXIT_OK
 
 
@@ -116,7 +117,9 @@ def follow(rank: Rank, channel: Follower) -> None:
     """
     _write_status("ready")
     while (message := channel.receive()) is not None:
-        rank.runner.execute(rank.reader.read(message))
+        report = execute(rank, rank.reader.read(message))
+        if rank.is_reporting:
+            channel.send(report.encode())
     channel.close()
 
 
@@ -130,32 +133,40 @@ def lead(
     """The loop of rank 0: until a signal, and then until what runs has finished or the time is up."""
     leader = rank.group.leader
     drain = _Drain(agent, drain_timeout_s)
+    steps = StepsInFlight(rank, limit=1)
     is_announced = False
     while not (stop.is_requested and drain.is_over()):
-        with metrics.wait.time():
-            message = agent.next_step(IDLE_WAIT_MS)
+        message = None
+        if steps.has_room:
+            with metrics.wait.time():
+                message = agent.next_step(0 if steps else IDLE_WAIT_MS)
         if not is_announced and agent.is_attached:
             _announce_ready()
             is_announced = True
-        if message is None:
-            if leader is not None:
-                leader.check()
-            continue
-        with metrics.execute.time():
-            if leader is not None:
-                leader.broadcast(message)
-            plan = rank.reader.read(message)
-            output = rank.runner.execute(plan)
-        with metrics.commit.time():
-            agent.commit(
-                plan.step_id,
-                output.token_ids.tobytes(),
-                output.chosen_logprobs.tobytes(),
-                output.top_ids.tobytes(),
-                output.top_logprobs.tobytes(),
-            )
-        metrics.computed_tokens.inc(len(plan.token_ids))
-        metrics.sampled_tokens.inc(len(output.token_ids))
+        if message is not None:
+            steps.start(message)
+        elif not steps and leader is not None:
+            leader.check()
+        # Nothing to start: the next answer is what changes that.
+        must_wait = len(steps) > 0 and (message is None or not steps.has_room)
+        while must_wait or steps.is_oldest_done:
+            _commit(agent, steps.finish(), metrics)
+            must_wait = False
+
+
+def _commit(agent: Agent, step: FinishedStep, metrics: WorkerMetrics) -> None:
+    metrics.execute.observe(step.took_s)
+    plan, output = step.plan, step.output
+    with metrics.commit.time():
+        agent.commit(
+            plan.step_id,
+            output.token_ids.tobytes(),
+            output.chosen_logprobs.tobytes(),
+            output.top_ids.tobytes(),
+            output.top_logprobs.tobytes(),
+        )
+    metrics.computed_tokens.inc(len(plan.token_ids))
+    metrics.sampled_tokens.inc(len(output.token_ids))
 
 
 class _Drain:
