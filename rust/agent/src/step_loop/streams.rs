@@ -92,7 +92,7 @@ impl StepLoop {
             "step failed, the agent gives up"
         );
         self.failure = Some(message.to_owned());
-        self.outstanding = None;
+        self.outstanding.clear();
         if let Some(attachment) = &mut self.attachment {
             attachment.refuse_all(ErrorCode::WorkerFailed, message);
             // Where that fails the stream has ended, and the router knows.
@@ -103,7 +103,7 @@ impl StepLoop {
     }
 
     pub(crate) fn close(&mut self) {
-        self.outstanding = None;
+        self.outstanding.clear();
         self.detach(Lost::Closing);
     }
 }
