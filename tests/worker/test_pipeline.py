@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 from orchestra.errors import ConfigError, InternalError
 from orchestra.worker import assembly
 from orchestra.worker.loader import WeightReader
+from orchestra.worker.metrics import WorkerMetrics
 from orchestra.worker.pipeline import StageReport
 from orchestra.worker.plan import StepOutput
 from orchestra.worker.sharding import Span, Stage
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.worker.conftest import Checkpoints, Reference
+from tests.worker.rank_process import empty_stats
 from tests.worker.test_tensor_parallel import compare, thread_ranks
 
 
@@ -91,6 +93,35 @@ def test_reports_survive_the_way() -> None:
 def test_damaged_reports_are_refused(message: bytes) -> None:
     with pytest.raises(InternalError, match="report cannot be read"):
         StageReport.decode(message)
+
+
+# === figures ===
+
+
+def test_the_bubble_is_what_a_stage_waits_while_a_step_is_in_flight() -> None:
+    metrics = WorkerMetrics(empty_stats, block_size=16)
+    for _ in range(4):
+        metrics.note_stages([0.3, 0.1], alone_s=0.5)
+    sample = metrics.registry.get_sample_value
+    assert sample("orchestra_worker_pipeline_seconds_total") == pytest.approx(2.0)
+    for stage, busy_s, bubble in (("0", 1.2, 0.4), ("1", 0.4, 0.8)):
+        labels = {"stage": stage}
+        assert sample("orchestra_worker_stage_busy_seconds_total", labels) == pytest.approx(busy_s)
+        assert sample("orchestra_worker_pipeline_bubble_ratio", labels) == pytest.approx(bubble)
+    for _ in range(2000):
+        metrics.note_stages([0.5, 0.25], alone_s=0.5)
+    assert sample("orchestra_worker_pipeline_bubble_ratio", {"stage": "1"}) == pytest.approx(
+        0.5, abs=0.01
+    )
+
+
+def test_a_single_stage_has_no_bubble() -> None:
+    metrics = WorkerMetrics(empty_stats, block_size=16)
+    metrics.note_stages([0.3], alone_s=0.5)
+    assert (
+        metrics.registry.get_sample_value("orchestra_worker_pipeline_bubble_ratio", {"stage": "0"})
+        is None
+    )
 
 
 # === the division of the layers ===

@@ -53,8 +53,8 @@ def execute(rank: Rank, plan: StepPlan) -> StageReport:
     """Runs a step on this rank, and measures it."""
     waited_s, began = rank.group.link.waited_s, time.monotonic()
     output = rank.runner.execute(plan)
-    took_s = time.monotonic() - began
-    return StageReport(plan.step_id, took_s - (rank.group.link.waited_s - waited_s), output)
+    busy_s = time.monotonic() - began - (rank.group.link.waited_s - waited_s)
+    return StageReport(plan.step_id, max(0.0, busy_s), output)
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class FinishedStep:
     """Of each stage."""
     took_s: float
     """From its start on."""
+    alone_s: float
+    """Since the step before it was finished, if it had started by then; else as `took_s`."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class StepsInFlight:
         self._rank = rank
         self._limit = limit
         self._steps: deque[_Started] = deque()
+        self._finished = 0.0
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -132,8 +135,10 @@ class StepsInFlight:
                 message = f"step {report.step_id} was reported, step {step.plan.step_id} is due"
                 raise InternalError(message)
         busy_s = [report.busy_s for report in reports]
-        took_s = time.monotonic() - step.began
-        return FinishedStep(step.plan, reports[-1].output, busy_s, took_s)
+        now = time.monotonic()
+        alone_s = now - max(step.began, self._finished)
+        self._finished = now
+        return FinishedStep(step.plan, reports[-1].output, busy_s, now - step.began, alone_s)
 
     def _report_of(self, rank: int) -> StageReport:
         leader = self._rank.group.leader

@@ -39,7 +39,7 @@ class Agent(Protocol):
         ...
 
     def next_step(self, timeout_ms: int) -> bytes | None:
-        """The next plan; None when there was nothing to do for so long."""
+        """The next plan; None when there was nothing to do for so long. At most one for each stage before a commit."""
         ...
 
     def commit(
@@ -50,7 +50,7 @@ class Agent(Protocol):
         top_ids: bytes,
         top_logprobs: bytes,
     ) -> None:
-        """Hands in what was drawn."""
+        """Hands in what the oldest step has drawn."""
         ...
 
     def drain(self) -> None:
@@ -133,7 +133,7 @@ def lead(
     """The loop of rank 0: until a signal, and then until what runs has finished or the time is up."""
     leader = rank.group.leader
     drain = _Drain(agent, drain_timeout_s)
-    steps = StepsInFlight(rank, limit=1)
+    steps = StepsInFlight(rank, limit=rank.stage.count)
     is_announced = False
     while not (stop.is_requested and drain.is_over()):
         message = None
@@ -152,10 +152,14 @@ def lead(
         while must_wait or steps.is_oldest_done:
             _commit(agent, steps.finish(), metrics)
             must_wait = False
+    # A goodbye behind reports that nobody reads could be lost.
+    while steps:
+        _commit(agent, steps.finish(), metrics)
 
 
 def _commit(agent: Agent, step: FinishedStep, metrics: WorkerMetrics) -> None:
     metrics.execute.observe(step.took_s)
+    metrics.note_stages(step.busy_s, step.alone_s)
     plan, output = step.plan, step.output
     with metrics.commit.time():
         agent.commit(
@@ -211,6 +215,7 @@ def agent_config(config: WorkerConfig, rank: Rank) -> dict[str, Any]:
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "max_model_len": rank.max_model_len,
+            "max_steps_in_flight": config.stage.count,
             "max_prefill_chunk": config.max_prefill_chunk,
             "tpot_target_us": config.tpot_target_ms * 1000,
             "enable_prefix_cache": config.enable_prefix_cache,
