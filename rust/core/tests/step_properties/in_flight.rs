@@ -15,18 +15,23 @@ use crate::{
     run,
 };
 
-fn replica(max_steps_in_flight: u32) -> Replica {
-    let config = StepSchedulerConfig {
+fn config(max_steps_in_flight: u32) -> StepSchedulerConfig {
+    StepSchedulerConfig {
         num_blocks: 400,
         max_num_seqs: 16,
         max_model_len: 1024,
         max_steps_in_flight,
         ..StepSchedulerConfig::default()
-    };
-    Replica::new(
-        StepScheduler::new(config.clone()).expect("a valid config"),
-        config,
-    )
+    }
+}
+
+fn replica_with(config: StepSchedulerConfig) -> Replica {
+    let scheduler = StepScheduler::new(config.clone()).expect("a valid config");
+    Replica::new(scheduler, config)
+}
+
+fn replica(max_steps_in_flight: u32) -> Replica {
+    replica_with(config(max_steps_in_flight))
 }
 
 /// A prompt that shares nothing with those of other numbers.
@@ -114,6 +119,34 @@ fn who_shares_a_prefix_in_flight_waits_for_it() {
     assert_eq!(replica.num_cached_tokens(first), Some(0));
     // All but the block of the last token, from which the next one is drawn.
     assert_eq!(replica.num_cached_tokens(second), Some(304));
+}
+
+#[test]
+fn who_is_in_flight_is_preempted_after_the_commit_and_not_before() {
+    let mut replica = replica_with(StepSchedulerConfig {
+        block_size: 4,
+        num_blocks: 5,
+        ..config(2)
+    });
+    // Both draw six tokens. The junior takes the last block with its first decode, the senior needs one two tokens later.
+    for (number, num_tokens) in [(0, 6), (1, 8)] {
+        let mut new = request(number, num_tokens);
+        new.sampling.max_tokens = 6;
+        replica.add(new).expect("room");
+    }
+    assert_eq!(plan(&mut replica), Some((2, 14)));
+    replica.commit();
+    assert_eq!(plan(&mut replica), Some((1, 1)));
+    for _ in 0..3 {
+        assert_eq!(plan(&mut replica), Some((1, 1)));
+        replica.commit();
+    }
+    assert_eq!(plan(&mut replica), None, "the junior is in flight");
+    assert_eq!(replica.scheduler.stats().preemptions, 0);
+    replica.commit();
+    assert_eq!(plan(&mut replica), Some((1, 1)));
+    assert_eq!(replica.scheduler.stats().preemptions, 1);
+    replica.run_to_end();
 }
 
 #[test]
