@@ -8,19 +8,27 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     DeepseekV2Config,
     DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
+    OlmoeConfig,
+    OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
+    StableLmConfig,
 )
 
 END_OF_TEXT = "<|end|>"
@@ -195,6 +203,36 @@ _KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen3-window": (Qwen3Config, {**_WINDOW, "layer_types": _MIXED_LAYERS}),
 }
 KINDS = tuple(_KINDS)
+# Kinds that only transformers' own modules compute.
+_OTHER_KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    # Three layers with a window of 21 and a rotation, then one with neither.
+    "cohere2": (Cohere2Config, {"num_hidden_layers": 4, "sliding_window": 21}),
+    "gpt-neox": (GPTNeoXConfig, {"rotary_pct": 0.5}),
+    # Every factor that a Granite has is far from 1.
+    "granite": (
+        GraniteConfig,
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.4,
+            "residual_multiplier": 0.6,
+            "logits_scaling": 0.7,
+        },
+    ),
+    "olmo2": (Olmo2Config, {}),
+    "olmoe": (
+        OlmoeConfig,
+        {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 48},
+    ),
+    # No rotation: positions are embedded, counted from 2.
+    "opt": (OPTConfig, {"ffn_dim": 176, "word_embed_proj_dim": 64, "dropout": 0.0}),
+    # The second layer of three does not rotate.
+    "smollm3": (SmolLM3Config, {"no_rope_layers": [1, 0, 1]}),
+    "stablelm": (
+        StableLmConfig,
+        {"head_dim": 8, "use_parallel_residual": True, "qk_layernorm": True},
+    ),
+}
+OTHER_KINDS = tuple(_OTHER_KINDS)
 # One kind of each way to build a layer.
 FAMILIES = (
     "llama",
@@ -213,7 +251,7 @@ def make_checkpoint(kind: str, directory: Path, seed: int, **overrides: Any) -> 
     """Writes a checkpoint of random weights.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `KINDS` or `OTHER_KINDS`.
         directory: to create.
         seed: the same seed gives the same weights.
         overrides: further values for the configuration.
@@ -221,8 +259,12 @@ def make_checkpoint(kind: str, directory: Path, seed: int, **overrides: Any) -> 
     Returns:
         `directory`.
     """
-    config_class, differences = _KINDS[kind]
-    config = config_class(**{**_SHAPE, **differences, **overrides})
+    config_class, differences = {**_KINDS, **_OTHER_KINDS}[kind]
+    return write_checkpoint(config_class(**{**_SHAPE, **differences, **overrides}), directory, seed)
+
+
+def write_checkpoint(config: PreTrainedConfig, directory: Path, seed: int) -> Path:
+    """Writes a checkpoint of random weights for a configuration; see `make_checkpoint`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

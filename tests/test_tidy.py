@@ -20,6 +20,7 @@ CRATE_LAYERS = {
     "orchestra-proto": 1,
     "orchestra-cluster": 1,
     "orchestra-memory": 1,
+    "orchestra-kernels": 1,
     "orchestra-agent": 2,
     "orchestra-router": 2,
     "orchestra-py": 3,
@@ -58,6 +59,7 @@ WORKER_ONLY_IMPORTS = {
     "tokenizers",
     "msgpack",
     "prometheus_client",
+    "transformers",
 }
 # The worker speaks to the router through `orchestra._core` alone.
 NOT_IN_WORKER = {"grpc", "ctypes", "cffi"}

@@ -1,7 +1,7 @@
 """One rank of a worker as a process of its own, its agent played by a script.
 
-`python -m tests.worker.rank_process MODEL_DIR RANK SIZE STAGES RENDEZVOUS PLANS ANSWERS`: executes the messages in
-PLANS (a msgpack list) and, on rank 0, writes what it would commit to ANSWERS.
+`python -m tests.worker.rank_process MODEL_DIR RANK SIZE STAGES RENDEZVOUS PLANS ANSWERS COLLECTIVES`: executes the
+messages in PLANS (a msgpack list) and, on rank 0, writes what it would commit to ANSWERS.
 """
 
 import sys
@@ -84,7 +84,7 @@ def empty_stats() -> dict[str, int]:
 
 def main(arguments: list[str]) -> None:
     """Runs the rank."""
-    model_dir, *numbers, rendezvous, plans, answers = arguments
+    model_dir, *numbers, rendezvous, plans, answers, collectives = arguments
     rank, size, stages = map(int, numbers)
     config = WorkerConfig(
         model_dir=Path(model_dir),
@@ -94,6 +94,7 @@ def main(arguments: list[str]) -> None:
         shard=Shard(rank % size, size),
         stage=Stage(rank // size, stages),
         rendezvous=rendezvous,
+        collectives=collectives,
         device="cpu",
         dtype="float32",
         num_blocks=64,

@@ -24,7 +24,7 @@ def test_defaults(tmp_path: Path) -> None:
 def test_every_flag(tmp_path: Path) -> None:
     flags = (
         "--worker-id w --served-model-name m --tp 2 --pp 3 --rank 3 --rendezvous file:///x --dtype bfloat16 "
-        "--device cpu --block-size 32 --kv-cache-memory 1.5GiB --num-host-blocks 12 "
+        "--runner hf --device cpu --block-size 32 --kv-cache-memory 1.5GiB --num-host-blocks 12 "
         "--max-num-seqs 9 --max-num-batched-tokens 100 --max-model-len 50 --max-prefill-chunk 16 --tpot-target-ms 40 "
         "--no-prefix-cache --layer-split 4,10,6 --expert-parallel "
         "--kv-transfer tcp --kv-address ::1 --role decode --weights-epoch 3 "
@@ -39,6 +39,7 @@ def test_every_flag(tmp_path: Path) -> None:
         stage=Stage(1, 3, (4, 10, 6)),
         rendezvous="file:///x",
         dtype="bfloat16",
+        runner="hf",
         device="cpu",
         block_size=32,
         kv_cache_memory=3 << 29,

@@ -36,7 +36,7 @@ ALTERNATIVES = 5
 
 @contextmanager
 def rank_processes(
-    model_dir: Path, size: int, folder: Path, stages: int = 1
+    model_dir: Path, size: int, folder: Path, collectives: str = "auto", stages: int = 1
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Starts the ranks of a worker; kills those that are left at the end."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -46,7 +46,7 @@ def rank_processes(
         for rank in range(size * stages):
             rendezvous = (folder / "rendezvous").as_uri()
             numbers = map(str, (rank, size, stages))
-            command = [str(model_dir), *numbers, rendezvous, *map(str, files)]
+            command = [str(model_dir), *numbers, rendezvous, *map(str, files), collectives]
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "tests.worker.rank_process", *command],
@@ -245,11 +245,18 @@ def test_every_rank_reads_its_slices_only(
 
 
 @pytest.mark.timeout(120)
-def test_processes_over_gloo(checkpoint: Checkpoints, reference: Reference, tmp_path: Path) -> None:
-    kind, size, stages = "llama", 2, 2
+@pytest.mark.parametrize(("collectives", "stages"), [("gloo", 1), ("shm", 2)])
+def test_processes(
+    collectives: str,
+    stages: int,
+    checkpoint: Checkpoints,
+    reference: Reference,
+    tmp_path: Path,
+) -> None:
+    kind, size = "llama", 2
     messages, sampled = script(kind, reference)
     (tmp_path / "plans").write_bytes(msgpack.packb(messages))
-    with rank_processes(checkpoint(kind), size, tmp_path, stages) as processes:
+    with rank_processes(checkpoint(kind), size, tmp_path, collectives, stages) as processes:
         assert [process.wait(timeout=100) for process in processes] == [0] * size * stages
 
     answers = msgpack.unpackb((tmp_path / "answers").read_bytes())

@@ -24,17 +24,20 @@ from orchestra.worker.kv_pool import make_kv_pool
 from orchestra.worker.layers import LoadContext
 from orchestra.worker.loader import Progress, WeightReader
 from orchestra.worker.model_config import ModelConfig
-from orchestra.worker.models import LOADERS
-from orchestra.worker.parallel import Communicator, ProcessGroup, SingleRank, rendezvous
+from orchestra.worker.models import LOADERS, Model
+from orchestra.worker.parallel import Communicator, SingleRank, rendezvous
 from orchestra.worker.plan import PlanReader
 from orchestra.worker.plan_channel import Follower, Leader
 from orchestra.worker.runner import ModelRunner, warm_up_plan
+from orchestra.worker.runner_choice import ModelShape, load_hf, read_model_config
 from orchestra.worker.sampler import Sampler
 from orchestra.worker.sharding import Shard, Stage
+from orchestra.worker.shared_group import join_group
 from orchestra.worker.stage_link import ProcessLink, SingleStage, StageLink
 
 if TYPE_CHECKING:
     from orchestra._core import KvPool
+    from orchestra.worker.hf_config import HfConfig
 
 # Share of the free memory that the KV cache takes where nothing was asked for. A CPU's memory serves others too.
 CUDA_SHARE = 0.9
@@ -89,7 +92,7 @@ class Place:
 class Rank:
     """One rank, ready to execute plans."""
 
-    model_config: ModelConfig
+    model_config: ModelShape
     runner: ModelRunner
     reader: PlanReader
     """Reads the messages with this rank's plans."""
@@ -134,22 +137,66 @@ def assemble(config: WorkerConfig, progress: Progress) -> Rank:
         RankLostError: another rank of the group is gone.
     """
     # First what needs no other rank: an error here ends every rank of the group by itself.
-    model_config = ModelConfig.from_directory(config.model_dir)
+    model_config = read_model_config(config)
     _longest_sequence(config, model_config)
-    config.shard.heads(model_config.num_heads, model_config.num_kv_heads)
-    config.stage.layers(model_config.num_layers)
-    if config.expert_parallel and model_config.experts is None:
-        message = f"--expert-parallel: {model_config.architecture} has no experts"
-        raise ConfigError(message, key="expert_parallel")
     place = _choose_place(config, model_config)
     return build_rank(config, model_config, place, _join(config, place), progress)
 
 
 def build_rank(
-    config: WorkerConfig, model_config: ModelConfig, place: Place, group: Group, progress: Progress
+    config: WorkerConfig,
+    model_config: "ModelConfig | HfConfig",
+    place: Place,
+    group: Group,
+    progress: Progress,
 ) -> Rank:
     """Loads and allocates what one rank of a joined group needs; raises as `assemble` does."""
     longest = _longest_sequence(config, model_config)
+    model, shape = _load(config, model_config, place, group, progress)
+    heads = config.shard.heads(shape.num_heads, shape.num_kv_heads)
+    layers = config.stage.layers(shape.num_layers)
+    spec = KvCacheSpec(
+        num_layers=len(layers),
+        num_kv_heads=len(heads.kv_heads),
+        head_dim=shape.head_dim,
+        block_size=config.block_size,
+        dtype=place.dtype,
+        key_order=shape.key_order,
+    )
+    budget = _budget(config, shape, place, longest)
+    num_blocks = group.agree_on_least(decide_num_blocks(spec, budget))
+    max_model_len = decide_max_model_len(spec, num_blocks, config.max_model_len, longest)
+    check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(spec, num_blocks, place))
+    pool = make_kv_pool(config, spec, num_blocks, place.device)
+    cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks, pool)
+    rules = shape.attention[layers.start : layers.stop]
+    attention = TorchPagedAttention(cache, len(heads.heads), place.device, rules)
+    sampler = None
+    if config.rank == config.sampling_rank:
+        sampler = Sampler(shape.vocab_size, config.max_num_seqs, place.device)
+    runner = ModelRunner(model, cache, attention, sampler, place.device)
+    for num_tokens in (config.block_size, 1):
+        runner.execute(warm_up_plan(num_tokens))
+    plans = PlanReader(config.max_num_seqs, -(-max_model_len // config.block_size))
+    return Rank(
+        *(shape, runner, plans, group, num_blocks, max_model_len),
+        kv_pool=pool,
+        stage=config.stage,
+        shard=config.shard,
+    )
+
+
+def _load(
+    config: WorkerConfig,
+    model_config: "ModelConfig | HfConfig",
+    place: Place,
+    group: Group,
+    progress: Progress,
+) -> tuple[Model, ModelShape]:
+    """Loads this rank's part by the runner that was chosen."""
+    longest = _longest_sequence(config, model_config)
+    if not isinstance(model_config, ModelConfig):
+        return load_hf(config, model_config, place.dtype, place.device, longest, progress)
     with WeightReader(config.model_dir) as reader:
         context = LoadContext(
             reader,
@@ -161,40 +208,10 @@ def build_rank(
             group.link,
         )
         load = LOADERS[model_config.architecture]
-        model = load(context, model_config, longest, progress)
-    heads = config.shard.heads(model_config.num_heads, model_config.num_kv_heads)
-    layers = config.stage.layers(model_config.num_layers)
-    spec = KvCacheSpec(
-        num_layers=len(layers),
-        num_kv_heads=len(heads.kv_heads),
-        head_dim=model_config.head_dim,
-        block_size=config.block_size,
-        dtype=place.dtype,
-    )
-    budget = _budget(config, model_config, place, longest)
-    num_blocks = group.agree_on_least(decide_num_blocks(spec, budget))
-    max_model_len = decide_max_model_len(spec, num_blocks, config.max_model_len, longest)
-    check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(spec, num_blocks, place))
-    pool = make_kv_pool(config, spec, num_blocks, place.device)
-    cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks, pool)
-    rules = model_config.attention[layers.start : layers.stop]
-    attention = TorchPagedAttention(cache, len(heads.heads), place.device, rules)
-    sampler = None
-    if config.rank == config.sampling_rank:
-        sampler = Sampler(model_config.vocab_size, config.max_num_seqs, place.device)
-    runner = ModelRunner(model, cache, attention, sampler, place.device)
-    for num_tokens in (config.block_size, 1):
-        runner.execute(warm_up_plan(num_tokens))
-    plans = PlanReader(config.max_num_seqs, -(-max_model_len // config.block_size))
-    return Rank(
-        *(model_config, runner, plans, group, num_blocks, max_model_len),
-        kv_pool=pool,
-        stage=config.stage,
-        shard=config.shard,
-    )
+        return load(context, model_config, longest, progress), model_config
 
 
-def _longest_sequence(config: WorkerConfig, model_config: ModelConfig) -> int:
+def _longest_sequence(config: WorkerConfig, model_config: "ModelConfig | HfConfig") -> int:
     """Tokens of the longest sequence that may ever run."""
     longest = model_config.max_position_embeddings
     asked = config.max_model_len
@@ -204,7 +221,7 @@ def _longest_sequence(config: WorkerConfig, model_config: ModelConfig) -> int:
     return longest if asked is None else asked
 
 
-def _choose_place(config: WorkerConfig, model_config: ModelConfig) -> Place:
+def _choose_place(config: WorkerConfig, model_config: "ModelConfig | HfConfig") -> Place:
     # torchrun sets both; without it, the ranks of a group share this machine.
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", config.num_ranks))
     local_rank = int(os.environ.get("LOCAL_RANK", config.rank))
@@ -227,7 +244,9 @@ def _join(config: WorkerConfig, place: Place) -> Group:
     if config.shard.size > 1:
         # Each stage is a world of its own: its collectives are among its ranks.
         own = PrefixStore(f"stage-{config.stage.index}", store)
-        communicator = ProcessGroup(config.shard, own, place.device)
+        communicator = join_group(
+            config.collectives, config.rendezvous, config.shard, own, place.device
+        )
     link: StageLink = SingleStage()
     if config.stage.count > 1:
         link = ProcessLink(config.stage, config.shard, store, place.device)
@@ -235,7 +254,7 @@ def _join(config: WorkerConfig, place: Place) -> Group:
 
 
 def _budget(
-    config: WorkerConfig, model_config: ModelConfig, place: Place, longest: int
+    config: WorkerConfig, model_config: ModelShape, place: Place, longest: int
 ) -> KvCacheBudget:
     is_cuda = place.device.type == "cuda"
     free = devices.free_bytes(place.device, place.local_size)
@@ -255,7 +274,7 @@ def _free_host_bytes(spec: KvCacheSpec, num_blocks: int, place: Place) -> int:
     return max(0, free - num_blocks * spec.bytes_per_block) if is_cpu else free
 
 
-def _activation_bytes(config: WorkerConfig, model_config: ModelConfig) -> int:
+def _activation_bytes(config: WorkerConfig, model_config: ModelShape) -> int:
     """Upper estimate of what a step needs beside weights and cache."""
     # Live at once per token: the residual stream and its copies, both halves of the MLP, the attention heads. Per
     # sample: the logits and, while it is drawn, their copies in double precision. All counted as fp32.

@@ -46,8 +46,12 @@ class WorkerConfig:
     """Its stage of the pipeline."""
     rendezvous: str = ""
     """Where the ranks meet: `file:///path`, `tcp://host:port` or `env://`. Empty with one rank."""
+    collectives: str = "auto"
+    """What carries the sums of the ranks: `gloo`, `shm`, or `auto`: shared memory for CPU ranks of one machine."""
     dtype: str = "auto"
     """`float32`, `bfloat16`, or `auto`: the checkpoint's, where the device computes in it natively."""
+    runner: str = "auto"
+    """Whose code computes the model: `native`, `hf` (transformers' modules), or `auto`: native where it can."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: CUDA where there is some."""
     block_size: int = 16
@@ -175,6 +179,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
             help="name that clients use (default: the directory's name)",
         ),
         add(
+            "--runner",
+            choices=["auto", "native", "hf"],
+            default=default.runner,
+            help="whose code computes the model; hf: transformers' modules; auto: hf where native has no such model",
+        ),
+        add(
             "--dtype",
             choices=["auto", "float32", "bfloat16"],
             default=default.dtype,
@@ -185,6 +195,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
             choices=["auto", "cpu", "cuda"],
             default=default.device,
             help="auto: CUDA where there is some",
+        ),
+        add(
+            "--collectives",
+            choices=["auto", "gloo", "shm"],
+            default=default.collectives,
+            help="between the CPU ranks of a model; auto: shared memory on one machine, else gloo",
         ),
         add(
             "--block-size", type=_integer(1), default=default.block_size, help="tokens per KV block"

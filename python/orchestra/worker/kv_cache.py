@@ -29,6 +29,8 @@ class KvCacheSpec:
     block_size: int
     """Tokens per block."""
     dtype: torch.dtype
+    key_order: str = "pairs"
+    """How the elements of a key lie: KV means the same to two workers only if they agree."""
 
     @property
     def layer_block_bytes(self) -> int:

@@ -48,7 +48,9 @@ def _make(
             raise UnsupportedError(f"--kv-transfer {config.kv_transfer}: {obstacle}")
     from orchestra import _core
 
-    shape = f"{spec.num_layers}x{spec.num_kv_heads}x{spec.head_dim}x{spec.block_size}"
+    shape = (
+        f"{spec.num_layers}x{spec.num_kv_heads}x{spec.head_dim}x{spec.block_size}/{spec.key_order}"
+    )
     weights = f"{config.model_name}/{config.weights_epoch}"
     return _core.KvPool(
         {

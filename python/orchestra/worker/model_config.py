@@ -22,7 +22,7 @@ _DTYPES = {
 }
 # Of the MLP's gates; `layers` computes them.
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,11 @@ class ModelConfig:
     dtype: torch.dtype
     """Of the checkpoint's weights."""
     eos_token_ids: tuple[int, ...]
+
+    @property
+    def key_order(self) -> str:
+        """How the elements of a cached key lie: as `rotary` wants them, the two of a rotated pair side by side."""
+        return "pairs"
 
     @property
     def mlp_width(self) -> int:
@@ -164,8 +169,8 @@ class ModelConfig:
             latent=latent,
             num_draft_layers=natural(config, "num_nextn_predict_layers", 0),
             experts=parse_experts(config),
-            dtype=_dtype(config),
-            eos_token_ids=_eos_token_ids(config, generation_config),
+            dtype=checkpoint_dtype(config),
+            eos_token_ids=eos_token_ids(config, generation_config),
         )
 
 
@@ -192,7 +197,7 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
     if window is not None and not family.has_windows:
         raise UnsupportedError(f"sliding_window: {window} is set, this architecture has none")
     kinds = config.get("layer_types")
-    supported = [_FULL, _SLIDING] if family.has_windows else [_FULL]
+    supported = [FULL, SLIDING] if family.has_windows else [FULL]
     if kinds is not None:
         if not isinstance(kinds, list) or len(kinds) != config.get("num_hidden_layers"):
             raise ConfigError("layer_types: must be a list with a kind for every layer")
@@ -234,7 +239,7 @@ def _windows(config: Mapping[str, Any], num_layers: int, family: Family) -> tupl
     window = positive(config, "sliding_window")
     kinds = config.get("layer_types")
     if kinds is not None:
-        return tuple(window if kind == _SLIDING else None for kind in kinds)
+        return tuple(window if kind == SLIDING else None for kind in kinds)
     # Without a list, the last of every `sliding_window_pattern` layers sees everything (Gemma), or the first
     # `max_window_layers` do (Qwen), or none does.
     layers = range(num_layers)
@@ -245,9 +250,10 @@ def _windows(config: Mapping[str, Any], num_layers: int, family: Family) -> tupl
     return tuple(window if index >= first else None for index in layers)
 
 
-def _eos_token_ids(
+def eos_token_ids(
     config: Mapping[str, Any], generation_config: Mapping[str, Any]
 ) -> tuple[int, ...]:
+    """The tokens that end a text; what `generation_config.json` says counts first."""
     ids = generation_config.get("eos_token_id", config.get("eos_token_id"))
     if ids is None:
         return ()
@@ -257,7 +263,8 @@ def _eos_token_ids(
     return tuple(ids)
 
 
-def _dtype(config: Mapping[str, Any]) -> torch.dtype:
+def checkpoint_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The numbers of the checkpoint's weights."""
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     if name not in _DTYPES:
         raise UnsupportedError(f"dtype: {name!r}, supported are {', '.join(_DTYPES)}")

@@ -32,7 +32,7 @@ impl StepScheduler {
         }
     }
 
-    /// Begins the list of what is not to be computed twice with the blocks that steps in flight compute.
+    /// Begins the list of what is not to be computed twice with the blocks that steps in flight complete.
     pub(super) fn note_prefixes_in_flight(&mut self) {
         self.in_flight_prefixes.clear();
         if self.executing.is_empty() {
@@ -40,7 +40,8 @@ impl StepScheduler {
         }
         let block_size = self.block_size();
         for running in self.running.iter().filter(|it| it.is_in_flight()) {
-            let first = running.num_computed_tokens / block_size;
+            // What host memory gives is copied by the same steps.
+            let first = running.num_cached_blocks;
             let end = running.next_position().div_ceil(block_size);
             let hashes = running.sequence.chain(end).hashes;
             self.in_flight_prefixes.extend(hashes.iter().skip(first));
