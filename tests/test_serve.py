@@ -133,11 +133,12 @@ def test_a_lone_worker_keeps_its_kv_to_itself() -> None:
     ("arguments", "message"),
     [
         (["--prefill", "1"], "--prefill needs --decode"),
+        (["--pp", "2", "--spare-ranks", "1"], "--spare-ranks does not go with --pp"),
         (["--decode", "1"], "--decode needs --prefill"),
         (["--prefill", "1", "--decode", "1", "--replicas", "2"], "--replicas does not go with"),
     ],
 )
-def test_half_of_a_split_is_refused(arguments: list[str], message: str) -> None:
+def test_options_that_do_not_go_together_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse("m", *arguments)
 

@@ -76,6 +76,10 @@ def test_every_flag(tmp_path: Path) -> None:
         ("--pp 2", "--rank: must be 0 to 1 with --tp 1 --pp 2"),
         ("--tp 2 --pp 2 --rank 4", "--rank: must be 0 to 3"),
         ("--pp 2 --rank 1", "--rendezvous: needed with --tp 1 --pp 2"),
+        (
+            "--pp 2 --rank 1 --rendezvous file:///x --regroup-timeout 5",
+            "--regroup-timeout: no rank of a pipeline is replaced",
+        ),
         ("--pp 2 --layer-split 3,0", "'3,0' is not a list of layers"),
         ("--pp 2 --layer-split 3;2", "'3;2' is not a list of layers"),
         ("--max-num-seqs many", "argument --max-num-seqs: invalid whole number value"),

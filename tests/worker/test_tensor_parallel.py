@@ -130,7 +130,7 @@ def thread_ranks(
         )
         communicator = ThreadCommunicator(shard, groups[stage.index])
         before, after = queues[stage.index][shard.rank], queues[stage.index + 1][shard.rank]
-        joined = Group(communicator, ThreadLink(before, after))
+        joined = Group(communicator, link=ThreadLink(before, after))
         return build_rank(config, model_config, place, joined, lambda _done, _total: None)
 
     with ThreadPoolExecutor(size * stages) as pool:

@@ -28,6 +28,8 @@ class ServeOptions:
     """Ranks per stage of a worker, each with its shard of the stage's layers."""
     stages: int
     """Stages of each worker's pipeline."""
+    spare_ranks: int
+    """Processes that wait to take the place of a lost rank."""
     replicas: int
     """Workers, each with the whole model; where there are prefill workers, these and the decode workers."""
     prefill: int
@@ -101,6 +103,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tp", type=_positive, default=1, help="ranks that share each layer (default: 1)"
     )
     add_pipeline_argument(parser)
+    parser.add_argument(
+        "--spare-ranks",
+        type=_not_negative,
+        default=0,
+        metavar="N",
+        help="processes kept ready to take the place of a lost rank, where --tp is more than 1 (default: 0)",
+    )
     parser.add_argument("--replicas", type=_positive, help="workers (default: 1)")
     parser.add_argument(
         "--prefill",
@@ -145,6 +154,8 @@ def from_arguments(arguments: argparse.Namespace) -> ServeOptions:
         UsageError: two options do not go together.
     """
     prefill = _prefill_workers(arguments)
+    if arguments.spare_ranks and arguments.pipeline_parallel > 1:
+        raise UsageError("--spare-ranks does not go with --pp: no rank of a pipeline is replaced")
     worker: list[str] = []
     for action in add_engine_arguments(argparse.ArgumentParser()):
         value = getattr(arguments, action.dest)
@@ -158,6 +169,7 @@ def from_arguments(arguments: argparse.Namespace) -> ServeOptions:
         model_dir=arguments.model_dir,
         tp=arguments.tp,
         stages=arguments.pipeline_parallel,
+        spare_ranks=arguments.spare_ranks if arguments.tp > 1 else 0,
         replicas=prefill + arguments.decode if prefill else arguments.replicas or 1,
         prefill=prefill,
         host=arguments.host,
@@ -291,6 +303,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
     return value
 
 

@@ -2,7 +2,8 @@
 
 import os
 import struct
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from orchestra.errors import ConfigError
 from orchestra.worker import device as devices
-from orchestra.worker.attention import TorchPagedAttention
+from orchestra.worker.attention_cpu import make_attention
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.kv_cache import (
     KvCache,
@@ -27,7 +28,8 @@ from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.models import LOADERS, Model
 from orchestra.worker.parallel import Communicator, SingleRank, rendezvous
 from orchestra.worker.plan import PlanReader
-from orchestra.worker.plan_channel import Follower, Leader
+from orchestra.worker.plan_channel import Follower, Leader, RankLostError
+from orchestra.worker.renewable_group import AbortableCommunicator, RenewableGroup
 from orchestra.worker.runner import ModelRunner, warm_up_plan
 from orchestra.worker.runner_choice import ModelShape, load_hf, read_model_config
 from orchestra.worker.sampler import Sampler
@@ -52,12 +54,18 @@ class Group:
 
     communicator: Communicator
     """Of this rank's stage."""
-    link: StageLink = field(default_factory=SingleStage)
-    """To the stages before and after it."""
     leader: Leader | None = None
     """Rank 0's end of the plan channel; None with a single rank."""
     follower: Follower | None = None
     """The end of any other rank."""
+    renewable: RenewableGroup | None = None
+    """The communicator, where it can go on with another group after a rank was lost."""
+    link: StageLink = field(default_factory=SingleStage)
+    """To the stages before and after it."""
+
+    def step(self) -> AbstractContextManager[None]:
+        """Brackets a step, so that others see how far this rank is."""
+        return nullcontext() if self.renewable is None else self.renewable.step()
 
     def agree_on_least(self, count: int) -> int:
         """The least of the ranks' numbers."""
@@ -103,6 +111,9 @@ class Rank:
     """Longest sequence that fits, tokens."""
     kv_pool: "KvPool | None" = None
     """The cache's memory, where KV can move to other workers and come from them."""
+    block_size: int = 1
+    """Tokens per KV block."""
+
     stage: Stage = field(default_factory=Stage)
     """Its stage of the pipeline."""
     shard: Shard = field(default_factory=Shard)
@@ -123,6 +134,17 @@ class Rank:
         """Whether rank 0 waits for this rank's reports."""
         return self.shard.rank == 0 and not self.stage.is_first
 
+    def settle(self) -> None:
+        """Begins a generation together with the other ranks: those that stayed, and those that have just loaded.
+
+        Raises:
+            RankLostError: another rank of the group is gone, or has other room for KV than there was.
+        """
+        num_blocks = self.group.agree_on_least(self.num_blocks)
+        if num_blocks != self.num_blocks:
+            raise RankLostError(f"a rank has room for {num_blocks} blocks, not {self.num_blocks}")
+        warm_up(self.runner, self.block_size)
+
 
 def assemble(config: WorkerConfig, progress: Progress) -> Rank:
     """Brings this rank up, with the others of its group.
@@ -141,6 +163,12 @@ def assemble(config: WorkerConfig, progress: Progress) -> Rank:
     _longest_sequence(config, model_config)
     place = _choose_place(config, model_config)
     return build_rank(config, model_config, place, _join(config, place), progress)
+
+
+def warm_up(runner: ModelRunner, block_size: int) -> None:
+    """Runs a step of each kind, on all ranks together."""
+    for num_tokens in (block_size, 1):
+        runner.execute(warm_up_plan(num_tokens))
 
 
 def build_rank(
@@ -164,25 +192,31 @@ def build_rank(
         key_order=shape.key_order,
     )
     budget = _budget(config, shape, place, longest)
+    if group.follower is not None and group.follower.num_blocks > 0:
+        # This rank replaces one: the others have their caches.
+        budget = replace(budget, num_blocks=group.follower.num_blocks)
     num_blocks = group.agree_on_least(decide_num_blocks(spec, budget))
     max_model_len = decide_max_model_len(spec, num_blocks, config.max_model_len, longest)
     check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(spec, num_blocks, place))
     pool = make_kv_pool(config, spec, num_blocks, place.device)
     cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks, pool)
     rules = shape.attention[layers.start : layers.stop]
-    attention = TorchPagedAttention(cache, len(heads.heads), place.device, rules)
+    # Latent attention has one KV head of which all query heads are the group: that is a matrix product of torch's.
+    is_latent = isinstance(model_config, ModelConfig) and model_config.latent is not None
+    name = "torch" if is_latent else config.attention
+    attention = make_attention(name, cache, len(heads.heads), place.device, rules)
     sampler = None
     if config.rank == config.sampling_rank:
         sampler = Sampler(shape.vocab_size, config.max_num_seqs, place.device)
     runner = ModelRunner(model, cache, attention, sampler, place.device)
-    for num_tokens in (config.block_size, 1):
-        runner.execute(warm_up_plan(num_tokens))
+    warm_up(runner, config.block_size)
     plans = PlanReader(config.max_num_seqs, -(-max_model_len // config.block_size))
     return Rank(
         *(shape, runner, plans, group, num_blocks, max_model_len),
         kv_pool=pool,
         stage=config.stage,
         shard=config.shard,
+        block_size=config.block_size,
     )
 
 
@@ -236,21 +270,26 @@ def _join(config: WorkerConfig, place: Place) -> Group:
         return Group(SingleRank())
     store = rendezvous(config.rendezvous, Shard(config.rank, config.num_ranks))
     leader = follower = None
+    generation = 0
     if config.rank == 0:
         leader = Leader(store, config.num_ranks, config.rendezvous)
     else:
         follower = Follower(store, config.rank)
-    communicator: Communicator = SingleRank()
-    if config.shard.size > 1:
+        generation = follower.generation
+    if config.stage.count > 1:
         # Each stage is a world of its own: its collectives are among its ranks.
         own = PrefixStore(f"stage-{config.stage.index}", store)
-        communicator = join_group(
-            config.collectives, config.rendezvous, config.shard, own, place.device
-        )
-    link: StageLink = SingleStage()
-    if config.stage.count > 1:
+        communicator: Communicator = SingleRank()
+        if config.shard.size > 1:
+            communicator = join_group(config, own, place.device, generation)
         link = ProcessLink(config.stage, config.shard, store, place.device)
-    return Group(communicator, link, leader, follower)
+        return Group(communicator, leader, follower, link=link)
+
+    def join(generation: int) -> AbortableCommunicator:
+        return join_group(config, store, place.device, generation)
+
+    group = RenewableGroup(config.shard, join, generation)
+    return Group(group, leader, follower, renewable=group)
 
 
 def _budget(

@@ -68,7 +68,7 @@ struct InFlight {
 
 pub(crate) struct Replica {
     pub(crate) scheduler: StepScheduler,
-    config: StepSchedulerConfig,
+    pub(crate) config: StepSchedulerConfig,
     pub(crate) model: FakeModel,
     pub(crate) requests: BTreeMap<RequestId, Tracked>,
     /// In order; those that have run, before the others.
@@ -86,6 +86,8 @@ pub(crate) struct Replica {
     kept_view: FxHashSet<BlockHash>,
     now: Time,
     pub(crate) num_steps: u64,
+    /// Steps that were executing when their replica started over.
+    pub(crate) num_forgotten_steps: u64,
     /// Tokens computed, of all requests together.
     pub(crate) num_computed_tokens: u64,
 }
@@ -107,6 +109,7 @@ impl Replica {
             kept_view: FxHashSet::default(),
             now: Time::ZERO,
             num_steps: 0,
+            num_forgotten_steps: 0,
             num_computed_tokens: 0,
         }
     }
@@ -200,6 +203,25 @@ impl Replica {
         let is_filling = |step: &InFlight| !step.plan.filled.is_empty();
         let has_moves = self.moves.is_any_open() || self.executing.iter().any(is_filling);
         assert!(has_moves || self.scheduler.stats().kv_blocks_used == 0);
+    }
+
+    /// Starts over, in the middle of a step or between two; the model has lost its KV.
+    pub(crate) fn forget_all(&mut self) {
+        let mut ended = self.scheduler.forget_all();
+        ended.sort_unstable();
+        assert_eq!(ended, self.unfinished().collect::<Vec<_>>());
+        for id in ended {
+            self.end_by_abort(id);
+        }
+        let steps = std::mem::take(&mut self.executing);
+        self.num_forgotten_steps += steps.len() as u64;
+        let filled = steps.into_iter().flat_map(|step| step.plan.filled);
+        self.moves.forget_contents(filled.collect());
+        self.model.lose_kv();
+        assert_eq!(self.scheduler.cached_block_hashes(), []);
+        assert_eq!(self.scheduler.kept_block_hashes(), []);
+        assert!(!self.scheduler.has_work());
+        self.check();
     }
 
     fn end_by_abort(&mut self, id: RequestId) {
