@@ -12,6 +12,7 @@ from orchestra._core_memory import BlockView as BlockView
 from orchestra._core_memory import BufferManager as BufferManager
 from orchestra._core_memory import Chime as Chime
 from orchestra._core_memory import Grant as Grant
+from orchestra._core_memory import Registration as Registration
 from orchestra._core_memory import RemoteGrant as RemoteGrant
 from orchestra._core_memory import Transfer as Transfer
 from orchestra._core_memory import TransferOptions as TransferOptions
@@ -36,6 +37,7 @@ __all__ = [
     "PagedAttention",
     "PlaceRequest",
     "Placement",
+    "Registration",
     "RemoteGrant",
     "Reservation",
     "RouteRequest",

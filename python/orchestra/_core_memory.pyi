@@ -26,6 +26,18 @@ class BufferManager:
     def open_grant(self, data: bytes, owner: str, age_s: float) -> RemoteGrant: ...
     def put(self, blocks: BlockSet, grant: RemoteGrant, options: TransferOptions) -> Transfer: ...
     def get(self, grant: RemoteGrant, blocks: BlockSet, options: TransferOptions) -> Transfer: ...
+    def register(self, memory: Any) -> Registration:
+        """Registers the bytes of an object for transfers."""
+
+    def invalidate(self, memory: Any) -> int:
+        """Ends the registrations of what overlaps the bytes of an object; how many there were."""
+
+    def put_from(
+        self, memory: Registration, grant: RemoteGrant, options: TransferOptions
+    ) -> Transfer: ...
+    def get_into(
+        self, grant: RemoteGrant, memory: Registration, options: TransferOptions
+    ) -> Transfer: ...
     def take_event(self) -> dict[str, Any] | None:
         """The next event, or `None` where there is none now."""
 
@@ -204,6 +216,27 @@ class BlockView:
         """Ends this view. Memoryviews and tensors that came from it hold the block on."""
 
     def __enter__(self) -> BlockView: ...
+    def __exit__(
+        self,
+        *_exception: type[BaseException] | BaseException | TracebackType | None,
+    ) -> None: ...
+
+@final
+class Registration:
+    """Bytes of another object that transfers may use. Made by `BufferManager.register`."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes."""
+
+    @property
+    def readonly(self) -> bool:
+        """Whether they may be put, but nothing be got into them."""
+
+    def release(self) -> None:
+        """Ends it. Transfers under way keep the memory, and the manager may for the next time."""
+
+    def __enter__(self) -> Registration: ...
     def __exit__(
         self,
         *_exception: type[BaseException] | BaseException | TracebackType | None,

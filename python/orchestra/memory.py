@@ -21,7 +21,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from orchestra import _core
-from orchestra._core import BlockPool, BlockSet, BlockView, Grant, RemoteGrant
+from orchestra._core import BlockPool, BlockSet, BlockView, Grant, Registration, RemoteGrant
 from orchestra.errors import ShuttingDownError
 from orchestra.memory_types import MemoryEvent, MemoryStats, TransferOptions, TransferStats
 from orchestra.memory_waits import Doorbells
@@ -37,6 +37,7 @@ __all__ = [
     "Grant",
     "MemoryEvent",
     "MemoryStats",
+    "Registration",
     "RemoteGrant",
     "Transfer",
     "TransferOptions",
@@ -53,7 +54,8 @@ class BufferManager:
         tcp_listen: Address and port for peers; port 0 takes a free one.
         tcp_advertise: What peers are told instead, where they cannot reach `tcp_listen`.
         limits: `inflight_bytes_max`, `max_transfers`, `max_grants`, `max_blocks_per_grant`, `max_quarantined_blocks`,
-            `max_lease_s`, `lease_grace_s`, `max_payload_bytes`, where other limits than the usual ones are wanted.
+            `max_lease_s`, `lease_grace_s`, `max_payload_bytes`, `max_registrations`, `idle_registration_bytes_max`,
+            where other limits than the usual ones are wanted.
 
     Raises:
         ConfigError: A setting is wrong; `key` names it.
@@ -136,6 +138,36 @@ class BufferManager:
         """Tells that a disconnected peer's process is dead, so that nothing of its touches memory any more."""
         self._core.confirm_gone(peer)
 
+    # === memory of others ===
+
+    def register(self, memory: Any) -> Registration:
+        """Registers bytes that something else has made, so that `put` and `get` move them from and to where they lie.
+
+        A registration keeps its memory. When it is released, by `release()`, `with` or with the last reference, the
+        manager keeps both for the next time, up to `idle_registration_bytes_max`: registering the same bytes again, or
+        some of them, costs a look-up. `invalidate` ends that.
+
+        Args:
+            memory: A tensor in host memory that speaks DLPack, such as numpy's and torch's, or a writable buffer;
+                without gaps. Nobody keeps others from writing to it, or from reading it before a `get` is over.
+
+        Raises:
+            InvalidRequestError: It is empty, has gaps, or lies elsewhere; `key` is `memory`.
+            OverloadedError: There are `max_registrations`, and all are held.
+            MemlockTooLowError: With `memlock="require"`, the process may not lock as much.
+        """
+        return self._core.register(memory)
+
+    def invalidate(self, memory: Any) -> int:
+        """Ends the registrations of what overlaps these bytes, and lets go of their memory.
+
+        One that somebody holds is refused with `StaleHandleError` by new transfers, and goes with its last holder.
+
+        Returns:
+            How many there were.
+        """
+        return self._core.invalidate(memory)
+
     # === grants and transfers ===
 
     def grant(
@@ -162,12 +194,15 @@ class BufferManager:
         return self._core.open_grant(data, owner, time.monotonic() - asked)
 
     def put(
-        self, blocks: BlockSet, grant: RemoteGrant, **options: "Unpack[TransferOptions]"
+        self,
+        blocks: BlockSet | Registration,
+        grant: RemoteGrant,
+        **options: "Unpack[TransferOptions]",
     ) -> "Transfer":
         """Writes sealed blocks into blocks that a peer has granted. It begins at once: await it, or `wait()` for it.
 
         Args:
-            blocks: What is written.
+            blocks: What is written; of a registration, its bytes as blocks of the grant's size, one after the other.
             grant: Where to.
             **options: `TransferOptions`: `notify`, `timeout`, which blocks, and which part of them.
 
@@ -176,14 +211,25 @@ class BufferManager:
             BlockInUseError: A block is not sealed.
             OverloadedError: As many transfers are under way, or blocks in quarantine, as may.
         """
-        transfer = self._core.put(blocks, grant, _core.TransferOptions(**options))
+        how = _core.TransferOptions(**options)
+        if isinstance(blocks, Registration):
+            transfer = self._core.put_from(blocks, grant, how)
+        else:
+            transfer = self._core.put(blocks, grant, how)
         return Transfer(transfer, self._doorbells)
 
     def get(
-        self, grant: RemoteGrant, blocks: BlockSet, **options: "Unpack[TransferOptions]"
+        self,
+        grant: RemoteGrant,
+        blocks: BlockSet | Registration,
+        **options: "Unpack[TransferOptions]",
     ) -> "Transfer":
         """Reads blocks that a peer has granted into blocks that are being filled; options and errors as for `put`."""
-        transfer = self._core.get(grant, blocks, _core.TransferOptions(**options))
+        how = _core.TransferOptions(**options)
+        if isinstance(blocks, Registration):
+            transfer = self._core.get_into(grant, blocks, how)
+        else:
+            transfer = self._core.get(grant, blocks, how)
         return Transfer(transfer, self._doorbells)
 
     # === events ===

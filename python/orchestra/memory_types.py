@@ -83,6 +83,12 @@ class MemoryStats:
         quarantined_blocks: Blocks that wait for proof. An operator should look where this stays.
         is_quarantine_full: Whether so many wait that grants and transfers are refused.
         unproven_peers: Peers whose connection ended without proof that they are quiet.
+        registrations: Memory of others that is registered, by `BufferManager.register`.
+        registrations_held: Those of them that somebody holds, a transfer included.
+        registered_bytes: Bytes of all of them.
+        registration_hits: Requests that found their memory registered.
+        registration_misses: Requests that had it registered.
+        registration_evictions: Registrations that were given up to make room.
     """
 
     active_transfers: int
@@ -92,3 +98,9 @@ class MemoryStats:
     quarantined_blocks: int
     is_quarantine_full: bool
     unproven_peers: int
+    registrations: int
+    registrations_held: int
+    registered_bytes: int
+    registration_hits: int
+    registration_misses: int
+    registration_evictions: int

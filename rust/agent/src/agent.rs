@@ -206,6 +206,14 @@ fn check_pool(config: &AgentConfig, pool: &KvPool) -> Result<(), AgentError> {
         let message = format!("is {blocks}, the KV pool has {held}");
         issues.push(ConfigIssue::new("scheduler.num_blocks", message));
     }
+    let (blocks, held) = (
+        config.scheduler.num_host_blocks,
+        pool.config().num_host_blocks,
+    );
+    if blocks != held {
+        let message = format!("is {blocks}, the KV pool has {held}");
+        issues.push(ConfigIssue::new("scheduler.num_host_blocks", message));
+    }
     if !config.scheduler.enable_prefix_cache {
         let message = "must be true where KV moves: it is what moved KV fills";
         issues.push(ConfigIssue::new("scheduler.enable_prefix_cache", message));

@@ -30,6 +30,8 @@ pub(crate) enum Command {
     Start(AttachmentId, Box<v1::StartSequence>),
     /// A sequence that nobody wants any more.
     Abort(AttachmentId, u64),
+    /// Who is to keep copies of the cache; `None`: nobody.
+    Keeper(AttachmentId, Option<v1::KvPeer>),
     /// The stream ended.
     Detached(AttachmentId),
     /// From the thread that moves KV.

@@ -56,6 +56,12 @@ pub struct AgentStats {
     pub kv_blocks_pushed: u64,
     /// Moves that did not come about, so that this worker computed for itself.
     pub kv_fetch_failures: u64,
+    /// KV blocks that the keeper of this worker has copied.
+    pub kv_blocks_written_through: u64,
+    /// KV blocks that this worker has copied to keep them for others.
+    pub kv_blocks_kept: u64,
+    /// Chains that were not offered to the keeper, because too many waited.
+    pub kv_write_throughs_dropped: u64,
     /// Whether a router's stream is open.
     pub is_attached: bool,
     /// Whether new sequences are refused.
@@ -84,6 +90,8 @@ impl AgentStats {
         self.host_blocks_kept = stats.host_blocks_kept;
         self.kv_blocks_fetched = stats.fetched_blocks;
         self.kv_fetch_failures = stats.fetch_failures;
+        self.kv_blocks_kept = stats.blocks_kept_for_others;
+        self.kv_write_throughs_dropped = stats.write_throughs_dropped;
     }
 
     fn report(&self) -> v1::LoadReport {
@@ -101,6 +109,10 @@ impl AgentStats {
             kv_blocks_fetched: self.kv_blocks_fetched,
             kv_blocks_pushed: self.kv_blocks_pushed,
             kv_fetch_failures: self.kv_fetch_failures,
+            kv_blocks_written_through: self.kv_blocks_written_through,
+            kv_blocks_kept: self.kv_blocks_kept,
+            kv_write_throughs_dropped: self.kv_write_throughs_dropped,
+            kv_host_hit_tokens: self.host_hit_tokens,
         }
     }
 }

@@ -3,6 +3,7 @@
 //! The loop owns the scheduler. It runs on the thread that calls [`Agent::next_step`](crate::Agent::next_step), so
 //! there is no hop between deciding a step and executing it.
 
+mod keeping;
 mod kv_link;
 mod streams;
 
@@ -75,8 +76,11 @@ impl StepLoop {
         closing: CancellationToken,
         kv: Option<KvLink>,
     ) -> Result<Self, AgentError> {
-        let scheduler =
+        let mut scheduler =
             StepScheduler::new(config.scheduler.clone()).map_err(AgentError::InvalidConfig)?;
+        if let Some(kv) = &kv {
+            kv.prepare(&mut scheduler);
+        }
         board.update(|stats| stats.set_scheduler(scheduler.stats()));
         Ok(Self {
             model_files_digest: config.model_files.digest(),
@@ -177,6 +181,7 @@ impl StepLoop {
         if fills_blocks {
             self.tell_filled(output.step_id);
         }
+        self.offer_sealed();
         self.send_kv_events();
         Ok(())
     }
@@ -239,9 +244,13 @@ impl StepLoop {
             Command::Start(id, start) if self.is_current(id) => self.start(*start),
             Command::Abort(id, sequence_id) if self.is_current(id) => self.abort(sequence_id),
             Command::Detached(id) if self.is_current(id) => self.detach(Lost::Ended),
+            Command::Keeper(id, peer) if self.is_current(id) => self.write_through_to(peer),
             Command::Kv(report) => self.obey_mover(report),
             // Of an attachment that was lost before.
-            Command::Start(..) | Command::Abort(..) | Command::Detached(_) => {}
+            Command::Start(..)
+            | Command::Abort(..)
+            | Command::Keeper(..)
+            | Command::Detached(_) => {}
         }
     }
 

@@ -51,6 +51,11 @@ impl SeedParts<'_> {
     }
 }
 
+/// How strongly a name is drawn to another one: rendezvous hashing takes the highest.
+pub fn rendezvous_score(key: &str, candidate: &str) -> u64 {
+    xxh3_64_with_seed(candidate.as_bytes(), xxh3_64_with_seed(key.as_bytes(), 0))
+}
+
 /// The hash of a block whose predecessor hashes to `parent` (the seed for the first block).
 ///
 /// The tokens are hashed as little-endian `u32`, seeded with the parent: the chain costs one pass.

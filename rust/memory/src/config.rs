@@ -130,6 +130,10 @@ pub struct ManagerConfig {
     pub lease_grace: Duration,
     /// Bytes of a notification that a caller may add to a transfer.
     pub max_payload_bytes: usize,
+    /// Registrations of others' memory that there may be, held ones included.
+    pub max_registrations: usize,
+    /// Bytes of those that nobody holds and that are kept for the next time, with their memory.
+    pub idle_registration_bytes_max: u64,
 }
 
 impl Default for ManagerConfig {
@@ -144,6 +148,8 @@ impl Default for ManagerConfig {
             max_lease: Duration::from_secs(60),
             lease_grace: Duration::from_secs(1),
             max_payload_bytes: 1024,
+            max_registrations: 512,
+            idle_registration_bytes_max: 256 << 20,
         }
     }
 }
@@ -158,6 +164,7 @@ impl ManagerConfig {
             ("max_grants", self.max_grants > 0),
             ("max_blocks_per_grant", self.max_blocks_per_grant > 0),
             ("max_quarantined_blocks", self.max_quarantined_blocks > 0),
+            ("max_registrations", self.max_registrations > 0),
             ("max_lease", !self.max_lease.is_zero()),
         ];
         match positive.into_iter().find(|(_, is_positive)| !is_positive) {

@@ -10,13 +10,15 @@
 
 use std::{ffi::c_void, ptr::NonNull, sync::Arc};
 
-use crate::{pool::BlockView, tier::Tier};
+use crate::{error::MemoryError, pool::BlockView, registrations::Region, tier::Tier};
 
 const VERSION: Version = Version { major: 1, minor: 0 };
 /// `DLPACK_FLAG_BITMASK_READ_ONLY`.
 const READ_ONLY: u64 = 1;
 /// `kDLCPU`: also of memory that cards reach, as long as processors do.
 const CPU: i32 = 1;
+/// `kDLCUDAHost`.
+const CUDA_HOST: i32 = 3;
 /// `kDLCUDA`.
 const CUDA: i32 = 2;
 /// `kDLUInt`.
@@ -67,6 +69,75 @@ struct Context {
     strides: [i64; 1],
     #[expect(dead_code, reason = "ends its hold by being dropped")]
     view: Arc<BlockView>,
+}
+
+/// Where somebody's tensor lies, and whether it may be written. It must be whole rows without gaps, in host memory.
+///
+/// # Safety
+/// The structure is one of the kind that is said, whole, and nobody frees it meanwhile.
+pub unsafe fn describe(managed: &Managed) -> Result<(Region, bool), MemoryError> {
+    // SAFETY: the caller's promise. Nothing that the shape and the strides point at is read beyond the dimensions.
+    unsafe {
+        match managed {
+            Managed::Versioned(managed) => {
+                let managed = managed.cast::<Versioned>().as_ref();
+                if managed.version.major > VERSION.major {
+                    return refuse("a tensor of DLPack 1");
+                }
+                let region = region_of(&managed.tensor)?;
+                Ok((region, managed.flags & READ_ONLY == 0))
+            }
+            Managed::Plain(managed) => {
+                let region = region_of(&managed.cast::<Plain>().as_ref().tensor)?;
+                Ok((region, true))
+            }
+        }
+    }
+}
+
+const fn refuse<T>(expected: &'static str) -> Result<T, MemoryError> {
+    let field = "memory";
+    Err(MemoryError::InvalidField { field, expected })
+}
+
+/// # Safety
+/// The shape is followed by as many numbers as there are dimensions, and so are the strides where there are any.
+unsafe fn region_of(tensor: &Tensor) -> Result<Region, MemoryError> {
+    let tier = match tensor.device_type {
+        CPU => Tier::Dram,
+        CUDA_HOST => Tier::Pinned,
+        _ => return refuse("in host memory"),
+    };
+    let item_bits = u64::from(tensor.type_bits) * u64::from(tensor.type_lanes);
+    if !item_bits.is_multiple_of(8) {
+        return refuse("of whole bytes");
+    }
+    let mut items = 1_u64;
+    // From the last dimension on: each row begins where the one before it ends.
+    for at in (0..usize::try_from(tensor.num_dimensions).unwrap_or(0)).rev() {
+        // SAFETY: `at` is one of the dimensions.
+        let (len, stride) = unsafe {
+            let is_dense = tensor.strides.is_null();
+            let stride = (!is_dense).then(|| *tensor.strides.add(at));
+            (*tensor.shape.add(at), stride)
+        };
+        let is_apart = stride.is_some_and(|stride| u64::try_from(stride) != Ok(items));
+        if is_apart && len > 1 {
+            return refuse("without gaps between its rows");
+        }
+        let product = u64::try_from(len)
+            .ok()
+            .and_then(|len| items.checked_mul(len));
+        let Some(product) = product else {
+            return refuse("inside all memory");
+        };
+        items = product;
+    }
+    let Some(len) = items.checked_mul(item_bits / 8) else {
+        return refuse("inside all memory");
+    };
+    let address = (tensor.data.addr() as u64).wrapping_add(tensor.byte_offset);
+    Ok(Region { tier, address, len })
 }
 
 /// A tensor for `PyCapsule_New`; freed by [`discard`](Self::discard) where nobody has taken it, else by its taker.
@@ -175,6 +246,8 @@ impl Managed {
 
 #[cfg(test)]
 mod tests {
+    use std::ptr;
+
     use super::*;
     use crate::{Pool, PoolConfig, Slab, SlabId};
 
@@ -216,6 +289,51 @@ mod tests {
             delete(managed);
         }
         assert_eq!(pool.stats().allocatable, pool.stats().num_blocks);
+    }
+
+    #[test]
+    fn a_tensor_is_a_region_where_it_has_no_gaps() {
+        let (_pool, held) = view(true);
+        let address = held.as_ptr().addr() as u64;
+        let managed = export(held, true).unwrap();
+        let Managed::Versioned(pointer) = &managed else {
+            panic!("a versioned tensor was asked for");
+        };
+        let versioned = pointer.cast::<Versioned>().as_ptr();
+        let (mut shape, mut strides) = ([3_i64, 1, 4], [4_i64, 99, 1]);
+        // SAFETY: the structure is as `export` made it, and what is put into it lives longer.
+        unsafe {
+            let whole = Region {
+                tier: Tier::Dram,
+                address,
+                len: 4096,
+            };
+            assert_eq!(describe(&managed), Ok((whole, false)));
+            let tensor = &raw mut (*versioned).tensor;
+            let (own_shape, own_strides) = ((*tensor).shape, (*tensor).strides);
+            (*tensor).num_dimensions = 3;
+            (*tensor).shape = shape.as_mut_ptr();
+            (*tensor).strides = strides.as_mut_ptr();
+            (*tensor).type_bits = 16;
+            (*tensor).byte_offset = 8;
+            let (region, _) = describe(&managed).unwrap();
+            assert_eq!((region.address, region.len), (address + 8, 3 * 4 * 2));
+            (*tensor).strides.write(5);
+            assert!(describe(&managed).is_err(), "a gap after each row");
+            (*tensor).strides = ptr::null_mut();
+            assert!(describe(&managed).is_ok());
+            (*tensor).shape.write(-1);
+            assert!(describe(&managed).is_err());
+            (*tensor).shape.write(3);
+            (*tensor).device_type = CUDA;
+            assert!(describe(&managed).is_err());
+            (*tensor).device_type = CPU;
+            (*versioned).version.major = 2;
+            assert!(describe(&managed).is_err());
+            (*tensor).shape = own_shape;
+            (*tensor).strides = own_strides;
+            managed.discard();
+        }
     }
 
     #[test]

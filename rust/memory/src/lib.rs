@@ -7,7 +7,7 @@
 //! Reading order: [`error`], [`tier`] and [`config`] are shared words; [`slab`] is the memory ([`cuda`] where it is a
 //! device's), [`table`] says what each block
 //! of it is, [`runs`] finds free ones that lie together, [`pool`] joins the three; [`fragmentation`] scores it, [`defragment`] keeps it in one piece;
-//! [`transport`] is what moves bytes between processes, [`transfer`] keeps watch over it, [`lease`] is what peers may do;
+//! [`registrations`] are buffers of others; [`transport`] is what moves bytes between processes, [`transfer`] keeps watch over it, [`lease`] is what peers may do;
 //! [`manager`] is the whole, and [`driver`] a thread for it.
 //!
 //! `unsafe` is denied by the workspace. The few modules that need it say so in an `#![expect(unsafe_code)]`
@@ -26,6 +26,7 @@ pub mod lease;
 pub mod manager;
 mod memlock;
 pub mod pool;
+pub mod registrations;
 pub mod runs;
 pub mod slab;
 mod sync;
@@ -42,6 +43,7 @@ pub use fragmentation::Fragmentation;
 pub use lease::{GrantId, Lease, RemoteBlock, RemoteGrant, Rights};
 pub use manager::{Arrival, BufferManager, Event, ManagerStats};
 pub use pool::{BlockHandle, BlockSet, BlockView, PinGuard, Pool, PoolId, PoolStats};
+pub use registrations::{ForeignMemory, Region, RegistrationGuard, RegistrationStats};
 pub use runs::Extent;
 pub use slab::{PageKind, Slab, SlabConfig};
 pub use table::BlockState;

@@ -8,6 +8,7 @@ mod arrivals;
 mod due;
 mod grants;
 mod pools;
+mod transfers;
 
 use std::{collections::VecDeque, fmt, sync::Arc, time::Duration};
 
@@ -21,6 +22,7 @@ use crate::{
     error::MemoryError,
     lease::Grants,
     pool::{Pool, PoolId},
+    registrations::{Limits, RegistrationStats, Registrations},
     slab::Slab,
     transfer::{Engine, Finished},
     transport::{PeerId, Quiet, Transport},
@@ -63,6 +65,7 @@ pub struct BufferManager {
     local: PeerId,
     config: ManagerConfig,
     transports: Vec<Arc<dyn Transport>>,
+    registrations: Arc<Registrations>,
     state: Mutex<ManagerState>,
 }
 
@@ -83,6 +86,8 @@ pub struct ManagerStats {
     pub is_quarantine_full: bool,
     /// Peers whose connection has ended without proof that they are quiet.
     pub unproven_peers: usize,
+    /// Memory of others that is registered.
+    pub registrations: RegistrationStats,
 }
 
 impl fmt::Debug for BufferManager {
@@ -113,9 +118,14 @@ impl BufferManager {
             events: VecDeque::new(),
             next_transfer: 0,
         };
+        let limits = Limits {
+            count: config.max_registrations,
+            idle_bytes: config.idle_registration_bytes_max,
+        };
         Ok(Self {
             local,
             config,
+            registrations: Registrations::new(&transports, limits),
             transports,
             state: Mutex::new(state),
         })
@@ -241,7 +251,7 @@ impl BufferManager {
     pub fn stats(&self) -> ManagerStats {
         let state = self.state.lock();
         let (active_transfers, unproven_transfers) = state.engine.counts();
-        let quarantined_blocks = state.num_quarantined();
+        let quarantined_blocks = self.num_quarantined(&state);
         let unproven = state
             .peers
             .values()
@@ -254,6 +264,7 @@ impl BufferManager {
             quarantined_blocks,
             is_quarantine_full: quarantined_blocks >= self.config.max_quarantined_blocks,
             unproven_peers: unproven.count(),
+            registrations: self.registrations.stats(),
         }
     }
 
@@ -261,18 +272,19 @@ impl BufferManager {
     fn check_quarantine(&self, state: &ManagerState) -> Result<(), MemoryError> {
         let limit = self.config.max_quarantined_blocks;
         let what = "quarantined blocks";
-        if state.num_quarantined() >= limit {
+        if self.num_quarantined(state) >= limit {
             return Err(MemoryError::LimitReached { what, limit });
         }
         Ok(())
     }
+
+    fn num_quarantined(&self, state: &ManagerState) -> usize {
+        let pools = state.pools.values().map(|pool| pool.num_quarantined());
+        pools.sum::<usize>() + self.registrations.num_quarantined()
+    }
 }
 
 impl ManagerState {
-    fn num_quarantined(&self) -> usize {
-        self.pools.values().map(|pool| pool.num_quarantined()).sum()
-    }
-
     fn is_waiting_for(&self, peer: PeerId) -> bool {
         self.engine.has_peer(peer) || self.grants.has_peer(peer)
     }

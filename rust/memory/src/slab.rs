@@ -11,12 +11,13 @@
 mod host;
 mod numa;
 
-use std::{fmt, num::NonZeroUsize, os::fd::BorrowedFd, ptr};
+use std::{fmt, num::NonZeroUsize, os::fd::BorrowedFd, ptr, sync::Arc};
 
 use self::host::HostMemory;
 use crate::{
     cuda::{self, DeviceMemory},
     error::MemoryError,
+    registrations::{ForeignMemory, Region},
     tier::Tier,
     transport::SlabId,
 };
@@ -73,6 +74,13 @@ pub enum PageKind {
 enum Memory {
     Host(HostMemory),
     Device(DeviceMemory),
+    Foreign(Arc<dyn ForeignMemory>),
+}
+
+/// How the bytes of a slab are reached.
+enum Reach<'a> {
+    Pointer(*mut u8),
+    Driver(&'a DeviceMemory),
 }
 
 /// Memory that transports register, given back when the last of its holders drops it.
@@ -119,6 +127,22 @@ impl Slab {
         })
     }
 
+    /// A slab over memory that somebody else has made, which it keeps alive. Of any size and place.
+    pub(crate) fn over(id: SlabId, memory: Arc<dyn ForeignMemory>) -> Self {
+        let Region { tier, len, .. } = memory.region();
+        Self {
+            id,
+            tier,
+            len,
+            memory: Memory::Foreign(memory),
+        }
+    }
+
+    /// Whether somebody else has made its memory: then peers are not told of it.
+    pub const fn is_foreign(&self) -> bool {
+        matches!(self.memory, Memory::Foreign(_))
+    }
+
     /// The slab's name.
     pub const fn id(&self) -> SlabId {
         self.id
@@ -139,11 +163,11 @@ impl Slab {
         self.len == 0
     }
 
-    /// What its pages are; `None` on a device.
+    /// What its pages are; `None` on a device, and where somebody else has made it.
     pub const fn pages(&self) -> Option<PageKind> {
         match &self.memory {
             Memory::Host(memory) => Some(memory.pages()),
-            Memory::Device(_) => None,
+            Memory::Device(_) | Memory::Foreign(_) => None,
         }
     }
 
@@ -153,46 +177,62 @@ impl Slab {
         match &self.memory {
             Memory::Host(memory) => memory.as_ptr(),
             Memory::Device(memory) => ptr::without_provenance_mut(memory.address() as usize),
+            Memory::Foreign(memory) => {
+                ptr::with_exposed_provenance_mut(memory.region().address as usize)
+            }
         }
     }
 
-    /// The memory file, for a peer on the same host to map; a device's memory has none.
+    /// The memory file, for a peer on the same host to map; other memory than ours, and a device's, has none.
     pub fn file(&self) -> Option<BorrowedFd<'_>> {
         match &self.memory {
             Memory::Host(memory) => Some(memory.file()),
-            Memory::Device(_) => None,
+            Memory::Device(_) | Memory::Foreign(_) => None,
+        }
+    }
+
+    /// How the bytes from `offset` on are reached, where `len` of them lie inside the slab.
+    fn reach(&self, offset: u64, len: u64) -> Result<Reach<'_>, MemoryError> {
+        if offset.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(MemoryError::OutOfBounds {
+                offset,
+                len,
+                limit: self.len,
+            });
+        }
+        match (&self.memory, self.tier.device()) {
+            (Memory::Device(memory), _) => Ok(Reach::Driver(memory)),
+            (_, Some(device)) => Err(MemoryError::NotInHostMemory { device }),
+            // At most one past the end, so this does not wrap.
+            (_, None) => Ok(Reach::Pointer(self.as_ptr().wrapping_add(offset as usize))),
         }
     }
 
     /// Copies `bytes` to `offset`.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), MemoryError> {
         let len = bytes.len() as u64;
-        self.check(offset, len)?;
-        match &self.memory {
-            // SAFETY: `len` mapped bytes follow `offset`, and a borrowed slice of Rust's never lies in a slab.
-            Memory::Host(memory) => unsafe {
-                let at = memory.as_ptr().add(offset as usize);
+        match self.reach(offset, len)? {
+            // SAFETY: `len` mapped bytes follow, and a borrowed slice of Rust's never lies in a slab.
+            Reach::Pointer(at) => unsafe {
                 ptr::copy_nonoverlapping(bytes.as_ptr(), at, bytes.len());
                 Ok(())
             },
             // SAFETY: `len` bytes of the device follow `offset`.
-            Memory::Device(memory) => unsafe { memory.write(offset, bytes.as_ptr(), len) },
+            Reach::Driver(memory) => unsafe { memory.write(offset, bytes.as_ptr(), len) },
         }
     }
 
     /// Copies from `offset` until `bytes` is full.
     pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), MemoryError> {
         let len = bytes.len() as u64;
-        self.check(offset, len)?;
-        match &self.memory {
-            // SAFETY: `len` mapped bytes follow `offset`, and a borrowed slice of Rust's never lies in a slab.
-            Memory::Host(memory) => unsafe {
-                let at = memory.as_ptr().add(offset as usize);
+        match self.reach(offset, len)? {
+            // SAFETY: `len` mapped bytes follow, and a borrowed slice of Rust's never lies in a slab.
+            Reach::Pointer(at) => unsafe {
                 ptr::copy_nonoverlapping(at, bytes.as_mut_ptr(), bytes.len());
                 Ok(())
             },
             // SAFETY: `len` bytes of the device follow `offset`.
-            Memory::Device(memory) => unsafe { memory.read(offset, bytes.as_mut_ptr(), len) },
+            Reach::Driver(memory) => unsafe { memory.read(offset, bytes.as_mut_ptr(), len) },
         }
     }
 
@@ -205,46 +245,27 @@ impl Slab {
         to_offset: u64,
         len: u64,
     ) -> Result<(), MemoryError> {
-        self.check(offset, len)?;
-        to.check(to_offset, len)?;
-        match (&self.memory, &to.memory) {
-            // SAFETY: `len` mapped bytes follow both offsets; `copy` allows overlap.
-            (Memory::Host(from), Memory::Host(to)) => unsafe {
-                let from = from.as_ptr().add(offset as usize);
-                ptr::copy(from, to.as_ptr().add(to_offset as usize), len as usize);
+        match (self.reach(offset, len)?, to.reach(to_offset, len)?) {
+            // SAFETY: `len` mapped bytes follow both pointers; `copy` allows overlap.
+            (Reach::Pointer(from), Reach::Pointer(to)) => unsafe {
+                ptr::copy(from, to, len as usize);
                 Ok(())
             },
-            // SAFETY: `len` bytes follow both offsets, the first mapped and the second on the device.
-            (Memory::Host(from), Memory::Device(to)) => unsafe {
-                to.write(to_offset, from.as_ptr().add(offset as usize), len)
-            },
-            // SAFETY: `len` bytes follow both offsets, the first on the device and the second mapped.
-            (Memory::Device(from), Memory::Host(to)) => unsafe {
-                from.read(offset, to.as_ptr().add(to_offset as usize), len)
-            },
-            (Memory::Device(from), Memory::Device(onto)) => {
-                let (start, to_start) = (from.address() + offset, onto.address() + to_offset);
-                if !from.is_beside(onto) || start.abs_diff(to_start) < len {
+            // SAFETY: `len` mapped bytes follow the pointer, and as many of the device the offset.
+            (Reach::Pointer(from), Reach::Driver(to)) => unsafe { to.write(to_offset, from, len) },
+            // SAFETY: `len` mapped bytes follow the pointer, and as many of the device the offset.
+            (Reach::Driver(from), Reach::Pointer(to)) => unsafe { from.read(offset, to, len) },
+            (Reach::Driver(from), Reach::Driver(to)) => {
+                let (start, to_start) = (from.address() + offset, to.address() + to_offset);
+                if !from.is_beside(to) || start.abs_diff(to_start) < len {
                     return Err(MemoryError::InvalidField {
                         field: "to",
                         expected: "on the same device, and apart from what is copied",
                     });
                 }
                 // SAFETY: `len` bytes follow both offsets, on one device; that they are apart was just checked.
-                unsafe { from.copy_to(offset, onto, to_offset, len) }
+                unsafe { from.copy_to(offset, to, to_offset, len) }
             }
-        }
-    }
-
-    /// Refuses what is not `len` bytes inside the slab.
-    const fn check(&self, offset: u64, len: u64) -> Result<(), MemoryError> {
-        match offset.checked_add(len) {
-            Some(end) if end <= self.len => Ok(()),
-            _ => Err(MemoryError::OutOfBounds {
-                offset,
-                len,
-                limit: self.len,
-            }),
         }
     }
 }

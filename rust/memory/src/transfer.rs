@@ -19,7 +19,7 @@ use std::{
 use parking_lot::Mutex;
 
 pub(crate) use self::{
-    engine::{Engine, Finished, NewTransfer},
+    engine::{Engine, Finished, LocalHold, NewTransfer},
     plan::{Side, plan},
 };
 use crate::error::TransferError;

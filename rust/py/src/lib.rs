@@ -33,7 +33,7 @@ mod _core {
         kv_pool::KvPool,
         memory::{
             BlockPool, BlockSet, BlockView, BufferManager, Chime, Grant, MemoryTransfer,
-            RemoteGrant, TransferOptions,
+            Registration, RemoteGrant, TransferOptions,
         },
         process::{die_with_parent, init_logging},
         router::run_router,

@@ -9,12 +9,13 @@ mod events;
 mod grants;
 mod hub;
 mod pool;
+mod registration;
 mod transfer;
 mod view;
 
 use std::{sync::Arc, time::Instant};
 
-use orchestra_memory::{BufferManager as Manager, PeerId, Pool, Quiet};
+use orchestra_memory::{BufferManager as Manager, ForeignMemory as _, PeerId, Pool, Quiet};
 use pyo3::{
     prelude::*,
     types::{PyBytes, PyDict},
@@ -25,6 +26,7 @@ pub(crate) use self::{
     events::Chime,
     grants::{Grant, RemoteGrant},
     pool::BlockPool,
+    registration::Registration,
     transfer::{MemoryTransfer, TransferOptions},
     view::BlockView,
 };
@@ -32,6 +34,7 @@ use self::{
     config::{OpenConfig, PoolSettings},
     events::{EventRow, wait_until},
     hub::{Hub, seconds},
+    registration::Lent,
 };
 use crate::{errors::Failure, values::config_from};
 
@@ -138,6 +141,40 @@ impl BufferManager {
         options: &TransferOptions,
     ) -> PyResult<MemoryTransfer> {
         Ok(py.detach(|| MemoryTransfer::get(&self.hub, grant, blocks, options))?)
+    }
+
+    // === memory of others ===
+
+    /// Registers the bytes of an object for transfers.
+    fn register(&self, py: Python<'_>, memory: &Bound<'_, PyAny>) -> PyResult<Registration> {
+        let lent = Lent::new(memory)?;
+        Ok(py.detach(|| Registration::new(&self.hub, lent))?)
+    }
+
+    /// Ends the registrations of what overlaps the bytes of an object; how many there were.
+    fn invalidate(&self, py: Python<'_>, memory: &Bound<'_, PyAny>) -> PyResult<usize> {
+        let region = Lent::new(memory)?.region();
+        Ok(py.detach(|| -> Result<_, Failure> { Ok(self.hub.manager()?.invalidate(region)) })?)
+    }
+
+    fn put_from(
+        &self,
+        py: Python<'_>,
+        memory: &Registration,
+        grant: &RemoteGrant,
+        options: &TransferOptions,
+    ) -> PyResult<MemoryTransfer> {
+        Ok(py.detach(|| MemoryTransfer::put_from(&self.hub, memory, grant, options))?)
+    }
+
+    fn get_into(
+        &self,
+        py: Python<'_>,
+        grant: &RemoteGrant,
+        memory: &Registration,
+        options: &TransferOptions,
+    ) -> PyResult<MemoryTransfer> {
+        Ok(py.detach(|| MemoryTransfer::get_into(&self.hub, grant, memory, options))?)
     }
 
     // === events ===

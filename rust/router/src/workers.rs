@@ -3,13 +3,14 @@
 //! A worker is its stream: [`gateway`] accepts it and listens, [`session`] is the stream as requests see it,
 //! [`sink`] where its tokens go, [`outbox`] what is on its way to the worker, [`watchdog`] finds workers that went quiet.
 //! [`queue`] is how requests get room on them, [`stopping`] how some give it up again. [`moves`] has KV move between
-//! workers, [`peers`] their messages about it.
+//! workers, [`peers`] their messages about it, and [`keepers`] says who keeps copies of whose.
 
 pub(crate) mod arrivals;
 mod explain;
 mod foreign;
 pub mod gateway;
 mod hello;
+mod keepers;
 mod kv_transfer;
 mod moves;
 mod operate;
@@ -217,6 +218,7 @@ impl Pool {
         let session = Arc::new(Session::new(worker, hello, outbox));
         self.sessions.insert(worker, Arc::clone(&session));
         self.show_draining(&session);
+        self.keepers_with(&session);
         Ok(session)
     }
 
@@ -224,6 +226,7 @@ impl Pool {
         let session = self.sessions.remove(&worker)?;
         self.scheduler.remove_worker(worker);
         models.detach(&session.spec.model, worker);
+        self.keepers_without(worker);
         Some(session)
     }
 }

@@ -137,6 +137,7 @@ impl Network {
                     inbox.message(message);
                 }
             }
+            Some(Down::Keeper(keeper)) => self.tell(Command::Keeper(id, keeper.peer)).await,
             // A second welcome says nothing new; an empty message is one that a newer router knows.
             Some(Down::Welcome(_)) | None => {}
         }

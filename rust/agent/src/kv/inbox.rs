@@ -9,7 +9,7 @@ use std::{
 
 use orchestra_core::{
     BlockId, HashSeed, RequestId, TokenId,
-    step::{FilledBlocks, HeldBlocks, HoldId},
+    step::{FilledBlocks, HeldBlocks, HoldId, SealedChain},
 };
 use orchestra_proto::v1;
 use parking_lot::Mutex;
@@ -56,11 +56,24 @@ pub(crate) enum Order {
     /// What was found of a prompt that another worker asked for.
     Held(u64, Option<HeldBlocks>),
     Push(PushOrder),
+    /// A chain that worker `.0` is to keep. Answered with [`Report::OfferEnded`].
+    Offer(String, SealedChain),
     /// Blocks that step `.0` fills.
     Filled(u64, FilledBlocks),
     /// A sequence that was computed for another worker has ended; `true` where all of it is there.
     PushEnded(RequestId, bool),
     Stop,
+}
+
+/// What another worker wants to be kept.
+#[derive(Debug)]
+pub(crate) struct Offered {
+    pub(crate) from: v1::KvPeer,
+    pub(crate) transfer_id: u64,
+    pub(crate) hash_seed: HashSeed,
+    pub(crate) token_ids: Vec<TokenId>,
+    pub(crate) max_blocks: u32,
+    pub(crate) timeout_ms: u32,
 }
 
 /// What the thread tells the step loop.
@@ -71,7 +84,14 @@ pub(crate) enum Report {
         number: u64,
         hash_seed: HashSeed,
         token_ids: Vec<TokenId>,
+        /// It is the answer to an offer of ours, and not to cost a sequence anything.
+        is_offered: bool,
     },
+    /// Another worker wants the beginning of a sequence to be kept here. Answered with [`Order::Take`] or
+    /// [`Order::Decline`].
+    Offered(Offered),
+    /// A chain was offered, and read or not.
+    OfferEnded,
     /// The first so many awaited blocks are there.
     Arrived(HoldId, u32),
     /// Awaited blocks do not come; they may still be written.

@@ -12,13 +12,14 @@
 //! lost, and never wrong.
 //!
 //! Reading order: [`pool`] is the memory, `inbox` what the step loop and the thread tell each other, `mover` the
-//! thread; `peers` are the connections, `incoming` is what this worker takes, `serving` and `pushing` what it gives;
-//! `ending` is how blocks become quiet.
+//! thread; `peers` are the connections, `incoming` is what this worker takes, `serving` and `pushing` what it gives,
+//! and `offering` what another one keeps for it; `ending` is how blocks become quiet.
 
 mod ending;
 mod inbox;
 mod incoming;
 mod mover;
+mod offering;
 mod peers;
 pub mod pool;
 mod pushing;
@@ -26,6 +27,6 @@ mod serving;
 mod wire;
 
 pub(crate) use self::{
-    inbox::{Inbox, Order, PushOrder, Report, TakeOrder},
+    inbox::{Inbox, Offered, Order, PushOrder, Report, TakeOrder},
     mover::{Mover, start},
 };

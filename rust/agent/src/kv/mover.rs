@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use orchestra_core::{BlockId, step::HoldId};
+use orchestra_core::{BlockId, HashSeed, step::HoldId};
 use orchestra_memory::{Arrival, Event, PeerId, Rights};
 use orchestra_proto::v1::{self, kv_message::Message};
 use rustix::{
@@ -20,8 +20,9 @@ use tokio::sync::mpsc::{WeakSender, error::TrySendError};
 
 use super::{
     ending::{Ending, Endings},
-    inbox::{Inbox, Order, Report, StepProgress},
+    inbox::{Inbox, Offered, Order, Report, StepProgress},
     incoming::IncomingMoves,
+    offering::Offers,
     peers::Peers,
     pool::KvPool,
     pushing::Pushes,
@@ -34,6 +35,9 @@ use crate::{attachment::Command, load::LoadBoard};
 const BUDGET: Duration = Duration::from_millis(2);
 /// Longest sleep while something is under way: deadlines are looked at this often.
 const TICK: Duration = Duration::from_millis(5);
+
+/// Reports that wait for the step loop, beyond which nothing more is kept for others.
+const REPORTS_MAX: usize = 256;
 
 /// What every part of the thread works with.
 pub(super) struct Desk {
@@ -121,6 +125,11 @@ impl Desk {
             .update(|stats| stats.kv_blocks_pushed += num_blocks);
     }
 
+    pub(super) fn written_through(&self, num_blocks: u64) {
+        self.board
+            .update(|stats| stats.kv_blocks_written_through += num_blocks);
+    }
+
     /// Gives back what is quiet.
     fn settle(&mut self) {
         for ending in self.endings.settle(&self.pool) {
@@ -143,6 +152,7 @@ pub(crate) struct Mover {
     incoming: IncomingMoves,
     servings: Servings,
     pushes: Pushes,
+    offers: Offers,
 }
 
 /// Runs the thread until it is told to stop.
@@ -176,6 +186,7 @@ impl Mover {
             incoming: IncomingMoves::default(),
             servings: Servings::default(),
             pushes: Pushes::default(),
+            offers: Offers::default(),
         }
     }
 
@@ -213,7 +224,11 @@ impl Mover {
                 Event::Arrived(arrival) if arrival.ends_grant => {
                     let Arrival { grant, rights, .. } = arrival;
                     match rights {
-                        Rights::Read => self.servings.on_read(grant, desk),
+                        Rights::Read => {
+                            if let Some((transfer_id, count)) = self.servings.on_read(grant, desk) {
+                                self.offers.on_read(transfer_id, count, desk);
+                            }
+                        }
                         Rights::Write => self.incoming.on_written(grant, desk),
                     }
                 }
@@ -225,6 +240,7 @@ impl Mover {
         }
         self.incoming.poll(desk);
         self.servings.poll(desk);
+        self.offers.poll(desk);
         moved
     }
 
@@ -235,6 +251,7 @@ impl Mover {
             Order::Detached => {
                 self.incoming.abandon_all(desk);
                 self.pushes.abandon_all(desk);
+                self.offers.forget_all();
                 desk.uplink = None;
             }
             Order::Take(order) => self.incoming.take(order, desk),
@@ -242,7 +259,12 @@ impl Mover {
             Order::Decline(worker_id, transfer_id) => {
                 desk.send(&worker_id, transfer_id, Message::Stop(v1::KvStop {}));
             }
-            Order::Held(number, held) => self.servings.on_held(number, held.as_ref(), desk),
+            Order::Held(number, held) => {
+                if let Some(refused) = self.servings.on_held(number, held.as_ref(), desk) {
+                    self.offers.end(refused, desk);
+                }
+            }
+            Order::Offer(keeper, chain) => self.offers.offer(&keeper, chain, desk),
             Order::Push(order) => self.pushes.begin(&order, desk),
             Order::Filled(step_id, filled) => self.pushes.on_filled(step_id, filled, desk),
             Order::PushEnded(id, is_whole) => self.pushes.on_ended(id, is_whole, desk),
@@ -255,6 +277,7 @@ impl Mover {
         let desk = &mut self.desk;
         let worker_id = &message.worker_id;
         if message.is_undeliverable {
+            self.offers.lost_touch(worker_id, desk);
             return self.incoming.lost_touch(worker_id, desk);
         }
         let Some((transfer_id, message)) = wire::decode(&message.payload) else {
@@ -262,7 +285,16 @@ impl Mover {
             return;
         };
         match message {
-            Message::Ask(ask) => self.servings.on_ask(worker_id, transfer_id, ask, desk),
+            Message::Ask(ask) => {
+                let is_offered = self.offers.has(worker_id, transfer_id);
+                self.servings
+                    .on_ask(worker_id, transfer_id, ask, is_offered, desk);
+            }
+            Message::Offer(offer) => hear_offer(worker_id, transfer_id, offer, desk),
+            Message::Stop(_) if self.offers.has(worker_id, transfer_id) => {
+                self.servings.on_stop(worker_id, transfer_id, desk);
+                self.offers.end(transfer_id, desk);
+            }
             Message::Grant(grant) if grant.is_write => {
                 self.pushes.on_offer(worker_id, transfer_id, grant, desk);
             }
@@ -308,6 +340,7 @@ impl Mover {
         let is_busy = !self.incoming.is_empty()
             || !self.servings.is_empty()
             || !self.pushes.is_empty()
+            || !self.offers.is_empty()
             || !self.desk.endings.is_empty()
             || !self.desk.reports.is_empty()
             || self.desk.peers.is_any_leaving();
@@ -317,5 +350,24 @@ impl Mover {
         };
         // Interrupted or not: the loop looks at everything again.
         let _ = poll(&mut fds, is_busy.then_some(&tick));
+    }
+}
+
+/// Another worker wants something kept: the step loop says whether there is room.
+fn hear_offer(worker_id: &str, transfer_id: u64, offer: v1::KvOffer, desk: &mut Desk) {
+    match offer.from {
+        _ if desk.reports.len() >= REPORTS_MAX => {
+            desk.send(worker_id, transfer_id, Message::Stop(v1::KvStop {}));
+        }
+        // Only the sender's own memory: the router has put its name to the message.
+        Some(from) if from.worker_id == worker_id => desk.report(Report::Offered(Offered {
+            from,
+            transfer_id,
+            hash_seed: HashSeed(offer.hash_seed),
+            token_ids: offer.token_ids,
+            max_blocks: offer.max_blocks,
+            timeout_ms: offer.timeout_ms,
+        })),
+        _ => tracing::warn!(worker_id, "a worker offers what is not its own"),
     }
 }

@@ -1,7 +1,7 @@
 //! The worker's KV cache as memory that other workers can reach.
 //!
-//! The cache is one slab, and what a block holds of a layer is one slot: `layer * num_blocks + block`. All slots belong
-//! to one set for ever; the step scheduler alone decides whose a block is. The manager is told of a block only while
+//! The cache is one slab, and what a block holds of a layer is one slot: `layer * num_all_blocks + block`, where the
+//! blocks of host memory come behind those of the device. All slots belong to one set for ever; the step scheduler alone decides whose a block is. The manager is told of a block only while
 //! somebody outside may touch it, and gives it a new life afterwards.
 
 use std::{
@@ -29,6 +29,8 @@ use serde::{Deserialize, Serialize};
 
 /// What the manager calls this process; peers have other numbers.
 const LOCAL: PeerId = PeerId(0);
+/// Bytes of a failure domain's name.
+const DOMAIN_BYTES_MAX: usize = 128;
 /// Bytes of a layout's name.
 const LAYOUT_BYTES_MAX: usize = 256;
 /// The longest that a peer may touch a block, and so the longest that a move may take.
@@ -55,10 +57,16 @@ pub struct KvPoolConfig {
     pub num_layers: u32,
     /// KV blocks, as many as the step scheduler has.
     pub num_blocks: u32,
+    /// Blocks of host memory that lie behind them, as many as the step scheduler has.
+    pub num_host_blocks: u32,
     /// What a block holds of one layer, bytes.
     pub layer_block_bytes: u64,
     /// Equal where two workers may exchange blocks; 1 to 256 bytes.
     pub layout: String,
+    /// What fails together with this worker, at most 128 bytes; empty: the host, by its boot.
+    pub failure_domain: String,
+    /// Another worker is to keep copies of what the prefix cache holds.
+    pub write_through: bool,
     /// What moves KV.
     pub transports: KvTransports,
     /// The address under which workers on other hosts reach this one. Without it TCP serves this host only.
@@ -70,8 +78,11 @@ impl Default for KvPoolConfig {
         Self {
             num_layers: 0,
             num_blocks: 0,
+            num_host_blocks: 0,
             layer_block_bytes: 0,
             layout: String::new(),
+            failure_domain: String::new(),
+            write_through: false,
             transports: KvTransports::Auto,
             address: None,
         }
@@ -94,13 +105,17 @@ impl KvPoolConfig {
             let message = format!("must have 1 to {LAYOUT_BYTES_MAX} bytes");
             issues.push(ConfigIssue::new("layout", message));
         }
+        if self.failure_domain.len() > DOMAIN_BYTES_MAX {
+            let message = format!("must have at most {DOMAIN_BYTES_MAX} bytes");
+            issues.push(ConfigIssue::new("failure_domain", message));
+        }
         if self
             .bytes()
             .is_none_or(|bytes| bytes > SLAB_BYTES_UNREGISTERED_MAX)
         {
             let message = format!(
-                "{} blocks of {} layers and {} bytes each must fit in {SLAB_BYTES_UNREGISTERED_MAX} bytes",
-                self.num_blocks, self.num_layers, self.layer_block_bytes
+                "{} + {} blocks of {} layers and {} bytes each must fit in {SLAB_BYTES_UNREGISTERED_MAX} bytes",
+                self.num_blocks, self.num_host_blocks, self.num_layers, self.layer_block_bytes
             );
             issues.push(ConfigIssue::new("num_blocks", message));
         }
@@ -114,12 +129,17 @@ impl KvPoolConfig {
     /// Bytes of the cache.
     fn bytes(&self) -> Option<u64> {
         u64::from(self.num_layers)
-            .checked_mul(u64::from(self.num_blocks))?
+            .checked_mul(u64::from(self.num_blocks) + u64::from(self.num_host_blocks))?
             .checked_mul(self.layer_block_bytes)
     }
 
-    fn num_slots(&self) -> u32 {
-        self.num_layers.saturating_mul(self.num_blocks)
+    /// Blocks of a layer: those of the device, then those of host memory.
+    pub(crate) const fn num_all_blocks(&self) -> u32 {
+        self.num_blocks.saturating_add(self.num_host_blocks)
+    }
+
+    const fn num_slots(&self) -> u32 {
+        self.num_layers.saturating_mul(self.num_all_blocks())
     }
 }
 
@@ -195,7 +215,7 @@ impl KvPool {
         &self.config
     }
 
-    /// First byte of the cache: `[num_layers, num_blocks, layer_block_bytes]`. The pool has to outlive every use.
+    /// First byte of the cache: `[num_layers, num_blocks + num_host_blocks, layer_block_bytes]`. The pool has to outlive every use.
     pub fn as_ptr(&self) -> *mut u8 {
         self.slab.as_ptr()
     }
@@ -224,7 +244,7 @@ impl KvPool {
 
     fn offset(&self, layer: u32, block: BlockId, len: usize) -> Result<u64, MemoryError> {
         let limit = self.config.layer_block_bytes;
-        let is_inside = layer < self.config.num_layers && block.0 < self.config.num_blocks;
+        let is_inside = layer < self.config.num_layers && block.0 < self.config.num_all_blocks();
         if !is_inside || len as u64 > limit {
             let (offset, len) = (u64::from(self.slot(layer, block)), len as u64);
             return Err(MemoryError::OutOfBounds { offset, len, limit });
@@ -260,7 +280,7 @@ impl KvPool {
 
     const fn slot(&self, layer: u32, block: BlockId) -> u32 {
         layer
-            .wrapping_mul(self.config.num_blocks)
+            .wrapping_mul(self.config.num_all_blocks())
             .wrapping_add(block.0)
     }
 
@@ -335,16 +355,27 @@ fn announce(config: &KvPoolConfig, manager: &BufferManager) -> Result<v1::KvTran
         bytes_per_block: u64::from(config.num_layers) * config.layer_block_bytes,
         layout: config.layout.clone(),
         host: host(),
+        failure_domain: match config.failure_domain.as_str() {
+            "" => boot(),
+            domain => domain.to_owned(),
+        },
+        writes_through: config.write_through,
     })
 }
 
 /// Which processes can share memory with this one: those of one boot, one network namespace (which abstract sockets
 /// belong to) and one user.
 fn host() -> String {
-    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let boot = boot();
     let network = fs::metadata("/proc/self/ns/net").map_or(0, |it| it.ino());
     let user = fs::metadata("/proc/self").map_or(0, |it| it.uid());
-    format!("{}/{network}/{user}", boot.trim())
+    format!("{boot}/{network}/{user}")
+}
+
+/// This run of the host's kernel.
+fn boot() -> String {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    boot.trim().to_owned()
 }
 
 #[cfg(test)]
@@ -358,7 +389,7 @@ mod tests {
             layer_block_bytes: 1000,
             layout: "test".to_owned(),
             transports: KvTransports::Shm,
-            address: None,
+            ..KvPoolConfig::default()
         }
     }
 

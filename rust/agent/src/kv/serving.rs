@@ -53,6 +53,7 @@ impl Servings {
         worker_id: &str,
         transfer_id: u64,
         mut ask: v1::KvAsk,
+        is_offered: bool,
         desk: &mut Desk,
     ) {
         let is_full = self.asked.len() + self.granted.len() >= SERVINGS_MAX;
@@ -65,6 +66,7 @@ impl Servings {
             number: self.num_asked,
             hash_seed: HashSeed(ask.hash_seed),
             token_ids: std::mem::take(&mut ask.token_ids),
+            is_offered,
         });
         let asked = Asked {
             worker_id: worker_id.to_owned(),
@@ -74,8 +76,13 @@ impl Servings {
         self.asked.insert(self.num_asked, asked);
     }
 
-    /// What the step loop has found of it, and holds.
-    pub(super) fn on_held(&mut self, number: u64, held: Option<&HeldBlocks>, desk: &mut Desk) {
+    /// What the step loop has found of it, and holds. Returns the move where it is refused.
+    pub(super) fn on_held(
+        &mut self,
+        number: u64,
+        held: Option<&HeldBlocks>,
+        desk: &mut Desk,
+    ) -> Option<u64> {
         let asked = self.asked.remove(&number);
         let hold = held.map(|it| it.hold);
         let served = asked
@@ -84,26 +91,27 @@ impl Servings {
             .and_then(|(asked, held)| serve(asked, held, desk));
         if let Some((grant, serving)) = served {
             self.granted.insert(grant, serving);
-            return;
+            return None;
         }
         if let Some(hold) = hold {
             desk.report(Report::Released(hold));
         }
-        if let Some(asked) = asked {
-            let refusal = Message::Refusal(v1::KvRefusal {});
-            desk.send(&asked.worker_id, asked.transfer_id, refusal);
-        }
+        let asked = asked?;
+        let refusal = Message::Refusal(v1::KvRefusal {});
+        desk.send(&asked.worker_id, asked.transfer_id, refusal);
+        Some(asked.transfer_id)
     }
 
-    /// The reader says that it is done.
-    pub(super) fn on_read(&mut self, grant: GrantId, desk: &mut Desk) {
-        if let Some(serving) = self.granted.remove(&grant) {
-            desk.endings.add(Ending {
-                holds: vec![serving.hold],
-                blocks: serving.blocks,
-                answer: None,
-            });
-        }
+    /// The reader says that it is done. Returns the move, and how many blocks it was about.
+    pub(super) fn on_read(&mut self, grant: GrantId, desk: &mut Desk) -> Option<(u64, usize)> {
+        let serving = self.granted.remove(&grant)?;
+        let read = (serving.transfer_id, serving.blocks.len());
+        desk.endings.add(Ending {
+            holds: vec![serving.hold],
+            blocks: serving.blocks,
+            answer: None,
+        });
+        Some(read)
     }
 
     /// Whether this move is, or is to become, a reading here.

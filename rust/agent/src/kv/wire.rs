@@ -47,7 +47,7 @@ pub(super) fn describe(
         is_write: grant.rights == Rights::Write,
         lasts_us: grant.expires.since(now).as_micros() as u64,
         slab: pool.slab(),
-        num_blocks: pool.config().num_blocks,
+        num_blocks: pool.config().num_all_blocks(),
         first_block,
         blocks: blocks.iter().map(|block| block.0).collect(),
         generations,

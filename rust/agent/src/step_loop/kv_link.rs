@@ -12,7 +12,7 @@ use orchestra_core::{
 use orchestra_proto::v1;
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use super::StepLoop;
+use super::{StepLoop, keeping};
 use crate::{
     admission::{Admitted, Refusal},
     attachment::Attachment,
@@ -24,14 +24,18 @@ use crate::{
 
 /// The step loop's end.
 pub(crate) struct KvLink {
-    pool: Arc<KvPool>,
-    inbox: Arc<Inbox>,
+    pub(super) pool: Arc<KvPool>,
+    pub(super) inbox: Arc<Inbox>,
     /// Tokens per block.
-    block_size: u32,
+    pub(super) block_size: u32,
     /// Who awaits what, until it has arrived or failed.
     taking: FxHashMap<HoldId, RequestId>,
     /// Sequences that are computed for other workers.
     pushing: FxHashSet<RequestId>,
+    /// Who keeps copies of the cache.
+    pub(super) keeper: Option<String>,
+    /// Chains that it was offered and has not read.
+    pub(super) num_offers: usize,
 }
 
 impl std::fmt::Debug for KvLink {
@@ -50,6 +54,8 @@ impl KvLink {
             block_size,
             taking: FxHashMap::default(),
             pushing: FxHashSet::default(),
+            keeper: None,
+            num_offers: 0,
         }
     }
 
@@ -66,6 +72,8 @@ impl KvLink {
     pub(super) fn detached(&mut self) {
         self.taking.clear();
         self.pushing.clear();
+        self.keeper = None;
+        self.num_offers = 0;
         self.inbox.order(Order::Detached);
     }
 
@@ -149,7 +157,7 @@ impl KvLink {
     }
 }
 
-fn timeout(timeout_ms: u32) -> Duration {
+pub(super) fn timeout(timeout_ms: u32) -> Duration {
     Duration::from_millis(u64::from(timeout_ms)).min(LEASE_MAX)
 }
 
@@ -193,9 +201,18 @@ impl StepLoop {
                 number,
                 hash_seed,
                 token_ids,
+                is_offered,
             } => {
-                let held = self.scheduler.hold_prefix(hash_seed, &token_ids, u32::MAX);
+                let is_allowed = !is_offered || keeping::has_spare_blocks(&self.scheduler);
+                let held = is_allowed
+                    .then(|| self.scheduler.hold_prefix(hash_seed, &token_ids, u32::MAX))
+                    .flatten();
                 kv.inbox.order(Order::Held(number, held));
+            }
+            Report::Offered(offered) => keeping::keep(&mut self.scheduler, kv, offered),
+            Report::OfferEnded => {
+                kv.num_offers = kv.num_offers.saturating_sub(1);
+                self.offer_sealed();
             }
             Report::Arrived(hold, num_blocks) => {
                 kv.taking.remove(&hold);

@@ -31,6 +31,7 @@ impl Scheduler {
         }
         let worker = self.workers.get_mut(id);
         let worker = worker.ok_or(SchedulerError::UnknownWorker)?;
+        let had_kept = !worker.kept.is_empty();
         match event {
             KvEvent::Stored(hashes) | KvEvent::Kept(hashes) => {
                 let limit = worker
@@ -58,6 +59,10 @@ impl Scheduler {
                 worker.uses_device_for(hashes);
             }
             KvEvent::Cleared => self.forget_kv(id),
+        }
+        let has_kept = self.workers.get(id).is_some_and(|it| !it.kept.is_empty());
+        if had_kept != has_kept {
+            self.refresh(id.slot);
         }
         Ok(())
     }

@@ -4,6 +4,10 @@ use serde::{Deserialize, Serialize};
 
 use super::exchange::{Fetch, FetchCost, Source};
 
+/// What copying a token's KV back from host memory costs, in thousandths of computing it: half of the way there and
+/// back, at the default of [`swap_cost_permille`](crate::step::StepSchedulerConfig::swap_cost_permille).
+const COPY_PERMILLE: u64 = 50;
+
 /// How a worker is chosen. `docs/routing.md` has each policy's formula, complexity and use.
 ///
 /// Under every policy the workers that have room for the request now come before those that have not.
@@ -85,6 +89,17 @@ impl CostModel {
     /// What a worker that has `depth` leading blocks would have to do for the request, in tokens of prefill.
     pub(super) fn prefill(&self, depth: u64) -> u64 {
         self.prompt_left(depth).saturating_add(self.load_tokens)
+    }
+
+    /// What it costs a worker that has `depth` leading blocks to copy the last `num_kept` of them back from host
+    /// memory, where that is less than to do without them.
+    pub(super) fn copying(&self, depth: u64, num_kept: u64) -> u64 {
+        if num_kept == 0 || !self.policy.uses_prefix() {
+            return 0;
+        }
+        let tokens = num_kept * self.block_size * COPY_PERMILLE;
+        let without = self.prompt_left(depth - num_kept) - self.prompt_left(depth);
+        tokens.div_ceil(1000).min(without)
     }
 
     fn prompt_left(&self, depth: u64) -> u64 {

@@ -312,7 +312,7 @@ impl Scheduler {
                 for (only, load_tokens) in residents.into_iter().chain([(None, load_tokens)]) {
                     let mut search = Search {
                         index: &self.index,
-                        standings: self.workers.standings(),
+                        workers: &self.workers,
                         group: self.groups.get(chain.group),
                         group_number: chain.group,
                         chain: &chain.blocks,
@@ -381,7 +381,8 @@ impl Scheduler {
         };
         let block_size = chain.block_size;
         let num_blocks = request.num_booked_tokens().div_ceil(u64::from(block_size));
-        let prefill = costs.prefill(depth as u64);
+        let num_kept = self.workers.num_kept(slot, &chain.blocks[..depth]);
+        let prefill = costs.prefill(depth as u64) + costs.copying(depth as u64, num_kept);
         let saved = costs.saved_by_fetch(depth as u64);
         Some(Candidate {
             worker: standing.id,

@@ -16,6 +16,10 @@
 //! than the best: the cost rises with each argument, so `cost(prefill(d), least queued, least batch)` bounds every
 //! worker at depth `d` and, as prefill only grows, at all smaller depths; and a grid cell's floors bound its members.
 //!
+//! *Blocks in host memory* cost a worker something that its depth does not show, but nothing that makes it cheaper than
+//! the bounds; and judged at a smaller depth it saves less on copies than it pays for what it lacks there, because a copy
+//! never counts for more than doing without.
+//!
 //! *Where sets are not nested* (an event was lost and its gap not yet mended), a member of `H(d)` may lack an
 //! earlier block and seem cheaper than it is. The caller verifies the chosen worker's blocks one by one, so cached
 //! tokens are never claimed in excess; where one is missing it judges every worker instead. A worker whose cost was
@@ -32,6 +36,7 @@ use super::{
     policy::CostModel,
     standing::{NIL, Standing, room_class},
     worker::WorkerId,
+    workers::Workers,
 };
 use crate::hash::BlockHash;
 
@@ -92,7 +97,7 @@ impl Needs<'_> {
 /// One search in one group. See the module.
 pub(super) struct Search<'a> {
     pub(super) index: &'a PrefixIndex,
-    pub(super) standings: &'a [Standing],
+    pub(super) workers: &'a Workers,
     pub(super) group: &'a Group,
     pub(super) group_number: u32,
     pub(super) chain: &'a [BlockHash],
@@ -161,7 +166,7 @@ impl Search<'_> {
         if fewest > FEW_HOLDERS && self.walk(depth, holders, fewest) {
             return;
         }
-        let (index, standings) = (self.index, self.standings);
+        let (index, standings) = (self.index, self.workers.standings());
         match (holders, slots) {
             (Some(holders), _) if num_holders <= num_slots => holders.for_each(|id| {
                 if let Some(slot) = index.slot_of(id) {
@@ -183,7 +188,7 @@ impl Search<'_> {
     /// Judges along the load grid; `false` where so many others were in the way that going through all `limit` of
     /// those that count is cheaper.
     fn walk(&mut self, depth: usize, holders: Option<Holders<'_>>, limit: usize) -> bool {
-        let (group, standings, costs) = (self.group, self.standings, self.costs);
+        let (group, standings, costs) = (self.group, self.workers.standings(), self.costs);
         let prefill = costs.prefill(depth as u64);
         let mut left = limit;
         let best = self.best.map_or(u64::MAX, |best| best.cost);
@@ -200,11 +205,18 @@ impl Search<'_> {
     }
 
     fn judge(&mut self, slot: u32, depth: usize) {
-        let standing = &self.standings[slot as usize];
+        let standing = self.workers.standing(slot);
         if standing.group != self.group_number || !self.needs.allow(standing, depth) {
             return;
         }
-        let cost = self.cost(depth, standing.queued, standing.batch.into());
+        let mut prefill = self.costs.prefill(depth as u64);
+        if standing.has_kept {
+            let num_kept = self.workers.num_kept(slot, &self.chain[..depth]);
+            prefill += self.costs.copying(depth as u64, num_kept);
+        }
+        let cost = self
+            .costs
+            .cost(prefill, standing.queued, standing.batch.into());
         let found = Found {
             cost,
             last_chosen: standing.last_chosen,

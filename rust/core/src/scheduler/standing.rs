@@ -26,6 +26,8 @@ pub(super) struct Standing {
     pub(super) max_num_seqs: u32,
     pub(super) num_blocks: u32,
     pub(super) max_model_len: u32,
+    /// Some of what it holds is in host memory.
+    pub(super) has_kept: bool,
     /// Number of the decision that last chose the worker; 0: none. Here and not in [`Worker`], so that a tie costs no
     /// look elsewhere.
     pub(super) last_chosen: u64,
@@ -46,6 +48,7 @@ impl Standing {
             max_num_seqs: worker.spec.max_num_seqs,
             num_blocks: worker.spec.num_blocks,
             max_model_len: worker.spec.max_model_len,
+            has_kept: false,
             last_chosen: 0,
         };
         standing.refresh(worker);
@@ -55,6 +58,7 @@ impl Standing {
     /// Takes over the worker's figures.
     pub(super) fn refresh(&mut self, worker: &Worker) {
         self.holder = worker.holder;
+        self.has_kept = !worker.kept.is_empty();
         self.queued = worker.queued_prefill_tokens();
         self.batch = worker.batch();
         // At most `num_blocks`, which is a u32.

@@ -6,6 +6,7 @@ use super::{
     standing::{NIL, Standing},
     worker::{Worker, WorkerId},
 };
+use crate::hash::BlockHash;
 
 /// Workers in dense slots. A slot is used again once its worker is gone; an id is not.
 #[derive(Debug, Default)]
@@ -77,6 +78,18 @@ impl Workers {
     pub(super) fn at(&self, slot: u32) -> Option<(&Worker, &Standing)> {
         let worker = self.slots.get(slot as usize)?.as_deref()?;
         Some((worker, &self.standings[slot as usize]))
+    }
+
+    /// How many of these leading blocks, which the worker in a slot holds, are in its host memory. They are the last of
+    /// them: the device holds a block only with all before it.
+    pub(super) fn num_kept(&self, slot: u32, blocks: &[BlockHash]) -> u64 {
+        match self.at(slot) {
+            Some((worker, standing)) if standing.has_kept => {
+                let num_on_device = blocks.partition_point(|hash| !worker.kept.contains(hash));
+                (blocks.len() - num_on_device) as u64
+            }
+            _ => 0,
+        }
     }
 
     pub(super) fn by_name(&self, name: &str) -> Option<WorkerId> {

@@ -317,6 +317,12 @@ impl BlockPool {
         }
     }
 
+    /// Blocks of host memory for what others bring: see [`HostTier::reserve`].
+    pub(super) fn reserve_host(&mut self, num_blocks: usize, num_incoming: usize) -> Vec<u32> {
+        self.host
+            .reserve(num_blocks, num_incoming, &mut self.events)
+    }
+
     /// A number that no content has had.
     pub(super) fn next_content(&mut self) -> ContentId {
         self.num_contents += 1;

@@ -176,6 +176,9 @@ impl StepScheduler {
             );
             running.num_cached_blocks = cached.num_cached;
             running.num_sent_blocks = running.num_sent_blocks.min(cached.first_replaced);
+            if let Some(sealed) = &mut self.sealed {
+                sealed.note(running);
+            }
             if let Some(prefill) = &mut running.sequence.prefill_only {
                 let hold = prefill.hold.take();
                 if let Some(hold) = hold.and_then(|id| self.moves.holds.get_mut(&id)) {

@@ -33,6 +33,7 @@ impl StepScheduler {
         self.check_slots();
         let swapped = self.preempted.values().filter_map(|it| it.swapped.as_ref());
         let taken = swapped.flat_map(|it| it.host_blocks.iter().copied());
+        let taken = taken.chain(self.moves.incoming_host_blocks());
         self.pool
             .host
             .check_integrity(taken, |content| self.pool.holds_content(content));

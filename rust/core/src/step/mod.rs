@@ -16,6 +16,7 @@ mod host_cache;
 mod host_hits;
 mod host_tier;
 mod integrity;
+mod keep;
 mod kv_events;
 mod lru;
 mod micro_batch;
@@ -24,6 +25,7 @@ mod plan;
 mod preempt;
 mod schedule;
 mod scheduler;
+mod sealed;
 mod sequence;
 mod stats;
 mod step_cost;
@@ -37,4 +39,5 @@ pub use plan::{
     StepPlan, TokenLogprobs, TokenUpdate,
 };
 pub use scheduler::StepScheduler;
+pub use sealed::SealedChain;
 pub use stats::StepStats;

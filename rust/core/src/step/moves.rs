@@ -19,6 +19,7 @@ use std::{collections::BTreeMap, ops::Range};
 
 use super::{
     block_pool::{BlockPool, Chain},
+    keep::Incoming,
     plan::{FilledBlocks, Request},
     scheduler::StepScheduler,
     sequence::{PrefillOnly, Running, Sequence},
@@ -54,7 +55,7 @@ pub struct AwaitedBlocks {
 pub struct HeldBlocks {
     /// Names them.
     pub hold: HoldId,
-    /// The blocks of a prompt, from its beginning.
+    /// The blocks of a prompt, from its beginning; those in host memory go by ids behind the device's.
     pub blocks: Vec<BlockId>,
 }
 
@@ -75,6 +76,10 @@ pub(super) struct Hold {
     pub(super) block_table: Vec<BlockId>,
     /// Private blocks of no chain.
     pub(super) loose: Vec<BlockId>,
+    /// Blocks of host memory that somebody reads.
+    pub(super) pinned: Vec<u32>,
+    /// Blocks of host memory that somebody may still write.
+    pub(super) withheld: Vec<u32>,
 }
 
 /// All of them.
@@ -82,13 +87,14 @@ pub(super) struct Hold {
 pub(super) struct Moves {
     num_holds: u64,
     pub(super) awaiting: BTreeMap<HoldId, Awaiting>,
+    pub(super) incoming: BTreeMap<HoldId, Incoming>,
     pub(super) holds: BTreeMap<HoldId, Hold>,
     /// Prefill-only requests that have ended since they were last asked for.
     pub(super) prefilled: Vec<RequestId>,
 }
 
 impl Moves {
-    fn next_hold(&mut self) -> HoldId {
+    pub(super) fn next_hold(&mut self) -> HoldId {
         self.num_holds += 1;
         HoldId(self.num_holds)
     }
@@ -101,7 +107,22 @@ impl Moves {
     }
 
     fn num_held(&self) -> usize {
-        self.holds.values().map(|it| it.block_table.len()).sum()
+        let blocks = |it: &Hold| it.block_table.len() + it.pinned.len();
+        self.holds.values().map(blocks).sum()
+    }
+
+    /// Blocks of host memory that others fill, or may still be filling.
+    pub(super) fn num_incoming_host_blocks(&self) -> usize {
+        let withheld: usize = self.holds.values().map(|hold| hold.withheld.len()).sum();
+        let incoming = self.incoming.values().map(|it| it.host_blocks.len());
+        withheld + incoming.sum::<usize>()
+    }
+
+    /// The same blocks.
+    pub(super) fn incoming_host_blocks(&self) -> impl Iterator<Item = u32> {
+        let withheld = self.holds.values().flat_map(|hold| &hold.withheld);
+        let incoming = self.incoming.values().flat_map(|it| &it.host_blocks);
+        withheld.chain(incoming).copied()
     }
 
     pub(super) fn sequences(&self) -> impl Iterator<Item = &Sequence> {
@@ -178,7 +199,13 @@ impl StepScheduler {
     /// The first `num_blocks` of the awaited blocks hold their KV now, and nobody writes to any of them any more. They
     /// become reusable, and the request is queued with the rest of its prompt. `false` where nobody awaited them any
     /// more: they are free, as after [`release_hold`](Self::release_hold).
+    ///
+    /// What [`keep_for`](Self::keep_for) made room for arrives likewise, and nobody waits for it.
     pub fn kv_arrived(&mut self, hold: HoldId, num_blocks: u32) -> bool {
+        if let Some(incoming) = self.moves.incoming.remove(&hold) {
+            self.kept_arrived(&incoming, num_blocks as usize);
+            return true;
+        }
         let Some(mut awaiting) = self.moves.awaiting.remove(&hold) else {
             self.release_hold(hold);
             return false;
@@ -200,6 +227,14 @@ impl StepScheduler {
     /// The awaited KV does not come: its request computes. The blocks stay withheld until
     /// [`release_hold`](Self::release_hold). `false` where nobody awaited them any more.
     pub fn kv_failed(&mut self, hold: HoldId) -> bool {
+        if let Some(incoming) = self.moves.incoming.remove(&hold) {
+            let hold_of = Hold {
+                withheld: incoming.host_blocks,
+                ..Hold::default()
+            };
+            self.moves.holds.insert(hold, hold_of);
+            return true;
+        }
         let Some(awaiting) = self.moves.awaiting.remove(&hold) else {
             return false;
         };
@@ -214,7 +249,12 @@ impl StepScheduler {
         let loose = awaiting.block_table.split_off(awaiting.num_matched);
         self.pool.release_table(&mut awaiting.block_table);
         let block_table = awaiting.block_table;
-        self.moves.holds.insert(hold, Hold { block_table, loose });
+        let withheld = Hold {
+            block_table,
+            loose,
+            ..Hold::default()
+        };
+        self.moves.holds.insert(hold, withheld);
         awaiting.sequence
     }
 
@@ -257,24 +297,16 @@ impl StepScheduler {
 
     // === KV that goes ===
 
-    /// Keeps the cached blocks with which a prompt begins, at most `num_blocks`, until
-    /// [`release_hold`](Self::release_hold). `None` where there are none, or where too many blocks are held already.
+    /// Keeps the cached blocks with which a prompt begins, on the device and behind those in host memory, at most
+    /// `num_blocks`, until [`release_hold`](Self::release_hold). `None` where there are none, or where too many blocks are held already.
     pub fn hold_prefix(
         &mut self,
         seed: HashSeed,
         token_ids: &[TokenId],
         num_blocks: u32,
     ) -> Option<HeldBlocks> {
-        let mut parent = seed.0;
-        let full_blocks = token_ids.chunks_exact(self.block_size());
-        let hashes: Vec<_> = full_blocks
-            .take(num_blocks as usize)
-            .map(|tokens| {
-                let hash = (self.hash_block)(parent, tokens);
-                parent = hash.0;
-                hash
-            })
-            .collect();
+        let mut hashes = self.hash_prompt(seed, token_ids);
+        hashes.truncate(num_blocks as usize);
         let chain = Chain {
             seed,
             hashes: &hashes,
@@ -282,11 +314,23 @@ impl StepScheduler {
         };
         self.pool.match_prefix(chain, &mut self.matched);
         let limit = self.pool.num_blocks() / MOVING_SHARE;
-        if self.matched.is_empty() || self.moves.num_held() + self.matched.len() > limit {
+        let room = limit.saturating_sub(self.moves.num_held());
+        if self.matched.len() > room {
             return None;
         }
-        let blocks = self.matched.clone();
-        let hold = self.hold(blocks.clone());
+        let mut pinned = self.pin_for_reader(chain);
+        for host_block in pinned.drain((room - self.matched.len()).min(pinned.len())..) {
+            self.pool.host.unpin(host_block);
+        }
+        let mut blocks = self.matched.clone();
+        blocks.extend(pinned.iter().map(|&it| self.host_block_id(it)));
+        if blocks.is_empty() {
+            return None;
+        }
+        let hold = self.hold(self.matched.clone());
+        if let Some(held) = self.moves.holds.get_mut(&hold) {
+            held.pinned = pinned;
+        }
         Some(HeldBlocks { hold, blocks })
     }
 
@@ -294,9 +338,12 @@ impl StepScheduler {
         for &block in &block_table {
             self.pool.acquire(block);
         }
-        let loose = Vec::new();
         let hold = self.moves.next_hold();
-        self.moves.holds.insert(hold, Hold { block_table, loose });
+        let held = Hold {
+            block_table,
+            ..Hold::default()
+        };
+        self.moves.holds.insert(hold, held);
         hold
     }
 
@@ -309,6 +356,7 @@ impl StepScheduler {
         };
         self.pool.release_table(&mut held.block_table);
         self.pool.release_table(&mut held.loose);
+        self.release_host(&held);
         true
     }
 

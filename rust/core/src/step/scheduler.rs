@@ -11,6 +11,7 @@ use super::{
     config::StepSchedulerConfig,
     moves::Moves,
     plan::{KvEvent, Request},
+    sealed::SealedChains,
     sequence::{HashBlock, Preempted, Running, Sequence},
     stats::StepStats,
     step_cost::StepCost,
@@ -53,6 +54,8 @@ pub struct StepScheduler {
     /// The cached blocks of the request being looked at.
     pub(super) matched: Vec<BlockId>,
     pub(super) moves: Moves,
+    /// Where what is cached is to be written through.
+    pub(super) sealed: Option<SealedChains>,
 }
 
 impl StepScheduler {
@@ -82,6 +85,7 @@ impl StepScheduler {
             in_flight_prefixes: FxHashSet::default(),
             matched: Vec::new(),
             moves: Moves::default(),
+            sealed: None,
             config,
         })
     }
@@ -262,6 +266,7 @@ impl StepScheduler {
                 as u32,
             kv_blocks_used: (self.pool.num_blocks() - self.pool.num_available()) as u32,
             kv_blocks_total: self.config.num_blocks,
+            write_throughs_dropped: self.sealed.as_ref().map_or(0, |it| it.num_dropped),
             host_blocks_kept: self.pool.host.cache.len() as u32,
             queued_prefill_tokens: self.waiting.num_prefill_tokens()
                 + (num_running_prefill + num_preempted_prefill) as u64

@@ -38,6 +38,8 @@ pub(super) struct Sequence {
     pub(super) fetched_blocks: Range<usize>,
     /// Steps that the request was held back to share a prefix.
     pub(super) num_prefix_waits: u32,
+    /// Blocks that were noted for writing through.
+    pub(super) num_noted_blocks: usize,
     /// Set where only the prompt's KV is wanted.
     pub(super) prefill_only: Option<PrefillOnly>,
 }
@@ -67,6 +69,7 @@ impl Sequence {
             num_fetched_tokens: 0,
             fetched_blocks: 0..0,
             num_prefix_waits: 0,
+            num_noted_blocks: 0,
             prefill_only: None,
         }
     }

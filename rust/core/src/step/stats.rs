@@ -34,6 +34,10 @@ pub struct StepStats {
     pub host_blocks_kept: u32,
     /// Prompt tokens of those requests in all.
     pub prefix_query_tokens: u64,
+    /// Chains that waited for too long to be written through.
+    pub write_throughs_dropped: u64,
+    /// Blocks that other workers brought to be kept for them.
+    pub blocks_kept_for_others: u64,
     /// Blocks that other workers brought.
     pub fetched_blocks: u64,
     /// Times that what a request awaited of another worker did not come.

@@ -88,6 +88,7 @@ impl Pair {
         };
         self.names += 1;
         let spec = WorkerSpec {
+            num_host_blocks: 0,
             name: format!("worker-{}", self.names),
             model: MODELS[model].to_owned(),
             weights_epoch: epoch,
@@ -109,6 +110,7 @@ impl Pair {
             spec,
             is_draining: false,
             cached: BTreeSet::new(),
+            kept: BTreeSet::new(),
             loras: BTreeSet::new(),
             load: WorkerLoad::default(),
             reservations: Vec::new(),
@@ -123,11 +125,24 @@ impl Pair {
         let mut after = model.cached.clone();
         after.extend(&hashes);
         let fits = after.len() <= model.spec.num_blocks as usize;
-        let outcome = self.real.apply_kv_event(model.id, &KvEvent::Stored(hashes));
+        let event = KvEvent::Stored(hashes.clone());
+        let outcome = self.real.apply_kv_event(model.id, &event);
         assert_eq!(outcome.is_ok(), fits);
         if fits {
             model.cached = after;
+            model.kept.retain(|hash| !hashes.contains(hash));
         }
+    }
+
+    /// The worker's device gives up what it holds of a chain from this block on, and its host memory keeps it.
+    fn kept(&mut self, worker: usize, family: u32, block: usize) {
+        let chain = self.chain(worker, family);
+        let model = &mut self.model.workers[worker];
+        let is_held = |hash: &&BlockHash| model.cached.contains(hash);
+        let hashes: Vec<BlockHash> = chain[block..].iter().filter(is_held).copied().collect();
+        model.kept.extend(&hashes);
+        let event = KvEvent::Kept(hashes);
+        self.real.apply_kv_event(model.id, &event).unwrap();
     }
 
     fn set_loras(&mut self, worker: usize, loras: &[usize]) {
@@ -263,6 +278,7 @@ impl Pair {
         | Op::Load(pick, _)
         | Op::SetLoras(pick, _)
         | Op::Removed { worker: pick, .. }
+        | Op::Kept { worker: pick, .. }
         | Op::Stored { worker: pick, .. }) = *op
         else {
             return;
@@ -284,13 +300,14 @@ impl Pair {
                 self.model.workers[index].is_draining = on;
             }
             Op::Stored { family, blocks, .. } => self.stored(index, family, blocks),
+            Op::Kept { family, block, .. } => self.kept(index, family, block),
             Op::Removed { family, block, .. } => {
                 let chain = self.chain(index, family);
                 let end = if self.is_nested { 8 } else { block + 1 };
                 let hashes = chain[block..end].to_vec();
-                self.model.workers[index]
-                    .cached
-                    .retain(|hash| !hashes.contains(hash));
+                let model = &mut self.model.workers[index];
+                model.cached.retain(|hash| !hashes.contains(hash));
+                model.kept.retain(|hash| !hashes.contains(hash));
                 self.real
                     .apply_kv_event(id, &KvEvent::Removed(hashes))
                     .unwrap();
@@ -298,6 +315,7 @@ impl Pair {
             Op::Cleared(_) => {
                 self.real.apply_kv_event(id, &KvEvent::Cleared).unwrap();
                 self.model.workers[index].cached.clear();
+                self.model.workers[index].kept.clear();
             }
             Op::SetLoras(_, ref loras) => self.set_loras(index, loras),
             Op::Load(_, load) => {

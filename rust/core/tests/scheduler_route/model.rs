@@ -24,6 +24,8 @@ pub(crate) struct ModelWorker {
     pub(crate) spec: WorkerSpec,
     pub(crate) is_draining: bool,
     pub(crate) cached: BTreeSet<BlockHash>,
+    /// Those of them that are in host memory.
+    pub(crate) kept: BTreeSet<BlockHash>,
     pub(crate) loras: BTreeSet<(String, u64)>,
     pub(crate) load: WorkerLoad,
     pub(crate) reservations: Vec<ModelReservation>,
@@ -56,6 +58,11 @@ impl ModelWorker {
     }
 
     pub(crate) fn depth(&self, request: &RouteRequest<'_>) -> u32 {
+        self.held(request).len() as u32
+    }
+
+    /// The leading blocks that it holds.
+    fn held(&self, request: &RouteRequest<'_>) -> Vec<BlockHash> {
         let size = self.spec.block_size as usize;
         let seed = self.spec.hash_seed(request.salt, request.lora);
         let chain = block_hashes(seed, request.token_ids, size);
@@ -64,7 +71,8 @@ impl ModelWorker {
         chain[..usable]
             .iter()
             .take_while(|hash| self.cached.contains(hash))
-            .count() as u32
+            .copied()
+            .collect()
     }
 
     /// Ascending rank: room, cost, age of the last choice. `deepest` are the blocks of the deepest holder.
@@ -82,14 +90,26 @@ impl ModelWorker {
         let has_room = batch < u64::from(self.spec.max_num_seqs)
             && used + needed <= u64::from(self.spec.num_blocks);
         let prompt = request.token_ids.len() as u64;
-        let fetched = u64::from((deepest - depth) * self.spec.block_size);
-        let fetch = prompt - u64::from(deepest * self.spec.block_size) + moving(fetched);
         let load = self.load_tokens(request);
-        let left = if self.fetches(policy) {
-            left.min(fetch)
-        } else {
-            left
+        let fetching = |depth: u32, left: u64| {
+            let fetched = u64::from((deepest - depth) * self.spec.block_size);
+            let fetch = prompt - u64::from(deepest * self.spec.block_size) + moving(fetched);
+            if self.fetches(policy) {
+                left.min(fetch)
+            } else {
+                left
+            }
         };
+        // From host memory the last of them have to be copied back, or one does without.
+        let held = self.held(request);
+        let num_kept = held
+            .iter()
+            .rev()
+            .take_while(|hash| self.kept.contains(hash))
+            .count();
+        let kept = num_kept as u64 * u64::from(self.spec.block_size);
+        let without = fetching(depth - num_kept as u32, left + kept);
+        let left = without.min(fetching(depth, left) + kept.div_ceil(20));
         let cost = match policy {
             RoutePolicy::Product | RoutePolicy::TransferAware => {
                 (left + load + queued) * (batch + 1)

@@ -70,6 +70,11 @@ pub(crate) enum Op {
         family: u32,
         block: usize,
     },
+    Kept {
+        worker: usize,
+        family: u32,
+        block: usize,
+    },
     Cleared(usize),
     Load(usize, WorkerLoad),
     SetLoras(usize, Vec<usize>),
@@ -110,6 +115,8 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(worker, family, blocks)| Op::Stored { worker, family, blocks }),
         3 => (pick.clone(), 0..=NUM_FAMILIES, 0_usize..8)
             .prop_map(|(worker, family, block)| Op::Removed { worker, family, block }),
+        3 => (pick.clone(), 0..=NUM_FAMILIES, 0_usize..8)
+            .prop_map(|(worker, family, block)| Op::Kept { worker, family, block }),
         1 => pick.clone().prop_map(Op::Cleared),
         2 => (pick.clone(), load).prop_map(|(worker, load)| Op::Load(worker, load)),
         1 => (pick.clone(), prop::collection::vec(0..LORAS.len(), 0..4))

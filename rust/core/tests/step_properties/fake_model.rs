@@ -134,6 +134,20 @@ impl FakeModel {
         }
     }
 
+    /// The KV of a block as other workers name it: host memory's come behind the device's.
+    fn block_mut(&mut self, block: BlockId) -> &mut [Option<KvEntry>] {
+        let (start, block_size) = (block.0 * self.block_size, self.block_size as usize);
+        let both = [&mut self.kv, &mut self.host_kv];
+        let mut start = start as usize;
+        for tier in both {
+            if start < tier.len() {
+                return &mut tier[start..start + block_size];
+            }
+            start -= tier.len();
+        }
+        unreachable!("{block} is in neither tier")
+    }
+
     /// Puts the KV of some blocks of a prompt where another worker brings it.
     pub(crate) fn bring(&mut self, prompt: &[TokenId], first_block: u32, blocks: &[BlockId]) {
         let block_size = self.block_size as usize;
@@ -141,7 +155,7 @@ impl FakeModel {
         let contents = entries.chunks(block_size).skip(first_block as usize);
         for (block, content) in blocks.iter().zip(contents) {
             for (offset, &entry) in content.iter().enumerate() {
-                self.kv[block.0 as usize * block_size + offset] = Some(entry);
+                self.block_mut(*block)[offset] = Some(entry);
             }
         }
     }
@@ -149,26 +163,27 @@ impl FakeModel {
     /// Late bytes of somebody who was given up.
     pub(crate) fn spoil(&mut self, blocks: &[BlockId]) {
         for block in blocks {
-            let start = (block.0 * self.block_size) as usize;
-            self.kv[start..start + self.block_size as usize].fill(None);
+            self.block_mut(*block).fill(None);
         }
     }
 
     /// Whether blocks of a prompt hold their KV.
-    pub(crate) fn has(&self, prompt: &[TokenId], first_block: u32, blocks: &[BlockId]) -> bool {
+    pub(crate) fn has(&mut self, prompt: &[TokenId], first_block: u32, blocks: &[BlockId]) -> bool {
         let block_size = self.block_size as usize;
         let entries = entries_of(prompt);
         let contents = entries.chunks(block_size).skip(first_block as usize);
-        let same = |(offset, entry): (usize, &KvEntry), block: &BlockId| {
-            self.kv[block.0 as usize * block_size + offset].is_some_and(|held| {
+        let is_same = |held: &Option<KvEntry>, entry: &KvEntry| {
+            held.is_some_and(|held| {
                 (held.token, held.position, held.digest)
                     == (entry.token, entry.position, entry.digest)
             })
         };
-        blocks
-            .iter()
-            .zip(contents)
-            .all(|(block, content)| content.iter().enumerate().all(|it| same(it, block)))
+        blocks.iter().zip(contents).all(|(&block, content)| {
+            let held = self.block_mut(block);
+            held.iter()
+                .zip(content)
+                .all(|(held, entry)| is_same(held, entry))
+        })
     }
 
     /// Writes the KV of a row's tokens, each with the digest of what the block table shows before it.

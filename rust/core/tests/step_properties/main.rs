@@ -10,6 +10,7 @@ mod fake_model;
 mod in_flight;
 mod moves;
 mod replica;
+mod router_view;
 mod shape;
 mod starvation;
 
@@ -52,6 +53,10 @@ enum Op {
     Release(usize),
     /// Another worker asks for blocks.
     Hold(NewRequest, u32),
+    /// Another worker offers blocks to be kept for it; they arrive, or do not.
+    Keep(NewRequest, u32),
+    ArriveToBeKept(usize, usize),
+    FailToBeKept(usize),
 }
 
 fn any_config() -> impl Strategy<Value = StepSchedulerConfig> {
@@ -161,6 +166,10 @@ fn any_op() -> impl Strategy<Value = Op> {
         6 => Just(Op::WriteLate),
         10 => any::<usize>().prop_map(Op::Release),
         4 => (any_request(), 1..8_u32).prop_map(|(new, num)| Op::Hold(new, num)),
+        8 => (any_request(), 1..8_u32).prop_map(|(new, num)| Op::Keep(new, num)),
+        8 => (any::<usize>(), prop_oneof![3 => Just(0), 1 => any::<usize>()])
+            .prop_map(|(index, cut)| Op::ArriveToBeKept(index, cut)),
+        2 => any::<usize>().prop_map(Op::FailToBeKept),
     ]
 }
 
@@ -211,6 +220,9 @@ fn run(mut replica: Replica, ops: Vec<Op>) -> Replica {
             Op::WriteLate => replica.write_late(),
             Op::Release(index) => replica.release(index),
             Op::Hold(request, num_blocks) => replica.hold_prefix(request, num_blocks),
+            Op::Keep(request, max_blocks) => replica.keep_for(request, max_blocks),
+            Op::ArriveToBeKept(index, cut) => replica.arrive_to_be_kept(index, cut),
+            Op::FailToBeKept(index) => replica.fail_to_be_kept(index),
         }
         replica.scheduler.check_integrity();
     }
@@ -252,7 +264,7 @@ proptest! {
 fn the_random_runs_reach_the_rare_paths() {
     let mut runner = TestRunner::deterministic();
     let (mut steps, mut preemptions, mut swaps, mut hits) = (0, 0, 0, 0);
-    let (mut fetched, mut filled, mut held) = (0, 0, 0);
+    let (mut fetched, mut filled, mut held, mut kept) = (0, 0, 0, 0);
     let (mut copied, mut forgotten) = (0, 0);
     for _ in 0..64 {
         let config = any_config()
@@ -273,6 +285,7 @@ fn the_random_runs_reach_the_rare_paths() {
         steps += stats.steps;
         preemptions += stats.preemptions;
         swaps += stats.swaps;
+        kept += stats.blocks_kept_for_others;
         copied += stats.host_hit_tokens;
         hits += u64::from(stats.prefix_hit_tokens > 0);
     }
@@ -281,8 +294,9 @@ fn the_random_runs_reach_the_rare_paths() {
     assert!(swaps > 20, "{swaps} of them with swaps");
     assert!(hits > 30, "prefix hits in {hits} runs");
     assert!(copied > 200, "{copied} tokens copied back from host memory");
+    assert!(kept > 50, "{kept} blocks kept for others");
     assert!(fetched > 300, "{fetched} tokens fetched");
     assert!(filled > 100, "{filled} blocks filled for others");
     assert!(held > 50, "{held} blocks held for others");
-    assert!(forgotten > 10, "{forgotten} steps given up");
+    assert!(forgotten > 5, "{forgotten} steps given up");
 }

@@ -21,6 +21,8 @@ struct Outgoing {
 pub(crate) struct Moves {
     /// Blocks that somebody is writing, also when their request has long ended.
     pub(crate) incoming: Vec<(RequestId, AwaitedBlocks)>,
+    /// The same in host memory, of which no request knows; with their prompts.
+    keeping: Vec<(Vec<TokenId>, AwaitedBlocks)>,
     outgoing: Vec<Outgoing>,
     pub(crate) num_fetched_tokens: u64,
     pub(crate) num_filled_blocks: u64,
@@ -44,7 +46,7 @@ impl Moves {
     }
 
     pub(crate) fn is_any_open(&self) -> bool {
-        !self.incoming.is_empty() || !self.outgoing.is_empty()
+        !self.incoming.is_empty() || !self.outgoing.is_empty() || !self.keeping.is_empty()
     }
 }
 
@@ -64,6 +66,41 @@ impl Replica {
         assert!(!self.scheduler.release_hold(awaited.hold), "it is over");
     }
 
+    /// Another worker offers the beginning of a prompt to be kept for it.
+    pub(crate) fn keep_for(&mut self, offered: NewRequest, max_blocks: u32) {
+        let awaited = self
+            .scheduler
+            .keep_for(offered.hash_seed, &offered.prompt, max_blocks);
+        if let Some(awaited) = awaited {
+            assert!(awaited.blocks.len() <= max_blocks as usize);
+            self.moves.keeping.push((offered.prompt, awaited));
+        }
+    }
+
+    /// The `index`-th of what is to be kept arrives, up to some of its blocks.
+    pub(crate) fn arrive_to_be_kept(&mut self, index: usize, cut: usize) {
+        if self.moves.keeping.is_empty() {
+            return;
+        }
+        let index = index % self.moves.keeping.len();
+        let (prompt, awaited) = self.moves.keeping.swap_remove(index);
+        let num_blocks = awaited.blocks.len() - cut % awaited.blocks.len();
+        self.model
+            .bring(&prompt, awaited.first_block, &awaited.blocks[..num_blocks]);
+        self.scheduler.kv_arrived(awaited.hold, num_blocks as u32);
+        assert!(!self.scheduler.release_hold(awaited.hold), "it is over");
+    }
+
+    /// The `index`-th of what is to be kept does not come; it may still be written until it is released.
+    pub(crate) fn fail_to_be_kept(&mut self, index: usize) {
+        if !self.moves.keeping.is_empty() {
+            let index = index % self.moves.keeping.len();
+            let (_, awaited) = &self.moves.keeping[index];
+            self.scheduler.kv_failed(awaited.hold);
+            self.model.spoil(&awaited.blocks);
+        }
+    }
+
     /// The `index`-th move fails; its blocks are not quiet yet.
     pub(crate) fn fail_kv(&mut self, index: usize) {
         if !self.moves.incoming.is_empty() {
@@ -78,11 +115,17 @@ impl Replica {
         for (_, awaited) in &self.moves.incoming {
             self.model.spoil(&awaited.blocks);
         }
+        for (_, awaited) in &self.moves.keeping {
+            self.model.spoil(&awaited.blocks);
+        }
     }
 
     /// The `index`-th of all moves is quiet.
     pub(crate) fn release(&mut self, index: usize) {
         self.check_outgoing();
+        if let Some((_, awaited)) = self.moves.keeping.pop() {
+            assert!(self.scheduler.release_hold(awaited.hold), "a hold of ours");
+        }
         let num_incoming = self.moves.incoming.len();
         let count = num_incoming + self.moves.outgoing.len();
         if count == 0 {
@@ -129,7 +172,7 @@ impl Replica {
     }
 
     /// Nothing that is held has changed.
-    fn check_outgoing(&self) {
+    fn check_outgoing(&mut self) {
         for it in &self.moves.outgoing {
             assert!(
                 self.model.has(&it.prompt, it.first_block, &it.blocks),

@@ -5,10 +5,10 @@ mod plan_checks;
 use std::collections::{BTreeMap, VecDeque};
 
 use orchestra_core::{
-    BlockHash, HashSeed, RejectReason, RequestId, SamplingParams, Time, TokenId,
+    HashSeed, RejectReason, RequestId, SamplingParams, Time, TokenId,
     step::{
-        FinishReason, KvEvent, Request, StepError, StepOutput, StepPlan, StepScheduler,
-        StepSchedulerConfig, TokenUpdate,
+        FinishReason, Request, StepError, StepOutput, StepPlan, StepScheduler, StepSchedulerConfig,
+        TokenUpdate,
     },
 };
 use rustc_hash::FxHashSet;
@@ -16,6 +16,7 @@ use rustc_hash::FxHashSet;
 use crate::{
     fake_model::{FakeModel, logprobs_of, reference_output},
     moves::Moves,
+    router_view::RouterView,
 };
 
 /// What the test knows of one accepted request.
@@ -81,9 +82,7 @@ pub(crate) struct Replica {
     /// The most senior request, once it has been seen running as such.
     safe: Option<RequestId>,
     /// What a router that listens to the events believes to be cached.
-    router_view: FxHashSet<BlockHash>,
-    /// The same of host memory.
-    kept_view: FxHashSet<BlockHash>,
+    router_view: RouterView,
     now: Time,
     pub(crate) num_steps: u64,
     /// Steps that were executing when their replica started over.
@@ -105,8 +104,7 @@ impl Replica {
             moves: Moves::default(),
             num_started: 0,
             safe: None,
-            router_view: FxHashSet::default(),
-            kept_view: FxHashSet::default(),
+            router_view: RouterView::default(),
             now: Time::ZERO,
             num_steps: 0,
             num_forgotten_steps: 0,
@@ -405,37 +403,7 @@ impl Replica {
 
     fn check(&mut self) {
         self.scheduler.check_integrity();
-        for event in self.scheduler.take_kv_events() {
-            match event {
-                KvEvent::Stored(hashes) => {
-                    hashes.iter().for_each(|hash| {
-                        self.kept_view.remove(hash);
-                    });
-                    self.router_view.extend(hashes);
-                }
-                KvEvent::Kept(hashes) => {
-                    hashes.iter().for_each(|hash| {
-                        self.router_view.remove(hash);
-                    });
-                    self.kept_view.extend(hashes);
-                }
-                KvEvent::Removed(hashes) => hashes.iter().for_each(|hash| {
-                    let was_there = self.router_view.remove(hash) | self.kept_view.remove(hash);
-                    assert!(was_there, "removed what was not stored");
-                }),
-                KvEvent::Cleared => {
-                    self.router_view.clear();
-                    self.kept_view.clear();
-                }
-            }
-        }
-        for (hashes, view) in [
-            (self.scheduler.cached_block_hashes(), &self.router_view),
-            (self.scheduler.kept_block_hashes(), &self.kept_view),
-        ] {
-            assert_eq!(hashes.len(), view.len(), "events tell the whole story");
-            assert!(hashes.iter().all(|hash| view.contains(hash)));
-        }
+        self.router_view.follow(&mut self.scheduler);
     }
 
     /// Runs until nothing is left. The most senior request computes at least one token in every step, or in one of so

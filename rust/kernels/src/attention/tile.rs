@@ -130,19 +130,35 @@ pub(super) unsafe fn attend<L: Lanes, T: Element>(
     for start in (begin..last_seen).step_by(CHUNK) {
         // SAFETY: the caller's promise.
         let chunk = unsafe { gather::<L, T>(layer, tile, (start, last_seen), &mut scratch.room) };
-        for row in 0..rows {
+        // What a row sees of the chunk.
+        let range = |row: usize| {
             let seen = first_seen + row / group;
             let low = layer.rule.first_seen(seen).saturating_sub(start);
-            let high = seen.saturating_sub(start).min(CHUNK);
+            (low, seen.saturating_sub(start).min(CHUNK))
+        };
+        let mut row = 0;
+        while row < rows {
+            let (low, high) = range(row);
+            let together = if row + 1 < rows && range(row + 1) == (low, high) {
+                2
+            } else {
+                1
+            };
             if low < high {
-                let query = &scratch.query[row * size..][..size];
+                let place = row * size..(row + together) * size;
+                let query = &scratch.query[place.clone()];
+                let sums = &mut scratch.sums[place];
+                let softmax = &mut scratch.softmax[row..row + together];
                 // SAFETY: the chunk's pointers hold the groups below `high`, which is at most `last_seen - start`.
-                let scores = unsafe { scores::<L, T>(layer, query, &chunk, (low, high)) };
-                let sums = &mut scratch.sums[row * size..][..size];
-                let softmax = &mut scratch.softmax[row];
-                // SAFETY: as above.
-                unsafe { accumulate::<L>(scores, &chunk, (low, high), sums, softmax) };
+                unsafe {
+                    if together == 2 {
+                        take::<L, T, 2>(layer, (query, sums, softmax), &chunk, (low, high));
+                    } else {
+                        take::<L, T, 1>(layer, (query, sums, softmax), &chunk, (low, high));
+                    }
+                }
             }
+            row += together;
         }
     }
     // SAFETY: the caller's promise.
@@ -207,25 +223,68 @@ unsafe fn gather<L: Lanes, T: Element>(
     chunk
 }
 
-/// The scores of a row with a chunk's tokens; minus infinity for those that it does not see.
+/// Takes a chunk into the sums of `R` rows that see the same of it. Each row's own sums are the same for every `R`; two
+/// at a time read keys and values once for both.
 #[inline(always)]
-unsafe fn scores<L: Lanes, T: Element>(
+unsafe fn take<L: Lanes, T: Element, const R: usize>(
+    layer: &Layer<'_, T>,
+    (query, sums, softmax): (&[f32], &mut [f32], &mut [(f32, f32)]),
+    chunk: &Chunk,
+    (low, high): (usize, usize),
+) {
+    // SAFETY: the caller's promise.
+    let mut weights = unsafe { scores::<L, T, R>(layer, query, chunk, (low, high)) };
+    let mut kept = [L::splat(1.0); R];
+    for (row, weights) in weights.iter_mut().enumerate() {
+        kept[row] = weigh::<L>(weights, &mut softmax[row]);
+    }
+    let size = sums.len() / R;
+    let mut start = 0;
+    // SAFETY: each call stays inside the rows, and inside those of the groups that `low..high` touches.
+    unsafe {
+        while R == 1 && start + WIDE * LANES <= size {
+            add_values::<L, R, WIDE>(&weights, chunk, (low, high), (sums, start), &kept);
+            start += WIDE * LANES;
+        }
+        while start + WIDE / 2 * LANES <= size {
+            add_values::<L, R, { WIDE / 2 }>(&weights, chunk, (low, high), (sums, start), &kept);
+            start += WIDE / 2 * LANES;
+        }
+        while start < size {
+            add_values::<L, R, 1>(&weights, chunk, (low, high), (sums, start), &kept);
+            start += LANES;
+        }
+    }
+}
+
+/// The scores of `R` rows with a chunk's tokens; minus infinity for those that they do not see.
+#[inline(always)]
+unsafe fn scores<L: Lanes, T: Element, const R: usize>(
     layer: &Layer<'_, T>,
     query: &[f32],
     chunk: &Chunk,
     (low, high): (usize, usize),
-) -> [f32; CHUNK] {
-    let mut scores = [f32::NEG_INFINITY; CHUNK];
-    let size = query.len();
-    for group in low / LANES..high.div_ceil(LANES) {
-        let keys = chunk.keys[group];
+) -> [[f32; CHUNK]; R] {
+    let mut scores = [[f32::NEG_INFINITY; CHUNK]; R];
+    let size = query.len() / R;
+    // Eight sums at a time: `R` rows with so many tokens.
+    let tokens = LANES / R;
+    for first in (low / LANES * LANES..high).step_by(tokens) {
+        // SAFETY: the group has eight rows, see `gather`.
+        let keys = unsafe { chunk.keys[first / LANES].add(first % LANES * size) };
         let mut products = [L::splat(0.0); LANES];
         for at in (0..size).step_by(LANES) {
-            // SAFETY: `at` is inside the query and inside each of the group's eight rows, see `gather`.
-            unsafe {
-                let query = L::load(query.as_ptr().add(at));
-                for (token, product) in products.iter_mut().enumerate() {
-                    *product = query.mul_add(L::load(keys.add(token * size + at)), *product);
+            let mut queries = [L::splat(0.0); R];
+            for (row, part) in queries.iter_mut().enumerate() {
+                // SAFETY: `at` is inside each row.
+                *part = unsafe { L::load(query.as_ptr().add(row * size + at)) };
+            }
+            for token in 0..tokens {
+                // SAFETY: as above.
+                let key = unsafe { L::load(keys.add(token * size + at)) };
+                for (row, part) in queries.iter().enumerate() {
+                    let product = &mut products[row * tokens + token];
+                    *product = part.mul_add(key, *product);
                 }
             }
         }
@@ -233,23 +292,24 @@ unsafe fn scores<L: Lanes, T: Element>(
         if let Some(cap) = layer.rule.soft_cap {
             bent = bent.mul(L::splat(1.0 / cap)).tanh().mul(L::splat(cap));
         }
-        // SAFETY: the array has a place for each group.
-        unsafe { bent.store(scores.as_mut_ptr().add(group * LANES)) };
+        let mut numbers = [0.0; LANES];
+        // SAFETY: the array has room for eight.
+        unsafe { bent.store(numbers.as_mut_ptr()) };
+        for (row, scores) in scores.iter_mut().enumerate() {
+            let from = &numbers[row * tokens..][..tokens];
+            scores[first..first + tokens].copy_from_slice(from);
+        }
     }
-    scores[..low].fill(f32::NEG_INFINITY);
-    scores[high..].fill(f32::NEG_INFINITY);
+    for scores in &mut scores {
+        scores[..low].fill(f32::NEG_INFINITY);
+        scores[high..].fill(f32::NEG_INFINITY);
+    }
     scores
 }
 
-/// Adds a chunk's values to a row's sums, weighted by the softmax of its scores so far.
+/// Makes weights of a row's scores, relative to its largest score so far; returns what its sums so far are multiplied by.
 #[inline(always)]
-unsafe fn accumulate<L: Lanes>(
-    mut scores: [f32; CHUNK],
-    chunk: &Chunk,
-    (low, high): (usize, usize),
-    sums: &mut [f32],
-    softmax: &mut (f32, f32),
-) {
+fn weigh<L: Lanes>(scores: &mut [f32; CHUNK], softmax: &mut (f32, f32)) -> L {
     let (largest, weight) = *softmax;
     let mut each = [L::splat(0.0); GROUPS];
     for (group, each) in each.iter_mut().enumerate() {
@@ -274,76 +334,51 @@ unsafe fn accumulate<L: Lanes>(
         L::splat(1.0)
     };
     *softmax = (now, weight * kept.largest() + weights.sum());
-    let size = sums.len();
-    let mut start = 0;
-    // SAFETY: each call stays inside the row, and inside the rows of the groups that `low..high` touches.
-    unsafe {
-        while start + WIDE * LANES <= size {
-            add_values::<L, WIDE>(
-                &scores,
-                chunk,
-                (low, high),
-                &mut sums[start..],
-                (start, size),
-                kept,
-            );
-            start += WIDE * LANES;
-        }
-        while start + 2 * LANES <= size {
-            add_values::<L, 2>(
-                &scores,
-                chunk,
-                (low, high),
-                &mut sums[start..],
-                (start, size),
-                kept,
-            );
-            start += 2 * LANES;
-        }
-        while start < size {
-            add_values::<L, 1>(
-                &scores,
-                chunk,
-                (low, high),
-                &mut sums[start..],
-                (start, size),
-                kept,
-            );
-            start += LANES;
-        }
-    }
+    kept
 }
 
-/// Adds `N` times eight numbers of each value that a row sees, in the order of the tokens.
+/// Adds `N` times eight numbers of each value that `R` rows see, in the order of the tokens.
 #[inline(always)]
-unsafe fn add_values<L: Lanes, const N: usize>(
-    weights: &[f32; CHUNK],
+unsafe fn add_values<L: Lanes, const R: usize, const N: usize>(
+    weights: &[[f32; CHUNK]; R],
     chunk: &Chunk,
     (low, high): (usize, usize),
-    sums: &mut [f32],
-    (start, size): (usize, usize),
-    kept: L,
+    (sums, start): (&mut [f32], usize),
+    kept: &[L; R],
 ) {
-    let mut parts = [L::splat(0.0); N];
-    for (index, part) in parts.iter_mut().enumerate() {
-        // SAFETY: the caller's promise: `N` times eight numbers of `sums` are there.
-        *part = unsafe { L::load(sums.as_ptr().add(index * LANES)) }.mul(kept);
+    let size = sums.len() / R;
+    let mut parts = [[L::splat(0.0); N]; R];
+    for (row, parts) in parts.iter_mut().enumerate() {
+        for (index, part) in parts.iter_mut().enumerate() {
+            let at = row * size + start + index * LANES;
+            // SAFETY: the caller's promise: `N` times eight numbers are there, from `start` on, of each row.
+            *part = unsafe { L::load(sums.as_ptr().add(at)) }.mul(kept[row]);
+        }
     }
-    for group in low / LANES..high.div_ceil(LANES) {
-        let tokens = low.max(group * LANES)..high.min((group + 1) * LANES);
-        for token in tokens {
-            let weight = L::splat(weights[token]);
-            for (index, part) in parts.iter_mut().enumerate() {
-                let at = token % LANES * size + start + index * LANES;
-                // SAFETY: the group has eight rows of `size` numbers, see `gather`.
-                let value = unsafe { L::load(chunk.values[group].add(at)) };
+    for token in low..high {
+        let mut weight = [L::splat(0.0); R];
+        for (weight, weights) in weight.iter_mut().zip(weights) {
+            *weight = L::splat(weights[token]);
+        }
+        // SAFETY: the group has eight rows of `size` numbers, see `gather`.
+        let values = unsafe { chunk.values[token / LANES].add(token % LANES * size + start) };
+        let mut value = [L::splat(0.0); N];
+        for (index, value) in value.iter_mut().enumerate() {
+            // SAFETY: as above.
+            *value = unsafe { L::load(values.add(index * LANES)) };
+        }
+        for (parts, weight) in parts.iter_mut().zip(weight) {
+            for (part, value) in parts.iter_mut().zip(value) {
                 *part = weight.mul_add(value, *part);
             }
         }
     }
-    for (index, part) in parts.into_iter().enumerate() {
-        // SAFETY: as at the top.
-        unsafe { part.store(sums.as_mut_ptr().add(index * LANES)) };
+    for (row, parts) in parts.into_iter().enumerate() {
+        for (index, part) in parts.into_iter().enumerate() {
+            let at = row * size + start + index * LANES;
+            // SAFETY: as at the top.
+            unsafe { part.store(sums.as_mut_ptr().add(at)) };
+        }
     }
 }
 

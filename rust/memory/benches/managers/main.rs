@@ -1,5 +1,5 @@
 //! Managers, pools and their peers, each figure beside what physics or the kernel sets as its limit here:
-//! `cargo bench -p orchestra-memory --bench managers -- [pools|slabs|defragment|peers …]`.
+//! `cargo bench -p orchestra-memory --bench managers -- [pools|registrations|slabs|defragment|peers …]`.
 
 #![expect(
     clippy::unwrap_used,
@@ -13,8 +13,12 @@ mod defragment;
 mod node;
 mod peers;
 mod pools;
+mod registrations;
 mod slabs;
 
+#[path = "../../tests/registrations/owners.rs"]
+#[allow(dead_code, reason = "shared with the tests, which use more of it")]
+mod owners;
 #[path = "../../peer/rig.rs"]
 #[allow(dead_code, reason = "shared with the tests, which use more of it")]
 mod rig;
@@ -49,8 +53,9 @@ fn main() {
     }
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     println!("load {}", load.trim_end());
-    let parts: [(&str, fn()); 4] = [
+    let parts: [(&str, fn()); 5] = [
         ("pools", pools::measure),
+        ("registrations", registrations::measure),
         ("slabs", slabs::measure),
         ("defragment", defragment::measure),
         ("peers", peers::measure),

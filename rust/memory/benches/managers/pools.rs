@@ -16,7 +16,7 @@ const ROUNDS: usize = 9;
 const TIMES: usize = 20_000;
 
 /// Nanoseconds that one time took a thread, in the middle one of some rounds.
-fn nanoseconds(threads: usize, act: impl Fn() + Sync) -> f64 {
+pub(crate) fn nanoseconds(threads: usize, act: impl Fn() + Sync) -> f64 {
     let rounds = (0..ROUNDS).map(|_| {
         let barrier = Barrier::new(threads);
         let taken: Vec<f64> = thread::scope(|scope| {

@@ -1,4 +1,5 @@
-//! Pools: memory that is made and registered before peers connect, and grown where it has to be.
+//! Pools: memory that is made and registered before peers connect, and grown where it has to be. And memory of others,
+//! which is registered when it comes.
 
 use std::sync::Arc;
 
@@ -8,6 +9,7 @@ use crate::{
     error::MemoryError,
     memlock,
     pool::{BlockSet, Pool, PoolId},
+    registrations::{ForeignMemory, Region, RegistrationGuard},
     slab::Slab,
     transport::{PeerId, SlabId},
 };
@@ -23,13 +25,8 @@ impl BufferManager {
         }
         let mut transports = self.transports.iter();
         transports.try_for_each(|one| one.check_tier(config.tier))?;
-        // The limit is on host memory alone.
-        if self.config.memlock == MemlockPolicy::Require && config.tier.is_host() {
-            let state = self.state.lock();
-            let pools = state.pools.values().map(|pool| pool.config());
-            let pools = pools.filter(|config| config.tier.is_host());
-            let bytes: u64 = pools.map(PoolConfig::max_bytes).sum();
-            memlock::check(bytes + config.max_bytes())?;
+        if config.tier.is_host() {
+            self.check_memlock(config.max_bytes())?;
         }
         let pool = Pool::new(config)?;
         for _ in 0..config.initial_slabs {
@@ -71,14 +68,63 @@ impl BufferManager {
         }
     }
 
+    /// Registers memory that somebody else has made, for [`put_from`](Self::put_from) and [`get_into`](Self::get_into). Where
+    /// it, or more around it, is registered already, this costs a look-up.
+    pub fn register_external(
+        &self,
+        memory: Arc<dyn ForeignMemory>,
+    ) -> Result<RegistrationGuard, MemoryError> {
+        let (region, is_writable) = (memory.region(), memory.is_writable());
+        if let Some(guard) = self.registrations.find(region, is_writable) {
+            return Ok(guard);
+        }
+        if region.len == 0 || region.address.checked_add(region.len).is_none() {
+            let (field, expected) = ("memory", "at least one byte, and inside all memory");
+            return Err(MemoryError::InvalidField { field, expected });
+        }
+        let mut limits = self.transports.iter().map(|one| one.slab_bytes_max());
+        if limits.any(|limit| region.len > limit) {
+            let (field, expected) = ("memory", "at most 4 GiB where a card registers it");
+            return Err(MemoryError::InvalidField { field, expected });
+        }
+        let mut transports = self.transports.iter();
+        transports.try_for_each(|one| one.check_tier(region.tier))?;
+        if region.tier.is_host() {
+            self.check_memlock(region.len)?;
+        }
+        let slab = Arc::new(Slab::over(self.next_slab(), memory));
+        self.registrations.register(slab, region, is_writable)
+    }
+
+    /// Ends the registrations of what overlaps a region, before its memory is used for something else; how many there were.
+    /// One that somebody holds is of no use for new transfers from now on, and goes with its last holder.
+    pub fn invalidate(&self, region: Region) -> usize {
+        self.registrations.invalidate(region)
+    }
+
+    /// Refuses bytes more where registering them would need to lock more than the process may.
+    fn check_memlock(&self, more: u64) -> Result<(), MemoryError> {
+        if self.config.memlock == MemlockPolicy::Ignore {
+            return Ok(());
+        }
+        let state = self.state.lock();
+        let pools = state.pools.values().map(|pool| pool.config());
+        // The limit is on host memory alone.
+        let pools = pools.filter(|config| config.tier.is_host());
+        let bytes: u64 = pools.map(PoolConfig::max_bytes).sum();
+        memlock::check(bytes + self.registrations.stats().bytes + more)
+    }
+
+    fn next_slab(&self) -> SlabId {
+        let mut state = self.state.lock();
+        let id = SlabId(state.next_slab);
+        state.next_slab += 1;
+        id
+    }
+
     /// Makes a slab, registers it everywhere, and only then lets blocks be taken from it.
     fn add_slab(&self, pool: &Pool) -> Result<(), MemoryError> {
-        let id = {
-            let mut state = self.state.lock();
-            let id = SlabId(state.next_slab);
-            state.next_slab += 1;
-            id
-        };
+        let id = self.next_slab();
         let slab = Arc::new(Slab::create(id, &pool.config().slab())?);
         let registered = self
             .transports

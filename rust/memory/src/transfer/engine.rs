@@ -8,6 +8,7 @@ use super::{Shared, TransferResult, TransferStats};
 use crate::{
     error::TransferError,
     pool::Holds,
+    registrations::ForeignHold,
     transport::{Direction, PeerId, Progress, Quiet, Segment, TransferId, Transport},
 };
 
@@ -18,10 +19,34 @@ pub(crate) struct NewTransfer {
     pub(crate) direction: Direction,
     pub(crate) segments: Vec<Segment>,
     pub(crate) notification: Vec<u8>,
-    pub(crate) holds: Holds,
+    pub(crate) holds: LocalHold,
     pub(crate) started: Time,
     pub(crate) deadline: Time,
     pub(crate) shared: Arc<Shared>,
+}
+
+/// What keeps the memory of this side where it is.
+pub(crate) enum LocalHold {
+    Blocks(Holds),
+    Foreign(ForeignHold),
+}
+
+impl LocalHold {
+    /// How many blocks.
+    const fn len(&self) -> usize {
+        match self {
+            Self::Blocks(holds) => holds.len(),
+            Self::Foreign(hold) => hold.len(),
+        }
+    }
+
+    /// Notes that nobody knows when the hold ends; how many blocks wait for that.
+    fn quarantine(&mut self) -> usize {
+        match self {
+            Self::Blocks(holds) => holds.quarantine(),
+            Self::Foreign(hold) => hold.quarantine(),
+        }
+    }
 }
 
 /// The part of a transfer that its transport has.
@@ -44,7 +69,7 @@ struct Unproven {
     peer: PeerId,
     posted: Vec<Posted>,
     #[expect(dead_code, reason = "ends its holds by being dropped")]
-    holds: Holds,
+    holds: LocalHold,
 }
 
 /// A transfer that ended; its caller is told once no lock is held.

@@ -63,8 +63,9 @@ impl LocalSlabs {
         self.0.remove(&slab).ok_or(MemoryError::UnknownSlab(slab.0))
     }
 
-    pub(super) fn get(&self, slab: SlabId) -> Option<&Arc<Slab>> {
-        self.0.get(&slab)
+    /// A slab for a peer, who gets none that somebody else has made.
+    pub(super) fn shown(&self, slab: SlabId) -> Option<&Arc<Slab>> {
+        self.0.get(&slab).filter(|slab| !slab.is_foreign())
     }
 
     /// For the metadata, in the order of their names.
@@ -72,6 +73,7 @@ impl LocalSlabs {
         let mut known: Vec<_> = self
             .0
             .values()
+            .filter(|slab| !slab.is_foreign())
             .map(|slab| KnownSlab {
                 id: slab.id(),
                 base: base(slab),
@@ -323,5 +325,58 @@ impl Inbox {
 
     pub(super) fn take(&mut self) -> Option<Notification> {
         self.ready.pop_front()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(unsafe_code, reason = "promises that memory stays")]
+
+    use super::*;
+    use crate::{
+        registrations::{ForeignMemory, Region},
+        tier::Tier,
+    };
+
+    struct Nowhere;
+
+    // SAFETY: nobody looks at a byte of it.
+    unsafe impl ForeignMemory for Nowhere {
+        fn region(&self) -> Region {
+            Region {
+                tier: Tier::Dram,
+                address: 4096,
+                len: 64,
+            }
+        }
+
+        fn is_writable(&self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn a_peer_is_neither_told_of_memory_of_others_nor_let_at_it() {
+        let (mut slabs, id) = (LocalSlabs::default(), SlabId(7));
+        slabs
+            .insert(&Arc::new(Slab::over(id, Arc::new(Nowhere))))
+            .unwrap();
+        assert!(slabs.known(|_| 0).is_empty());
+        assert!(slabs.shown(id).is_none(), "a peer may guess its name");
+        let remote = KnownSlab {
+            id: SlabId(1),
+            base: 0,
+            len: 64,
+            tier: Tier::Dram,
+        };
+        let ours = Segment {
+            local_slab: id,
+            local_offset: 0,
+            remote_slab: SlabId(1),
+            remote_offset: 0,
+            len: 64,
+        };
+        let spans = slabs.resolve(&[ours], &RemoteSlabs::new(&[remote]));
+        assert_eq!(spans.unwrap().len(), 1, "transfers of ours may");
     }
 }

@@ -239,8 +239,11 @@ impl Transport for NixlTransport {
         }
         let slab = state.slabs.remove(slab)?;
         let taken_back = state.agent.register(memory_of(&slab), false);
-        // Deregistering revokes nothing: the memory stays mapped while a peer may write to it.
-        state.haunted.insert(slab.id(), slab);
+        // Deregistering revokes nothing: the memory stays mapped while a peer may write to it. Peers are not told of what
+        // somebody else has made, and what a transfer of ours may still write was kept when that was given up.
+        if !slab.is_foreign() {
+            state.haunted.insert(slab.id(), slab);
+        }
         taken_back.map_err(|code| failed("deregister a slab", code))
     }
 

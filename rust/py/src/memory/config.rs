@@ -33,6 +33,8 @@ pub(super) struct OpenConfig {
     max_lease_s: f64,
     lease_grace_s: f64,
     max_payload_bytes: usize,
+    max_registrations: usize,
+    idle_registration_bytes_max: u64,
 }
 
 #[derive(Clone, Copy, Deserialize)]
@@ -54,6 +56,8 @@ impl Default for OpenConfig {
             max_lease,
             lease_grace,
             max_payload_bytes,
+            max_registrations,
+            idle_registration_bytes_max,
         } = ManagerConfig::default();
         Self {
             transports: vec!["shm".to_owned()],
@@ -72,6 +76,8 @@ impl Default for OpenConfig {
             max_lease_s: max_lease.as_secs_f64(),
             lease_grace_s: lease_grace.as_secs_f64(),
             max_payload_bytes,
+            max_registrations,
+            idle_registration_bytes_max,
         }
     }
 }
@@ -116,6 +122,8 @@ impl OpenConfig {
             max_lease: duration("max_lease_s", self.max_lease_s)?,
             lease_grace: duration("lease_grace_s", self.lease_grace_s)?,
             max_payload_bytes: self.max_payload_bytes,
+            max_registrations: self.max_registrations,
+            idle_registration_bytes_max: self.idle_registration_bytes_max,
         };
         limits.validate().map_err(issue)?;
         Ok(limits)

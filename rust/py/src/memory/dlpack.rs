@@ -7,7 +7,10 @@
 
 use std::{ffi::CStr, ptr::NonNull};
 
-use orchestra_memory::dlpack::Managed;
+use orchestra_memory::{
+    MemoryError, Region,
+    dlpack::{self as memory, Managed},
+};
 use pyo3::{ffi, prelude::*, types::PyCapsule};
 
 const VERSIONED: &CStr = c"dltensor_versioned";
@@ -27,6 +30,22 @@ pub(super) fn capsule(py: Python<'_>, managed: Managed) -> PyResult<Bound<'_, Py
         unsafe { managed.discard() };
     }
     made
+}
+
+/// Where the tensor of somebody's capsule lies, and whether it may be written. The capsule keeps it there while it lives.
+pub(super) fn describe(capsule: &Bound<'_, PyAny>) -> Result<(Region, bool), MemoryError> {
+    let object = capsule.as_ptr();
+    // SAFETY: only a capsule of that name is looked into, which by the protocol holds such a structure until it is taken.
+    unsafe {
+        let managed = match untaken(object, VERSIONED) {
+            Some(pointer) => Managed::Versioned(pointer),
+            None => Managed::Plain(untaken(object, PLAIN).ok_or(MemoryError::InvalidField {
+                field: "memory",
+                expected: "a tensor of DLPack 1 or older",
+            })?),
+        };
+        memory::describe(&managed)
+    }
 }
 
 /// # Safety
@@ -52,7 +71,7 @@ unsafe extern "C" fn discard_plain(capsule: *mut ffi::PyObject) {
 /// What a capsule holds, where nobody has taken it.
 ///
 /// # Safety
-/// `capsule` is a capsule.
+/// `capsule` is an object.
 unsafe fn untaken(capsule: *mut ffi::PyObject, name: &CStr) -> Option<NonNull<std::ffi::c_void>> {
     // SAFETY: both calls only look at the capsule that the caller vouches for; the first says that the second may.
     unsafe {

@@ -134,6 +134,12 @@ pub(super) struct StatsRow {
     quarantined_blocks: usize,
     is_quarantine_full: bool,
     unproven_peers: usize,
+    registrations: usize,
+    registrations_held: usize,
+    registered_bytes: u64,
+    registration_hits: u64,
+    registration_misses: u64,
+    registration_evictions: u64,
 }
 
 impl From<ManagerStats> for StatsRow {
@@ -146,6 +152,7 @@ impl From<ManagerStats> for StatsRow {
             quarantined_blocks,
             is_quarantine_full,
             unproven_peers,
+            registrations,
         } = stats;
         Self {
             active_transfers,
@@ -155,6 +162,12 @@ impl From<ManagerStats> for StatsRow {
             quarantined_blocks,
             is_quarantine_full,
             unproven_peers,
+            registrations: registrations.count,
+            registrations_held: registrations.held,
+            registered_bytes: registrations.bytes,
+            registration_hits: registrations.hits,
+            registration_misses: registrations.misses,
+            registration_evictions: registrations.evictions,
         }
     }
 }

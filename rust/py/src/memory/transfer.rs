@@ -2,7 +2,9 @@
 
 use std::{ops::Range, sync::Arc, time::Instant};
 
-use orchestra_memory::{self as memory, Chime as Bell, MemoryError, TransferResult, TransferStats};
+use orchestra_memory::{
+    self as memory, Chime as Bell, MemoryError, RegistrationGuard, TransferResult, TransferStats,
+};
 use pyo3::prelude::*;
 
 use super::{
@@ -10,6 +12,7 @@ use super::{
     events::{Chime, wait_until},
     grants::RemoteGrant,
     hub::{Hub, seconds},
+    registration::Registration,
 };
 use crate::errors::Failure;
 
@@ -134,6 +137,30 @@ impl MemoryTransfer {
         Ok(Self::started(hub, get.map_err(renamed)?))
     }
 
+    pub(super) fn put_from(
+        hub: &Arc<Hub>,
+        memory: &Registration,
+        grant: &RemoteGrant,
+        options: &TransferOptions,
+    ) -> Result<Self, Failure> {
+        let (manager, guard, blocks) = prepare_foreign(hub, memory, grant, options)?;
+        let (options, now) = (&options.options, hub.driver.now());
+        let put = manager.put_from(&guard, blocks, grant.grant(), options, now);
+        Ok(Self::started(hub, put.map_err(renamed)?))
+    }
+
+    pub(super) fn get_into(
+        hub: &Arc<Hub>,
+        grant: &RemoteGrant,
+        memory: &Registration,
+        options: &TransferOptions,
+    ) -> Result<Self, Failure> {
+        let (manager, guard, blocks) = prepare_foreign(hub, memory, grant, options)?;
+        let (options, now) = (&options.options, hub.driver.now());
+        let get = manager.get_into(grant.grant(), &guard, blocks, options, now);
+        Ok(Self::started(hub, get.map_err(renamed)?))
+    }
+
     fn started(hub: &Arc<Hub>, transfer: memory::Transfer) -> Self {
         hub.driver.ring();
         Self {
@@ -161,6 +188,33 @@ fn prepare<'a>(
     blocks.check_hub(hub)?;
     grant.check_hub(hub)?;
     Ok((manager, blocks.handles(options.start, options.count)?))
+}
+
+/// The same for memory that Python code has made: the numbers of its blocks.
+fn prepare_foreign<'a>(
+    hub: &'a Arc<Hub>,
+    memory: &Registration,
+    grant: &RemoteGrant,
+    options: &TransferOptions,
+) -> Result<
+    (
+        &'a memory::BufferManager,
+        Arc<RegistrationGuard>,
+        Range<usize>,
+    ),
+    Failure,
+> {
+    let manager = hub.manager()?;
+    memory.check_hub(hub)?;
+    grant.check_hub(hub)?;
+    let guard = memory.guard()?;
+    let all = (guard.region().len / grant.grant().block_bytes.max(1)) as usize;
+    let end = options
+        .count
+        .map_or(Some(all), |count| options.start.checked_add(count));
+    // One that is too large is refused with the others that are.
+    let blocks = options.start..end.unwrap_or(usize::MAX);
+    Ok((manager, guard, blocks))
 }
 
 impl Drop for MemoryTransfer {

@@ -66,6 +66,10 @@ pub struct KvMoveMetrics {
     pub(crate) blocks_fetched: Counter,
     pub(crate) blocks_pushed: Counter,
     pub(crate) failures: Counter,
+    pub(crate) blocks_written_through: Counter,
+    pub(crate) blocks_kept: Counter,
+    pub(crate) write_throughs_dropped: Counter,
+    pub(crate) host_hit_tokens: Counter,
 }
 
 impl KvMoveMetrics {
@@ -74,6 +78,8 @@ impl KvMoveMetrics {
         let metrics = Self {
             moves: Family::default(), bytes: Family::default(), undeliverable: Counter::default(),
             blocks_fetched: Counter::default(), blocks_pushed: Counter::default(), failures: Counter::default(),
+            blocks_written_through: Counter::default(), blocks_kept: Counter::default(),
+            write_throughs_dropped: Counter::default(), host_hit_tokens: Counter::default(),
         };
         r.register("kv_moves", "Sequences whose KV was to come from another worker", metrics.moves.clone());
         r.register("kv_moved_bytes", "KV that came from another worker", metrics.bytes.clone());
@@ -81,6 +87,10 @@ impl KvMoveMetrics {
         r.register("worker_kv_blocks_fetched", "KV blocks that workers got from others", metrics.blocks_fetched.clone());
         r.register("worker_kv_blocks_pushed", "KV blocks that workers gave to others while computing them", metrics.blocks_pushed.clone());
         r.register("worker_kv_move_failures", "Moves that did not come about", metrics.failures.clone());
+        r.register("worker_kv_blocks_written_through", "KV blocks that workers' keepers have copied", metrics.blocks_written_through.clone());
+        r.register("worker_kv_blocks_kept", "KV blocks that workers have copied to keep them for others", metrics.blocks_kept.clone());
+        r.register("worker_kv_write_throughs_dropped", "Beginnings of sequences that were not written through because too many waited", metrics.write_throughs_dropped.clone());
+        r.register("worker_kv_host_hit_tokens", "Tokens whose KV workers copied back from host memory instead of computing it", metrics.host_hit_tokens.clone());
         for kind in [MoveKind::Fetch, MoveKind::Split] {
             for outcome in [MoveOutcome::Moved, MoveOutcome::Computed, MoveOutcome::Abandoned] {
                 let _ = metrics.moves.get_or_create_owned(&label(kind, outcome));

@@ -376,6 +376,26 @@ impl Attached<'_> {
                 report.kv_fetch_failures,
                 before.kv_fetch_failures,
             ),
+            (
+                &metrics.kv_moves.blocks_written_through,
+                report.kv_blocks_written_through,
+                before.kv_blocks_written_through,
+            ),
+            (
+                &metrics.kv_moves.blocks_kept,
+                report.kv_blocks_kept,
+                before.kv_blocks_kept,
+            ),
+            (
+                &metrics.kv_moves.write_throughs_dropped,
+                report.kv_write_throughs_dropped,
+                before.kv_write_throughs_dropped,
+            ),
+            (
+                &metrics.kv_moves.host_hit_tokens,
+                report.kv_host_hit_tokens,
+                before.kv_host_hit_tokens,
+            ),
         ];
         for (counter, now, before) in moves {
             counter.inc_by(since(now, before));

@@ -116,6 +116,7 @@ mod tests {
                 bytes_per_block: 4096,
                 layout: "bf16".to_owned(),
                 host: "h".to_owned(),
+                ..v1::KvTransfer::default()
             }),
             ..v1::WorkerHello::default()
         }
@@ -149,7 +150,7 @@ mod tests {
     #[test]
     fn each_bad_field_is_named() {
         type Spoil = fn(&mut v1::WorkerHello);
-        let spoilers: [(&str, Spoil); 20] = [
+        let spoilers: [(&str, Spoil); 21] = [
             ("worker_id", |hello| hello.worker_id.clear()),
             ("worker_id", |hello| hello.worker_id.push('\n')),
             ("model", |hello| {
@@ -196,6 +197,9 @@ mod tests {
                 kv(hello).layout = "l".repeat(257);
             }),
             ("kv_transfer.host", |hello| kv(hello).host = "h".repeat(129)),
+            ("kv_transfer.failure_domain", |hello| {
+                kv(hello).failure_domain = "d".repeat(129);
+            }),
             ("kv_transfer.bytes_per_block", |hello| {
                 kv(hello).bytes_per_block = 0;
             }),

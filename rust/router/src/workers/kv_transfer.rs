@@ -18,6 +18,10 @@ pub(crate) struct KvTransfer {
     /// As other workers are told of it.
     peer: v1::KvPeer,
     exchange: KvExchange,
+    /// What fails together with it.
+    pub(super) failure_domain: String,
+    /// Another worker is to keep copies of its KV.
+    pub(super) writes_through: bool,
 }
 
 impl fmt::Debug for KvTransfer {
@@ -39,6 +43,8 @@ impl KvTransfer {
             bytes_per_block,
             layout,
             host,
+            failure_domain,
+            writes_through,
         } = wire;
         if metadata.is_empty() || metadata.len() > TRANSPORTS_MAX {
             return Err(format!(
@@ -55,6 +61,7 @@ impl KvTransfer {
         }
         check_text("layout", &layout, 1..=LAYOUT_BYTES_MAX)?;
         check_text("host", &host, 0..=HOST_BYTES_MAX)?;
+        check_text("failure_domain", &failure_domain, 0..=HOST_BYTES_MAX)?;
         if bytes_per_block == 0 {
             return Err("hello.kv_transfer.bytes_per_block must be at least 1".to_owned());
         }
@@ -69,6 +76,8 @@ impl KvTransfer {
                 layout,
                 bytes_per_block,
             },
+            failure_domain,
+            writes_through,
         })
     }
 

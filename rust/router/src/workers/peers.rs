@@ -40,7 +40,7 @@ impl Workers {
 
 impl Session {
     /// Whether KV may go from one to the other.
-    fn exchanges_with(&self, other: &Self) -> bool {
+    pub(super) fn exchanges_with(&self, other: &Self) -> bool {
         let exchange = |session: &Self| Some(session.kv.as_ref()?.exchange().clone());
         self.spec.model == other.spec.model
             && self.kv.is_some()

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Placement,
     hello::Hello,
+    keepers::Keeper,
     kv_transfer::KvTransfer,
     moves::Moving,
     outbox::Outbox,
@@ -34,8 +35,10 @@ pub(crate) struct Session {
     pub(super) removed: CancellationToken,
     /// How others reach its KV; `None` where they cannot.
     pub(super) kv: Option<KvTransfer>,
+    /// Who keeps copies of its KV, where it wants that.
+    pub(super) keeper: Mutex<Option<Keeper>>,
     vocab_size: u32,
-    outbox: Arc<Outbox>,
+    pub(super) outbox: Arc<Outbox>,
     next_sequence: AtomicU64,
     /// `None` once the worker is gone.
     sequences: Mutex<Option<FxHashMap<u64, Sink>>>,
@@ -47,6 +50,7 @@ impl Session {
             worker,
             spec: hello.spec,
             kv: hello.kv,
+            keeper: Mutex::new(None),
             is_draining: AtomicBool::new(false),
             replaced: CancellationToken::new(),
             removed: CancellationToken::new(),

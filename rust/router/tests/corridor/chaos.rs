@@ -49,7 +49,7 @@ async fn run_for(worker: &mut Worker, steps: u32) {
                     max_tokens: start.sampling.as_ref().unwrap().max_tokens(),
                 }),
                 Ok(Down::Abort(abort)) => running.retain(|sequence| sequence.id != abort.sequence_id),
-                Ok(Down::Welcome(_) | Down::FromPeer(_)) => {}
+                Ok(Down::Welcome(_) | Down::FromPeer(_) | Down::Keeper(_)) => {}
                 Err(status) => panic!("the router let go: {status}"),
             },
             () = std::future::ready(()), if !running.is_empty() => {}

@@ -6,6 +6,8 @@ mod admission;
 mod chaos;
 #[cfg(test)]
 mod checks;
+#[cfg(test)]
+mod keepers;
 mod membership;
 #[cfg(test)]
 mod moves;

@@ -25,6 +25,7 @@ pub(crate) fn kv_hello(worker_id: &str, role: WorkerRole) -> v1::WorkerHello {
             bytes_per_block: 1000,
             layout: "bf16".to_owned(),
             host: "host".to_owned(),
+            ..v1::KvTransfer::default()
         }),
         role: role.into(),
         ..hello(worker_id)

@@ -151,7 +151,7 @@ impl Worker {
                 });
             }
             Some(Down::Abort(abort)) => self.running.retain(|it| it.id != abort.sequence_id),
-            Some(Down::Welcome(_) | Down::FromPeer(_)) | None => {}
+            Some(Down::Welcome(_) | Down::FromPeer(_) | Down::Keeper(_)) | None => {}
         }
     }
 

@@ -12,7 +12,7 @@ use std::{
 use orchestra_agent::{Agent, AgentConfig, KvPool, KvPoolConfig, KvTransports};
 use orchestra_core::{
     BlockId, TokenId,
-    step::{StepOutput, StepPlan},
+    step::{BlockCopies, StepOutput, StepPlan},
 };
 
 use super::eventually;
@@ -23,15 +23,26 @@ const ENTRY_BYTES: usize = 32;
 
 /// The memory of a worker with these settings.
 pub(crate) fn kv_pool(config: &AgentConfig, transports: KvTransports) -> Arc<KvPool> {
-    let pool = KvPool::new(KvPoolConfig {
+    kv_pool_with(config, transports, |_| {})
+}
+
+/// The same, changed.
+pub(crate) fn kv_pool_with(
+    config: &AgentConfig,
+    transports: KvTransports,
+    change: impl FnOnce(&mut KvPoolConfig),
+) -> Arc<KvPool> {
+    let mut settings = KvPoolConfig {
         num_layers: LAYERS,
         num_blocks: config.scheduler.num_blocks,
+        num_host_blocks: config.scheduler.num_host_blocks,
         layer_block_bytes: u64::from(config.scheduler.block_size) * ENTRY_BYTES as u64,
         layout: "test".to_owned(),
         transports,
-        address: None,
-    });
-    Arc::new(pool.unwrap())
+        ..KvPoolConfig::default()
+    };
+    change(&mut settings);
+    Arc::new(KvPool::new(settings).unwrap())
 }
 
 /// A thread that drives an agent.
@@ -134,6 +145,8 @@ impl Model {
             let column = plan.update_columns[index] as usize;
             self.tables[slot as usize][column] = plan.update_blocks[index];
         }
+        self.copy(&plan.swap_out, |block, host_block| (block, host_block));
+        self.copy(&plan.swap_in, |block, host_block| (host_block, block));
         for layer in 0..LAYERS {
             for row in 0..plan.slots.len() {
                 let tokens = plan.query_start[row] as usize..plan.query_start[row + 1] as usize;
@@ -155,6 +168,23 @@ impl Model {
             step_id: plan.step_id,
             token_ids: token_ids.collect(),
             logprobs: Vec::new(),
+        }
+    }
+
+    /// Copies between the tiers; the pool has host memory's blocks behind the others.
+    fn copy(
+        &self,
+        copies: &BlockCopies,
+        direction: impl Fn(BlockId, BlockId) -> (BlockId, BlockId),
+    ) {
+        let num_blocks = self.pool.config().num_blocks;
+        let mut bytes = vec![0; self.block_size as usize * ENTRY_BYTES];
+        for (&block, &host_block) in copies.blocks.iter().zip(&copies.host_blocks) {
+            let (from, to) = direction(BlockId(block), BlockId(num_blocks + host_block));
+            for layer in 0..LAYERS {
+                self.pool.read(layer, from, &mut bytes).unwrap();
+                self.pool.write(layer, to, &bytes).unwrap();
+            }
         }
     }
 

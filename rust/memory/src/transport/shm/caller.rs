@@ -174,12 +174,15 @@ impl Caller {
                 Some(0)
             }
             (Message::Want(wanted), Some(_)) => {
-                let (here, missing): (Vec<_>, Vec<_>) = wanted
-                    .into_iter()
-                    .partition(|slab| house.slabs.get(*slab).is_some_and(|it| it.file().is_some()));
+                let (here, missing): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|slab| {
+                    house
+                        .slabs
+                        .shown(*slab)
+                        .is_some_and(|it| it.file().is_some())
+                });
                 let files: Vec<_> = here
                     .iter()
-                    .filter_map(|slab| house.slabs.get(*slab))
+                    .filter_map(|slab| house.slabs.shown(*slab))
                     .filter_map(|slab| slab.file())
                     .collect();
                 if !here.is_empty() {

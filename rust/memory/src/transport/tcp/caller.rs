@@ -258,7 +258,7 @@ fn begin(header: &Header, table: &[u8], house: &House<'_>) -> Option<Stage> {
     let found: Option<Vec<_>> = parts
         .into_iter()
         .map(|part| {
-            let slab = house.slabs.get(part.slab)?;
+            let slab = house.slabs.shown(part.slab)?;
             fits(part.offset, part.len, slab.len())
                 .then(|| (Arc::clone(slab), part.offset, part.len))
         })
