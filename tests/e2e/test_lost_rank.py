@@ -15,7 +15,7 @@ from tests.e2e.stack import Serve, eventually, start_serve
 
 pytestmark = pytest.mark.timeout(240)
 
-FLAGS = ("--dtype", "float32", "--num-blocks", "256", "--tp", "2")
+FLAGS = ("--dtype", "float32", "--num-blocks", "256")
 # Far above what a replacement takes on a busy machine: how long it takes is not what is tested.
 PATIENT = {"ORCHESTRA_REPLAY_WAIT": "100s"}
 NUM_STREAMS = 3
@@ -93,17 +93,20 @@ def lines(serve: Serve, words: str) -> int:
 
 
 def test_streams_of_an_only_worker_wait_for_a_spare_and_for_a_new_process(checkpoint: Path) -> None:
-    with start_serve(checkpoint, *FLAGS, "--spare-ranks", "1", environment=PATIENT) as serve:
+    # Of four ranks, two are neither the lost one nor the one that notices. How fast a hang is found is not tested here:
+    # on a busy machine a second more keeps the other ranks from being taken for hung.
+    flags = (*FLAGS, "--tp", "4", "--spare-ranks", "1", "--rank-hang-timeout-ms", "1000")
+    with start_serve(checkpoint, *flags, environment=PATIENT) as serve:
         expected = [stream.answer() for stream in start_streams(serve)]
-        rank_0, rank_1 = (ranks(serve)[rank] for rank in (0, 1))
+        before = ranks(serve)
         (spare,) = spares(serve)
 
         streams = start_streams(serve)
-        strike(streams, rank_1, signal.SIGKILL)
+        strike(streams, before.pop(1), signal.SIGKILL)
         assert [stream.answer() for stream in streams] == expected
         assert lines(serve, "a spare takes its place") == 1
 
-        # The spare is rank 1 now, and hangs before there is another: its place goes to a new process.
+        # The spare is rank 1 now, and hangs; by now there may be another one, or else a new process takes its place.
         streams = start_streams(serve)
         strike(streams, spare, signal.SIGSTOP)
         assert [stream.answer() for stream in streams] == expected
@@ -111,15 +114,16 @@ def test_streams_of_an_only_worker_wait_for_a_spare_and_for_a_new_process(checkp
         assert lines(serve, "hangs: killing it") == 1
         assert lines(serve, "is whole again after") == 2
 
-        # Rank 0 is the process that it was, with the weights that it had.
-        assert ranks(serve)[0] == rank_0
+        # The others are the processes that they were, and rank 0 has the weights that it had.
+        assert {rank: it for rank, it in ranks(serve).items() if rank != 1} == before
         assert lines(serve, "loaded, attaching to the router") == 1
 
 
 def test_streams_go_on_at_another_worker_at_once(checkpoint: Path) -> None:
     # Nobody waits here for a worker to come back: it would be an error.
     environment = {"ORCHESTRA_REPLAY_WAIT": "0s"}
-    with start_serve(checkpoint, *FLAGS, "--replicas", "2", environment=environment) as serve:
+    flags = (*FLAGS, "--tp", "2", "--replicas", "2")
+    with start_serve(checkpoint, *flags, environment=environment) as serve:
         expected = [stream.answer() for stream in start_streams(serve)]
         streams = start_streams(serve)
         strike(streams, ranks(serve)[1], signal.SIGKILL)

@@ -11,7 +11,6 @@ use orchestra_core::{
         TokenUpdate,
     },
 };
-use rustc_hash::FxHashSet;
 
 use crate::{
     fake_model::{FakeModel, logprobs_of, reference_output},

@@ -64,16 +64,15 @@ impl State {
         region: Region,
         limits: Limits,
     ) -> Result<Vec<Arc<Slab>>, MemoryError> {
+        if self.stats.held >= limits.count {
+            let (what, limit) = ("registrations", limits.count);
+            return Err(MemoryError::LimitReached { what, limit });
+        }
         let ids = self.overlapping(region);
         let idle: Vec<_> = ids.into_iter().filter(|id| self.is_idle(*id)).collect();
         let mut gone: Vec<_> = idle.into_iter().filter_map(|id| self.evict(id)).collect();
         gone.extend(self.evict_until(|state| state.entries.len() < limits.count));
-        if self.entries.len() < limits.count {
-            return Ok(gone);
-        }
-        debug_assert!(gone.is_empty(), "none of them is idle");
-        let (what, limit) = ("registrations", limits.count);
-        Err(MemoryError::LimitReached { what, limit })
+        Ok(gone)
     }
 
     pub(super) fn evict_until(&mut self, is_enough: impl Fn(&Self) -> bool) -> Vec<Arc<Slab>> {

@@ -4,13 +4,13 @@ use std::{sync::Arc, time::Duration};
 
 use orchestra_core::Time;
 use orchestra_memory::{
-    BufferManager, ManagerConfig, MemoryError, PeerId, Quiet, Region, RegistrationStats,
-    RemoteGrant, Rights, Tier, TransferError, TransferOptions, Transport, lease::GrantId,
-    lease::RemoteBlock,
+    BufferManager, ForeignMemory as _, ManagerConfig, MemoryError, PeerId, Quiet, Region,
+    RegistrationStats, RemoteGrant, Rights, Tier, TransferError, TransferOptions, Transport,
+    lease::GrantId, lease::RemoteBlock,
 };
 
 use crate::{
-    owners::{Heap, Nowhere},
+    owners::{Heap, Nowhere, Part},
     recorder::Recorder,
 };
 
@@ -131,4 +131,38 @@ fn memory_of_a_transfer_that_was_given_up_stays_until_it_is_proven_to_be_over() 
     assert_eq!(weak.strong_count(), 0);
     assert!(recorder.regions().is_empty());
     assert_eq!(manager.stats().quarantined_blocks, 0);
+}
+
+#[test]
+fn threads_that_ask_for_the_same_memory_leave_nothing_behind() {
+    let (manager, recorder) = manager();
+    let (heap, weak) = Heap::new(&[0; 4096], true);
+    let whole = heap.region();
+    std::thread::scope(|scope| {
+        for thread in 0..4_u64 {
+            let (manager, heap) = (&manager, &heap);
+            scope.spawn(move || {
+                for round in 0..300 {
+                    let (at, len) = (64 * ((thread + round) % 8), 64 * (1 + round % 4));
+                    let part = Region {
+                        address: whole.address + at,
+                        len,
+                        ..whole
+                    };
+                    let memory = Part(Arc::clone(heap), part);
+                    let guard = manager.register_external(Arc::new(memory)).unwrap();
+                    assert_eq!(guard.region(), part);
+                    if round % 50 == 0 {
+                        manager.invalidate(part);
+                    }
+                }
+            });
+        }
+    });
+    manager.invalidate(whole);
+    let stats = manager.stats().registrations;
+    assert_eq!((stats.count, stats.held, stats.bytes), (0, 0, 0));
+    assert!(recorder.regions().is_empty());
+    drop(heap);
+    assert_eq!(weak.strong_count(), 0);
 }
