@@ -96,6 +96,7 @@ def test_grpc_port_follows_the_port(arguments: list[str], ports: tuple[int, int]
         ("GPU-a,GPU-b", ["--replicas", "2"], ["GPU-a", "GPU-b"]),
         ("0,1,2", ["--prefill", "1", "--decode", "2"], ["0", "1", "2"]),
         ("0", ["--tp", "4", "--device", "cpu"], [None]),
+        ("0,1,2,3,4", ["--tp", "2", "--pp", "2"], ["0,1,2,3"]),
     ],
 )
 def test_each_worker_gets_its_own_gpus(
@@ -109,6 +110,8 @@ def test_too_few_gpus_is_said_with_the_numbers(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     with pytest.raises(UsageError, match="--tp 2 and --replicas 2 need 4 GPUs, there are 3"):
         serve_options.group_devices(parse("m", "--tp", "2", "--replicas", "2"))
+    with pytest.raises(UsageError, match="--tp 2, --pp 2 and --replicas 1 need 4 GPUs"):
+        serve_options.group_devices(parse("m", "--tp", "2", "--pp", "2"))
 
 
 def test_prefill_workers_come_first() -> None:
@@ -130,11 +133,12 @@ def test_a_lone_worker_keeps_its_kv_to_itself() -> None:
     ("arguments", "message"),
     [
         (["--prefill", "1"], "--prefill needs --decode"),
+        (["--pp", "2", "--spare-ranks", "1"], "--spare-ranks does not go with --pp"),
         (["--decode", "1"], "--decode needs --prefill"),
         (["--prefill", "1", "--decode", "1", "--replicas", "2"], "--replicas does not go with"),
     ],
 )
-def test_half_of_a_split_is_refused(arguments: list[str], message: str) -> None:
+def test_options_that_do_not_go_together_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse("m", *arguments)
 

@@ -437,7 +437,7 @@ class Agent:
         """The next step plan as one msgpack map, or `None` when there was nothing to do for `timeout_ms`.
 
         Raises:
-            InvalidRequestError: The last step was not committed.
+            InvalidRequestError: As many steps as may be in flight are not committed.
             ShuttingDownError: The agent was closed.
             InternalError: The agent has failed.
         """
@@ -450,7 +450,7 @@ class Agent:
         top_ids: bytes = b"",
         top_logprobs: bytes = b"",
     ) -> None:
-        """Hands in what the model drew for the step handed out last: `N` tokens, `K` alternatives each.
+        """Hands in what the model drew for the oldest step not committed: `N` tokens, `K` alternatives each.
 
         Args:
             step_id: The plan's.

@@ -32,8 +32,10 @@ POOLS = {
 # As tight, with host memory for what preempted sequences have computed.
 POOLS["swapped"] = [*POOLS["tight"], "--num-host-blocks", "272"]
 CASES = [
-    *itertools.product(["llama", "qwen3", "demo"], [1, 2], ["roomy", "tight"]),
-    ("llama", 2, "swapped"),
+    *itertools.product(["llama", "qwen3", "demo"], [1, 2], [1], ["roomy", "tight"]),
+    ("llama", 2, 1, "swapped"),
+    # Two steps in flight.
+    ("qwen3", 1, 2, "swapped"),
 ]
 
 
@@ -123,13 +125,14 @@ def report(request: pytest.FixtureRequest) -> Iterator[list[str]]:
 
 
 @pytest.mark.timeout(420)
-@pytest.mark.parametrize(("kind", "tp", "pool"), CASES)
+@pytest.mark.parametrize(("kind", "tp", "pp", "pool"), CASES)
 def test_greedy_tokens_equal_transformers(
-    kind: str, tp: int, pool: str, checkpoint_folder: Path, report: list[str]
+    kind: str, tp: int, pp: int, pool: str, checkpoint_folder: Path, report: list[str]
 ) -> None:
     checkpoint = _checkpoint(kind, checkpoint_folder)
     expected = _reference(checkpoint)
-    flags = ["--tp", str(tp), "--dtype", "float32", "--max-num-seqs", "32", *POOLS[pool]]
+    flags = ["--tp", str(tp), "--pp", str(pp), *POOLS[pool]]
+    flags += ["--dtype", "float32", "--max-num-seqs", "32"]
     # The router starts a request where there is room for it, and its further choices in any case: six of the longest
     # prompt would need 255 + 6 x 5 blocks, so mostly the worker has to preempt some. The report says how often.
     n = 1 if pool == "roomy" else 6
@@ -141,7 +144,7 @@ def test_greedy_tokens_equal_transformers(
 
     cached = sum(answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in again)
     report.append(
-        f"{kind} tp={tp} {pool}: largest logprob difference {max(first, second):.2e}, "
+        f"{kind} tp={tp} pp={pp} {pool}: largest logprob difference {max(first, second):.2e}, "
         f"{cached} cached tokens in the second pass, {preemptions:.0f} preemptions"
     )
     # fp32 sums in another order; a wrong block or position would be off by orders of magnitude more.

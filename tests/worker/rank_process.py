@@ -1,7 +1,7 @@
-"""One rank of a tensor-parallel group as a process of its own, its agent played by a script.
+"""One rank of a worker as a process of its own, its agent played by a script.
 
-`python -m tests.worker.rank_process MODEL_DIR RANK SIZE RENDEZVOUS PLANS ANSWERS COLLECTIVES`: executes the messages in
-PLANS (a msgpack list) and, on rank 0, writes what it would commit to ANSWERS.
+`python -m tests.worker.rank_process MODEL_DIR RANK SIZE STAGES RENDEZVOUS PLANS ANSWERS COLLECTIVES`: executes the
+messages in PLANS (a msgpack list) and, on rank 0, writes what it would commit to ANSWERS.
 """
 
 import sys
@@ -14,7 +14,7 @@ from orchestra.worker.assembly import assemble
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.metrics import WorkerMetrics
 from orchestra.worker.runtime import StopSignals, follow, lead
-from orchestra.worker.sharding import Shard
+from orchestra.worker.sharding import Shard, Stage
 
 
 class ScriptedAgent:
@@ -35,7 +35,7 @@ class ScriptedAgent:
 
     def next_step(self, timeout_ms: int) -> bytes | None:
         """The next plan."""
-        assert timeout_ms > 0
+        assert timeout_ms >= 0
         if self._messages:
             return self._messages.pop(0)
         self._stop.is_requested = True
@@ -92,13 +92,15 @@ def empty_stats() -> dict[str, int]:
 
 def main(arguments: list[str]) -> None:
     """Runs the rank."""
-    model_dir, rank, size, rendezvous, plans, answers, collectives = arguments
+    model_dir, *numbers, rendezvous, plans, answers, collectives = arguments
+    rank, size, stages = map(int, numbers)
     config = WorkerConfig(
         model_dir=Path(model_dir),
         router="",
         worker_id="",
         model_name="",
-        shard=Shard(int(rank), int(size)),
+        shard=Shard(rank % size, size),
+        stage=Stage(rank // size, stages),
         rendezvous=rendezvous,
         collectives=collectives,
         device="cpu",
@@ -117,7 +119,7 @@ def main(arguments: list[str]) -> None:
         Path(answers).write_bytes(msgpack.packb(agent.answers))
         assert ready.group.leader is not None
         ready.group.leader.close()
-    ready.group.communicator.close()
+    ready.group.close()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from orchestra.errors import ConfigError
 from orchestra.worker import device as devices
 from orchestra.worker.config import WorkerConfig, parse_arguments, parse_bytes
-from orchestra.worker.sharding import Shard
+from orchestra.worker.sharding import Shard, Stage
 
 ROUTER = ["--router", "http://127.0.0.1:8002"]
 
@@ -23,10 +23,11 @@ def test_defaults(tmp_path: Path) -> None:
 
 def test_every_flag(tmp_path: Path) -> None:
     flags = (
-        "--worker-id w --served-model-name m --tp 2 --rank 1 --rendezvous file:///x --dtype bfloat16 "
+        "--worker-id w --served-model-name m --tp 2 --pp 3 --rank 3 --rendezvous file:///x --dtype bfloat16 "
         "--runner hf --device cpu --block-size 32 --kv-cache-memory 1.5GiB --num-host-blocks 12 "
         "--max-num-seqs 9 --max-num-batched-tokens 100 --max-model-len 50 --max-prefill-chunk 16 --tpot-target-ms 40 "
-        "--no-prefix-cache --expert-parallel --kv-transfer tcp --kv-address ::1 --role decode --weights-epoch 3 "
+        "--no-prefix-cache --layer-split 4,10,6 --expert-parallel "
+        "--kv-transfer tcp --kv-address ::1 --role decode --weights-epoch 3 "
         "--write-through --failure-domain rack7 "
         "--drain-timeout 1.5 --metrics-host ::1 --metrics-port 90 --parent-pid 7"
     )
@@ -36,6 +37,7 @@ def test_every_flag(tmp_path: Path) -> None:
         worker_id="w",
         model_name="m",
         shard=Shard(1, 2),
+        stage=Stage(1, 3, (4, 10, 6)),
         rendezvous="file:///x",
         dtype="bfloat16",
         runner="hf",
@@ -74,6 +76,15 @@ def test_every_flag(tmp_path: Path) -> None:
         ("--tp 2", "--rank: must be 0 to 1"),
         ("--tp 2 --rank 2", "--rank: must be 0 to 1"),
         ("--tp 2 --rank 1", "--rendezvous: needed"),
+        ("--pp 2", "--rank: must be 0 to 1 with --tp 1 --pp 2"),
+        ("--tp 2 --pp 2 --rank 4", "--rank: must be 0 to 3"),
+        ("--pp 2 --rank 1", "--rendezvous: needed with --tp 1 --pp 2"),
+        (
+            "--pp 2 --rank 1 --rendezvous file:///x --regroup-timeout 5",
+            "--regroup-timeout: no rank of a pipeline is replaced",
+        ),
+        ("--pp 2 --layer-split 3,0", "'3,0' is not a list of layers"),
+        ("--pp 2 --layer-split 3;2", "'3;2' is not a list of layers"),
         ("--max-num-seqs many", "argument --max-num-seqs: invalid whole number value"),
     ],
 )
@@ -99,6 +110,9 @@ def test_torchrun_tells_the_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RANK", "3")
     config = parse_arguments([str(tmp_path), *ROUTER, "--rendezvous", "env://"])
     assert config.shard == Shard(3, 4)
+    config = parse_arguments([str(tmp_path), *ROUTER, "--rendezvous", "env://", "--pp", "2"])
+    assert (config.shard, config.stage) == (Shard(1, 2), Stage(1, 2))
+    assert (config.rank, config.num_ranks, config.sampling_rank) == (3, 4, 2)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from orchestra.worker.hf_check import check_against_own_attention
 from orchestra.worker.hf_config import HfConfig
 from orchestra.worker.hf_model import HfModel
 from orchestra.worker.runner_choice import read_model_config
-from orchestra.worker.sharding import Shard
+from orchestra.worker.sharding import Shard, Stage
 from tests.checkpoints import FAMILIES, OTHER_KINDS
 from tests.worker.conftest import Checkpoints, MakeRank, Reference
 from tests.worker.plans import PlanBuilder
@@ -186,6 +186,7 @@ def test_native_is_taken_at_its_word(checkpoint: Checkpoints) -> None:
     ("changes", "message"),
     [
         ({"shard": Shard(0, 2)}, "--tp: "),
+        ({"stage": Stage(0, 2)}, "--pipeline-parallel: "),
         ({"expert_parallel": True}, "--expert-parallel: "),
     ],
 )

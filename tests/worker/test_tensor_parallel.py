@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import msgpack
@@ -22,7 +23,7 @@ from orchestra.worker.assembly import Group, Place, Rank, build_rank
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.loader import WeightReader
 from orchestra.worker.model_config import ModelConfig
-from orchestra.worker.sharding import Shard
+from orchestra.worker.sharding import Shard, Stage
 from tests.checkpoints import FAMILIES
 from tests.worker.conftest import Checkpoints, Reference
 from tests.worker.plans import PlanBuilder, encode_plan, sampling_start
@@ -35,17 +36,17 @@ ALTERNATIVES = 5
 
 @contextmanager
 def rank_processes(
-    model_dir: Path, size: int, folder: Path, collectives: str = "auto"
+    model_dir: Path, size: int, folder: Path, collectives: str = "auto", stages: int = 1
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Starts the ranks of a group; kills those that are left at the end."""
+    """Starts the ranks of a worker; kills those that are left at the end."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     files = [(folder / name) for name in ("plans", "answers")]
     processes = []
     try:
-        for rank in range(size):
+        for rank in range(size * stages):
             rendezvous = (folder / "rendezvous").as_uri()
-            command = [str(model_dir), str(rank), str(size), rendezvous, *map(str, files)]
-            command.append(collectives)
+            numbers = map(str, (rank, size, stages))
+            command = [str(model_dir), *numbers, rendezvous, *map(str, files), collectives]
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "tests.worker.rank_process", *command],
@@ -94,22 +95,46 @@ class ThreadCommunicator:
         pass
 
 
-def thread_ranks(model_dir: Path, size: int, **settings: Any) -> list[Rank]:
-    """Brings up all ranks of a group in this process."""
-    group = ThreadGroup(size)
+class ThreadLink:
+    """Between stages that are threads of this process: a queue to each neighbour."""
+
+    waited_s = 0.0
+
+    def __init__(self, before: Queue[Tensor], after: Queue[Tensor]) -> None:
+        self._before = before
+        self._after = after
+
+    def send(self, hidden: Tensor) -> None:
+        self._after.put(hidden)
+
+    def receive(self, hidden: Tensor) -> None:
+        hidden.copy_(self._before.get(timeout=30))
+
+    def close(self) -> None:
+        pass
+
+
+def thread_ranks(
+    model_dir: Path, size: int, stages: int = 1, split: tuple[int, ...] = (), **settings: Any
+) -> list[Rank]:
+    """Brings up all ranks of a worker in this process, stage after stage."""
+    groups = [ThreadGroup(size) for _ in range(stages)]
+    queues: list[list[Queue[Tensor]]] = [[Queue() for _ in range(size)] for _ in range(stages + 1)]
     model_config = ModelConfig.from_directory(model_dir)
-    place = Place(torch.device("cpu"), torch.float32, local_size=size)
+    place = Place(torch.device("cpu"), torch.float32, local_size=size * stages)
 
     def build(index: int) -> Rank:
-        shard = Shard(index, size)
+        shard, stage = Shard(index % size, size), Stage(index // size, stages, split)
         config = WorkerConfig(
-            model_dir, "", "", "", shard, num_blocks=64, max_num_seqs=8, **settings
+            model_dir, "", "", "", shard, stage, num_blocks=64, max_num_seqs=8, **settings
         )
-        joined = Group(ThreadCommunicator(shard, group))
+        communicator = ThreadCommunicator(shard, groups[stage.index])
+        before, after = queues[stage.index][shard.rank], queues[stage.index + 1][shard.rank]
+        joined = Group(communicator, link=ThreadLink(before, after))
         return build_rank(config, model_config, place, joined, lambda _done, _total: None)
 
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(build, range(size)))
+    with ThreadPoolExecutor(size * stages) as pool:
+        return list(pool.map(build, range(size * stages)))
 
 
 def script(kind: str, reference: Reference) -> tuple[list[bytes], list[list[int]]]:
@@ -169,14 +194,14 @@ def test_whole_experts_add_up(
 
 def compare(kind: str, ranks: list[Rank], reference: Reference) -> None:
     """Runs the script on all ranks of a group and compares its logits."""
-    size = len(ranks)
     messages, sampled = script(kind, reference)
     plans = [ranks[0].reader.read(message) for message in messages]
     row = 0
-    with ThreadPoolExecutor(size) as pool:
+    with ThreadPoolExecutor(len(ranks)) as pool:
         for plan in plans:
-            logits, *others = pool.map(lambda rank, plan=plan: rank.runner.forward(plan), ranks)
-            assert others == [None] * (size - 1)
+            every = list(pool.map(lambda rank, plan=plan: rank.runner.forward(plan), ranks))
+            logits = every.pop(ranks[0].sampling_rank)
+            assert every == [None] * len(every)
             for actual in [] if logits is None else logits:
                 assert_close(actual, reference(kind, sampled[row])[-1])
                 row += 1
@@ -220,15 +245,19 @@ def test_every_rank_reads_its_slices_only(
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("collectives", ["gloo", "shm"])
+@pytest.mark.parametrize(("collectives", "stages"), [("gloo", 1), ("shm", 2)])
 def test_processes(
-    collectives: str, checkpoint: Checkpoints, reference: Reference, tmp_path: Path
+    collectives: str,
+    stages: int,
+    checkpoint: Checkpoints,
+    reference: Reference,
+    tmp_path: Path,
 ) -> None:
     kind, size = "llama", 2
     messages, sampled = script(kind, reference)
     (tmp_path / "plans").write_bytes(msgpack.packb(messages))
-    with rank_processes(checkpoint(kind), size, tmp_path, collectives) as processes:
-        assert [process.wait(timeout=100) for process in processes] == [0] * size
+    with rank_processes(checkpoint(kind), size, tmp_path, collectives, stages) as processes:
+        assert [process.wait(timeout=100) for process in processes] == [0] * size * stages
 
     answers = msgpack.unpackb((tmp_path / "answers").read_bytes())
     assert [answer["step_id"] for answer in answers] == list(range(1, len(messages) + 1))

@@ -7,7 +7,13 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestra.worker.config import add_engine_arguments
+from orchestra.errors import ConfigError
+from orchestra.worker.config import (
+    add_engine_arguments,
+    add_pipeline_argument,
+    parse_layer_split,
+)
+from orchestra.worker.sharding import Stage
 
 MODEL_FILES = ("config.json", "tokenizer.json")
 
@@ -19,7 +25,9 @@ class ServeOptions:
     model_dir: Path
     """A checkpoint directory in the Hugging Face layout."""
     tp: int
-    """Ranks per worker, each with its shard of the model."""
+    """Ranks per stage of a worker, each with its shard of the stage's layers."""
+    stages: int
+    """Stages of each worker's pipeline."""
     spare_ranks: int
     """Processes that wait to take the place of a lost rank."""
     replicas: int
@@ -38,6 +46,11 @@ class ServeOptions:
     """When ready, write one JSON line with the addresses instead of lines for a person."""
     worker_arguments: tuple[str, ...]
     """Further arguments of every rank."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of each worker."""
+        return self.tp * self.stages
 
     def arguments_of(self, index: int) -> list[str]:
         """Arguments of one worker, those of every rank included."""
@@ -86,7 +99,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL_DIR",
         help="checkpoint directory (Hugging Face layout)",
     )
-    parser.add_argument("--tp", type=_positive, default=1, help="ranks per worker (default: 1)")
+    parser.add_argument(
+        "--tp", type=_positive, default=1, help="ranks that share each layer (default: 1)"
+    )
+    add_pipeline_argument(parser)
     parser.add_argument(
         "--spare-ranks",
         type=_not_negative,
@@ -138,6 +154,8 @@ def from_arguments(arguments: argparse.Namespace) -> ServeOptions:
         UsageError: two options do not go together.
     """
     prefill = _prefill_workers(arguments)
+    if arguments.spare_ranks and arguments.pipeline_parallel > 1:
+        raise UsageError("--spare-ranks does not go with --pp: no rank of a pipeline is replaced")
     worker: list[str] = []
     for action in add_engine_arguments(argparse.ArgumentParser()):
         value = getattr(arguments, action.dest)
@@ -150,6 +168,7 @@ def from_arguments(arguments: argparse.Namespace) -> ServeOptions:
     return ServeOptions(
         model_dir=arguments.model_dir,
         tp=arguments.tp,
+        stages=arguments.pipeline_parallel,
         spare_ranks=arguments.spare_ranks if arguments.tp > 1 else 0,
         replicas=prefill + arguments.decode if prefill else arguments.replicas or 1,
         prefill=prefill,
@@ -188,18 +207,22 @@ def group_devices(options: ServeOptions) -> list[str | None]:
     gpus = [] if on_cpu else _visible_gpus()
     if not gpus:
         return [None] * options.replicas
-    needed = options.tp * options.replicas
+    needed = options.num_ranks * options.replicas
     if needed > len(gpus):
         workers = f"--replicas {options.replicas}"
         if options.prefill:
             workers = (
                 f"--prefill {options.prefill} and --decode {options.replicas - options.prefill}"
             )
+        ranks = f"--tp {options.tp}"
+        if options.stages > 1:
+            ranks += f", --pp {options.stages}"
         raise UsageError(
-            f"--tp {options.tp} and {workers} need {needed} GPUs, there are {len(gpus)}"
+            f"{ranks} and {workers} need {needed} GPUs, there are {len(gpus)}"
             " (--device cpu runs without)"
         )
-    return [",".join(gpus[i : i + options.tp]) for i in range(0, needed, options.tp)]
+    size = options.num_ranks
+    return [",".join(gpus[i : i + size]) for i in range(0, needed, size)]
 
 
 def _prefill_workers(arguments: argparse.Namespace) -> int:
@@ -236,9 +259,24 @@ def _check_model(options: ServeOptions) -> None:
         config = json.loads((path / "config.json").read_text())
     except ValueError as error:
         raise UsageError(f"{path / 'config.json'} is not JSON: {error}") from error
-    heads = config.get("num_attention_heads") if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        return
+    heads, layers = config.get("num_attention_heads"), config.get("num_hidden_layers")
     if isinstance(heads, int) and heads % options.tp:
         raise UsageError(f"--tp {options.tp} does not divide the model's {heads} attention heads")
+    if isinstance(layers, int):
+        _check_stages(options, layers)
+
+
+def _check_stages(options: ServeOptions, num_layers: int) -> None:
+    arguments = options.worker_arguments
+    split: tuple[int, ...] = ()
+    if "--layer-split" in arguments:
+        split = parse_layer_split(arguments[arguments.index("--layer-split") + 1])
+    try:
+        Stage(0, options.stages, split).layers(num_layers)
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
 
 
 def _check_port(options: ServeOptions, port: int, flag: str) -> None:

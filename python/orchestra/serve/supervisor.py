@@ -135,7 +135,7 @@ def _ready_lines(options: ServeOptions, addresses: Addresses, took_s: float) -> 
     else:
         route, body["prompt"] = "completions", "Once upon a time"
     body |= {"max_tokens": 64, "stream": True}
-    size = f"{options.replicas} worker(s) of {options.tp} rank(s)"
+    size = f"{options.replicas} worker(s) of {options.num_ranks} rank(s)"
     if options.prefill:
         size += f", {options.prefill} for prompts"
     return [

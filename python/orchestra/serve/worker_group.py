@@ -63,7 +63,7 @@ class WorkerGroup:
     @property
     def loaded(self) -> float:
         """Share of the weights that is loaded, over all ranks, 0 to 1."""
-        ranks = range(self._options.tp)
+        ranks = range(self._options.num_ranks)
         return sum(
             1.0 if r in self._ready_ranks else self._loaded.get(r, 0.0) for r in ranks
         ) / len(ranks)
@@ -95,7 +95,7 @@ class WorkerGroup:
         waits: list[asyncio.Task[int]] = []
         try:
             self._meeting_place().mkdir()
-            for rank in range(self._options.tp):
+            for rank in range(self._options.num_ranks):
                 self.children.append(await self._start(rank))
             waits = [asyncio.create_task(child.wait()) for child in self.children]
             while True:
@@ -120,7 +120,8 @@ class WorkerGroup:
     def _is_replaceable(self, rank: int, status: int) -> bool:
         """Whether the others can go on without a rank that ended, until another has its place."""
         is_hopeless = status == EXIT_INVALID_CONFIG or self._replacements >= REPLACEMENTS_MAX
-        return rank != 0 and self.is_ready and not is_hopeless
+        is_pipeline = self._options.stages > 1
+        return rank != 0 and self.is_ready and not is_pipeline and not is_hopeless
 
     async def _replace(self, rank: int, status: int) -> None:
         self._replacements += 1
@@ -150,10 +151,12 @@ class WorkerGroup:
             *options.arguments_of(self._index),
         ]
         name = self.name
-        if options.tp > 1:
+        if options.num_ranks > 1:
             rendezvous = f"file://{self._meeting_place() / 'rendezvous'}"
             command += ["--tp", str(options.tp), "--rank", str(rank), "--rendezvous", rendezvous]
-            command += ["--regroup-timeout", f"{REGROUP_TIMEOUT_S:g}"]
+            command += ["--pp", str(options.stages)]
+            if options.stages == 1:
+                command += ["--regroup-timeout", f"{REGROUP_TIMEOUT_S:g}"]
             name = f"{self.name} rank {rank}"
 
         def on_status(status: dict[str, Any]) -> None:
@@ -196,5 +199,7 @@ def rank_environment(options: ServeOptions, cuda_devices: str | None) -> dict[st
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks that each take every core would slow each other down.
         cores = len(os.sched_getaffinity(0))
-        environment["OMP_NUM_THREADS"] = str(max(1, cores // (options.tp * options.replicas)))
+        environment["OMP_NUM_THREADS"] = str(
+            max(1, cores // (options.num_ranks * options.replicas))
+        )
     return environment

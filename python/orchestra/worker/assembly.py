@@ -3,10 +3,11 @@
 import os
 import struct
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.distributed_c10d import PrefixStore
 
 from orchestra.errors import ConfigError
 from orchestra.worker import device as devices
@@ -32,7 +33,9 @@ from orchestra.worker.renewable_group import AbortableCommunicator, RenewableGro
 from orchestra.worker.runner import ModelRunner, warm_up_plan
 from orchestra.worker.runner_choice import ModelShape, load_hf, read_model_config
 from orchestra.worker.sampler import Sampler
+from orchestra.worker.sharding import Shard, Stage
 from orchestra.worker.shared_group import join_group
+from orchestra.worker.stage_link import ProcessLink, SingleStage, StageLink
 
 if TYPE_CHECKING:
     from orchestra._core import KvPool
@@ -50,12 +53,15 @@ class Group:
     """How this rank speaks to the others."""
 
     communicator: Communicator
+    """Of this rank's stage."""
     leader: Leader | None = None
     """Rank 0's end of the plan channel; None with a single rank."""
     follower: Follower | None = None
     """The end of any other rank."""
     renewable: RenewableGroup | None = None
     """The communicator, where it can go on with another group after a rank was lost."""
+    link: StageLink = field(default_factory=SingleStage)
+    """To the stages before and after it."""
 
     def step(self) -> AbstractContextManager[None]:
         """Brackets a step, so that others see how far this rank is."""
@@ -73,6 +79,11 @@ class Group:
             answer = self.follower.receive()
             return count if answer is None else int(_COUNT.unpack(answer)[0])
         return count
+
+    def close(self) -> None:
+        """Leaves the other ranks."""
+        self.link.close()
+        self.communicator.close()
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,26 @@ class Rank:
     """The cache's memory, where KV can move to other workers and come from them."""
     block_size: int = 1
     """Tokens per KV block."""
+
+    stage: Stage = field(default_factory=Stage)
+    """Its stage of the pipeline."""
+    shard: Shard = field(default_factory=Shard)
+    """Its place in the stage."""
+
+    @property
+    def reporting_ranks(self) -> list[int]:
+        """The first rank of each stage but the first stage: those that report to rank 0."""
+        return [stage * self.shard.size for stage in range(1, self.stage.count)]
+
+    @property
+    def sampling_rank(self) -> int:
+        """The one that draws the tokens: the first rank of the last stage."""
+        return (self.stage.count - 1) * self.shard.size
+
+    @property
+    def is_reporting(self) -> bool:
+        """Whether rank 0 waits for this rank's reports."""
+        return self.shard.rank == 0 and not self.stage.is_first
 
     def settle(self) -> None:
         """Begins a generation together with the other ranks: those that stayed, and those that have just loaded.
@@ -151,8 +182,9 @@ def build_rank(
     longest = _longest_sequence(config, model_config)
     model, shape = _load(config, model_config, place, group, progress)
     heads = config.shard.heads(shape.num_heads, shape.num_kv_heads)
+    layers = config.stage.layers(shape.num_layers)
     spec = KvCacheSpec(
-        num_layers=shape.num_layers,
+        num_layers=len(layers),
         num_kv_heads=len(heads.kv_heads),
         head_dim=shape.head_dim,
         block_size=config.block_size,
@@ -168,12 +200,13 @@ def build_rank(
     check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(spec, num_blocks, place))
     pool = make_kv_pool(config, spec, num_blocks, place.device)
     cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks, pool)
+    rules = shape.attention[layers.start : layers.stop]
     # Latent attention has one KV head of which all query heads are the group: that is a matrix product of torch's.
     is_latent = isinstance(model_config, ModelConfig) and model_config.latent is not None
     name = "torch" if is_latent else config.attention
-    attention = make_attention(name, cache, len(heads.heads), place.device, shape.attention)
+    attention = make_attention(name, cache, len(heads.heads), place.device, rules)
     sampler = None
-    if config.shard.rank == 0:
+    if config.rank == config.sampling_rank:
         sampler = Sampler(shape.vocab_size, config.max_num_seqs, place.device)
     runner = ModelRunner(model, cache, attention, sampler, place.device)
     warm_up(runner, config.block_size)
@@ -181,6 +214,8 @@ def build_rank(
     return Rank(
         *(shape, runner, plans, group, num_blocks, max_model_len),
         kv_pool=pool,
+        stage=config.stage,
+        shard=config.shard,
         block_size=config.block_size,
     )
 
@@ -198,7 +233,13 @@ def _load(
         return load_hf(config, model_config, place.dtype, place.device, longest, progress)
     with WeightReader(config.model_dir) as reader:
         context = LoadContext(
-            reader, group.communicator, place.dtype, place.device, config.expert_parallel
+            reader,
+            group.communicator,
+            place.dtype,
+            place.device,
+            config.expert_parallel,
+            config.stage,
+            group.link,
         )
         load = LOADERS[model_config.architecture]
         return load(context, model_config, longest, progress), model_config
@@ -216,8 +257,8 @@ def _longest_sequence(config: WorkerConfig, model_config: "ModelConfig | HfConfi
 
 def _choose_place(config: WorkerConfig, model_config: "ModelConfig | HfConfig") -> Place:
     # torchrun sets both; without it, the ranks of a group share this machine.
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", config.shard.size))
-    local_rank = int(os.environ.get("LOCAL_RANK", config.shard.rank))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", config.num_ranks))
+    local_rank = int(os.environ.get("LOCAL_RANK", config.rank))
     device = devices.select_device(config.device, local_rank)
     devices.set_threads(local_size)
     dtype = devices.select_dtype(config.dtype, model_config.dtype, device)
@@ -225,22 +266,29 @@ def _choose_place(config: WorkerConfig, model_config: "ModelConfig | HfConfig") 
 
 
 def _join(config: WorkerConfig, place: Place) -> Group:
-    shard = config.shard
-    if shard.size == 1:
+    if config.num_ranks == 1:
         return Group(SingleRank())
-    store = rendezvous(config.rendezvous, shard)
+    store = rendezvous(config.rendezvous, Shard(config.rank, config.num_ranks))
     leader = follower = None
     generation = 0
-    if shard.rank == 0:
-        leader = Leader(store, shard.size, config.rendezvous)
+    if config.rank == 0:
+        leader = Leader(store, config.num_ranks, config.rendezvous)
     else:
-        follower = Follower(store, shard.rank)
+        follower = Follower(store, config.rank)
         generation = follower.generation
+    if config.stage.count > 1:
+        # Each stage is a world of its own: its collectives are among its ranks.
+        own = PrefixStore(f"stage-{config.stage.index}", store)
+        communicator: Communicator = SingleRank()
+        if config.shard.size > 1:
+            communicator = join_group(config, own, place.device, generation)
+        link = ProcessLink(config.stage, config.shard, store, place.device)
+        return Group(communicator, leader, follower, link=link)
 
     def join(generation: int) -> AbortableCommunicator:
         return join_group(config, store, place.device, generation)
 
-    group = RenewableGroup(shard, join, generation)
+    group = RenewableGroup(config.shard, join, generation)
     return Group(group, leader, follower, renewable=group)
 
 

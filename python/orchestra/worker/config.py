@@ -13,14 +13,14 @@ from typing import Any, NoReturn
 from urllib.parse import urlparse
 
 from orchestra.errors import ConfigError
-from orchestra.worker.sharding import Shard
+from orchestra.worker.sharding import Shard, Stage
 
 # EX_USAGE of sysexits.h: a restart changes nothing.
 EXIT_INVALID_CONFIG = 64
 
-# Flags whose fields have other names.
+# Flags that `WorkerConfig` has in another form.
 _SPELT_OTHERWISE = (
-    *("tp", "rank", "regroup_timeout"),
+    *("tp", "pipeline_parallel", "layer_split", "rank", "regroup_timeout"),
     *("served_model_name", "no_prefix_cache", "drain_timeout"),
 )
 
@@ -41,7 +41,9 @@ class WorkerConfig:
     model_name: str
     """Under which clients ask for the model."""
     shard: Shard = field(default_factory=Shard)
-    """This rank's place in the tensor-parallel group."""
+    """This rank's place in the tensor-parallel group of its stage."""
+    stage: Stage = field(default_factory=Stage)
+    """Its stage of the pipeline."""
     rendezvous: str = ""
     """Where the ranks meet: `file:///path`, `tcp://host:port` or `env://`. Empty with one rank."""
     attention: str = "auto"
@@ -104,6 +106,21 @@ class WorkerConfig:
     is_spare: bool = False
     """Whether the process waits for standard input to say which rank it is."""
 
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the worker: those of all stages."""
+        return self.shard.size * self.stage.count
+
+    @property
+    def rank(self) -> int:
+        """This rank's number among them, stage after stage; the agent is rank 0's."""
+        return self.stage.index * self.shard.size + self.shard.rank
+
+    @property
+    def sampling_rank(self) -> int:
+        """The rank that draws the tokens: the first of the last stage."""
+        return self.num_ranks - self.shard.size
+
 
 def parse_arguments(arguments: Sequence[str]) -> WorkerConfig:
     """Reads the command line; exits with a message where it is wrong."""
@@ -141,9 +158,12 @@ def _add_required(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_group(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("tensor parallelism")
-    group.add_argument("--tp", type=_integer(1), help="ranks that share the model (default: 1)")
-    group.add_argument("--rank", type=_integer(0), help="which of them this is")
+    group = parser.add_argument_group("ranks")
+    group.add_argument("--tp", type=_integer(1), help="ranks that share each layer (default: 1)")
+    add_pipeline_argument(group)
+    group.add_argument(
+        "--rank", type=_integer(0), help="which of the tp x pp ranks this is, stage after stage"
+    )
     group.add_argument(
         "--rendezvous", default="", metavar="URL", help="file:///path, tcp://host:port or env://"
     )
@@ -153,6 +173,18 @@ def _add_group(parser: argparse.ArgumentParser) -> None:
         default=WorkerConfig.regroup_timeout_s,
         metavar="SECONDS",
         help="how long the ranks wait for a replacement of a lost one; 0: they end with it",
+    )
+
+
+def add_pipeline_argument(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """Declares the number of stages, for `orchestra worker` and `orchestra serve` alike."""
+    group.add_argument(
+        "--pipeline-parallel",
+        "--pp",
+        type=_integer(1),
+        default=1,
+        metavar="STAGES",
+        help="stages that the layers are divided among, each of --tp ranks",
     )
 
 
@@ -255,6 +287,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
         ),
         add("--no-prefix-cache", action="store_true", help="compute every prompt from its start"),
         add(
+            "--layer-split",
+            type=_layer_split,
+            metavar="N,N",
+            help="layers of each stage of a pipeline, like 10,6 (default: equally many)",
+        ),
+        add(
             "--expert-parallel",
             action="store_true",
             help="keep each expert whole on one rank, instead of a slice of each on every rank",
@@ -333,30 +371,44 @@ def _from_namespace(given: argparse.Namespace) -> WorkerConfig:
     names: dict[str, Any] = vars(given).copy()
     for name in _SPELT_OTHERWISE:
         del names[name]
+    shard, stage = _place(given)
+    if stage.count > 1 and given.regroup_timeout > 0:
+        message = "--regroup-timeout: no rank of a pipeline is replaced, its worker starts again"
+        raise ConfigError(message, key="regroup_timeout")
     names["worker_id"] = given.worker_id or f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
     return WorkerConfig(
         **names,
         model_name=given.served_model_name or model_dir.resolve().name,
-        shard=_shard(given),
+        shard=shard,
+        stage=stage,
         enable_prefix_cache=not given.no_prefix_cache,
         drain_timeout_s=given.drain_timeout,
         regroup_timeout_s=given.regroup_timeout,
     )
 
 
-def _shard(given: argparse.Namespace) -> Shard:
+def _place(given: argparse.Namespace) -> tuple[Shard, Stage]:
     """This rank's place: from the flags, or with `env://` from what torchrun sets."""
-    size, rank = given.tp, given.rank
+    stages, size, rank = given.pipeline_parallel, given.tp, given.rank
     if urlparse(given.rendezvous).scheme == "env":
-        size = int(os.environ.get("WORLD_SIZE", "1")) if size is None else size
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        size = max(1, world // stages) if size is None else size
         rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     size = 1 if size is None else size
-    rank = 0 if rank is None and size == 1 else rank
-    if rank is None or rank >= size:
-        raise ConfigError(f"--rank: must be 0 to {size - 1} with --tp {size}", key="rank")
-    if size > 1 and not given.rendezvous:
-        raise ConfigError(f"--rendezvous: needed with --tp {size}", key="rendezvous")
-    return Shard(rank, size)
+    num_ranks = stages * size
+    flags = f"--tp {size}" if stages == 1 else f"--tp {size} --pp {stages}"
+    rank = 0 if rank is None and num_ranks == 1 else rank
+    if rank is None or rank >= num_ranks:
+        raise ConfigError(f"--rank: must be 0 to {num_ranks - 1} with {flags}", key="rank")
+    if num_ranks > 1 and not given.rendezvous:
+        raise ConfigError(f"--rendezvous: needed with {flags}", key="rendezvous")
+    split = parse_layer_split(given.layer_split) if given.layer_split else ()
+    return Shard(rank % size, size), Stage(rank // size, stages, split)
+
+
+def parse_layer_split(text: str) -> tuple[int, ...]:
+    """Reads what `--layer-split` accepts, such as `10,6`."""
+    return tuple(map(int, text.split(",")))
 
 
 def parse_bytes(text: str) -> int:
@@ -365,6 +417,13 @@ def parse_bytes(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 4GiB or 500MB")
     return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+def _layer_split(text: str) -> str:
+    """An argument type: whole numbers with commas between them."""
+    if re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers like 10,6")
+    return text
 
 
 def _address(text: str) -> str:

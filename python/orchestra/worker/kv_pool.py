@@ -42,7 +42,7 @@ def _make(
 ) -> "KvPool":
     obstacles = {
         "the KV cache is in an accelerator's memory": device.type != "cpu",
-        "the worker has several ranks": config.shard.size > 1,
+        "the worker has several ranks": config.num_ranks > 1,
         "there is no prefix cache": not config.enable_prefix_cache,
     }
     for obstacle, is_there in obstacles.items():

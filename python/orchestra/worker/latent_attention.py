@@ -88,6 +88,7 @@ class LatentAttention:
             up.view(-1, width, shape.kv_rank), [shape.nope_dim, shape.v_dim], dim=1
         )
         parts = key_up.contiguous(), value_up.transpose(1, 2).contiguous()
+        index = context.cache_index(index, config)
         return cls(index, inputs, queries, kv_norm, parts, shape)
 
     def __call__(self, hidden: Tensor, rotations: Tensor, attention: AttentionBackend) -> Tensor:

@@ -8,7 +8,7 @@ Shapes: `T` tokens of a step, `H` hidden size; weights are `[out, in]` as in the
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -19,7 +19,8 @@ from orchestra.worker.linear import make_linear
 from orchestra.worker.loader import WeightReader, empty_weight
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.parallel import Communicator
-from orchestra.worker.sharding import Span
+from orchestra.worker.sharding import Span, Stage
+from orchestra.worker.stage_link import SingleStage, StageLink
 
 Op = Callable[[Tensor], Tensor]
 
@@ -40,6 +41,14 @@ class LoadContext:
     device: torch.device
     expert_parallel: bool = False
     """Whether each expert is loaded whole, by one rank."""
+    stage: Stage = field(default_factory=Stage)
+    """Which layers are loaded."""
+    link: StageLink = field(default_factory=SingleStage)
+    """Where hidden states come from and go to."""
+
+    def cache_index(self, layer: int, config: ModelConfig) -> int:
+        """Where a layer of the model lies in this rank's KV cache."""
+        return layer - self.stage.layers(config.num_layers).start
 
     def rows(self, name: str, shape: Sequence[int], runs: Sequence[Span] | None = None) -> Tensor:
         """Loads runs of rows of a weight (all of them by default); see `WeightReader.copy_rows`."""

@@ -1,9 +1,9 @@
 """The worker's own metrics page. Built in `run`, so that an import registers nothing."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -11,6 +11,9 @@ from prometheus_client.registry import Collector
 STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 # From ranks that only have to meet again to one that loads its weights from far away.
 REGROUP_BUCKETS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+# What a step still counts for in the bubble when the next one is finished.
+BUBBLE_MEMORY = 1 - 1 / 256
 
 
 class WorkerMetrics:
@@ -43,6 +46,7 @@ class WorkerMetrics:
             "Tokens drawn.",
             registry=self.registry,
         )
+        self._stages = _StageFigures(self.registry)
         self._regroup_seconds = Histogram(
             "orchestra_worker_regroup_seconds",
             "Time since a lost rank was noticed, until: survivors (the others are ready), all (the worker serves).",
@@ -63,6 +67,16 @@ class WorkerMetrics:
         self._regroup_seconds.labels("survivors").observe(survivors_s)
         self._regroup_seconds.labels("all").observe(total_s)
 
+    def note_stages(self, busy_s: Sequence[float], alone_s: float) -> None:
+        """Counts a finished step of a pipeline; a single stage has no bubble to report.
+
+        Args:
+            busy_s: seconds in which each stage computed it.
+            alone_s: seconds in which it was in flight and the step before it was not.
+        """
+        if len(busy_s) > 1:
+            self._stages.note(busy_s, alone_s)
+
     def serve(self, host: str, port: int) -> Callable[[], None]:
         """Serves the page on a thread of its own; returns what stops it.
 
@@ -77,6 +91,43 @@ class WorkerMetrics:
             thread.join()
 
         return stop
+
+
+class _StageFigures:
+    """How the stages of a pipeline spend the time in which the worker has a step in flight."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._in_flight_seconds = Counter(
+            "orchestra_worker_pipeline_seconds_total",
+            "Seconds in which at least one step was in flight.",
+            registry=registry,
+        )
+        self._busy_seconds = Counter(
+            "orchestra_worker_stage_busy_seconds_total",
+            "Seconds in which a stage of the pipeline computed.",
+            ["stage"],
+            registry=registry,
+        )
+        self._bubble_ratio = Gauge(
+            "orchestra_worker_pipeline_bubble_ratio",
+            "Share of the time of about the last 256 steps in which a stage waited while some step was in flight.",
+            ["stage"],
+            registry=registry,
+        )
+        self._recent_s = 0.0
+        self._recent_busy_s: dict[int, float] = {}
+
+    def note(self, busy_s: Sequence[float], alone_s: float) -> None:
+        """Counts a finished step; see `WorkerMetrics.note_stages`."""
+        self._in_flight_seconds.inc(alone_s)
+        self._recent_s = BUBBLE_MEMORY * self._recent_s + alone_s
+        for stage, seconds in enumerate(busy_s):
+            self._busy_seconds.labels(str(stage)).inc(seconds)
+            recent = BUBBLE_MEMORY * self._recent_busy_s.get(stage, 0.0) + seconds
+            self._recent_busy_s[stage] = recent
+            # A stage may have begun before what is counted here: a step or two of the 256.
+            bubble = max(0.0, 1 - recent / max(self._recent_s, 1e-9))
+            self._bubble_ratio.labels(str(stage)).set(bubble)
 
 
 class _AgentCollector(Collector):

@@ -143,8 +143,17 @@ class Leader:
         """Waits for one message from each other rank; returns them in the order of the ranks."""
         return [_receive(peer, f"rank {rank}") for rank, peer in sorted(self._peers.items())]
 
+    def receive(self, rank: int) -> bytes:
+        """Waits for the next message of one rank."""
+        return _receive(self._peers[rank], f"rank {rank}")
+
+    def has_message(self, rank: int) -> bool:
+        """Whether `receive` would find something, be it the end of the stream."""
+        readable, _, _ = select.select([self._peers[rank]], [], [], 0)
+        return bool(readable)
+
     def check(self) -> None:
-        """Finds out, without waiting, whether every rank is still there.
+        """Finds out, without waiting, whether every rank is still there. Only while no step is in flight.
 
         Raises:
             RankLostError: one is not.
@@ -152,7 +161,7 @@ class Leader:
         peers = {peer.fileno(): rank for rank, peer in self._peers.items()}
         readable, _, _ = select.select(list(peers), [], [], 0)
         if readable:
-            # Ranks speak only when collected from, so this is the end of a stream.
+            # Ranks speak only when collected from, or of a step; so this is the end of a stream.
             raise RankLostError(f"rank {peers[readable[0]]} is gone")
 
     def close(self) -> None:
@@ -250,7 +259,7 @@ class Follower:
         return connection
 
     def send(self, message: bytes) -> None:
-        """Answers rank 0's `collect`."""
+        """Answers rank 0's `collect`, or reports to its `receive`."""
         _send(self._socket, message, "rank 0")
 
     def receive(self) -> bytes | None:

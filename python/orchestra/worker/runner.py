@@ -1,4 +1,4 @@
-"""Executes one plan: the forward pass of this rank's shard and, on rank 0, the draw."""
+"""Executes one plan: the forward pass of this rank's shard and, at its end, the draw."""
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ class ModelRunner:
         model: this rank's part.
         cache: this rank's.
         attention: over this rank's cache.
-        sampler: rank 0's; None on the others.
+        sampler: of the last stage's first rank; None on the others.
         device: where the model computes.
     """
 
@@ -52,7 +52,7 @@ class ModelRunner:
         """Runs a step. Every rank of the group must run the same.
 
         Returns:
-            What was drawn, in the order of the plan's samples; empty on other ranks than rank 0.
+            What was drawn, in the order of the plan's samples; empty on ranks without a sampler.
         """
         if self._sampler is not None:
             self._sampler.start(plan.starts)
@@ -68,7 +68,7 @@ class ModelRunner:
         """Computes a step's KV and logits.
 
         Returns:
-            `[N, vocab_size]` in the order of the plan's samples; None on other ranks than rank 0, and where `N` is 0.
+            `[N, vocab_size]` in the order of the plan's samples; None on ranks without a sampler, and where `N` is 0.
         """
         self._cache.copy_blocks(plan.swap_out, plan.swap_in)
         # The tokens to sample from: the last of each sequence that draws.

@@ -103,6 +103,7 @@ def load_hf(
 def _read_native(config: WorkerConfig) -> ModelConfig:
     model_config = ModelConfig.from_directory(config.model_dir)
     config.shard.heads(model_config.num_heads, model_config.num_kv_heads)
+    config.stage.layers(model_config.num_layers)
     if config.expert_parallel and model_config.experts is None:
         message = f"--expert-parallel: {model_config.architecture} has no experts"
         raise ConfigError(message, key="expert_parallel")
@@ -117,6 +118,9 @@ def _read_hf(config: WorkerConfig) -> "HfConfig":
         )
     if config.shard.size > 1:
         raise ConfigError("--tp: transformers' own modules run on one rank", key="tp")
+    if config.stage.count > 1:
+        message = "--pipeline-parallel: transformers' own modules run on one rank"
+        raise ConfigError(message, key="pipeline_parallel")
     if config.expert_parallel:
         message = "--expert-parallel: transformers' own modules run on one rank"
         raise ConfigError(message, key="expert_parallel")

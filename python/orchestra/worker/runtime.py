@@ -14,6 +14,8 @@ from orchestra.errors import ConfigError, UnsupportedError
 from orchestra.worker.assembly import Rank, assemble
 from orchestra.worker.config import EXIT_INVALID_CONFIG, WorkerConfig
 from orchestra.worker.metrics import WorkerMetrics
+from orchestra.worker.pipeline import StepsInFlight, execute
+from orchestra.worker.plan import StepOutput, StepPlan
 from orchestra.worker.plan_channel import Follower, RankLostError
 from orchestra.worker.recovery import LOSSES, FollowerRecovery, LeaderRecovery
 
@@ -39,7 +41,7 @@ class Agent(Protocol):
         ...
 
     def next_step(self, timeout_ms: int) -> bytes | None:
-        """The next plan; None when there was nothing to do for so long."""
+        """The next plan; None when there was nothing to do for so long. At most one for each stage before a commit."""
         ...
 
     def commit(
@@ -50,7 +52,7 @@ class Agent(Protocol):
         top_ids: bytes,
         top_logprobs: bytes,
     ) -> None:
-        """Hands in what was drawn."""
+        """Hands in what the oldest step has drawn."""
         ...
 
     def start_over(self) -> None:
@@ -105,12 +107,12 @@ def run(config: WorkerConfig) -> int:
         # A lost rank has said why itself; anything else needs its traceback.
         is_ours = not isinstance(error, RankLostError)
         logger.error("the worker failed: %s", error, exc_info=is_ours)  # noqa: TRY400
-        if config.shard.size > 1:
+        if config.num_ranks > 1:
             # Leaving a group whose other ranks are gone can block for ever; nothing is left to clean up.
             logging.shutdown()
             os._exit(EXIT_FAILED)
         return EXIT_FAILED
-    rank.group.communicator.close()
+    rank.group.close()
     return EXIT_OK
 
 
@@ -129,7 +131,9 @@ def follow(rank: Rank, channel: Follower, recovery: FollowerRecovery | None = No
         try:
             while (message := channel.receive()) is not None:
                 with rank.group.step():
-                    rank.runner.execute(rank.reader.read(message))
+                    report = execute(rank, rank.reader.read(message))
+                if rank.is_reporting:
+                    channel.send(report.encode())
             break
         except LOSSES:
             if recovery is None or not recovery.is_over_lost_rank():
@@ -159,6 +163,9 @@ def lead(
         recovery: what to do when a rank is lost; None: end.
     """
     drain = _Drain(agent, drain_timeout_s)
+    if rank.stage.count > 1:
+        _lead_stages(agent, rank, stop, metrics, drain)
+        return
     is_announced = False
     while not (stop.is_requested and drain.is_over()):
         with metrics.wait.time():
@@ -178,6 +185,42 @@ def lead(
                 return
     if recovery is not None:
         recovery.close()
+
+
+def _lead_stages(
+    agent: Agent, rank: Rank, stop: StopSignals, metrics: WorkerMetrics, drain: "_Drain"
+) -> None:
+    """The loop of rank 0 of a pipeline, with a step in flight for each stage. A lost rank ends the worker."""
+    leader = rank.group.leader
+    steps = StepsInFlight(rank, limit=rank.stage.count)
+    is_announced = False
+    while not (stop.is_requested and drain.is_over()):
+        message = None
+        if steps.has_room:
+            with metrics.wait.time():
+                message = agent.next_step(0 if steps else IDLE_WAIT_MS)
+        if not is_announced and agent.is_attached:
+            _announce_ready()
+            is_announced = True
+        if message is not None:
+            steps.start(message)
+        elif not steps and leader is not None:
+            leader.check()
+        # Nothing to start: the next answer is what changes that.
+        must_wait = len(steps) > 0 and (message is None or not steps.has_room)
+        while must_wait or steps.is_oldest_done:
+            _finish_step(agent, steps, metrics)
+            must_wait = False
+    # A goodbye behind reports that nobody reads could be lost.
+    while steps:
+        _finish_step(agent, steps, metrics)
+
+
+def _finish_step(agent: Agent, steps: StepsInFlight, metrics: WorkerMetrics) -> None:
+    step = steps.finish()
+    metrics.execute.observe(step.took_s)
+    metrics.note_stages(step.busy_s, step.alone_s)
+    _commit(agent, step.plan, step.output, metrics)
 
 
 def _check_ranks(rank: Rank, recovery: LeaderRecovery | None) -> None:
@@ -205,6 +248,10 @@ def _run_step(
         output = rank.runner.execute(plan)
         if recovery is not None:
             recovery.watch.end_step(num_tokens)
+    _commit(agent, plan, output, metrics)
+
+
+def _commit(agent: Agent, plan: StepPlan, output: StepOutput, metrics: WorkerMetrics) -> None:
     with metrics.commit.time():
         agent.commit(
             plan.step_id,
@@ -213,7 +260,7 @@ def _run_step(
             output.top_ids.tobytes(),
             output.top_logprobs.tobytes(),
         )
-    metrics.computed_tokens.inc(num_tokens)
+    metrics.computed_tokens.inc(len(plan.token_ids))
     metrics.sampled_tokens.inc(len(output.token_ids))
 
 
@@ -288,6 +335,7 @@ def agent_config(config: WorkerConfig, rank: Rank) -> dict[str, Any]:
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "max_model_len": rank.max_model_len,
+            "max_steps_in_flight": config.stage.count,
             "max_prefill_chunk": config.max_prefill_chunk,
             "tpot_target_us": config.tpot_target_ms * 1000,
             "enable_prefix_cache": config.enable_prefix_cache,

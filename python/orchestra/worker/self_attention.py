@@ -49,7 +49,8 @@ class SelfAttention:
         bias = _load_qkv(context, name, config, heads, "bias") if config.qkv_bias else None
         norm = _load_head_norms(context, name, config, heads) if config.qk_norm else None
         linear = make_linear(weight, bias)
-        return cls(index, linear, norm, len(heads.heads), len(heads.kv_heads), config.head_dim)
+        counts = len(heads.heads), len(heads.kv_heads)
+        return cls(context.cache_index(index, config), linear, norm, *counts, config.head_dim)
 
     def __call__(self, hidden: Tensor, rotations: Tensor, attention: AttentionBackend) -> Tensor:
         """Maps `[T, H]` to this rank's attended heads, `[T, num_heads * head_dim]`."""

@@ -1,4 +1,4 @@
-"""Which part of the model a tensor-parallel rank holds. Arithmetic only, the same on every rank."""
+"""Which part of the model a rank holds: its layers, and its slices of them. Arithmetic only, the same on every rank."""
 
 import math
 from dataclasses import dataclass
@@ -79,3 +79,44 @@ class Shard:
         run = math.gcd(readers, len(heads))
         starts = range(heads.start, heads.stop, run)
         return HeadShard(heads, tuple(start // readers for start in starts))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One rank's place in a pipeline: which run of the model's layers it computes."""
+
+    index: int = 0
+    count: int = 1
+    split: tuple[int, ...] = ()
+    """Layers of each stage; empty: equally many, as far as they can be divided."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether token ids come in here."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether tokens are drawn here."""
+        return self.index == self.count - 1
+
+    def layers(self, num_layers: int) -> Span:
+        """This stage's layers. In an even split the earlier stages take what is left over: the last has the head.
+
+        Raises:
+            ConfigError: there are fewer layers than stages, or the split is for another number of either.
+        """
+        if self.split:
+            if len(self.split) != self.count or sum(self.split) != num_layers or 0 in self.split:
+                split = ",".join(map(str, self.split))
+                message = f"--layer-split: {split} does not give {num_layers} layers to {self.count} stages"
+                raise ConfigError(message, key="layer_split")
+            start = sum(self.split[: self.index])
+            return Span(start, start + self.split[self.index])
+        if self.count > num_layers:
+            message = f"--pipeline-parallel: {self.count} stages for {num_layers} layers"
+            raise ConfigError(message, key="pipeline_parallel")
+        start, stop = (
+            -(-num_layers * index // self.count) for index in (self.index, self.index + 1)
+        )
+        return Span(start, stop)

@@ -26,7 +26,8 @@ const COMMANDS_MAX: usize = 1024;
 
 /// A worker's side of the router: takes sequences in, plans steps, sends tokens out.
 ///
-/// One thread drives it: `next_step`, execute, `commit`, repeat. The other calls may come from any thread, also while
+/// One thread drives it: `next_step`, execute, `commit`, repeat. As many steps may be handed out before the first is
+/// committed as the scheduler's `max_steps_in_flight` says. The other calls may come from any thread, also while
 /// `next_step` waits.
 #[derive(Debug)]
 pub struct Agent {
@@ -100,7 +101,7 @@ impl Agent {
     /// The next step to execute; `None` when there was nothing to do for `timeout`. Sleeps while it waits.
     ///
     /// # Errors
-    /// [`AgentError::StepOutstanding`] where the last step was not committed, [`AgentError::Closed`] and
+    /// [`AgentError::StepOutstanding`] where as many steps as may be are not committed, [`AgentError::Closed`] and
     /// [`AgentError::Failed`] when the agent has ended.
     pub fn next_step(&self, timeout: Duration) -> Result<Option<StepPlan>, AgentError> {
         self.step_loop.lock().next_step(timeout)
@@ -114,7 +115,7 @@ impl Agent {
         Ok(Some(encode_plan(&plan)?))
     }
 
-    /// Hands in what the model drew for the step handed out last, and sends the tokens to the router.
+    /// Hands in what the model drew for the oldest step that is not committed, and sends the tokens to the router.
     ///
     /// # Errors
     /// An answer that does not fit its plan is refused and changes nothing: the step can still be committed.

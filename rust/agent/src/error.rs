@@ -21,11 +21,11 @@ pub enum AgentError {
     /// Executing a step failed earlier; the agent takes no more work.
     #[error("the agent has failed: {0}")]
     Failed(String),
-    /// The step handed out last was not committed.
+    /// As many steps as may be in flight are not committed; this is the oldest.
     #[error("step {0} was handed out and is not committed yet")]
     StepOutstanding(u64),
-    /// This is not the step handed out last, or it was committed before.
-    #[error("step {0} is not the step that was handed out last")]
+    /// This is not the oldest step that was handed out and not committed.
+    #[error("step {0} is not the step whose answer is due")]
     UnknownStep(u64),
     /// The answer to a step does not fit its plan.
     #[error(transparent)]

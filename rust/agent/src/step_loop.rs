@@ -8,6 +8,7 @@ mod kv_link;
 mod streams;
 
 use std::{
+    collections::VecDeque,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -34,7 +35,7 @@ use crate::{
 /// Longest single wait for work; callers that ask for more get it in turns of this.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
 
-/// A step that was handed out and not yet committed.
+/// A step that was handed out and is not committed yet.
 #[derive(Debug)]
 struct Outstanding {
     step_id: u64,
@@ -54,7 +55,10 @@ pub(crate) struct StepLoop {
     commands: mpsc::Receiver<Command>,
     attachment: Option<Attachment>,
     last_request_id: u64,
-    outstanding: Option<Outstanding>,
+    /// In order; no more than the scheduler's `max_steps_in_flight`.
+    outstanding: VecDeque<Outstanding>,
+    /// When the last step was committed: from then on the next one's time counts.
+    committed: Option<Instant>,
     /// Why the agent gave up, once it has.
     failure: Option<String>,
     patience: Patience,
@@ -84,7 +88,8 @@ impl StepLoop {
             commands,
             attachment: None,
             last_request_id: 0,
-            outstanding: None,
+            outstanding: VecDeque::new(),
+            committed: None,
             failure: None,
             patience: Patience {
                 limit: config.outbound_stall_limit,
@@ -101,8 +106,11 @@ impl StepLoop {
 
     pub(crate) fn next_step(&mut self, timeout: Duration) -> Result<Option<StepPlan>, AgentError> {
         self.check_usable()?;
-        if let Some(outstanding) = &self.outstanding {
-            return Err(AgentError::StepOutstanding(outstanding.step_id));
+        let most = self.config.scheduler.max_steps_in_flight as usize;
+        if let Some(oldest) = self.outstanding.front()
+            && self.outstanding.len() >= most
+        {
+            return Err(AgentError::StepOutstanding(oldest.step_id));
         }
         let deadline = Instant::now() + timeout.min(WAIT_MAX);
         let mut command = None;
@@ -126,7 +134,7 @@ impl StepLoop {
         let plan = self.scheduler.schedule(self.now());
         self.note_scheduling(began);
         let plan = plan?;
-        self.outstanding = Some(Outstanding {
+        self.outstanding.push_back(Outstanding {
             step_id: plan.step_id,
             wanted: Wanted::new(&plan, self.config.vocab_size),
             handed_out: Instant::now(),
@@ -149,14 +157,19 @@ impl StepLoop {
 
     pub(crate) fn commit(&mut self, output: &StepOutput) -> Result<(), AgentError> {
         let outstanding = self.outstanding(output.step_id)?;
-        let executed = outstanding.handed_out.elapsed();
+        // Steps in flight overlap; the time in which any of them is counts once.
+        let alone_since = self.committed.map_or(outstanding.handed_out, |committed| {
+            committed.max(outstanding.handed_out)
+        });
+        let executed = alone_since.elapsed();
         let fills_blocks = outstanding.fills_blocks;
         let began = Instant::now();
         let updates = self
             .scheduler
             .update_from_output(output, self.now())
             .map_err(AgentError::Step)?;
-        self.outstanding = None;
+        self.outstanding.pop_front();
+        self.committed = Some(Instant::now());
         self.board
             .update(|stats| stats.execute_us += micros(executed));
         self.note_scheduling(began);
@@ -176,7 +189,7 @@ impl StepLoop {
     fn outstanding(&self, step_id: u64) -> Result<&Outstanding, AgentError> {
         self.check_usable()?;
         self.outstanding
-            .as_ref()
+            .front()
             .filter(|outstanding| outstanding.step_id == step_id)
             .ok_or(AgentError::UnknownStep(step_id))
     }

@@ -57,7 +57,7 @@ impl Agent {
         Ok(plan.map(|plan| PyBytes::new(py, &plan)))
     }
 
-    /// Hands in what the model drew for the step handed out last.
+    /// Hands in what the model drew for the oldest step that was handed out and not committed.
     #[pyo3(
         signature = (step_id, token_ids, chosen_logprobs = EMPTY, top_ids = EMPTY, top_logprobs = EMPTY),
         text_signature = "($self, step_id, token_ids, chosen_logprobs=b\"\", top_ids=b\"\", top_logprobs=b\"\")"

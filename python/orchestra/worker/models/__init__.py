@@ -32,7 +32,7 @@ class Model(Protocol):
             rows: `int64[N]`, the tokens whose logits are wanted; None: all, in order.
 
         Returns:
-            The logits `[N, vocab_size]`; None on other ranks than rank 0, and where `N` is 0.
+            The logits `[N, vocab_size]`; None on other ranks than the last stage's first, and where `N` is 0.
         """
         ...
 

@@ -1,13 +1,15 @@
 """The trunk of every family: embedding, layers, norm, head. A family's own file says what one layer is."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from orchestra.worker.attention import AttentionBackend
 from orchestra.worker.layers import (
     LoadContext,
+    Op,
     RMSNorm,
     VocabEmbedding,
     VocabHead,
@@ -16,6 +18,12 @@ from orchestra.worker.layers import (
 from orchestra.worker.loader import Progress
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.rotary import RotaryTable
+from orchestra.worker.sharding import Stage
+
+if TYPE_CHECKING:
+    from orchestra.worker.stage_link import StageLink
+
+_EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm", "lm_head.weight"
 
 
 class Layer(Protocol):
@@ -35,29 +43,26 @@ LoadLayer = Callable[[LoadContext, int, ModelConfig], Layer]
 
 
 class Decoder:
-    """This rank's part of the model.
+    """This rank's part of the model: its slices of its stage's layers.
 
     Args:
-        embedding: token ids to `[T, H]`.
-        layers: in order.
-        norm: before the head.
-        head: `[N, H]` to logits.
+        entry: token ids to `[T, H]`: the embedding, or what the stage before sends.
+        layers: of the stage, in order.
         rotaries: of each layer; layers that turn alike share one table.
+        after: what follows the layers.
     """
 
     def __init__(
         self,
-        embedding: VocabEmbedding,
+        entry: Op,
         layers: Sequence[Layer],
-        norm: RMSNorm,
-        head: VocabHead,
         rotaries: Sequence[RotaryTable],
+        after: "Head | StageLink",
     ) -> None:
-        self._embedding = embedding
+        self._entry = entry
         self._layers = layers
-        self._norm = norm
-        self._head = head
         self._rotaries = rotaries
+        self._after = after
 
     @classmethod
     def load(
@@ -77,48 +82,105 @@ class Decoder:
             max_positions: longest sequence that will run.
             progress: told after each layer.
         """
-        vocab, hidden = config.vocab_size, config.hidden_size
-        parts = config.num_layers + 2
-        embedding = VocabEmbedding.load(context, "model.embed_tokens.weight", config)
+        stage = context.stage
+        span = stage.layers(config.num_layers)
+        parts = len(span) + 2
+        embedding = None
+        if stage.is_first:
+            embedding = VocabEmbedding.load(context, _EMBEDDING, config)
+        entry = embedding or FormerStage(context, config)
         progress(1, parts)
         layers = []
-        for index in range(config.num_layers):
+        for done, index in enumerate(range(span.start, span.stop), start=2):
             layers.append(load_layer(context, index, config))
-            progress(index + 2, parts)
-        norm = RMSNorm.load(context, "model.norm", hidden, config)
-        weight = embedding.weight
-        if not config.tie_word_embeddings:
-            weight = load_vocab_rows(context, "lm_head.weight", vocab, hidden)
-        head = VocabHead(weight, vocab, context.communicator, config.logit_soft_cap)
-        drafts = range(config.num_layers, config.num_layers + config.num_draft_layers)
-        unread = tuple(f"model.layers.{index}." for index in drafts)
-        context.reader.finish(lambda name: name.startswith(unread) or _is_ignored(name))
+            progress(done, parts)
+        after = Head.load(context, config, embedding) if stage.is_last else context.link
+        context.reader.finish(_of_others(config, stage))
         progress(parts, parts)
-        ropes = [config.rope_of(index) for index in range(config.num_layers)]
+        ropes = [config.rope_of(index) for index in range(span.start, span.stop)]
         tables = {
             rope: RotaryTable(rope, config.rotary_head_dim, max_positions, context.device)
             for rope in set(ropes)
         }
-        return cls(embedding, layers, norm, head, [tables[rope] for rope in ropes])
+        return cls(entry, layers, [tables[rope] for rope in ropes], after)
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, rows: Tensor | None
     ) -> Tensor | None:
         """Runs one step; see `models.Model`."""
-        hidden = self._embedding(token_ids)
+        hidden = self._entry(token_ids)
         rotations = {table: table(positions) for table in set(self._rotaries)}
         for layer, table in zip(self._layers[:-1], self._rotaries[:-1], strict=True):
             hidden = layer.finish(hidden, layer.attend(hidden, rotations[table], attention))
         # Every token leaves its KV in the last layer too, but only those that are sampled go further.
         last = self._layers[-1]
         attended = last.attend(hidden, rotations[self._rotaries[-1]], attention)
+        if not isinstance(self._after, Head):
+            self._after.send(last.finish(hidden, attended))
+            return None
         if rows is not None:
             if rows.shape[0] == 0:
                 return None
             hidden, attended = hidden.index_select(0, rows), attended.index_select(0, rows)
-        return self._head(self._norm(last.finish(hidden, attended)))
+        return self._after(last.finish(hidden, attended))
+
+
+class Head:
+    """What the last stage has behind its layers: hidden states to logits."""
+
+    def __init__(self, norm: RMSNorm, head: VocabHead) -> None:
+        self._norm = norm
+        self._head = head
+
+    @classmethod
+    def load(
+        cls, context: LoadContext, config: ModelConfig, embedding: VocabEmbedding | None
+    ) -> "Head":
+        """Loads this rank's slices; with tied weights they are those of `embedding`, where this stage has it."""
+        vocab, hidden = config.vocab_size, config.hidden_size
+        norm = RMSNorm.load(context, _NORM, hidden, config)
+        if config.tie_word_embeddings and embedding is not None:
+            weight = embedding.weight
+        else:
+            name = _EMBEDDING if config.tie_word_embeddings else _HEAD
+            weight = load_vocab_rows(context, name, vocab, hidden)
+        return cls(norm, VocabHead(weight, vocab, context.communicator, config.logit_soft_cap))
+
+    def __call__(self, hidden: Tensor) -> Tensor | None:
+        """Maps `[N, H]` to `[N, vocab]` on the stage's first rank, to None elsewhere."""
+        return self._head(self._norm(hidden))
+
+
+class FormerStage:
+    """Stands where the first stage has the embedding."""
+
+    def __init__(self, context: LoadContext, config: ModelConfig) -> None:
+        self._link = context.link
+        self._width = config.hidden_size
+        self._dtype = context.dtype
+        self._device = context.device
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """Waits for the hidden states `[T, H]` of these tokens."""
+        shape = (token_ids.shape[0], self._width)
+        hidden = torch.empty(shape, dtype=self._dtype, device=self._device)
+        self._link.receive(hidden)
+        return hidden
+
+
+def _of_others(config: ModelConfig, stage: Stage) -> Callable[[str], bool]:
+    """Tells the weights that other stages read, and those that none does, from what should not be there."""
+    span = stage.layers(config.num_layers)
+    # Layers behind the last one are for drafting.
+    layers = range(config.num_layers + config.num_draft_layers)
+    others = [index for index in layers if not span.start <= index < span.stop]
+    prefixes = tuple(f"model.layers.{index}." for index in others)
+    names = set() if stage.is_first else {_EMBEDDING}
+    if not stage.is_last:
+        names |= {f"{_NORM}.weight", _HEAD}
+    return lambda name: name in names or name.startswith(prefixes) or _is_ignored(name)
 
 
 def _is_ignored(name: str) -> bool:
     """Weights that some checkpoints carry and no model needs: computed tables, and a tied head's second copy."""
-    return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+    return name.endswith("rotary_emb.inv_freq") or name == _HEAD

@@ -96,7 +96,7 @@ impl StepLoop {
             "step failed, the agent gives up"
         );
         self.failure = Some(message.to_owned());
-        self.outstanding = None;
+        self.outstanding.clear();
         if let Some(attachment) = &mut self.attachment {
             attachment.refuse_all(ErrorCode::WorkerFailed, message);
             // Where that fails the stream has ended, and the router knows.
@@ -111,7 +111,7 @@ impl StepLoop {
     /// remembers a failure of.
     pub(crate) fn start_over(&mut self) -> Result<(), AgentError> {
         self.check_usable()?;
-        self.outstanding = None;
+        self.outstanding.clear();
         self.detach(Lost::StartedOver);
         self.scheduler.forget_all();
         // Nobody is attached to hear of it, and the next hello tells the cache as it is.
@@ -122,7 +122,7 @@ impl StepLoop {
     }
 
     pub(crate) fn close(&mut self) {
-        self.outstanding = None;
+        self.outstanding.clear();
         self.detach(Lost::Closing);
     }
 }

@@ -1,6 +1,10 @@
 //! How an agent ends, and what it says to a caller who errs.
 
-use std::{net::SocketAddr, thread, time::Duration};
+use std::{
+    net::SocketAddr,
+    thread,
+    time::{Duration, Instant},
+};
 
 use orchestra_agent::{Agent, AgentConfig, AgentError};
 use orchestra_core::{ErrorCode, step::StepOutput};
@@ -109,6 +113,41 @@ fn steps_are_committed_once_and_in_turn() {
         agent.commit(&execute(&plan)).unwrap();
         let twice = agent.commit(&execute(&plan));
         assert!(matches!(twice, Err(AgentError::UnknownStep(id)) if id == plan.step_id));
+
+        let plan = agent.next_step(PATIENCE).unwrap().unwrap();
+        agent.commit(&execute(&plan)).unwrap();
+    });
+}
+
+#[test]
+fn as_many_steps_as_may_be_are_handed_out_before_a_commit() {
+    let mut router = FakeRouter::start();
+    let mut config = config(router.address);
+    config.scheduler.max_steps_in_flight = 2;
+    let agent = Agent::new(config).unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let (mut session, _) = router.welcome();
+            session.send(Down::Start(start(1, 100, 2)));
+            assert_eq!(collect(&mut session, &[1])[&1].token_ids.len(), 2);
+        });
+        // The prompt is cut in two.
+        let first = agent.next_step(PATIENCE).unwrap().unwrap();
+        let second = agent.next_step(PATIENCE).unwrap().unwrap();
+        let third = agent.next_step(PATIENCE);
+        assert!(matches!(third, Err(AgentError::StepOutstanding(id)) if id == first.step_id));
+        let early = agent.commit(&execute(&second));
+        assert!(matches!(early, Err(AgentError::UnknownStep(id)) if id == second.step_id));
+
+        let began = Instant::now();
+        thread::sleep(Duration::from_millis(20));
+        agent.commit(&execute(&first)).unwrap();
+        let executed_first = agent.stats().execute_us;
+        assert_eq!(agent.next_step(Duration::ZERO).unwrap(), None);
+        agent.commit(&execute(&second)).unwrap();
+        // Where both were in flight counts once.
+        let executed = Duration::from_micros(agent.stats().execute_us - executed_first);
+        assert!(executed + Duration::from_millis(20) <= began.elapsed());
 
         let plan = agent.next_step(PATIENCE).unwrap().unwrap();
         agent.commit(&execute(&plan)).unwrap();

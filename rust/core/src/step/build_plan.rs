@@ -62,8 +62,8 @@ pub(super) fn build_plan(
 
 fn push_row(plan: &mut StepPlan, executing: &mut Executing, row: &mut Running, block_size: u32) {
     let (start, end) = (
-        row.num_computed_tokens,
-        row.num_computed_tokens + row.num_scheduled_tokens,
+        row.next_position(),
+        row.next_position() + row.num_scheduled_tokens,
     );
     let num_blocks = if row.is_decode() {
         push_last_token(plan, row, block_size)
@@ -94,7 +94,7 @@ fn push_row(plan: &mut StepPlan, executing: &mut Executing, row: &mut Running, b
 /// division and no loop, which most rows of most steps would pay for. Returns in how many blocks the sequence has its
 /// KV after the step.
 fn push_last_token(plan: &mut StepPlan, row: &Running, block_size: u32) -> u32 {
-    let position = row.num_computed_tokens as u32;
+    let position = row.next_position() as u32;
     let column = row.block_table.len() - 1;
     let offset = position - column as u32 * block_size;
     plan.token_ids

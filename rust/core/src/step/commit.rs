@@ -9,7 +9,7 @@ use super::{
 };
 use crate::time::Time;
 
-/// A step whose output is due. What it computes of each sequence stands in the running ones.
+/// A step whose output is due.
 #[derive(Debug)]
 pub(super) struct Executing {
     step_id: u64,
@@ -19,18 +19,28 @@ pub(super) struct Executing {
     wants_logprobs: bool,
     /// `[N]` the seniority of each sequence that draws a token: it may end meanwhile, and its id come again.
     samples: Vec<u64>,
+    /// By seniority: whose tokens it computes, and how many.
+    rows: Vec<Row>,
+}
+
+/// What a step computes of one sequence.
+#[derive(Debug)]
+pub(super) struct Row {
+    pub(super) seniority: u64,
+    pub(super) num_tokens: usize,
 }
 
 impl Executing {
-    /// A step of at most `max_samples` samples, none of them known yet.
-    pub(super) fn new(shape: &PlanShape, max_samples: usize) -> Self {
+    /// A step of at most `max_rows` sequences, none of them known yet.
+    pub(super) fn new(shape: &PlanShape, max_rows: usize) -> Self {
         Self {
             step_id: shape.step_id,
             planned_at: shape.planned_at,
             num_decodes: shape.num_decodes,
             num_prefill_tokens: shape.num_prefill_tokens,
             wants_logprobs: false,
-            samples: Vec::with_capacity(max_samples),
+            samples: Vec::with_capacity(max_rows),
+            rows: Vec::with_capacity(max_rows),
         }
     }
 
@@ -38,6 +48,23 @@ impl Executing {
     pub(super) fn expect_token(&mut self, seniority: u64, wants_logprobs: bool) {
         self.samples.push(seniority);
         self.wants_logprobs |= wants_logprobs;
+    }
+
+    /// Takes over what the plan computes of a sequence: it is in flight from now on.
+    pub(super) fn expect_computed(&mut self, running: &mut Running) {
+        let num_tokens = std::mem::take(&mut running.num_scheduled_tokens);
+        if num_tokens > 0 {
+            running.num_in_flight_tokens += num_tokens;
+            let seniority = running.seniority;
+            self.rows.push(Row {
+                seniority,
+                num_tokens,
+            });
+        }
+    }
+
+    pub(super) fn rows(&self) -> &[Row] {
+        &self.rows
     }
 
     fn check(&self, output: &StepOutput) -> Result<(), StepError> {
@@ -66,7 +93,7 @@ impl Executing {
 }
 
 impl StepScheduler {
-    /// Commits the step that executes: what it computed becomes reusable, drawn tokens are appended, and
+    /// Commits the oldest step that executes: what it computed becomes reusable, drawn tokens are appended, and
     /// sequences end that draw a stop token or reach `max_tokens`. Returns the new tokens in the order of the
     /// plan's samples, less those of requests that were aborted meanwhile. On an error nothing changes, and the
     /// step's output is still due.
@@ -75,11 +102,11 @@ impl StepScheduler {
         output: &StepOutput,
         now: Time,
     ) -> Result<Vec<TokenUpdate>, StepError> {
-        let executing = self.executing.as_ref().ok_or(StepError::NoStep {
+        let executing = self.executing.front().ok_or(StepError::NoStep {
             got: output.step_id,
         })?;
         executing.check(output)?;
-        let Some(executing) = self.executing.take() else {
+        let Some(executing) = self.executing.pop_front() else {
             return Ok(Vec::new());
         };
         self.stats.step_time = now.since(executing.planned_at);
@@ -90,7 +117,7 @@ impl StepScheduler {
                 self.stats.step_time,
             );
         }
-        self.commit_computed_tokens();
+        self.commit_computed_tokens(&executing.rows);
 
         let mut updates = Vec::with_capacity(executing.samples.len());
         let mut next = 0;
@@ -124,12 +151,19 @@ impl StepScheduler {
     }
 
     /// Counts the step's tokens as computed and makes blocks that are now full reusable.
-    fn commit_computed_tokens(&mut self) {
+    fn commit_computed_tokens(&mut self, rows: &[Row]) {
         let block_size = self.block_size();
         let mut ends_prefill = false;
-        for running in &mut self.running {
-            running.num_computed_tokens += running.num_scheduled_tokens;
-            running.num_scheduled_tokens = 0;
+        let mut next = 0;
+        for row in rows {
+            // None: aborted while the step executed. Nobody is preempted while a step computes its tokens.
+            let Some(index) = self.running_with(row.seniority, next) else {
+                continue;
+            };
+            next = index + 1;
+            let running = &mut self.running[index];
+            running.num_computed_tokens += row.num_tokens;
+            running.num_in_flight_tokens -= row.num_tokens;
             // Most steps fill no block of a sequence.
             if running.num_computed_tokens < (running.num_cached_blocks + 1) * block_size {
                 continue;

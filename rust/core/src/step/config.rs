@@ -20,13 +20,16 @@ pub struct StepSchedulerConfig {
     pub max_model_len: u32,
     /// Most requests that wait to start; one more is refused.
     pub max_num_waiting: u32,
+    /// Most steps that are planned and not committed: as many as the runner has stages. The sequences that decode, and
+    /// the prefill tokens, are divided among them.
+    pub max_steps_in_flight: u32,
     /// Most prefill tokens of one sequence in one step; 0 leaves only the token budget.
     pub max_prefill_chunk: u32,
     /// How long a step may last while sequences decode, µs: their time per output token. The prefill tokens of a
     /// step are limited to what is predicted to fit; 0 leaves only the token budget.
     pub tpot_target_us: u32,
     /// Fewest prefill tokens that `tpot_target_us` leaves to a step, so that prompts go on when decodes alone last
-    /// longer.
+    /// longer; and fewest to which `max_steps_in_flight` divides them.
     pub min_prefill_tokens: u32,
     /// Reuse the KV of equal prefixes.
     pub enable_prefix_cache: bool,
@@ -53,6 +56,7 @@ impl Default for StepSchedulerConfig {
             max_num_batched_tokens: 2048,
             max_model_len: 0,
             max_num_waiting: 8192,
+            max_steps_in_flight: 1,
             max_prefill_chunk: 0,
             tpot_target_us: 0,
             min_prefill_tokens: 64,
@@ -77,6 +81,7 @@ impl StepSchedulerConfig {
             ("max_num_seqs", self.max_num_seqs),
             ("max_num_batched_tokens", self.max_num_batched_tokens),
             ("max_num_waiting", self.max_num_waiting),
+            ("max_steps_in_flight", self.max_steps_in_flight),
             ("min_prefill_tokens", self.min_prefill_tokens),
         ];
         for (key, value) in positive {

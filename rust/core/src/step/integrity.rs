@@ -3,6 +3,7 @@
 use rustc_hash::FxHashSet;
 
 use super::{
+    commit::Executing,
     scheduler::StepScheduler,
     sequence::{Running, Sequence},
 };
@@ -21,6 +22,10 @@ impl StepScheduler {
             .chain(self.awaiting_tables())
             .collect();
         self.pool.check_integrity(&tables, &self.held_tables());
+        assert!(
+            self.executing.len() <= self.config.max_steps_in_flight as usize,
+            "steps in flight"
+        );
         for running in &self.running {
             self.check_running(running);
         }
@@ -59,18 +64,16 @@ impl StepScheduler {
             "{id}: the last token is uncomputed"
         );
         assert!(
-            running.num_scheduled_tokens <= running.num_uncomputed_tokens(),
+            running.num_in_flight_tokens <= running.num_uncomputed_tokens(),
             "{id}"
         );
-        assert!(
-            running.num_scheduled_tokens == 0 || self.executing.is_some(),
-            "{id}: tokens are scheduled only while a step executes"
-        );
+        assert_eq!(running.num_scheduled_tokens, 0, "{id}: no step is planned");
+        let rows = self.executing.iter().flat_map(Executing::rows);
+        let own = rows.filter(|row| row.seniority == running.seniority);
+        let num_in_flight: usize = own.map(|row| row.num_tokens).sum();
+        assert_eq!(running.num_in_flight_tokens, num_in_flight, "{id}");
         let num_held = running.block_table.len() * block_size;
-        assert!(
-            num_held >= running.num_computed_tokens + running.num_scheduled_tokens,
-            "{id}"
-        );
+        assert!(num_held >= running.next_position(), "{id}");
         assert!(
             running.block_table.len() <= num_tokens.div_ceil(block_size),
             "{id}: spare block"

@@ -52,7 +52,7 @@ impl StepScheduler {
         token_ids: &[TokenId],
         max_blocks: u32,
     ) -> Option<AwaitedBlocks> {
-        let is_quiet = self.executing.is_none() && !self.pool.host.has_copies();
+        let is_quiet = self.executing.is_empty() && !self.pool.host.has_copies();
         if !is_quiet || !self.config.enable_prefix_cache {
             return None;
         }
@@ -139,7 +139,7 @@ impl StepScheduler {
     /// What host memory keeps of a chain behind the matched blocks, pinned for a reader; nothing while a step may still
     /// have to write it.
     pub(super) fn pin_for_reader(&mut self, chain: Chain<'_>) -> Vec<u32> {
-        if self.executing.is_some() || self.pool.host.has_copies() {
+        if !self.executing.is_empty() || self.pool.host.has_copies() {
             return Vec::new();
         }
         let found = self.pool.match_host(chain, &self.matched).blocks;

@@ -1,7 +1,8 @@
 //! Plans one replica's steps: which sequences run, how many of their tokens, in which KV blocks.
 //!
 //! Reading order: `plan` is the contract with the runner; `scheduler` holds the state, `schedule` plans a step,
-//! `preempt` says who gives way, `commit` takes the result, `forget` starts over; `waiting`, `sequence`, `block_pool` and `host_tier` are
+//! `micro_batch` divides the work where several are in flight, `preempt` says who gives way, `commit` takes the result,
+//! `forget` starts over; `waiting`, `sequence`, `block_pool` and `host_tier` are
 //! what they work on, `step_cost` is what they learn; `moves` is what other workers bring and take. The rules, their bounds and the reasons are in
 //! `docs/step_scheduler.md`.
 
@@ -18,6 +19,7 @@ mod integrity;
 mod keep;
 mod kv_events;
 mod lru;
+mod micro_batch;
 mod moves;
 mod plan;
 mod preempt;

@@ -188,7 +188,7 @@ impl StepScheduler {
         let limit = self.pool.num_blocks() / MOVING_SHARE;
         let has_room = self.moves.num_incoming() + num_missing <= limit;
         // What the next plan saves to host memory still lies in blocks that count as free.
-        let is_quiet = self.executing.is_none() && !self.pool.host.has_copies();
+        let is_quiet = self.executing.is_empty() && !self.pool.host.has_copies();
         if num_missing == 0 || !has_room || !is_quiet {
             return None;
         }
@@ -418,7 +418,7 @@ impl Running {
     /// there is none, or nobody to tell.
     fn newly_filled(&self, block_size: usize) -> Option<Range<usize>> {
         let prefill = self.sequence.prefill_only.as_ref()?;
-        let end = (self.num_computed_tokens + self.num_scheduled_tokens) / block_size;
+        let end = (self.next_position() + self.num_scheduled_tokens) / block_size;
         let is_scheduled = self.num_scheduled_tokens > 0;
         (is_scheduled && end > prefill.num_filled_blocks).then_some(prefill.num_filled_blocks..end)
     }

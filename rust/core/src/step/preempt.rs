@@ -19,13 +19,15 @@ impl StepScheduler {
     /// after finitely many steps. Hence no livelock.
     ///
     /// Least work lost is fewest tokens computed, and of equals the junior. A sequence whose last block is shared
-    /// would free nothing, so it is taken only where there is no other.
+    /// would free nothing, so it is taken only where there is no other. One of which a step in flight computes tokens
+    /// is not taken: its turn comes with the commit.
     pub(super) fn preempt_one(&mut self) -> Option<usize> {
         let (index, _) = self
             .running
             .iter()
             .enumerate()
             .skip(1)
+            .filter(|(_, running)| !running.is_in_flight())
             .filter_map(|(index, running)| {
                 let last_block = *running.block_table.last()?;
                 let frees_nothing = self.pool.ref_count(last_block) > 1;

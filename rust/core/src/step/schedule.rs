@@ -27,16 +27,18 @@ pub(super) struct Seat {
 }
 
 impl StepScheduler {
-    /// Plans the next step. `None` where nothing is left to run, or while a step executes.
+    /// Plans the next step. `None` where nothing is left to run before a commit, or while `max_steps_in_flight`
+    /// steps execute.
     ///
     /// Every plan has at least one token: the most senior request makes progress in every step (see
-    /// `preempt_one`), as long as other workers leave it the blocks that it needs.
+    /// `preempt_one`), as long as other workers leave it the blocks that it needs. With several steps in flight, in
+    /// one of each `max_steps_in_flight` that follow each other.
     pub fn schedule(&mut self, now: Time) -> Option<StepPlan> {
-        if self.executing.is_some() {
+        if self.executing.len() >= self.config.max_steps_in_flight as usize {
             return None;
         }
         self.give_up_awaiting(now);
-        self.in_flight_prefixes.clear();
+        self.note_prefixes_in_flight();
         let budget = self.config.max_num_batched_tokens as usize;
         let mut draft = Draft {
             now,
@@ -57,11 +59,16 @@ impl StepScheduler {
     /// them all: it is at least `max_num_seqs`.
     fn schedule_decodes(&mut self, draft: &mut Draft) {
         let preemptions = self.stats.preemptions;
+        let mut num_left = self.decode_share();
         for index in 0..self.running.len() {
             // A victim of an earlier index has lost its place.
             if self.running[index].is_preempted() || !self.running[index].is_decode() {
                 continue;
             }
+            if num_left == 0 {
+                break;
+            }
+            num_left -= 1;
             let has_block = self.make_room_for_next_token(index);
             self.running[index].num_scheduled_tokens = usize::from(has_block);
         }
@@ -74,7 +81,10 @@ impl StepScheduler {
             .filter(|running| running.num_scheduled_tokens > 0)
             .count();
         draft.budget -= draft.num_decodes;
-        draft.budget = draft.budget.min(self.prefill_limit(draft.num_decodes));
+        draft.budget = draft
+            .budget
+            .min(self.prefill_limit(draft.num_decodes))
+            .min(self.prefill_share());
     }
 
     /// Prefill tokens with which the sequences that decode keep their time per token. Without any of them there is
@@ -105,7 +115,7 @@ impl StepScheduler {
     fn has_block_for_next_token(&mut self, index: usize) -> bool {
         let block_size = self.block_size();
         let running = &mut self.running[index];
-        if running.num_computed_tokens < running.block_table.len() * block_size {
+        if running.next_position() < running.block_table.len() * block_size {
             return true;
         }
         let block = self.pool.allocate();
@@ -119,7 +129,7 @@ impl StepScheduler {
             return;
         }
         for index in 0..self.running.len() {
-            // A decode that found no block, because others hold it, waits.
+            // A decode that found no block, because others hold it, waits; and so does one beyond the step's share.
             if !self.running[index].is_decode() {
                 self.schedule_chunk(index, draft);
             }
@@ -134,18 +144,20 @@ impl StepScheduler {
         let block_size = self.block_size();
         let running = &mut self.running[index];
         let num_tokens = running
-            .num_uncomputed_tokens()
+            .num_unplanned_tokens()
             .min(max_chunk)
             .min(draft.budget);
-        if num_tokens == 0 {
+        // What keeps the blocks of a prefill for others is that of one step.
+        let is_held_up = running.sequence.prefill_only.is_some() && running.is_in_flight();
+        if num_tokens == 0 || is_held_up {
             return;
         }
         running.num_scheduled_tokens = num_tokens;
         draft.budget -= num_tokens;
         draft.num_prefill_tokens += num_tokens;
 
-        let first = running.num_computed_tokens / block_size;
-        let last = (running.num_computed_tokens + num_tokens - 1) / block_size;
+        let first = running.next_position() / block_size;
+        let last = (running.next_position() + num_tokens - 1) / block_size;
         let hashes = running.sequence.chain(last + 1).hashes;
         self.in_flight_prefixes.extend(hashes.iter().skip(first));
     }
@@ -153,8 +165,8 @@ impl StepScheduler {
     /// Starts waiting requests in the queue's order, up to the first for which there are no blocks. Nobody
     /// behind that one may pass, or large requests would starve.
     ///
-    /// A request whose next block another sequence computes in this very step is held back, so that it finds the
-    /// block in the cache later; those behind it may pass, but its seat is kept. Being held back ends when the
+    /// A request whose next block another sequence computes in this very step, or in one in flight, is held back, so
+    /// that it finds the block in the cache later; those behind it may pass, but its seat is kept. Being held back ends when the
     /// other makes no progress, and after `max_prefix_wait_steps` in any case.
     fn start_waiting(&mut self, draft: &mut Draft) {
         let block_size = self.block_size();
@@ -237,6 +249,7 @@ impl StepScheduler {
             num_cached_blocks: self.matched.len(),
             num_sent_blocks: 0,
             num_computed_tokens: self.matched.len() * self.block_size(),
+            num_in_flight_tokens: 0,
             num_scheduled_tokens: 0,
             swapped: None,
             is_finished: false,
@@ -259,13 +272,17 @@ impl StepScheduler {
             num_decodes: draft.num_decodes,
             num_prefill_tokens: draft.num_prefill_tokens,
         };
-        let (mut plan, executing) = build_plan(&shape, &mut self.running, self.config.block_size);
+        let (mut plan, mut executing) =
+            build_plan(&shape, &mut self.running, self.config.block_size);
         plan.starts = draft.starts;
         if draft.num_prefill_tokens > 0 {
             plan.filled = self.hold_filled();
         }
         self.pool.host.move_copies(&mut plan);
-        self.executing = Some(executing);
+        for running in &mut self.running {
+            executing.expect_computed(running);
+        }
+        self.executing.push_back(executing);
         Some(plan)
     }
 }

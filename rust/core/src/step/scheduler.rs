@@ -1,7 +1,7 @@
 //! The replica's scheduler: its state, and how requests come and go. Planning a step is in `schedule`, taking its
 //! result in `commit`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use rustc_hash::FxHashSet;
 
@@ -25,9 +25,10 @@ use crate::{
     time::Time,
 };
 
-/// Plans a replica's steps, one at a time: [`schedule`](Self::schedule), run the plan,
-/// [`update_from_output`](Self::update_from_output). Requests may come and go at any moment, also while a step
-/// executes.
+/// Plans a replica's steps: [`schedule`](Self::schedule), run the plan,
+/// [`update_from_output`](Self::update_from_output). They are run and committed in order, and up to
+/// `max_steps_in_flight` are planned before the first of them is committed. Requests may come and go at any moment, also
+/// while steps execute.
 #[derive(Debug)]
 pub struct StepScheduler {
     pub(super) config: StepSchedulerConfig,
@@ -42,8 +43,8 @@ pub struct StepScheduler {
     pub(super) num_started: u64,
     /// Sampler slots that no running sequence has; the last is given out first.
     pub(super) free_slots: Vec<u32>,
-    /// The step whose output is due.
-    pub(super) executing: Option<Executing>,
+    /// The steps whose outputs are due, in order.
+    pub(super) executing: VecDeque<Executing>,
     pub(super) stats: StepStats,
     /// Learns only where there is a TPOT target.
     pub(super) step_cost: StepCost,
@@ -78,7 +79,7 @@ impl StepScheduler {
             waiting: WaitingQueue::new(config.block_size, config.max_overtakes),
             num_started: 0,
             free_slots: (0..config.max_num_seqs).rev().collect(),
-            executing: None,
+            executing: VecDeque::new(),
             stats: StepStats::default(),
             step_cost: StepCost::default(),
             in_flight_prefixes: FxHashSet::default(),
@@ -172,10 +173,10 @@ impl StepScheduler {
 
     /// Ends a request at once; `false` where there is none with this id.
     ///
-    /// Also while a step executes that computes it: its token of that step is dropped. Its blocks may then be
-    /// given to others while the step still writes to them. That is safe because the next plan, the first that
-    /// can name them, runs after this step, and because what this step writes was never committed: only the
-    /// blocks of earlier steps stay in the prefix cache.
+    /// Also while steps execute that compute it: its token of theirs is dropped. Its blocks may then be given to
+    /// others while those steps still write to them. That is safe because the next plan, the first that can name
+    /// them, runs after these steps, on every stage; and because what they write was never committed: only the
+    /// blocks of earlier steps stay in the prefix cache. The same holds for its slot.
     pub fn abort(&mut self, id: RequestId) -> bool {
         if self.waiting.remove(id).is_some() || self.abort_awaiting(id) {
             return true;
@@ -252,7 +253,7 @@ impl StepScheduler {
 
     /// Load and counters.
     pub fn stats(&self) -> StepStats {
-        let prefilling = self.running.iter().filter(|running| !running.is_decode());
+        let prefilling = self.running.iter().filter(|running| running.is_prefill());
         let num_running_prefill: usize = prefilling.map(Running::num_uncomputed_tokens).sum();
         let num_preempted_prefill: usize = self
             .preempted

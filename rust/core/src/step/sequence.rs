@@ -168,7 +168,7 @@ impl Preempted {
 /// A sequence that holds blocks and a sampler slot.
 ///
 /// ```text
-///   tokens   0 ........ cached ........ computed ..... known
+///   tokens   0 ........ cached ........ computed ..... in flight ..... known
 ///   blocks   [ shared, complete ][ private, being written ]
 /// ```
 /// The block table covers all known tokens from the start. The first `num_cached_blocks` blocks are in the prefix
@@ -185,7 +185,9 @@ pub(super) struct Running {
     /// Leading blocks of the table that the runner has in its own.
     pub(super) num_sent_blocks: usize,
     pub(super) num_computed_tokens: usize,
-    /// Tokens that the step computes which executes or is being planned.
+    /// Tokens behind the computed ones that steps in flight compute.
+    pub(super) num_in_flight_tokens: usize,
+    /// Tokens behind those that the step computes which is being planned.
     pub(super) num_scheduled_tokens: usize,
     /// What host memory keeps, while a preempted sequence waits to be taken out of the running ones.
     pub(super) swapped: Option<Swapped>,
@@ -199,15 +201,40 @@ impl Running {
         self.sequence.num_tokens() - self.num_computed_tokens
     }
 
-    /// Whether only the last token has to be computed, to draw the next.
+    /// Whether more than the last token is not computed.
+    pub(super) fn is_prefill(&self) -> bool {
+        self.num_uncomputed_tokens() > 1 || self.sequence.prefill_only.is_some()
+    }
+
+    /// The position of the first token that no step in flight computes either.
+    pub(super) fn next_position(&self) -> usize {
+        self.num_computed_tokens + self.num_in_flight_tokens
+    }
+
+    /// Known tokens that no step in flight computes. None while the sequence waits for its next token.
+    pub(super) fn num_unplanned_tokens(&self) -> usize {
+        self.sequence.num_tokens() - self.next_position()
+    }
+
+    /// Whether the next step has to compute only the last token, to draw the next.
     pub(super) fn is_decode(&self) -> bool {
-        self.num_uncomputed_tokens() == 1 && self.sequence.prefill_only.is_none()
+        self.num_unplanned_tokens() == 1 && self.sequence.prefill_only.is_none()
+    }
+
+    /// Whether every token but the last known one is computed, or will be by the steps in flight.
+    pub(super) fn is_past_prefill(&self) -> bool {
+        self.num_unplanned_tokens() <= 1 && self.sequence.prefill_only.is_none()
     }
 
     /// Whether the planned tokens are the last known ones, so that the step draws the next.
     pub(super) fn draws_token(&self) -> bool {
-        self.num_scheduled_tokens == self.num_uncomputed_tokens()
+        self.num_scheduled_tokens == self.num_unplanned_tokens()
             && self.sequence.prefill_only.is_none()
+    }
+
+    /// Whether a step in flight computes some of its tokens.
+    pub(super) fn is_in_flight(&self) -> bool {
+        self.num_in_flight_tokens > 0
     }
 
     /// Whether the sequence has lost its blocks in the step that is being planned.

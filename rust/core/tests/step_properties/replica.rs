@@ -1,6 +1,8 @@
 //! A scheduler, a fake model, and everything that has to be true of the two after every step.
 
-use std::collections::BTreeMap;
+mod plan_checks;
+
+use std::collections::{BTreeMap, VecDeque};
 
 use crate::{
     fake_model::{FakeModel, logprobs_of, reference_output},
@@ -57,12 +59,22 @@ pub(crate) struct NewRequest {
     pub(crate) hash_seed: HashSeed,
 }
 
+/// A step that is not committed, with its output once it has run.
+struct InFlight {
+    plan: StepPlan,
+    output: Option<StepOutput>,
+}
+
 pub(crate) struct Replica {
     pub(crate) scheduler: StepScheduler,
     pub(crate) config: StepSchedulerConfig,
     pub(crate) model: FakeModel,
     pub(crate) requests: BTreeMap<RequestId, Tracked>,
-    executing: Option<StepPlan>,
+    /// In order; those that have run, before the others.
+    executing: VecDeque<InFlight>,
+    /// Most steps that were ever in flight, and plans that had part of a prompt whose beginning was.
+    pub(crate) num_in_flight_max: usize,
+    pub(crate) num_chunks_in_flight: u64,
     pub(crate) moves: Moves,
     num_started: usize,
     /// The most senior request, once it has been seen running as such.
@@ -84,7 +96,9 @@ impl Replica {
             model: FakeModel::new(&config),
             config,
             requests: BTreeMap::new(),
-            executing: None,
+            executing: VecDeque::new(),
+            num_in_flight_max: 0,
+            num_chunks_in_flight: 0,
             moves: Moves::default(),
             num_started: 0,
             safe: None,
@@ -182,8 +196,8 @@ impl Replica {
             self.end_by_abort(id);
         }
         assert!(!self.scheduler.has_work());
-        let is_filling = |plan: &StepPlan| !plan.filled.is_empty();
-        let has_moves = self.moves.is_any_open() || self.executing.as_ref().is_some_and(is_filling);
+        let is_filling = |step: &InFlight| !step.plan.filled.is_empty();
+        let has_moves = self.moves.is_any_open() || self.executing.iter().any(is_filling);
         assert!(has_moves || self.scheduler.stats().kv_blocks_used == 0);
     }
 
@@ -195,10 +209,10 @@ impl Replica {
         for id in ended {
             self.end_by_abort(id);
         }
-        let plan = self.executing.take();
-        self.num_forgotten_steps += u64::from(plan.is_some());
-        self.moves
-            .forget_contents(plan.map_or_else(Vec::new, |plan| plan.filled));
+        let steps = std::mem::take(&mut self.executing);
+        self.num_forgotten_steps += steps.len() as u64;
+        let filled = steps.into_iter().flat_map(|step| step.plan.filled);
+        self.moves.forget_contents(filled.collect());
         self.model.lose_kv();
         assert_eq!(self.scheduler.cached_block_hashes(), []);
         assert_eq!(self.scheduler.kept_block_hashes(), []);
@@ -219,88 +233,53 @@ impl Replica {
         unfinished.map(|(&id, _)| id)
     }
 
-    /// Plans a step, unless one executes. Returns whether one executes now.
+    /// Plans a step, unless as many execute as may. Returns whether one executes now.
     pub(crate) fn schedule(&mut self) -> bool {
         self.now = Time(self.now.0 + 1000);
         let plan = self.scheduler.schedule(self.now);
-        if self.executing.is_some() {
-            assert_eq!(plan, None, "one step at a time");
+        if self.executing.len() == self.config.max_steps_in_flight as usize {
+            assert_eq!(plan, None, "no more steps than may be in flight");
             return true;
         }
+        // What is left may need what a step in flight draws.
+        let may_wait = self.moves.is_any_open() || !self.executing.is_empty();
         assert!(
-            plan.is_some() == self.scheduler.has_work() || self.moves.is_any_open(),
+            plan.is_some() == self.scheduler.has_work() || may_wait,
             "work means a plan"
         );
-        let Some(plan) = plan else { return false };
+        let Some(plan) = plan else {
+            return !self.executing.is_empty();
+        };
         self.num_steps += 1;
         assert_eq!(plan.step_id, self.num_steps);
         self.check_shape(&plan);
         self.note_starts(&plan);
         self.check_senior(&plan);
+        self.check_in_flight(&plan);
         self.num_computed_tokens += plan.token_ids.len() as u64;
-        self.executing = Some(plan);
+        self.executing.push_back(InFlight { plan, output: None });
+        self.num_in_flight_max = self.num_in_flight_max.max(self.executing.len());
         true
     }
 
-    /// Counts overtakes and checks their bound; each request's seed is its id.
-    fn note_starts(&mut self, plan: &StepPlan) {
-        for start in &plan.starts {
-            let id = RequestId(start.sampling.seed);
-            let request = self.requests.get_mut(&id).expect("a request that was sent");
-            if request.seniority.is_some() {
-                continue;
-            }
-            request.seniority = Some(self.num_started);
-            self.num_started += 1;
-            for (_, earlier) in self.requests.range_mut(..id) {
-                // What has awaited its KV came to the queue later than its number says.
-                let is_waiting = earlier.seniority.is_none()
-                    && earlier.finish_reason.is_none()
-                    && !matches!(earlier.wish, Wish::Await(_));
-                earlier.num_overtakes += u32::from(is_waiting);
-            }
-        }
-        // Each step of being held back lets others take the free seats but one, which is kept.
-        let by_rank = self.config.max_overtakes;
-        let by_waiting = self.config.max_prefix_wait_steps * (self.config.max_num_seqs - 1);
-        for (id, request) in &self.requests {
-            assert!(
-                request.num_overtakes <= by_rank + by_waiting,
-                "{id} starves"
-            );
+    /// The plan that was made last, while its step executes.
+    pub(crate) fn newest(&self) -> Option<&StepPlan> {
+        self.executing.back().map(|step| &step.plan)
+    }
+
+    /// Runs the oldest step that has not run, if there is one.
+    pub(crate) fn execute(&mut self) {
+        let Self {
+            executing, model, ..
+        } = self;
+        if let Some(step) = executing.iter_mut().find(|step| step.output.is_none()) {
+            step.output = Some(model.execute(&step.plan));
         }
     }
 
-    /// Once the most senior request runs, it is never preempted: it does not start again.
-    fn check_senior(&mut self, plan: &StepPlan) {
-        let started = self
-            .requests
-            .iter()
-            .filter(|(_, it)| it.finish_reason.is_none());
-        let started = started.filter_map(|(&id, it)| Some((it.seniority?, id)));
-        let Some((_, senior)) = started.min() else {
-            return;
-        };
-        let starts = plan
-            .starts
-            .iter()
-            .any(|start| start.sampling.seed == senior.0);
-        assert!(
-            !(starts && self.safe == Some(senior)),
-            "{senior} was preempted"
-        );
-        let draws = plan
-            .samples
-            .iter()
-            .any(|sample| sample.request_id == senior);
-        if starts || draws {
-            self.safe = Some(senior);
-        }
-    }
-
-    /// Executes and commits the planned step, if there is one.
+    /// Commits the oldest planned step, if there is one, and executes it before where it has not run.
     pub(crate) fn commit(&mut self) {
-        let Some(plan) = self.executing.take() else {
+        let Some(InFlight { plan, output }) = self.executing.pop_front() else {
             let output = StepOutput {
                 step_id: self.num_steps,
                 ..StepOutput::default()
@@ -314,7 +293,7 @@ impl Replica {
             );
             return;
         };
-        let output = self.model.execute(&plan);
+        let output = output.unwrap_or_else(|| self.model.execute(&plan));
         self.now = Time(self.now.0 + 100 * plan.token_ids.len() as u64);
         let updates = self
             .scheduler
@@ -335,7 +314,9 @@ impl Replica {
 
     /// Sends outputs that do not fit the step: each is refused, and the right one still counts.
     pub(crate) fn commit_wrongly(&mut self) {
-        let Some(plan) = &self.executing else { return };
+        let Some(InFlight { plan, .. }) = self.executing.front() else {
+            return;
+        };
         let expected = plan.samples.len();
         let output = StepOutput {
             step_id: plan.step_id,
@@ -423,23 +404,23 @@ impl Replica {
         self.router_view.follow(&mut self.scheduler);
     }
 
-    /// Runs until nothing is left. The most senior request computes at least one token in every step, so the
-    /// number of steps is bounded by what each request could compute as the most senior one, once before it is
-    /// preempted for the last time and once after.
+    /// Runs until nothing is left. The most senior request computes at least one token in every step, or in one of so
+    /// many as may be in flight; so the number of steps is bounded by what each request could compute as the most
+    /// senior one, once before it is preempted for the last time and once after.
     pub(crate) fn run_to_end(&mut self) {
         self.settle_moves();
         let num_tokens = |request: &Tracked| {
             request.prompt.len() as u64 + u64::from(request.sampling.max_tokens)
         };
         let is_open = |request: &&Tracked| request.finish_reason.is_none();
-        let most_steps = 1 + 2 * self
-            .requests
-            .values()
-            .filter(is_open)
-            .map(num_tokens)
-            .sum::<u64>();
+        let num_open: u64 = self.requests.values().filter(is_open).map(num_tokens).sum();
+        let depth = u64::from(self.config.max_steps_in_flight);
+        let most_steps = depth * (1 + 2 * num_open);
         let first_step = self.num_steps;
         while self.schedule() {
+            for _ in 1..depth {
+                self.schedule();
+            }
             self.commit();
             self.settle_moves();
             assert!(self.num_steps - first_step <= most_steps, "livelock");

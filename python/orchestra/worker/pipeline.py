@@ -1,0 +1,146 @@
+"""Steps on their way through the stages: rank 0 starts them, and each stage's first rank reports when it is done."""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import msgpack
+import numpy as np
+
+from orchestra.errors import InternalError
+from orchestra.worker.assembly import Rank
+from orchestra.worker.plan import StepOutput, StepPlan
+from orchestra.worker.plan_channel import MESSAGE_BYTES_MAX
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage says of a step that it has computed."""
+
+    step_id: int
+    busy_s: float
+    """Seconds in which it computed; waiting for the stage before is not counted."""
+    output: StepOutput
+    """What the last stage drew; empty of the others."""
+
+    def encode(self) -> bytes:
+        """The message that `decode` reads."""
+        arrays = {name: array.tobytes() for name, array in vars(self.output).items()}
+        fields = {"step_id": self.step_id, "busy_s": self.busy_s, **arrays}
+        return bytes(msgpack.packb(fields))
+
+    @classmethod
+    def decode(cls, message: bytes) -> "StageReport":
+        """Reads a message.
+
+        Raises:
+            InternalError: it is damaged or no report.
+        """
+        try:
+            fields = msgpack.unpackb(message, max_bin_len=MESSAGE_BYTES_MAX)
+            output = StepOutput(
+                token_ids=np.frombuffer(fields["token_ids"], "<i4"),
+                chosen_logprobs=np.frombuffer(fields["chosen_logprobs"], "<f4"),
+                top_ids=np.frombuffer(fields["top_ids"], "<i4"),
+                top_logprobs=np.frombuffer(fields["top_logprobs"], "<f4"),
+            )
+            return cls(int(fields["step_id"]), float(fields["busy_s"]), output)
+        except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+            raise InternalError(f"a stage's report cannot be read: {error!r}") from error
+
+
+def execute(rank: Rank, plan: StepPlan) -> StageReport:
+    """Runs a step on this rank, and measures it."""
+    waited_s, began = rank.group.link.waited_s, time.monotonic()
+    output = rank.runner.execute(plan)
+    busy_s = time.monotonic() - began - (rank.group.link.waited_s - waited_s)
+    return StageReport(plan.step_id, max(0.0, busy_s), output)
+
+
+@dataclass(frozen=True)
+class FinishedStep:
+    """A step that every stage has computed."""
+
+    plan: StepPlan
+    output: StepOutput
+    busy_s: list[float]
+    """Of each stage."""
+    took_s: float
+    """From its start on."""
+    alone_s: float
+    """Since the step before it was finished, if it had started by then; else as `took_s`."""
+
+
+@dataclass(frozen=True)
+class _Started:
+    plan: StepPlan
+    report: StageReport
+    began: float
+
+
+class StepsInFlight:
+    """Rank 0's steps that are started and not finished, at most so many at a time. They finish in order.
+
+    Args:
+        rank: this one, rank 0.
+        limit: most steps.
+    """
+
+    def __init__(self, rank: Rank, limit: int) -> None:
+        self._rank = rank
+        self._limit = limit
+        self._steps: deque[_Started] = deque()
+        self._finished = 0.0
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another step may start."""
+        return len(self._steps) < self._limit
+
+    @property
+    def is_oldest_done(self) -> bool:
+        """Whether `finish` would not wait."""
+        rank, leader = self._rank, self._rank.group.leader
+        if not self._steps:
+            return False
+        return leader is None or rank.stage.is_last or leader.has_message(rank.sampling_rank)
+
+    def start(self, message: bytes) -> None:
+        """Hands a plan to all ranks, and runs it on this one.
+
+        Raises:
+            InternalError: the plan cannot be read.
+            RankLostError: a rank is gone.
+        """
+        began = time.monotonic()
+        if self._rank.group.leader is not None:
+            self._rank.group.leader.broadcast(message)
+        plan = self._rank.reader.read(message)
+        self._steps.append(_Started(plan, execute(self._rank, plan), began))
+
+    def finish(self) -> FinishedStep:
+        """Waits for the reports of the oldest step.
+
+        Raises:
+            InternalError: a report cannot be read, or is of another step.
+            RankLostError: a rank is gone.
+        """
+        step = self._steps.popleft()
+        reports = [step.report, *map(self._report_of, self._rank.reporting_ranks)]
+        for report in reports:
+            if report.step_id != step.plan.step_id:
+                message = f"step {report.step_id} was reported, step {step.plan.step_id} is due"
+                raise InternalError(message)
+        busy_s = [report.busy_s for report in reports]
+        now = time.monotonic()
+        alone_s = now - max(step.began, self._finished)
+        self._finished = now
+        return FinishedStep(step.plan, reports[-1].output, busy_s, now - step.began, alone_s)
+
+    def _report_of(self, rank: int) -> StageReport:
+        leader = self._rank.group.leader
+        assert leader is not None
+        return StageReport.decode(leader.receive(rank))
