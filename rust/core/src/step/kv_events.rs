@@ -103,7 +103,7 @@ mod tests {
         log.cleared();
         log.stored(vec![BlockHash(7)]);
         let events = [KvEvent::Cleared, KvEvent::Stored(vec![BlockHash(7)])];
-        assert_eq!(log.take(Vec::new), events);
+        assert_eq!(log.take(|| (Vec::new(), Vec::new())), events);
     }
 
     #[test]

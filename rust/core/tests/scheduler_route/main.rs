@@ -88,7 +88,6 @@ impl Pair {
         };
         self.names += 1;
         let spec = WorkerSpec {
-            num_host_blocks: 0,
             name: format!("worker-{}", self.names),
             model: MODELS[model].to_owned(),
             weights_epoch: epoch,
