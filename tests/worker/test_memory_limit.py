@@ -1,0 +1,45 @@
+"""A worker under a limit of the kernel refuses at start or fits; it does not die in the middle of a step."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import make_checkpoint
+from tests.worker.limited_process import BLOCKS_NEEDED
+
+# Weights of 33 MB, KV of 1 KB a token.
+SHAPE = {
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "head_dim": 32,
+    "num_hidden_layers": 2,
+}
+
+
+@pytest.mark.parametrize(("kind", "runner"), [("llama", "native"), ("granite", "hf")])
+def test_refuses_or_fits(kind: str, runner: str, tmp_path: Path) -> None:
+    model_dir = make_checkpoint(kind, tmp_path / kind, seed=1, **SHAPE)
+    limits = ["4", "70", "170", "230"]
+    command = [sys.executable, "-m", "tests.worker.limited_process", str(model_dir), runner]
+    done = subprocess.run(
+        [*command, *limits],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == len(limits)
+    # The first has no room for the weights, the second none for what a step needs beside them.
+    assert "model_dir: to load it takes" in results[0]["refused"]
+    assert "free memory: not enough for one KV block" in results[1]["refused"]
+    blocks = [result.get("blocks", 0) for result in results]
+    assert blocks == sorted(blocks)
+    assert sum(count >= BLOCKS_NEEDED for count in blocks) >= 2
