@@ -36,7 +36,10 @@ setup: $(VENV)/.installed $(EXTENSION) ## Install the pinned dependencies into .
 serve: setup ## Serve the demonstration model (MODEL=path for another, ARGS='--tp 2 …' for options)
 	$(VENV)/bin/orchestra serve $(MODEL) $(ARGS)
 
-test: setup $(PROGRAMS) $(ETCD) ## Run every gate: lints, Rust tests, Python tests; shows all failures, then a summary
+# First what does not wait for each other: pip loads and unpacks while cargo compiles.
+test: ## Run every gate: lints, Rust tests, Python tests; shows all failures, then a summary
+	@$(MAKE) --no-print-directory -j 3 $(VENV)/.installed $(PROGRAMS) $(ETCD)
+	@$(MAKE) --no-print-directory setup
 	@.ci/gates $(LINT_GATES) check-rust-tests check-tests
 
 lint: setup ## Run the gates that execute no product code: format, clippy, ruff, mypy, stubs, drift, tidy
@@ -79,6 +82,7 @@ vllm: ## Run the test against a running vLLM: ORCHESTRA_TEST_VLLM="URL EVENTS RE
 	cargo test --locked -p orchestra-router --lib a_real_vllm -- --ignored
 
 gpu: setup ## Run the tests that need an NVIDIA GPU
+	cargo test --locked -p orchestra-memory --test devices -- --ignored
 	$(PY) -m pytest -m gpu
 
 proto: $(VENV)/.installed ## Regenerate python/orchestra/v1 from proto/

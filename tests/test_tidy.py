@@ -20,6 +20,7 @@ CRATE_LAYERS = {
     "orchestra-proto": 1,
     "orchestra-cluster": 1,
     "orchestra-memory": 1,
+    "orchestra-kernels": 1,
     "orchestra-agent": 2,
     "orchestra-router": 2,
     "orchestra-py": 3,

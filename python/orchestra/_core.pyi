@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, final
 
+from orchestra._core_kernels import SharedGroup as SharedGroup
 from orchestra._core_memory import BlockPool as BlockPool
 from orchestra._core_memory import BlockSet as BlockSet
 from orchestra._core_memory import BlockView as BlockView
@@ -37,6 +38,7 @@ __all__ = [
     "Reservation",
     "RouteRequest",
     "Scheduler",
+    "SharedGroup",
     "Ticket",
     "Transfer",
     "TransferOptions",

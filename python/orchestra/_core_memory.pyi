@@ -11,7 +11,7 @@ class BufferManager:
     """Registered memory, who may touch it, and what moves; driven by a thread of its own."""
 
     def __new__(cls, config: Mapping[str, Any]) -> BufferManager: ...
-    def create_pool(self, settings: Mapping[str, int | bool]) -> BlockPool: ...
+    def create_pool(self, settings: Mapping[str, int | bool | str]) -> BlockPool: ...
     @property
     def transports(self) -> list[str]:
         """The transports' names, in the order in which they were given."""
@@ -44,6 +44,10 @@ class BufferManager:
 @final
 class BlockPool:
     """Blocks of one size. Made by `BufferManager.create_pool`."""
+
+    @property
+    def tier(self) -> str:
+        """Where its blocks lie: `"dram"`, `"pinned"`, or `"vram:"` and the number of the device."""
 
     @property
     def block_bytes(self) -> int:
@@ -116,6 +120,22 @@ class BlockSet:
     def state(self, at: int) -> Literal["writing", "sealed"] | None:
         """Where a block stands; `None` where it was lost to quarantine."""
 
+    def write(self, at: int, data: bytes, offset: int = 0) -> None:
+        """Copies bytes into a block that is being filled, in whatever kind of memory it lies.
+
+        Raises:
+            BlockInUseError: The block is sealed, or somebody else fills it.
+            InvalidRequestError: The bytes do not fit behind `offset`.
+        """
+
+    def read(self, at: int, offset: int = 0, length: int | None = None) -> bytes:
+        """Copies bytes out of a sealed block, in whatever kind of memory it lies; all from `offset` on unless said.
+
+        Raises:
+            BlockInUseError: The block is still being filled.
+            InvalidRequestError: The range is not inside the block.
+        """
+
     def view(self, at: int) -> BlockView:
         """A block as a tensor of bytes; see `memoryview`."""
 
@@ -129,6 +149,7 @@ class BlockSet:
         Raises:
             BlockInUseError: The block is being filled, by another view, a peer or a transfer.
             StaleHandleError: The block was freed, or lost to quarantine.
+            BufferError: The block lies on a device, where the processor cannot reach it.
         """
 
     def free(self) -> None:
@@ -159,8 +180,16 @@ class BlockView:
     def readonly(self) -> bool:
         """Whether the block is sealed."""
 
+    @property
+    def tier(self) -> str:
+        """Where the bytes lie: `"dram"`, `"pinned"`, or `"vram:"` and the number of the device."""
+
     def memoryview(self) -> memoryview:
-        """The bytes as a memoryview, which holds the block by itself."""
+        """The bytes as a memoryview, which holds the block by itself.
+
+        Raises:
+            BufferError: They lie on a device.
+        """
 
     def __dlpack__(
         self,

@@ -26,6 +26,7 @@ __all__ = [
     "RequestCancelledError",
     "ShuttingDownError",
     "StaleHandleError",
+    "TierUnavailableError",
     "TransferFailedError",
     "TransferTimeoutError",
     "TransportUnavailableError",
@@ -194,6 +195,10 @@ class MemlockTooLowError(ConfigError):
 
 class TransportUnavailableError(UnsupportedError):
     """A transport's library is missing, too old or a stub; the message says what was tried."""
+
+
+class TierUnavailableError(UnsupportedError):
+    """The driver of a kind of memory is missing or too old, or there is no such device; the message says which."""
 
 
 class PeerGoneError(WorkerFailedError):

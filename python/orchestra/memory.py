@@ -83,20 +83,24 @@ class BufferManager:
         self._doorbells = Doorbells()
         _open.add(self)
 
-    def create_pool(self, **settings: int | bool) -> BlockPool:
+    def create_pool(self, **settings: int | bool | str) -> BlockPool:
         """Makes a pool and registers its first slabs with every transport.
 
         Peers learn of slabs when they connect, so pools are made before that.
 
         Args:
-            **settings: `block_bytes`; `max_bytes`, and `slab_bytes` where several slabs shall make it up;
-                `initial_slabs`, the others are added when blocks run out; `huge_pages`; `prefault_threads`;
-                `numa_node`, where it shall not be the kernel's choice; `defragment_bytes_per_s`, above 0 to keep it in
-                long runs in the background.
+            **settings: `tier`, where the blocks lie: `"dram"`, `"pinned"` for host memory that NVIDIA devices reach
+                directly, or `"vram:0"` and so on for a device's own, which needs NIXL; `block_bytes`; `max_bytes`, and
+                `slab_bytes` where several slabs shall make it up; `initial_slabs`, the others are added when blocks run
+                out; `huge_pages`; `prefault_threads`; `numa_node`, where it shall not be the kernel's choice;
+                `defragment_bytes_per_s`, above 0 to keep it in long runs in the background.
 
         Raises:
             ConfigError: A setting is wrong; `key` names it.
             MemlockTooLowError: With `memlock="require"`, the process may not lock as much.
+            TierUnavailableError: The tier needs a driver or a device that is not there.
+            UnsupportedError: A transport cannot reach memory of this tier.
+            OverloadedError: The device has not as much memory left.
         """
         return self._core.create_pool(settings)
 

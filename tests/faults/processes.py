@@ -126,6 +126,7 @@ class Router:
     process: subprocess.Popen[str]
     http: str
     workers: str
+    admin: str
     log: Path
 
     @property
@@ -178,7 +179,8 @@ def running_router(folder: Path, engines: list[Engine], *flags: str) -> Iterator
     try:
         assert process.stdout is not None
         addresses = _first_line(process.stdout, "the router")
-        router = Router(process, addresses["http"], addresses["workers"], log)
+        http, workers, admin = (addresses[door] for door in ("http", "workers", "admin"))
+        router = Router(process, http, workers, admin, log)
         eventually(lambda: all(engine.counters()["probes"] > 1 for engine in engines))
         if engines:
             eventually(router.is_ready)

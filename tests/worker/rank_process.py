@@ -1,7 +1,7 @@
 """One rank of a tensor-parallel group as a process of its own, its agent played by a script.
 
-`python -m tests.worker.rank_process MODEL_DIR RANK SIZE RENDEZVOUS PLANS ANSWERS`: executes the messages in PLANS (a
-msgpack list) and, on rank 0, writes what it would commit to ANSWERS.
+`python -m tests.worker.rank_process MODEL_DIR RANK SIZE RENDEZVOUS PLANS ANSWERS COLLECTIVES`: executes the messages in
+PLANS (a msgpack list) and, on rank 0, writes what it would commit to ANSWERS.
 """
 
 import sys
@@ -84,7 +84,7 @@ def empty_stats() -> dict[str, int]:
 
 def main(arguments: list[str]) -> None:
     """Runs the rank."""
-    model_dir, rank, size, rendezvous, plans, answers = arguments
+    model_dir, rank, size, rendezvous, plans, answers, collectives = arguments
     config = WorkerConfig(
         model_dir=Path(model_dir),
         router="",
@@ -92,6 +92,7 @@ def main(arguments: list[str]) -> None:
         model_name="",
         shard=Shard(int(rank), int(size)),
         rendezvous=rendezvous,
+        collectives=collectives,
         device="cpu",
         dtype="float32",
         num_blocks=64,

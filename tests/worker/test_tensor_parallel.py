@@ -35,7 +35,7 @@ ALTERNATIVES = 5
 
 @contextmanager
 def rank_processes(
-    model_dir: Path, size: int, folder: Path
+    model_dir: Path, size: int, folder: Path, collectives: str = "auto"
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Starts the ranks of a group; kills those that are left at the end."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -45,6 +45,7 @@ def rank_processes(
         for rank in range(size):
             rendezvous = (folder / "rendezvous").as_uri()
             command = [str(model_dir), str(rank), str(size), rendezvous, *map(str, files)]
+            command.append(collectives)
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "tests.worker.rank_process", *command],
@@ -219,11 +220,14 @@ def test_every_rank_reads_its_slices_only(
 
 
 @pytest.mark.timeout(120)
-def test_processes_over_gloo(checkpoint: Checkpoints, reference: Reference, tmp_path: Path) -> None:
+@pytest.mark.parametrize("collectives", ["gloo", "shm"])
+def test_processes(
+    collectives: str, checkpoint: Checkpoints, reference: Reference, tmp_path: Path
+) -> None:
     kind, size = "llama", 2
     messages, sampled = script(kind, reference)
     (tmp_path / "plans").write_bytes(msgpack.packb(messages))
-    with rank_processes(checkpoint(kind), size, tmp_path) as processes:
+    with rank_processes(checkpoint(kind), size, tmp_path, collectives) as processes:
         assert [process.wait(timeout=100) for process in processes] == [0] * size
 
     answers = msgpack.unpackb((tmp_path / "answers").read_bytes())

@@ -26,12 +26,13 @@ from orchestra.worker.layers import LoadContext
 from orchestra.worker.loader import Progress, WeightReader
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.models import LOADERS, Model
-from orchestra.worker.parallel import Communicator, ProcessGroup, SingleRank, rendezvous
+from orchestra.worker.parallel import Communicator, SingleRank, rendezvous
 from orchestra.worker.plan import PlanReader
 from orchestra.worker.plan_channel import Follower, Leader
 from orchestra.worker.runner import ModelRunner, warm_up_plan
 from orchestra.worker.runner_choice import ModelShape, load_hf, read_model_config
 from orchestra.worker.sampler import Sampler
+from orchestra.worker.shared_group import join_group
 
 if TYPE_CHECKING:
     from orchestra._core import KvPool
@@ -218,7 +219,8 @@ def _join(config: WorkerConfig, place: Place) -> Group:
         leader = Leader(store, shard.size, config.rendezvous)
     else:
         follower = Follower(store, shard.rank)
-    return Group(ProcessGroup(shard, store, place.device), leader, follower)
+    communicator = join_group(config.collectives, config.rendezvous, shard, store, place.device)
+    return Group(communicator, leader, follower)
 
 
 def _budget(

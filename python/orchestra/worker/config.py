@@ -38,6 +38,8 @@ class WorkerConfig:
     """This rank's place in the tensor-parallel group."""
     rendezvous: str = ""
     """Where the ranks meet: `file:///path`, `tcp://host:port` or `env://`. Empty with one rank."""
+    collectives: str = "auto"
+    """What carries the sums of the ranks: `gloo`, `shm`, or `auto`: shared memory for CPU ranks of one machine."""
     dtype: str = "auto"
     """`float32`, `bfloat16`, or `auto`: the checkpoint's, where the device computes in it natively."""
     runner: str = "auto"
@@ -155,6 +157,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
             choices=["auto", "cpu", "cuda"],
             default=default.device,
             help="auto: CUDA where there is some",
+        ),
+        add(
+            "--collectives",
+            choices=["auto", "gloo", "shm"],
+            default=default.collectives,
+            help="between the CPU ranks of a model; auto: shared memory on one machine, else gloo",
         ),
         add(
             "--block-size", type=_integer(1), default=default.block_size, help="tokens per KV block"

@@ -28,6 +28,10 @@ pub struct AgentStats {
     pub swaps: u64,
     /// Prompt tokens that the prefix cache gave.
     pub prefix_hit_tokens: u64,
+    /// Tokens whose KV was copied back from host memory, where the cache kept it.
+    pub host_hit_tokens: u64,
+    /// Blocks that host memory keeps for the prefix cache, now.
+    pub host_blocks_kept: u32,
     /// Prompt tokens that the prefix cache was asked for.
     pub prefix_query_tokens: u64,
     /// Microseconds spent deciding: taking sequences in, planning steps, applying their outputs.
@@ -76,6 +80,8 @@ impl AgentStats {
         self.swaps = stats.swaps;
         self.prefix_hit_tokens = stats.prefix_hit_tokens;
         self.prefix_query_tokens = stats.prefix_query_tokens;
+        self.host_hit_tokens = stats.host_hit_tokens;
+        self.host_blocks_kept = stats.host_blocks_kept;
         self.kv_blocks_fetched = stats.fetched_blocks;
         self.kv_fetch_failures = stats.fetch_failures;
     }

@@ -111,15 +111,21 @@ pub(crate) fn kv_events_message(sequence: u64, events: Vec<KvEvent>) -> v1::Work
 
 fn kv_event(event: KvEvent) -> v1::KvEvent {
     let event = match event {
-        KvEvent::Stored(hashes) => Event::Stored(v1::KvStored {
-            block_hashes: wire(&hashes),
-        }),
+        KvEvent::Stored(hashes) => stored(&hashes, v1::KvTier::Unspecified),
+        KvEvent::Kept(hashes) => stored(&hashes, v1::KvTier::Host),
         KvEvent::Removed(hashes) => Event::Removed(v1::KvRemoved {
             block_hashes: wire(&hashes),
         }),
         KvEvent::Cleared => Event::Cleared(v1::KvCleared {}),
     };
     v1::KvEvent { event: Some(event) }
+}
+
+fn stored(hashes: &[BlockHash], tier: v1::KvTier) -> Event {
+    Event::Stored(v1::KvStored {
+        block_hashes: wire(hashes),
+        tier: tier.into(),
+    })
 }
 
 /// Hashes as they travel.

@@ -62,7 +62,7 @@ impl Feed {
     fn change(&mut self, events: Vec<KvEvent>) -> (u64, Vec<KvEvent>) {
         for event in &events {
             match event {
-                KvEvent::Stored(hashes) => self.held.extend(hashes),
+                KvEvent::Stored(hashes) | KvEvent::Kept(hashes) => self.held.extend(hashes),
                 KvEvent::Removed(hashes) => self.held.retain(|hash| !hashes.contains(hash)),
                 KvEvent::Cleared => self.held.clear(),
             }

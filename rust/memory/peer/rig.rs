@@ -55,9 +55,8 @@ pub(crate) fn slab(id: u32, len: u64) -> Arc<Slab> {
     let config = SlabConfig {
         len,
         huge_pages: false,
-        prefault: true,
         prefault_threads: NonZeroUsize::MIN,
-        numa_node: None,
+        ..SlabConfig::default()
     };
     Arc::new(Slab::create(SlabId(id), &config).unwrap())
 }

@@ -5,6 +5,7 @@ use std::{num::NonZeroUsize, time::Duration};
 use crate::{
     error::MemoryError,
     slab::{SLAB_ALIGN, SLAB_BYTES_UNREGISTERED_MAX, SlabConfig},
+    tier::Tier,
 };
 
 /// The most slots that a pool may have: numbers of slots and lengths of runs fit in 31 bits.
@@ -13,6 +14,8 @@ const SLOTS_MAX: u64 = 1 << 30;
 /// A pool: blocks of one size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolConfig {
+    /// Where its blocks lie.
+    pub tier: Tier,
     /// Bytes of a block: at least 1, at most a slab.
     pub block_bytes: u64,
     /// Bytes of a slab: a multiple of 2 MiB, at most 4 GiB where a transport registers it with a card, else 1 TiB. A
@@ -28,7 +31,7 @@ pub struct PoolConfig {
     pub prefault: bool,
     /// Threads that touch a new slab.
     pub prefault_threads: NonZeroUsize,
-    /// The NUMA node that slabs come from; the kernel's choice where `None`.
+    /// The NUMA node that slabs in host memory come from; the kernel's choice where `None`.
     pub numa_node: Option<u32>,
 }
 
@@ -36,6 +39,7 @@ impl Default for PoolConfig {
     fn default() -> Self {
         let slab = SlabConfig::default();
         Self {
+            tier: slab.tier,
             block_bytes: 64 << 10,
             slab_bytes: slab.len,
             initial_slabs: 1,
@@ -67,6 +71,9 @@ impl PoolConfig {
         if u64::from(self.slots_per_slab()) * u64::from(self.max_slabs) > SLOTS_MAX {
             return refuse("max_slabs", "small enough for at most 2^30 blocks");
         }
+        if !self.tier.is_host() && self.numa_node.is_some() {
+            return refuse("numa_node", "absent where the memory is a device's");
+        }
         Ok(())
     }
 
@@ -83,6 +90,7 @@ impl PoolConfig {
     /// How each slab is made.
     pub const fn slab(&self) -> SlabConfig {
         SlabConfig {
+            tier: self.tier,
             len: self.slab_bytes,
             huge_pages: self.huge_pages,
             prefault: self.prefault,

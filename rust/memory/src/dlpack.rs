@@ -10,13 +10,15 @@
 
 use std::{ffi::c_void, ptr::NonNull, sync::Arc};
 
-use crate::pool::BlockView;
+use crate::{pool::BlockView, tier::Tier};
 
 const VERSION: Version = Version { major: 1, minor: 0 };
 /// `DLPACK_FLAG_BITMASK_READ_ONLY`.
 const READ_ONLY: u64 = 1;
 /// `kDLCPU`: also of memory that cards reach, as long as processors do.
 const CPU: i32 = 1;
+/// `kDLCUDA`.
+const CUDA: i32 = 2;
 /// `kDLUInt`.
 const UNSIGNED: u8 = 1;
 
@@ -76,6 +78,14 @@ pub enum Managed {
     Plain(NonNull<c_void>),
 }
 
+/// The device of a tier, as `DLPack` calls it: its type and its number.
+pub const fn device_of(tier: Tier) -> (i32, i32) {
+    match tier.device() {
+        None => (CPU, 0),
+        Some(device) => (CUDA, device as i32),
+    }
+}
+
 /// A block as a tensor of bytes. `None` where the structure without a version is asked for and the view may not write.
 pub fn export(view: Arc<BlockView>, is_versioned: bool) -> Option<Managed> {
     let flags = if view.is_writable() { 0 } else { READ_ONLY };
@@ -104,6 +114,7 @@ pub fn export(view: Arc<BlockView>, is_versioned: bool) -> Option<Managed> {
 
 fn tensor_of(view: Arc<BlockView>) -> (Tensor, *mut c_void) {
     let data = view.as_ptr().cast();
+    let (device_type, device_id) = device_of(view.tier());
     let context = Box::into_raw(Box::new(Context {
         shape: [view.len() as i64],
         strides: [1],
@@ -113,8 +124,8 @@ fn tensor_of(view: Arc<BlockView>) -> (Tensor, *mut c_void) {
     let (shape, strides) = unsafe { (&raw mut (*context).shape, &raw mut (*context).strides) };
     let tensor = Tensor {
         data,
-        device_type: CPU,
-        device_id: 0,
+        device_type,
+        device_id,
         num_dimensions: 1,
         type_code: UNSIGNED,
         type_bits: 8,

@@ -2,6 +2,8 @@
 
 use orchestra_core::ErrorCode;
 
+use crate::tier::Tier;
+
 /// Why the manager or a transport refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MemoryError {
@@ -94,6 +96,50 @@ pub enum MemoryError {
         /// What was tried and found.
         reason: String,
     },
+    /// The driver of a tier's memory is missing or too old, or there is no such device.
+    #[error("{tier} memory is not available: {reason}")]
+    TierUnavailable {
+        /// The tier.
+        tier: Tier,
+        /// What was tried and found.
+        reason: String,
+    },
+    /// A transport cannot reach memory of this tier.
+    #[error("transport {transport} cannot reach {tier} memory: {reason}")]
+    TierUnsupported {
+        /// The transport.
+        transport: &'static str,
+        /// The tier.
+        tier: Tier,
+        /// Why it cannot.
+        reason: &'static str,
+    },
+    /// The bytes lie where the processor cannot reach them.
+    #[error("the bytes lie on device {device}, where the processor cannot reach them")]
+    NotInHostMemory {
+        /// The device.
+        device: u32,
+    },
+    /// A device has not as much memory left.
+    #[error("device {device} has no {need} bytes of memory left")]
+    DeviceExhausted {
+        /// The device.
+        device: u32,
+        /// Bytes that were asked for.
+        need: u64,
+    },
+    /// A device or its driver refused.
+    #[error("device {device}: {action}: {name} ({code})")]
+    Device {
+        /// The device.
+        device: u32,
+        /// What was tried.
+        action: &'static str,
+        /// The driver's name for its code.
+        name: String,
+        /// The driver's code.
+        code: i32,
+    },
     /// The operating system refused.
     #[error("{action}: {}", std::io::Error::from_raw_os_error(*.code))]
     Os {
@@ -126,7 +172,9 @@ impl MemoryError {
     /// The code by which clients and callers of other languages know it.
     pub const fn code(&self) -> ErrorCode {
         match self {
-            Self::Exhausted { .. } | Self::LimitReached { .. } => ErrorCode::QueueFull,
+            Self::Exhausted { .. } | Self::LimitReached { .. } | Self::DeviceExhausted { .. } => {
+                ErrorCode::QueueFull
+            }
             Self::InvalidField { .. }
             | Self::StaleHandle
             | Self::ForeignHandle
@@ -137,10 +185,13 @@ impl MemoryError {
             | Self::UnknownPeer
             | Self::DuplicatePeer
             | Self::GrantEnded
+            | Self::NotInHostMemory { .. }
             | Self::BadMetadata(_) => ErrorCode::InvalidRequest,
             Self::MemlockTooLow { .. } => ErrorCode::InvalidConfig,
-            Self::Unavailable { .. } => ErrorCode::Unsupported,
-            Self::Os { .. } | Self::Transport { .. } => ErrorCode::Internal,
+            Self::Unavailable { .. }
+            | Self::TierUnavailable { .. }
+            | Self::TierUnsupported { .. } => ErrorCode::Unsupported,
+            Self::Os { .. } | Self::Transport { .. } | Self::Device { .. } => ErrorCode::Internal,
         }
     }
 }
@@ -185,4 +236,12 @@ impl TransferError {
             Self::StaleHandle | Self::Denied | Self::OutOfBounds => ErrorCode::InvalidRequest,
         }
     }
+}
+
+/// An error with what lies beneath it, which many libraries leave out of their own words.
+pub(crate) fn in_full(error: &dyn std::error::Error) -> String {
+    error.source().map_or_else(
+        || error.to_string(),
+        |cause| format!("{error}: {}", in_full(cause)),
+    )
 }

@@ -4,7 +4,8 @@
 //! writes, and deregistering memory does not revoke a peer's right to it. So this crate decides when a block
 //! may be read, moved or used again, and never rests that on the fabric refusing anything.
 //!
-//! Reading order: [`error`] and [`config`] are shared words; [`slab`] is the memory, [`table`] says what each block
+//! Reading order: [`error`], [`tier`] and [`config`] are shared words; [`slab`] is the memory ([`cuda`] where it is a
+//! device's), [`table`] says what each block
 //! of it is, [`runs`] finds free ones that lie together, [`pool`] joins the three; [`fragmentation`] scores it, [`defragment`] keeps it in one piece;
 //! [`transport`] is what moves bytes between processes, [`transfer`] keeps watch over it, [`lease`] is what peers may do;
 //! [`manager`] is the whole, and [`driver`] a thread for it.
@@ -15,6 +16,7 @@
 #![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
 pub mod config;
+pub mod cuda;
 pub mod defragment;
 pub mod dlpack;
 pub mod driver;
@@ -28,6 +30,7 @@ pub mod runs;
 pub mod slab;
 mod sync;
 pub mod table;
+pub mod tier;
 pub mod transfer;
 pub mod transport;
 
@@ -42,6 +45,7 @@ pub use pool::{BlockHandle, BlockSet, BlockView, PinGuard, Pool, PoolId, PoolSta
 pub use runs::Extent;
 pub use slab::{PageKind, Slab, SlabConfig};
 pub use table::BlockState;
+pub use tier::Tier;
 pub use transfer::{Transfer, TransferOptions, TransferResult, TransferStats};
 pub use transport::{
     Direction, Notification, PeerId, Progress, Quiet, Segment, SlabId, TransferId, Transport,

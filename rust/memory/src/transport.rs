@@ -15,6 +15,7 @@ use std::{os::fd::BorrowedFd, sync::Arc, time::Duration};
 use crate::{
     error::{MemoryError, TransferError},
     slab::{SLAB_BYTES_MAX, Slab},
+    tier::Tier,
 };
 
 /// A slab of this process; also the name by which its peers call it.
@@ -132,6 +133,11 @@ pub trait Transport: Send + Sync {
         SLAB_BYTES_MAX
     }
 
+    /// Refuses a kind of memory that it cannot reach.
+    fn check_tier(&self, tier: Tier) -> Result<(), MemoryError> {
+        host_memory_only(self.name(), tier, "it moves bytes with the processor")
+    }
+
     /// Readable when [`progress`](Self::progress) has something to do that came from outside, for the caller's loop
     /// to sleep on; none where the transport cannot tell. Work of this side's own is not counted: after a
     /// [`post`](Self::post), call [`progress`](Self::progress) until it moves nothing.
@@ -141,4 +147,20 @@ pub trait Transport: Send + Sync {
 
     /// The next notification that has arrived.
     fn take_notification(&self) -> Option<Notification>;
+}
+
+/// Refuses the memory of devices, with the reason of a transport that cannot reach it.
+const fn host_memory_only(
+    transport: &'static str,
+    tier: Tier,
+    reason: &'static str,
+) -> Result<(), MemoryError> {
+    if tier.is_host() {
+        return Ok(());
+    }
+    Err(MemoryError::TierUnsupported {
+        transport,
+        tier,
+        reason,
+    })
 }

@@ -20,6 +20,13 @@ mod sync {
 )]
 #[path = "../src/table.rs"]
 mod table;
+#[allow(
+    dead_code,
+    unreachable_pub,
+    reason = "the module's own users are elsewhere"
+)]
+#[path = "../src/tier.rs"]
+mod tier;
 
 use loom::{sync::Arc, thread};
 use sync::{AtomicU64, Ordering};

@@ -217,7 +217,15 @@ impl From<MemoryError> for Failure {
             }
             MemoryError::BadMetadata(_) => failure.key = Some("metadata".into()),
             MemoryError::Unavailable { .. } => failure.refine("TransportUnavailableError", &[]),
+            MemoryError::TierUnavailable { .. } => {
+                failure.refine("TierUnavailableError", &[]);
+                failure.key = Some("tier".into());
+            }
+            MemoryError::TierUnsupported { .. } => failure.key = Some("tier".into()),
+            MemoryError::DeviceExhausted { need, .. } => failure.current = Some(need),
             MemoryError::UnknownSlab(_)
+            | MemoryError::NotInHostMemory { .. }
+            | MemoryError::Device { .. }
             | MemoryError::Os { .. }
             | MemoryError::Transport { .. } => {}
         }

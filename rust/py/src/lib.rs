@@ -6,6 +6,7 @@
 
 mod agent;
 mod errors;
+mod kernels;
 mod kv_pool;
 mod memory;
 mod process;
@@ -28,6 +29,7 @@ mod _core {
     use super::{
         agent::Agent,
         errors::error_codes,
+        kernels::SharedGroup,
         kv_pool::KvPool,
         memory::{
             BlockPool, BlockSet, BlockView, BufferManager, Chime, Grant, MemoryTransfer,

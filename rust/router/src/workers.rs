@@ -201,10 +201,12 @@ impl Pool {
         outbox: Arc<Outbox>,
     ) -> Result<Arc<Session>, AttachError> {
         let worker = self.scheduler.add_worker(hello.spec.clone())?;
-        let blocks = hello.block_hashes.iter().copied().map(BlockHash).collect();
-        let known = self
-            .scheduler
-            .apply_kv_event(worker, &KvEvent::Stored(blocks));
+        let hashes = |wire: &[u64]| wire.iter().copied().map(BlockHash).collect();
+        let cached = KvEvent::Stored(hashes(&hello.block_hashes));
+        let kept = KvEvent::Kept(hashes(&hello.host_block_hashes));
+        let known = [cached, kept]
+            .iter()
+            .try_for_each(|event| self.scheduler.apply_kv_event(worker, event));
         let attached = known
             .map_err(AttachError::from)
             .and_then(|()| Ok(models.attach(&hello.spec.model, worker, hello.limits(), text)?));

@@ -31,6 +31,8 @@ impl StepLoop {
             vocab_size: self.config.vocab_size,
             kv_transfer: self.kv.as_ref().map(KvLink::announcement),
             role: wire_role(self.config.role).into(),
+            num_host_blocks: limits.num_host_blocks,
+            host_block_hashes: outputs::wire(&self.scheduler.kept_block_hashes()),
         };
         let hello = v1::WorkerMessage {
             message: Some(Message::Hello(hello)),

@@ -32,8 +32,11 @@ impl Scheduler {
         let worker = self.workers.get_mut(id);
         let worker = worker.ok_or(SchedulerError::UnknownWorker)?;
         match event {
-            KvEvent::Stored(hashes) => {
-                let limit = worker.spec.num_blocks;
+            KvEvent::Stored(hashes) | KvEvent::Kept(hashes) => {
+                let limit = worker
+                    .spec
+                    .num_blocks
+                    .saturating_add(worker.spec.num_host_blocks);
                 let room = limit - worker.num_cached_blocks;
                 let holder = worker.holder;
                 // What is stored already takes no room; mostly there is enough without counting that.
@@ -45,9 +48,14 @@ impl Scheduler {
                     return Err(SchedulerError::TooManyBlocks { worker, limit });
                 }
                 worker.num_cached_blocks += self.index.insert_all(hashes, holder);
+                match event {
+                    KvEvent::Kept(_) => worker.kept.extend(hashes),
+                    _ => worker.uses_device_for(hashes),
+                }
             }
             KvEvent::Removed(hashes) => {
                 worker.num_cached_blocks -= self.index.remove_all(hashes, worker.holder);
+                worker.uses_device_for(hashes);
             }
             KvEvent::Cleared => self.forget_kv(id),
         }
@@ -137,6 +145,7 @@ impl Scheduler {
         self.index
             .remove_holder(worker.holder, worker.num_cached_blocks);
         worker.num_cached_blocks = 0;
+        worker.kept.clear();
         if let Some(assumed) = &mut worker.assumed {
             assumed.clear();
         }

@@ -2,6 +2,8 @@
 
 use std::{fmt, sync::Arc};
 
+use rustc_hash::FxHashSet;
+
 use super::{
     assumed::KvSource,
     error::SchedulerError,
@@ -14,7 +16,7 @@ use super::{
     recent::RecentBlocks,
 };
 use crate::{
-    hash::{HashSeed, SeedParts},
+    hash::{BlockHash, HashSeed, SeedParts},
     time::Time,
 };
 
@@ -51,6 +53,8 @@ pub struct WorkerSpec {
     pub block_size: u32,
     /// KV blocks in all, at least 1.
     pub num_blocks: u32,
+    /// Blocks of host memory that it keeps besides, from which it copies back; 0: none.
+    pub num_host_blocks: u32,
     /// Most sequences in one step, at least 1.
     pub max_num_seqs: u32,
     /// Most prompt and output tokens of one sequence, at least 1.
@@ -208,6 +212,8 @@ pub(super) struct Worker {
     pub(super) returned: Demand,
     /// Distinct hashes in the prefix index.
     pub(super) num_cached_blocks: u32,
+    /// Those of them that are in its host memory.
+    pub(super) kept: FxHashSet<BlockHash>,
     /// What it holds goes by this id in the prefix index.
     pub(super) holder: HolderId,
     /// Number of its group.
@@ -238,6 +244,7 @@ impl Worker {
             unreported: Demand::default(),
             returned: Demand::default(),
             num_cached_blocks: 0,
+            kept: FxHashSet::default(),
             holder,
             group,
             loras: Vec::new(),
@@ -245,6 +252,15 @@ impl Worker {
             kv_feed: KvFeed::InStep,
             prefill_pace: Pace::default(),
             prefill_done_at: Time::ZERO,
+        }
+    }
+
+    /// These blocks are not in its host memory, or no longer.
+    pub(super) fn uses_device_for(&mut self, hashes: &[BlockHash]) {
+        if !self.kept.is_empty() {
+            for hash in hashes {
+                self.kept.remove(hash);
+            }
         }
     }
 

@@ -26,7 +26,14 @@ mod tests;
 
 use rustc_hash::FxHashMap;
 
-use super::{kv_events::KvEventLog, lru::LruList, plan::KvEvent};
+use super::{
+    config::StepSchedulerConfig,
+    host_cache::{Before, ContentId, Kept},
+    host_tier::HostTier,
+    kv_events::KvEventLog,
+    lru::LruList,
+    plan::KvEvent,
+};
 use crate::{
     hash::{BlockHash, HashSeed},
     ids::{BlockId, TokenId},
@@ -46,6 +53,7 @@ pub(super) enum Parent {
 pub(super) struct Identity {
     pub(super) hash: BlockHash,
     pub(super) parent: Parent,
+    pub(super) content: ContentId,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -63,6 +71,15 @@ pub(super) struct Chain<'a> {
     pub(super) hashes: &'a [BlockHash],
     /// All tokens of the full blocks, or more.
     pub(super) token_ids: &'a [TokenId],
+}
+
+/// What host memory keeps of a chain.
+#[derive(Clone, Debug)]
+pub(super) struct HostMatch {
+    /// Blocks of host memory, in order.
+    pub(super) blocks: Vec<u32>,
+    /// What the next block would have to follow.
+    pub(super) end: Before,
 }
 
 /// What caching has made of a table.
@@ -86,13 +103,20 @@ pub(super) struct BlockPool {
     /// Cached blocks that nobody holds.
     unused: LruList,
     index: FxHashMap<BlockHash, BlockId>,
-    events: KvEventLog,
+    num_contents: u64,
+    pub(super) events: KvEventLog,
+    /// Where evicted blocks go.
+    pub(super) host: HostTier,
+    /// Whether they may: what is evicted must not be written before the next plan has copied it.
+    demotes: bool,
 }
 
 impl BlockPool {
     /// A pool of free blocks.
-    pub(super) fn new(num_blocks: u32, block_size: u32) -> Self {
-        let (count, block_size) = (num_blocks as usize, block_size as usize);
+    pub(super) fn new(config: &StepSchedulerConfig) -> Self {
+        let num_blocks = config.num_blocks;
+        let (count, block_size) = (num_blocks as usize, config.block_size as usize);
+        let num_host_blocks = config.num_host_blocks as usize;
         Self {
             block_size,
             blocks: vec![Block::default(); count],
@@ -100,8 +124,11 @@ impl BlockPool {
             free: (0..num_blocks).rev().map(BlockId).collect(),
             unused: LruList::new(count),
             index: FxHashMap::default(),
-            // One step evicts and stores every block at most once.
-            events: KvEventLog::new(2 * count),
+            num_contents: 0,
+            // One step evicts and stores every block at most once, and with it one of host memory.
+            events: KvEventLog::new(2 * (count + num_host_blocks)),
+            host: HostTier::new(config),
+            demotes: true,
         }
     }
 
@@ -157,6 +184,20 @@ impl BlockPool {
         Some(table)
     }
 
+    /// [`allocate_table`](Self::allocate_table) for blocks that others write at once: what has to make room for them
+    /// is lost, since no plan could copy it first.
+    pub(super) fn allocate_table_for_others(
+        &mut self,
+        matched: &[BlockId],
+        len: usize,
+        reserve: usize,
+    ) -> Option<Vec<BlockId>> {
+        self.demotes = false;
+        let table = self.allocate_table(matched, len, reserve);
+        self.demotes = true;
+        table
+    }
+
     /// Takes a share of a block that is cached or held.
     pub(super) fn acquire(&mut self, block: BlockId) {
         let state = &mut self.blocks[block.0 as usize];
@@ -188,14 +229,96 @@ impl BlockPool {
         }
     }
 
-    /// Forgets the unused block whose last use is longest ago.
+    /// Forgets the unused block whose last use is longest ago; host memory may keep it.
     fn evict(&mut self) -> Option<BlockId> {
         let block = self.unused.pop_oldest()?;
-        if let Some(identity) = self.blocks[block.0 as usize].identity.take() {
-            self.index.remove(&identity.hash);
-            self.events.removed(identity.hash);
+        let Some(Identity {
+            hash,
+            parent,
+            content,
+        }) = self.blocks[block.0 as usize].identity.take()
+        else {
+            return Some(block);
+        };
+        self.index.remove(&hash);
+        let before = self.before(parent);
+        let kept = Kept {
+            hash,
+            before,
+            content,
+        };
+        let start = block.0 as usize * self.block_size;
+        let token_ids = &self.token_ids[start..start + self.block_size];
+        if !self.demotes || !self.host.demote(block, kept, token_ids, &mut self.events) {
+            self.events.removed(hash);
+            self.host.forget_after(content, &mut self.events);
         }
         Some(block)
+    }
+
+    /// What a block follows, as both tiers know it.
+    fn before(&self, parent: Parent) -> Before {
+        match parent {
+            Parent::Seed(seed) => Before::Seed(seed),
+            Parent::Block(block) => {
+                let identity = self.blocks[block.0 as usize].identity;
+                debug_assert!(identity.is_some(), "{block} is cached, as its children are");
+                Before::Content(identity.map_or(ContentId(0), |identity| identity.content))
+            }
+        }
+    }
+
+    /// What comes behind the `matched` blocks of a chain.
+    fn end_of(&self, chain: Chain<'_>, matched: &[BlockId]) -> Before {
+        self.before(match matched.last() {
+            Some(&last) => Parent::Block(last),
+            None => Parent::Seed(chain.seed),
+        })
+    }
+
+    /// Finds what host memory keeps of a chain behind its `matched` blocks.
+    pub(super) fn match_host(&self, chain: Chain<'_>, matched: &[BlockId]) -> HostMatch {
+        let mut end = self.end_of(chain, matched);
+        let mut blocks = Vec::new();
+        let contents = chain
+            .hashes
+            .iter()
+            .zip(chain.token_ids.chunks(self.block_size));
+        for (&hash, token_ids) in contents.skip(matched.len()) {
+            let Some((block, content)) = self.host.cache.find(end, hash, token_ids) else {
+                break;
+            };
+            blocks.push(block);
+            end = Before::Content(content);
+        }
+        HostMatch { blocks, end }
+    }
+
+    /// Finds what host memory keeps of a chain behind its `matched` blocks, and holds it until the host's
+    /// [`take_hits`](HostTier::take_hits): making room for the sequence must not cost it just that.
+    pub(super) fn pin_host_hits(&mut self, chain: Chain<'_>, matched: &[BlockId]) {
+        if self.host.offers_hits() && matched.len() < chain.hashes.len() {
+            let found = self.match_host(chain, matched).blocks;
+            self.host.pin_hits(found);
+        }
+    }
+
+    /// A number that no content has had.
+    pub(super) fn next_content(&mut self) -> ContentId {
+        self.num_contents += 1;
+        ContentId(self.num_contents)
+    }
+
+    /// Whether the device holds a block of this hash.
+    pub(super) fn contains(&self, hash: BlockHash) -> bool {
+        self.index.contains_key(&hash)
+    }
+
+    /// [`estimate_prefix`](Self::estimate_prefix), counting what host memory keeps.
+    pub(super) fn estimate_both_tiers(&self, chain: Chain<'_>) -> usize {
+        chain
+            .hashes
+            .partition_point(|&hash| self.contains(hash) || self.host.cache.contains(hash))
     }
 
     /// How many leading blocks of a chain are probably cached: by bisection, since parents are cached where their
@@ -251,7 +374,7 @@ impl BlockPool {
         for (block, (&hash, token_ids)) in table[num_cached..].iter_mut().zip(contents) {
             match self.index.get(&hash) {
                 None => {
-                    self.insert(*block, Identity { hash, parent }, token_ids);
+                    self.insert(*block, hash, parent, token_ids);
                     stored.push(hash);
                 }
                 Some(&same) if self.holds(same, parent, token_ids) => {
@@ -268,9 +391,19 @@ impl BlockPool {
         now
     }
 
-    fn insert(&mut self, block: BlockId, identity: Identity, token_ids: &[TokenId]) {
+    fn insert(&mut self, block: BlockId, hash: BlockHash, parent: Parent, token_ids: &[TokenId]) {
+        let before = self.before(parent);
+        let known = self
+            .host
+            .supersede(before, hash, token_ids, &mut self.events);
+        let content = known.unwrap_or_else(|| self.next_content());
+        let identity = Identity {
+            hash,
+            parent,
+            content,
+        };
         self.blocks[block.0 as usize].identity = Some(identity);
-        self.index.insert(identity.hash, block);
+        self.index.insert(hash, block);
         let start = block.0 as usize * self.block_size;
         self.token_ids[start..start + self.block_size].copy_from_slice(token_ids);
     }
@@ -290,8 +423,13 @@ impl BlockPool {
 
     /// Changes of the cache since the last call.
     pub(super) fn take_events(&mut self) -> Vec<KvEvent> {
-        let Self { events, blocks, .. } = self;
-        events.take(|| cached_hashes(blocks))
+        let Self {
+            events,
+            blocks,
+            host,
+            ..
+        } = self;
+        events.take(|| (cached_hashes(blocks), host.cache.hashes()))
     }
 
     /// The hash of every cached block, parents before children.

@@ -26,9 +26,11 @@ impl StepScheduler {
         }
         self.check_requests();
         self.check_slots();
-        let kept = self.preempted.values();
-        self.host
-            .check_integrity(kept.filter_map(|it| it.swapped.as_ref()));
+        let swapped = self.preempted.values().filter_map(|it| it.swapped.as_ref());
+        let taken = swapped.flat_map(|it| it.host_blocks.iter().copied());
+        self.pool
+            .host
+            .check_integrity(taken, |content| self.pool.holds_content(content));
     }
 
     fn awaiting_tables(&self) -> impl Iterator<Item = (&[BlockId], usize)> {

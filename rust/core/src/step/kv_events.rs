@@ -30,6 +30,19 @@ impl KvEventLog {
         }
     }
 
+    /// A block left the device, and host memory keeps it; or another worker brought it there. Neighbours in time become
+    /// one event.
+    pub(super) fn kept(&mut self, hash: BlockHash) {
+        if !self.make_room(1) {
+            return;
+        }
+        if let Some(KvEvent::Kept(hashes)) = self.events.last_mut() {
+            hashes.push(hash);
+        } else {
+            self.events.push(KvEvent::Kept(vec![hash]));
+        }
+    }
+
     /// A block is gone. Neighbouring removals become one event.
     pub(super) fn removed(&mut self, hash: BlockHash) {
         if !self.make_room(1) {
@@ -42,13 +55,22 @@ impl KvEventLog {
         }
     }
 
-    /// What happened since the last call; `content` lists what the cache holds now, parents before children.
-    pub(super) fn take(&mut self, content: impl FnOnce() -> Vec<BlockHash>) -> Vec<KvEvent> {
+    /// What happened since the last call; `content` lists what the device and host memory hold now, parents before
+    /// children.
+    pub(super) fn take(
+        &mut self,
+        content: impl FnOnce() -> (Vec<BlockHash>, Vec<BlockHash>),
+    ) -> Vec<KvEvent> {
         self.num_hashes = 0;
         if !std::mem::take(&mut self.is_overflowed) {
             return std::mem::take(&mut self.events);
         }
-        vec![KvEvent::Cleared, KvEvent::Stored(content())]
+        let (cached, kept) = content();
+        let mut events = vec![KvEvent::Cleared, KvEvent::Stored(cached)];
+        if !kept.is_empty() {
+            events.push(KvEvent::Kept(kept));
+        }
+        events
     }
 
     fn make_room(&mut self, num_hashes: usize) -> bool {
@@ -75,7 +97,13 @@ mod tests {
             KvEvent::Stored(vec![BlockHash(1), BlockHash(2)]),
             KvEvent::Removed(vec![BlockHash(2), BlockHash(1)]),
         ];
-        assert_eq!(log.take(Vec::new), events);
+        let nothing = || (Vec::new(), Vec::new());
+        assert_eq!(log.take(nothing), events);
+        for hash in 0..2 {
+            log.kept(BlockHash(hash));
+        }
+        let kept = [KvEvent::Kept(vec![BlockHash(0), BlockHash(1)])];
+        assert_eq!(log.take(nothing), kept);
 
         for hash in 0..5 {
             log.stored(vec![BlockHash(hash)]);
@@ -83,7 +111,7 @@ mod tests {
         log.removed(BlockHash(0));
         let content = vec![BlockHash(3), BlockHash(4)];
         let events = [KvEvent::Cleared, KvEvent::Stored(content.clone())];
-        assert_eq!(log.take(|| content), events);
-        assert_eq!(log.take(Vec::new), []);
+        assert_eq!(log.take(|| (content, Vec::new())), events);
+        assert_eq!(log.take(nothing), []);
     }
 }

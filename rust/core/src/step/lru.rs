@@ -72,9 +72,14 @@ impl LruList {
 
     /// Takes out the block whose last use is longest ago.
     pub(super) fn pop_oldest(&mut self) -> Option<BlockId> {
-        let oldest = (self.oldest != NIL).then_some(BlockId(self.oldest))?;
+        let oldest = self.oldest()?;
         self.remove(oldest);
         Some(oldest)
+    }
+
+    /// The block whose last use is longest ago.
+    pub(super) fn oldest(&self) -> Option<BlockId> {
+        (self.oldest != NIL).then_some(BlockId(self.oldest))
     }
 
     /// The blocks from the oldest to the newest.

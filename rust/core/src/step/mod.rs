@@ -10,6 +10,8 @@ mod build_plan;
 mod commit;
 mod config;
 mod error;
+mod host_cache;
+mod host_hits;
 mod host_tier;
 mod integrity;
 mod kv_events;

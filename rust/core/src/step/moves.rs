@@ -167,12 +167,12 @@ impl StepScheduler {
         let limit = self.pool.num_blocks() / MOVING_SHARE;
         let has_room = self.moves.num_incoming() + num_missing <= limit;
         // What the next plan saves to host memory still lies in blocks that count as free.
-        let is_quiet = self.executing.is_none() && !self.host.has_copies();
+        let is_quiet = self.executing.is_none() && !self.pool.host.has_copies();
         if num_missing == 0 || !has_room || !is_quiet {
             return None;
         }
         self.pool
-            .allocate_table(&self.matched, num_blocks, self.running.len())
+            .allocate_table_for_others(&self.matched, num_blocks, self.running.len())
     }
 
     /// The first `num_blocks` of the awaited blocks hold their KV now, and nobody writes to any of them any more. They

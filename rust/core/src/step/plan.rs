@@ -195,7 +195,9 @@ pub struct TokenUpdate {
 pub enum KvEvent {
     /// Blocks became reusable; hashes of one chain, in order.
     Stored(Vec<BlockHash>),
-    /// Blocks are gone.
+    /// Blocks are in host memory now, and no longer on the device if they were.
+    Kept(Vec<BlockHash>),
+    /// Blocks are gone, from wherever they were.
     Removed(Vec<BlockHash>),
     /// The whole cache is gone.
     Cleared,

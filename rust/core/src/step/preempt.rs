@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 
 use super::{
+    block_pool::BlockPool,
     schedule::{Draft, Seat},
     scheduler::StepScheduler,
     sequence::Preempted,
@@ -41,16 +42,16 @@ impl StepScheduler {
     /// Preempts a running sequence: host memory keeps what it has computed, where there is room and where that is
     /// cheaper than to compute it again. Blocks that it shares stay with the others.
     fn take_blocks(&mut self, index: usize) {
-        let block_size = self.config.block_size as usize;
         let victim = &mut self.running[index];
         let num_shared = victim
             .block_table
             .partition_point(|&block| self.pool.ref_count(block) > 1);
-        victim.swapped = self.host.keep(
+        let BlockPool { host, events, .. } = &mut self.pool;
+        victim.swapped = host.keep(
             &victim.block_table,
             num_shared,
             victim.num_computed_tokens,
-            block_size,
+            events,
         );
         self.pool.release_table(&mut victim.block_table);
         self.stats.preemptions += 1;
@@ -78,8 +79,9 @@ impl StepScheduler {
             else {
                 return true;
             };
-            self.pool
-                .match_prefix(sequence.matchable(self.block_size()), &mut self.matched);
+            let chain = sequence.matchable(self.config.block_size as usize);
+            self.pool.match_prefix(chain, &mut self.matched);
+            self.pool.pin_host_hits(chain, &self.matched);
             let num_tokens = sequence.num_tokens();
             let Some(seat) = self.take_seat(num_tokens) else {
                 return false;
@@ -92,10 +94,13 @@ impl StepScheduler {
     }
 
     fn resume(&mut self, preempted: Preempted, seniority: u64, seat: Seat, draft: &mut Draft) {
-        let num_matched = self.matched.len();
-        let restored = preempted
-            .swapped
-            .and_then(|swapped| self.host.restore(swapped, &seat.block_table, num_matched));
+        let num_copied = self.copy_host_hits(&preempted.sequence, &seat.block_table);
+        let num_matched = self.matched.len() + num_copied;
+        let restored = preempted.swapped.and_then(|swapped| {
+            self.pool
+                .host
+                .restore(swapped, &seat.block_table, num_matched)
+        });
         let num_computed_tokens = restored.unwrap_or(num_matched * self.block_size());
         let index = self.start(preempted.sequence, seniority, seat, draft);
         self.running[index].num_computed_tokens = num_computed_tokens;

@@ -175,6 +175,7 @@ impl StepScheduler {
                 continue;
             }
             self.pool.match_prefix(chain, &mut self.matched);
+            self.pool.pin_host_hits(chain, &self.matched);
             let num_tokens = sequence.num_tokens();
             let Some(seat) = self.take_seat(num_tokens) else {
                 return;
@@ -188,28 +189,33 @@ impl StepScheduler {
     /// A sampler slot, and blocks for `num_tokens` that begin with the matched ones. One block for each running
     /// sequence has to remain: else the newcomer would soon be preempted, or preempt.
     pub(super) fn take_seat(&mut self, num_tokens: usize) -> Option<Seat> {
-        let slot = self.free_slots.pop()?;
+        let Some(slot) = self.free_slots.pop() else {
+            self.pool.host.drop_hits();
+            return None;
+        };
         let len = num_tokens.div_ceil(self.block_size());
         let table = self
             .pool
             .allocate_table(&self.matched, len, self.running.len());
-        if table.is_none() {
+        let Some(block_table) = table else {
             self.free_slots.push(slot);
-        }
-        Some(Seat {
-            slot,
-            block_table: table?,
-        })
+            self.pool.host.drop_hits();
+            return None;
+        };
+        Some(Seat { slot, block_table })
     }
 
     fn start_first_time(&mut self, mut sequence: Sequence, seat: Seat, draft: &mut Draft) {
-        sequence.note_cached(self.matched.len(), self.block_size());
+        let num_copied = self.copy_host_hits(&sequence, &seat.block_table);
+        let num_hits = self.matched.len() + num_copied;
+        sequence.note_cached(num_hits, self.block_size());
         self.stats.prefix_hit_tokens += u64::from(sequence.num_cached_tokens);
         self.stats.prefix_query_tokens += sequence.num_prompt_tokens as u64;
         self.stats.queue_wait = draft.now.since(sequence.arrived_at);
         let seniority = self.num_started;
         self.num_started += 1;
         let index = self.start(sequence, seniority, seat, draft);
+        self.running[index].num_computed_tokens = num_hits * self.block_size();
         self.schedule_chunk(index, draft);
     }
 
@@ -258,7 +264,7 @@ impl StepScheduler {
         if draft.num_prefill_tokens > 0 {
             plan.filled = self.hold_filled();
         }
-        self.host.move_copies(&mut plan);
+        self.pool.host.move_copies(&mut plan);
         self.executing = Some(executing);
         Some(plan)
     }

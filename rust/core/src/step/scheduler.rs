@@ -9,7 +9,6 @@ use super::{
     block_pool::BlockPool,
     commit::Executing,
     config::StepSchedulerConfig,
-    host_tier::HostTier,
     moves::Moves,
     plan::{KvEvent, Request},
     sequence::{HashBlock, Preempted, Running, Sequence},
@@ -33,7 +32,6 @@ pub struct StepScheduler {
     pub(super) config: StepSchedulerConfig,
     pub(super) hash_block: HashBlock,
     pub(super) pool: BlockPool,
-    pub(super) host: HostTier,
     /// By seniority; the first is never preempted.
     pub(super) running: Vec<Running>,
     /// By seniority. They start again before anything new starts.
@@ -71,8 +69,7 @@ impl StepScheduler {
         config.validate()?;
         Ok(Self {
             hash_block,
-            pool: BlockPool::new(config.num_blocks, config.block_size),
-            host: HostTier::new(&config),
+            pool: BlockPool::new(&config),
             running: Vec::new(),
             preempted: BTreeMap::new(),
             waiting: WaitingQueue::new(config.block_size, config.max_overtakes),
@@ -114,7 +111,7 @@ impl StepScheduler {
     pub(super) fn enqueue(&mut self, sequence: Sequence) {
         let num_cached = self
             .pool
-            .estimate_prefix(sequence.matchable(self.block_size()));
+            .estimate_both_tiers(sequence.matchable(self.block_size()));
         let num_prefill_tokens = sequence.num_tokens() - num_cached * self.block_size();
         self.waiting.push(sequence, num_prefill_tokens);
     }
@@ -199,7 +196,7 @@ impl StepScheduler {
     /// Gives back what a preempted sequence holds.
     fn forget(&mut self, preempted: Preempted) -> RequestId {
         if let Some(swapped) = preempted.swapped {
-            self.host.free(swapped);
+            self.pool.host.free(swapped);
         }
         preempted.sequence.id
     }
@@ -244,6 +241,11 @@ impl StepScheduler {
         self.waiting.len() + self.running.len() + self.preempted.len() > 0
     }
 
+    /// Every block that host memory keeps to be copied back, parents before children.
+    pub fn kept_block_hashes(&self) -> Vec<BlockHash> {
+        self.pool.host.cache.hashes()
+    }
+
     /// Load and counters.
     pub fn stats(&self) -> StepStats {
         let prefilling = self.running.iter().filter(|running| !running.is_decode());
@@ -259,6 +261,7 @@ impl StepScheduler {
                 as u32,
             kv_blocks_used: (self.pool.num_blocks() - self.pool.num_available()) as u32,
             kv_blocks_total: self.config.num_blocks,
+            host_blocks_kept: self.pool.host.cache.len() as u32,
             queued_prefill_tokens: self.waiting.num_prefill_tokens()
                 + (num_running_prefill + num_preempted_prefill) as u64
                 + self.moves.num_prefill_tokens(self.block_size()),

@@ -28,6 +28,10 @@ pub struct StepStats {
     pub swaps: u64,
     /// Prompt tokens that the prefix cache gave to requests when they first ran.
     pub prefix_hit_tokens: u64,
+    /// Tokens whose KV was copied back from host memory, where the cache kept it.
+    pub host_hit_tokens: u64,
+    /// Blocks that host memory keeps for the prefix cache, now.
+    pub host_blocks_kept: u32,
     /// Prompt tokens of those requests in all.
     pub prefix_query_tokens: u64,
     /// Blocks that other workers brought.

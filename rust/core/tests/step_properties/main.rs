@@ -216,7 +216,7 @@ proptest! {
 fn the_random_runs_reach_the_rare_paths() {
     let mut runner = TestRunner::deterministic();
     let (mut steps, mut preemptions, mut swaps, mut hits) = (0, 0, 0, 0);
-    let (mut fetched, mut filled, mut held) = (0, 0, 0);
+    let (mut fetched, mut filled, mut held, mut copied) = (0, 0, 0, 0);
     for _ in 0..64 {
         let config = any_config()
             .new_tree(&mut runner)
@@ -235,12 +235,14 @@ fn the_random_runs_reach_the_rare_paths() {
         steps += stats.steps;
         preemptions += stats.preemptions;
         swaps += stats.swaps;
+        copied += stats.host_hit_tokens;
         hits += u64::from(stats.prefix_hit_tokens > 0);
     }
     assert!(steps > 5000, "{steps} steps");
     assert!(preemptions > 80, "{preemptions} preemptions");
     assert!(swaps > 20, "{swaps} of them with swaps");
     assert!(hits > 30, "prefix hits in {hits} runs");
+    assert!(copied > 300, "{copied} tokens copied back from host memory");
     assert!(fetched > 300, "{fetched} tokens fetched");
     assert!(filled > 100, "{filled} blocks filled for others");
     assert!(held > 50, "{held} blocks held for others");

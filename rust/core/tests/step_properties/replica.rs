@@ -70,6 +70,8 @@ pub(crate) struct Replica {
     safe: Option<RequestId>,
     /// What a router that listens to the events believes to be cached.
     router_view: FxHashSet<BlockHash>,
+    /// The same of host memory.
+    kept_view: FxHashSet<BlockHash>,
     now: Time,
     pub(crate) num_steps: u64,
     /// Tokens computed, of all requests together.
@@ -88,6 +90,7 @@ impl Replica {
             num_started: 0,
             safe: None,
             router_view: FxHashSet::default(),
+            kept_view: FxHashSet::default(),
             now: Time::ZERO,
             num_steps: 0,
             num_computed_tokens: 0,
@@ -445,20 +448,35 @@ impl Replica {
         self.scheduler.check_integrity();
         for event in self.scheduler.take_kv_events() {
             match event {
-                KvEvent::Stored(hashes) => self.router_view.extend(hashes),
+                KvEvent::Stored(hashes) => {
+                    hashes.iter().for_each(|hash| {
+                        self.kept_view.remove(hash);
+                    });
+                    self.router_view.extend(hashes);
+                }
+                KvEvent::Kept(hashes) => {
+                    hashes.iter().for_each(|hash| {
+                        self.router_view.remove(hash);
+                    });
+                    self.kept_view.extend(hashes);
+                }
                 KvEvent::Removed(hashes) => hashes.iter().for_each(|hash| {
-                    assert!(self.router_view.remove(hash), "removed what was not stored");
+                    let was_there = self.router_view.remove(hash) | self.kept_view.remove(hash);
+                    assert!(was_there, "removed what was not stored");
                 }),
-                KvEvent::Cleared => self.router_view.clear(),
+                KvEvent::Cleared => {
+                    self.router_view.clear();
+                    self.kept_view.clear();
+                }
             }
         }
-        let cached = self.scheduler.cached_block_hashes();
-        assert_eq!(
-            cached.len(),
-            self.router_view.len(),
-            "events tell the whole story"
-        );
-        assert!(cached.iter().all(|hash| self.router_view.contains(hash)));
+        for (hashes, view) in [
+            (self.scheduler.cached_block_hashes(), &self.router_view),
+            (self.scheduler.kept_block_hashes(), &self.kept_view),
+        ] {
+            assert_eq!(hashes.len(), view.len(), "events tell the whole story");
+            assert!(hashes.iter().all(|hash| view.contains(hash)));
+        }
     }
 
     /// Runs until nothing is left. The most senior request computes at least one token in every step, so the

@@ -335,6 +335,7 @@ impl Session {
             .into_iter()
             .map(|event| match event {
                 KvEvent::Stored(hashes) => format!("stored {}\n", list(&hashes)),
+                KvEvent::Kept(hashes) => format!("kept {}\n", list(&hashes)),
                 KvEvent::Removed(hashes) => format!("removed {}\n", list(&hashes)),
                 KvEvent::Cleared => "cleared\n".to_owned(),
             });

@@ -57,7 +57,7 @@ pub(crate) fn measure() {
             let started = Instant::now();
             let slab = Arc::new(Slab::create(SlabId(round), &config).unwrap());
             makes.push(started.elapsed().as_secs_f64());
-            pages = Some(slab.pages());
+            pages = slab.pages();
             for (kind, taken) in &mut registers {
                 let transport = rig::open(kind);
                 let started = Instant::now();

@@ -21,14 +21,15 @@ impl BufferManager {
             let (field, expected) = ("slab_bytes", "at most 4 GiB where a card registers it");
             return Err(MemoryError::InvalidField { field, expected });
         }
-        if self.config.memlock == MemlockPolicy::Require {
+        let mut transports = self.transports.iter();
+        transports.try_for_each(|one| one.check_tier(config.tier))?;
+        // The limit is on host memory alone.
+        if self.config.memlock == MemlockPolicy::Require && config.tier.is_host() {
             let state = self.state.lock();
-            let pools: u64 = state
-                .pools
-                .values()
-                .map(|pool| pool.config().max_bytes())
-                .sum();
-            memlock::check(pools + config.max_bytes())?;
+            let pools = state.pools.values().map(|pool| pool.config());
+            let pools = pools.filter(|config| config.tier.is_host());
+            let bytes: u64 = pools.map(PoolConfig::max_bytes).sum();
+            memlock::check(bytes + config.max_bytes())?;
         }
         let pool = Pool::new(config)?;
         for _ in 0..config.initial_slabs {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{BlockHandle, HoldKind, Holds, Pool};
-use crate::{error::MemoryError, slab::Slab};
+use crate::{error::MemoryError, slab::Slab, tier::Tier};
 
 /// A block that stays where it is, and is used for nothing else, while this lives. One that is being filled is held
 /// alone: no transfer or peer writes it meanwhile. A sealed one may have many views, and none of them may write.
@@ -37,10 +37,24 @@ impl Pool {
 
 impl BlockView {
     /// First byte, which is followed by [`Self::len`] mapped ones. They may be written only through a view that
-    /// [`Self::is_writable`], and not after it is gone.
+    /// [`Self::is_writable`], and not after it is gone. Of a [`tier`](Self::tier) that is a device's it is the address
+    /// there, and nothing that the processor could follow.
     pub fn as_ptr(&self) -> *mut u8 {
         // `Pool::place` keeps a block inside its slab, so this does not wrap.
         self.slab.as_ptr().wrapping_add(self.offset as usize)
+    }
+
+    /// Where the bytes lie.
+    pub fn tier(&self) -> Tier {
+        self.slab.tier()
+    }
+
+    /// Refuses bytes that the processor cannot reach.
+    pub fn check_host(&self) -> Result<(), MemoryError> {
+        match self.tier().device() {
+            None => Ok(()),
+            Some(device) => Err(MemoryError::NotInHostMemory { device }),
+        }
     }
 
     /// Bytes of the block.

@@ -76,6 +76,7 @@ impl LocalSlabs {
                 id: slab.id(),
                 base: base(slab),
                 len: slab.len(),
+                tier: slab.tier(),
             })
             .collect();
         known.sort_unstable_by_key(|slab| slab.id);

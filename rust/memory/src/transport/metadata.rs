@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use crate::{error::MemoryError, transport::SlabId};
+use crate::{error::MemoryError, tier::Tier, transport::SlabId};
 
 /// The most that [`Metadata::encode`] makes and [`Metadata::decode`] reads.
 pub(super) const METADATA_BYTES_MAX: usize = 64 << 10;
@@ -13,7 +13,10 @@ pub(super) const METADATA_BYTES_MAX: usize = 64 << 10;
 pub(super) const SLABS_MAX: usize = 1024;
 
 const MAGIC: [u8; 4] = *b"orcm";
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
+
+/// A slab on the wire: name, base and length, which tier, and the number of the device.
+const SLAB_BYTES: usize = 25;
 
 /// Which life of which transport: drawn at random when it opens, so that a restart is somebody else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -65,6 +68,39 @@ pub(super) struct KnownSlab {
     pub(super) base: u64,
     /// Bytes.
     pub(super) len: u64,
+    /// Where they lie, by the numbers that its owner has for devices.
+    pub(super) tier: Tier,
+}
+
+impl KnownSlab {
+    fn encode(&self, bytes: &mut Vec<u8>) {
+        bytes.extend(self.id.0.to_le_bytes());
+        bytes.extend(self.base.to_le_bytes());
+        bytes.extend(self.len.to_le_bytes());
+        bytes.push(match self.tier {
+            Tier::Dram => 0,
+            Tier::Pinned => 1,
+            Tier::Vram { .. } => 2,
+        });
+        bytes.extend(self.tier.device().unwrap_or(0).to_le_bytes());
+    }
+
+    fn decode(fields: &mut Fields<'_>) -> Option<Self> {
+        let id = SlabId(fields.u32()?);
+        let (base, len) = (fields.u64()?, fields.u64()?);
+        let tier = match (fields.u8()?, fields.u32()?) {
+            (0, 0) => Tier::Dram,
+            (1, 0) => Tier::Pinned,
+            (2, device) => Tier::Vram { device },
+            _ => return None,
+        };
+        Some(Self {
+            id,
+            base,
+            len,
+            tier,
+        })
+    }
 }
 
 /// What [`Transport::local_metadata`](super::Transport::local_metadata) holds.
@@ -81,7 +117,7 @@ pub(super) struct Metadata {
 
 impl Metadata {
     pub(super) fn encode(&self) -> Result<Vec<u8>, MemoryError> {
-        let mut bytes = Vec::with_capacity(64 + self.address.len() + 20 * self.slabs.len());
+        let mut bytes = Vec::with_capacity(64 + self.address.len() + SLAB_BYTES * self.slabs.len());
         bytes.extend(MAGIC);
         bytes.extend([VERSION, self.kind]);
         bytes.extend(self.identity.0.to_le_bytes());
@@ -90,9 +126,7 @@ impl Metadata {
         bytes.extend(&self.address);
         bytes.extend((self.slabs.len() as u32).to_le_bytes());
         for slab in &self.slabs {
-            bytes.extend(slab.id.0.to_le_bytes());
-            bytes.extend(slab.base.to_le_bytes());
-            bytes.extend(slab.len.to_le_bytes());
+            slab.encode(&mut bytes);
         }
         if bytes.len() > METADATA_BYTES_MAX {
             return Err(MemoryError::LimitReached {
@@ -114,8 +148,8 @@ impl Metadata {
         if fields.u8() != Some(kind) {
             return Err(MemoryError::BadMetadata("of another transport"));
         }
-        let metadata =
-            Self::decode_body(&mut fields, kind).ok_or(MemoryError::BadMetadata("cut short"))?;
+        let metadata = Self::decode_body(&mut fields, kind)
+            .ok_or(MemoryError::BadMetadata("cut short, or of unknown memory"))?;
         if !fields.0.is_empty() {
             return Err(MemoryError::BadMetadata("bytes after its end"));
         }
@@ -134,15 +168,8 @@ impl Metadata {
         if count > SLABS_MAX {
             return None;
         }
-        let slabs = (0..count)
-            .map(|_| {
-                Some(KnownSlab {
-                    id: SlabId(fields.u32()?),
-                    base: fields.u64()?,
-                    len: fields.u64()?,
-                })
-            })
-            .collect::<Option<_>>()?;
+        let slabs = (0..count).map(|_| KnownSlab::decode(fields));
+        let slabs = slabs.collect::<Option<_>>()?;
         Some(Self {
             kind,
             identity,
@@ -192,11 +219,20 @@ mod tests {
             identity: Identity(7),
             key: AccessKey([9; 16]),
             address: b"127.0.0.1:80".to_vec(),
-            slabs: vec![KnownSlab {
-                id: SlabId(3),
-                base: 0,
-                len: 2 << 20,
-            }],
+            slabs: vec![
+                KnownSlab {
+                    id: SlabId(3),
+                    base: 0,
+                    len: 2 << 20,
+                    tier: Tier::Pinned,
+                },
+                KnownSlab {
+                    id: SlabId(4),
+                    base: 7 << 40,
+                    len: 2 << 20,
+                    tier: Tier::Vram { device: 5 },
+                },
+            ],
         }
     }
 
@@ -216,6 +252,19 @@ mod tests {
         let longer = [&bytes[..], &[0]].concat();
         let surplus = Err(MemoryError::BadMetadata("bytes after its end"));
         assert_eq!(Metadata::decode(&longer, 2), surplus);
+    }
+
+    #[test]
+    fn a_slab_of_a_tier_that_nobody_knows_is_refused() {
+        let mut bytes = example().encode().unwrap();
+        let last = bytes.len() - 5;
+        assert_eq!(bytes[last], 2);
+        bytes[last] = 3;
+        let unknown = Err(MemoryError::BadMetadata("cut short, or of unknown memory"));
+        assert_eq!(Metadata::decode(&bytes, 2), unknown);
+        // Host memory has no device.
+        bytes[last] = 0;
+        assert_eq!(Metadata::decode(&bytes, 2), unknown);
     }
 
     #[test]

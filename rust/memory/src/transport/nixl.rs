@@ -35,6 +35,7 @@ use super::{
 use crate::{
     error::{MemoryError, TransferError},
     slab::Slab,
+    tier::Tier,
 };
 
 const KIND: u8 = 3;
@@ -148,6 +149,7 @@ fn memory_of(slab: &Slab) -> Extent {
     Extent {
         address: slab.as_ptr().addr() as u64,
         len: slab.len(),
+        tier: slab.tier(),
     }
 }
 
@@ -212,6 +214,11 @@ impl Transport for NixlTransport {
     /// True of every fabric that NIXL is for; over plain TCP alone, NIXL makes do with the peer's progress.
     fn is_one_sided(&self) -> bool {
         true
+    }
+
+    /// All of them: whether a device's memory is reached directly is up to the backend, which says so when it registers.
+    fn check_tier(&self, _tier: Tier) -> Result<(), MemoryError> {
+        Ok(())
     }
 
     fn register(&self, slab: &Arc<Slab>) -> Result<(), MemoryError> {
@@ -317,8 +324,12 @@ impl Transport for NixlTransport {
         if spans.is_empty() && notification.is_none() {
             return Err(refused("a transfer of nothing".to_owned()));
         }
-        let id = state.transfers.begin()?;
         let pairs: Vec<_> = spans.iter().map(extents).collect();
+        if !is_uniform(&pairs) {
+            let message = "host memory and a device's on one side of a transfer";
+            return Err(refused(message.to_owned()));
+        }
+        let id = state.transfers.begin()?;
         let posted = match notification {
             Some(payload) if pairs.is_empty() => {
                 state.agent.notify(&known.name, payload).map(|()| None)
@@ -394,11 +405,21 @@ fn extents(span: &Span) -> (Extent, Extent) {
     let ours = Extent {
         address: memory_of(&span.local).address + span.local_offset,
         len: span.len,
+        tier: span.local.tier(),
     };
     let theirs = Extent {
         // Wraps only where the peer lied about its base, and then names memory that it never registered.
         address: span.remote.base.wrapping_add(span.remote_offset),
         len: span.len,
+        tier: span.remote.tier,
     };
     (ours, theirs)
+}
+
+/// Whether each side of a transfer is of one kind of memory, as NIXL's lists are.
+fn is_uniform(pairs: &[(Extent, Extent)]) -> bool {
+    let kinds = |(ours, theirs): &(Extent, Extent)| (ours.kind(), theirs.kind());
+    let mut pairs = pairs.iter().map(kinds);
+    let first = pairs.next();
+    pairs.all(|kinds| Some(kinds) == first)
 }

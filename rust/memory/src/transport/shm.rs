@@ -39,6 +39,7 @@ use self::{
 };
 use super::{
     Direction, Notification, PeerId, Progress, Quiet, Segment, SlabId, TransferId, Transport,
+    host_memory_only,
     ledger::{Inbox, LocalSlabs, PEERS_MAX, Roster, Transfers, check_notification},
     metadata::{AccessKey, Identity, Metadata, draw_identity},
     watch::{Token, Watch},
@@ -46,6 +47,7 @@ use super::{
 use crate::{
     error::{MemoryError, TransferError},
     slab::{SLAB_BYTES_UNREGISTERED_MAX, Slab},
+    tier::Tier,
 };
 
 const KIND: u8 = 1;
@@ -243,7 +245,13 @@ impl Transport for ShmTransport {
         Some(self.watch.as_fd())
     }
 
+    fn check_tier(&self, tier: Tier) -> Result<(), MemoryError> {
+        let reason = "peers map memory files, and it is none";
+        host_memory_only(self.name(), tier, reason)
+    }
+
     fn register(&self, slab: &Arc<Slab>) -> Result<(), MemoryError> {
+        self.check_tier(slab.tier())?;
         self.state.lock().slabs.insert(slab)
     }
 

@@ -4,7 +4,10 @@ use std::{ops::Range, sync::Arc};
 
 use orchestra_memory::{self as memory, BlockHandle, MemoryError, Pool};
 use parking_lot::Mutex;
-use pyo3::{prelude::*, types::PyTuple};
+use pyo3::{
+    prelude::*,
+    types::{PyBytes, PyTuple},
+};
 
 use super::{hub::Hub, view::BlockView};
 use crate::errors::Failure;
@@ -65,10 +68,13 @@ impl BlockSet {
         act(set.as_mut().ok_or(MemoryError::StaleHandle)?)
     }
 
-    fn view_of(&self, at: usize) -> Result<BlockView, Failure> {
+    fn handle(&self, at: usize) -> Result<BlockHandle, MemoryError> {
         let handles = self.handles(at, Some(1))?;
-        let handle = handles.first().ok_or(MemoryError::StaleHandle)?;
-        Ok(BlockView::new(self.pool.view(*handle)?))
+        handles.first().copied().ok_or(MemoryError::StaleHandle)
+    }
+
+    fn view_of(&self, at: usize) -> Result<BlockView, Failure> {
+        Ok(BlockView::new(self.pool.view(self.handle(at)?)?))
     }
 }
 
@@ -126,6 +132,36 @@ impl BlockSet {
             memory::BlockState::Migrating => memory::BlockState::Sealed.as_str(),
             state => state.as_str(),
         }))
+    }
+
+    /// Copies bytes into a block that is being filled, wherever it lies.
+    #[pyo3(signature = (at, data, offset = 0))]
+    fn write(&self, py: Python<'_>, at: usize, data: &[u8], offset: u64) -> PyResult<()> {
+        Ok(py.detach(|| -> Result<(), Failure> {
+            Ok(self.pool.write(self.handle(at)?, offset, data)?)
+        })?)
+    }
+
+    /// Copies bytes out of a sealed block, wherever it lies.
+    #[pyo3(signature = (at, offset = 0, length = None))]
+    fn read<'py>(
+        &self,
+        py: Python<'py>,
+        at: usize,
+        offset: u64,
+        length: Option<u64>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let bytes = py.detach(|| -> Result<Vec<u8>, Failure> {
+            let limit = self.pool.config().block_bytes;
+            let len = length.unwrap_or_else(|| limit.saturating_sub(offset));
+            if offset.checked_add(len).is_none_or(|end| end > limit) {
+                return Err(MemoryError::OutOfBounds { offset, len, limit }.into());
+            }
+            let mut bytes = vec![0; len as usize];
+            self.pool.pin(self.handle(at)?)?.read(offset, &mut bytes)?;
+            Ok(bytes)
+        })?;
+        Ok(PyBytes::new(py, &bytes))
     }
 
     /// A block as a tensor of bytes, held while the view or a tensor of it lives.

@@ -169,6 +169,7 @@ impl OpenConfig {
 #[derive(Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct PoolSettings {
+    tier: String,
     block_bytes: u64,
     slab_bytes: Option<u64>,
     max_bytes: Option<u64>,
@@ -183,6 +184,7 @@ impl Default for PoolSettings {
     fn default() -> Self {
         let pool = PoolConfig::default();
         Self {
+            tier: pool.tier.to_string(),
             block_bytes: pool.block_bytes,
             slab_bytes: None,
             max_bytes: None,
@@ -210,6 +212,7 @@ impl PoolSettings {
             _ => 1,
         };
         let config = PoolConfig {
+            tier: self.tier.parse().map_err(issue)?,
             block_bytes: self.block_bytes,
             slab_bytes,
             initial_slabs: self.initial_slabs,

@@ -28,6 +28,11 @@ impl BlockPool {
 #[pymethods]
 impl BlockPool {
     #[getter]
+    fn tier(&self) -> String {
+        self.pool.config().tier.to_string()
+    }
+
+    #[getter]
     fn block_bytes(&self) -> u64 {
         self.pool.config().block_bytes
     }

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use orchestra_memory::{self as memory, dlpack::export};
+use orchestra_memory::{
+    self as memory,
+    dlpack::{device_of, export},
+};
 use parking_lot::Mutex;
 use pyo3::{
     exceptions::{PyBufferError, PyValueError},
@@ -11,9 +14,6 @@ use pyo3::{
 };
 
 use super::dlpack;
-
-/// `kDLCPU` and the only one of it.
-const DEVICE: (i32, i32) = (1, 0);
 
 /// A block that stays where it is, and is used for nothing else, while this or a tensor of it lives.
 #[pyclass(frozen, module = "orchestra._core")]
@@ -55,6 +55,8 @@ impl BlockView {
     /// interpreters from 3.10 on can use.
     pub(super) fn memoryview<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let view = self.held()?;
+        view.check_host()
+            .map_err(|refused| PyBufferError::new_err(refused.to_string()))?;
         let class = py.import("ctypes")?.getattr("c_ubyte")?.mul(view.len())?;
         let array = class.call_method1("from_address", (view.as_ptr().addr(),))?;
         let is_writable = view.is_writable();
@@ -66,9 +68,14 @@ impl BlockView {
         bytes.call_method0("toreadonly")
     }
 
-    #[expect(clippy::unused_self, reason = "a method of the protocol")]
-    fn __dlpack_device__(&self) -> (i32, i32) {
-        DEVICE
+    /// Where the bytes lie: `"dram"`, `"pinned"`, or `"vram:"` and the number of the device.
+    #[getter]
+    fn tier(&self) -> PyResult<String> {
+        Ok(self.held()?.tier().to_string())
+    }
+
+    fn __dlpack_device__(&self) -> PyResult<(i32, i32)> {
+        Ok(device_of(self.held()?.tier()))
     }
 
     #[pyo3(signature = (*, stream = None, max_version = None, dl_device = None, copy = None))]
@@ -81,17 +88,22 @@ impl BlockView {
         copy: Option<bool>,
     ) -> PyResult<Bound<'py, PyCapsule>> {
         let refuse = |why| Err(PyBufferError::new_err(why));
-        if stream.is_some_and(|stream| stream != -1) {
+        let view = self.held()?;
+        let tier = view.tier();
+        // Nothing of ours is under way on a device, so there is nothing that a stream would have to wait for.
+        if tier.is_host() && stream.is_some_and(|stream| stream != -1) {
             return refuse("host memory has no streams");
         }
-        if dl_device.is_some_and(|device| device != DEVICE) {
-            return refuse("the block lies in host memory");
+        if dl_device.is_some_and(|device| device != device_of(tier)) {
+            return Err(PyBufferError::new_err(format!(
+                "the block lies in {tier} memory and is not copied elsewhere"
+            )));
         }
         if copy == Some(true) {
             return refuse("a view is never a copy");
         }
         let is_versioned = max_version.is_some_and(|(major, _)| major >= 1);
-        match export(self.held()?, is_versioned) {
+        match export(view, is_versioned) {
             Some(managed) => dlpack::capsule(py, managed),
             None => refuse("a sealed block is read-only, which DLPack says from version 1.0 on"),
         }

@@ -10,9 +10,12 @@
 //! | `POST /admin/drain` | [`drain`]: the router itself |
 //! | `GET /admin/config` | [`config_in_effect`] |
 //! | `PUT /admin/log` | [`set_log`] |
+//! | `GET /metrics` | [`metrics`]: as on the clients' door |
+//! | `GET /` | [`dashboard`]: a page that shows the two that list and count |
 //!
 //! Its answers and errors look like those of the clients' door, and its bodies are read with the same limits.
 
+mod dashboard;
 mod workers;
 
 use std::sync::Arc;
@@ -29,7 +32,7 @@ use bytes::Bytes;
 use orchestra_core::ErrorCode;
 use serde::{Deserialize, Serialize};
 
-use super::{HttpDoor, body::Refusal, ingress, json};
+use super::{HttpDoor, body::Refusal, health, ingress, json};
 use crate::{
     config::{RouterConfig, Setting},
     error::ApiError,
@@ -39,7 +42,7 @@ use crate::{
 };
 
 /// The routes as metrics name them.
-const ROUTES: [&str; 8] = [
+const ROUTES: [&str; 9] = [
     "/admin/workers",
     "/admin/workers/{id}",
     "/admin/workers/{id}/drain",
@@ -48,6 +51,7 @@ const ROUTES: [&str; 8] = [
     "/admin/drain",
     "/admin/config",
     "/admin/log",
+    "/metrics",
 ];
 
 /// What every handler needs.
@@ -76,6 +80,8 @@ pub(crate) fn router(
         .route("/admin/drain", post(drain))
         .route("/admin/config", get(config_in_effect))
         .route("/admin/log", put(set_log))
+        .route("/metrics", get(metrics))
+        .merge(dashboard::routes())
         .fallback(ingress::no_such_route)
         .method_not_allowed_fallback(ingress::wrong_method)
         .layer(middleware::from_fn_with_state(Arc::clone(&door), enter))
@@ -88,7 +94,12 @@ async fn enter(State(door): State<Arc<AdminDoor>>, request: Request, next: Next)
     let matched = matched.map_or("", MatchedPath::as_str);
     let known = ROUTES.into_iter().find(|route| *route == matched);
     let state = Arc::clone(&door.http.state);
-    let response = match door.check(&request) {
+    let checked = if dashboard::is_file(matched) {
+        Ok(())
+    } else {
+        door.check(&request)
+    };
+    let response = match checked {
         Ok(()) => next.run(request).await,
         Err(refusal) => axum::response::IntoResponse::into_response(refusal),
     };
@@ -146,6 +157,11 @@ async fn decision(
         )
     })?;
     Ok(json(json_body(&found)))
+}
+
+/// The router's metrics, for the page.
+async fn metrics(State(door): State<Arc<AdminDoor>>) -> Result<Response<Body>, Refusal> {
+    health::encoded(&door.http.state)
 }
 
 #[derive(Debug, Serialize)]

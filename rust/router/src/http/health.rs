@@ -10,7 +10,7 @@ use axum::{
 use orchestra_core::ErrorCode;
 
 use super::{HttpDoor, body::Refusal, json};
-use crate::error::ApiError;
+use crate::{error::ApiError, state::RouterState};
 
 /// The process runs. Says nothing about workers: restarting the router would not bring them back.
 pub(super) async fn live() -> Response<Body> {
@@ -29,8 +29,12 @@ pub(super) async fn ready(State(door): State<Arc<HttpDoor>>) -> Response<Body> {
 
 /// The metrics as Prometheus reads them.
 pub(super) async fn metrics(State(door): State<Arc<HttpDoor>>) -> Result<Response<Body>, Refusal> {
-    let text = door
-        .state
+    encoded(&door.state)
+}
+
+/// The same, for whoever asks at another door.
+pub(super) fn encoded(state: &RouterState) -> Result<Response<Body>, Refusal> {
+    let text = state
         .metrics
         .encode()
         .map_err(|_| ApiError::new(ErrorCode::Internal, "the metrics could not be written"))?;

@@ -384,7 +384,7 @@ mod tests {
             ..stored(&[7, 8], None, &[1, 2, 3, 4])
         };
         let names = |event: Stored<'_>| match applied(&mut blocks(), &Event::Stored(event)) {
-            KvEvent::Stored(names) => names,
+            KvEvent::Stored(names) | KvEvent::Kept(names) => names,
             other => panic!("{other:?}"),
         };
         let text = |text| vec![ExtraKey::Text(text)];
@@ -447,7 +447,7 @@ mod tests {
                     removed(&[name(at)])
                 };
                 match applied(&mut blocks, &event) {
-                    KvEvent::Stored(names) => held.extend(names),
+                    KvEvent::Stored(names) | KvEvent::Kept(names) => held.extend(names),
                     KvEvent::Removed(names) => held.retain(|name| !names.contains(name)),
                     KvEvent::Cleared => held.clear(),
                 }

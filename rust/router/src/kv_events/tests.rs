@@ -61,7 +61,7 @@ impl Listener {
         let (sender, held) = watch::channel(BTreeSet::new());
         let apply = move |event: &KvEvent| {
             sender.send_modify(|held: &mut BTreeSet<BlockHash>| match event {
-                KvEvent::Stored(hashes) => held.extend(hashes),
+                KvEvent::Stored(hashes) | KvEvent::Kept(hashes) => held.extend(hashes),
                 KvEvent::Removed(hashes) => held.retain(|hash| !hashes.contains(hash)),
                 KvEvent::Cleared => held.clear(),
             });

@@ -308,9 +308,10 @@ impl Attached<'_> {
         let hashes = |hashes: Vec<u64>| hashes.into_iter().map(BlockHash).collect();
         for event in events.events {
             let event = match event.event {
-                Some(kv_event::Event::Stored(stored)) => {
-                    KvEvent::Stored(hashes(stored.block_hashes))
-                }
+                Some(kv_event::Event::Stored(stored)) => match stored.tier() {
+                    v1::KvTier::Unspecified => KvEvent::Stored(hashes(stored.block_hashes)),
+                    v1::KvTier::Host => KvEvent::Kept(hashes(stored.block_hashes)),
+                },
                 Some(kv_event::Event::Removed(gone)) => KvEvent::Removed(hashes(gone.block_hashes)),
                 Some(kv_event::Event::Cleared(_)) => KvEvent::Cleared,
                 None => return Err(End::Unexpected("an empty KV event")),

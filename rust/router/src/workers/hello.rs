@@ -16,6 +16,8 @@ pub(crate) struct Hello {
     pub(crate) vocab_size: u32,
     pub(crate) model_files_digest: String,
     pub(crate) block_hashes: Vec<u64>,
+    /// In host memory.
+    pub(crate) host_block_hashes: Vec<u64>,
     pub(crate) kv: Option<KvTransfer>,
 }
 
@@ -45,6 +47,11 @@ impl Hello {
         if hello.block_hashes.len() > hello.num_blocks as usize {
             return Err("hello.block_hashes holds more than num_blocks blocks".to_owned());
         }
+        if hello.host_block_hashes.len() > hello.num_host_blocks as usize {
+            return Err(
+                "hello.host_block_hashes holds more than num_host_blocks blocks".to_owned(),
+            );
+        }
         let transfer = hello.kv_transfer;
         let kv = transfer.map(|it| KvTransfer::from_wire(&hello.worker_id, it));
         let kv = kv.transpose()?;
@@ -57,6 +64,7 @@ impl Hello {
                 weights_epoch: hello.weights_epoch,
                 block_size: hello.block_size,
                 num_blocks: hello.num_blocks,
+                num_host_blocks: hello.num_host_blocks,
                 max_num_seqs: hello.max_num_seqs,
                 max_model_len: hello.max_model_len,
                 ..WorkerSpec::default()
@@ -64,6 +72,7 @@ impl Hello {
             vocab_size: hello.vocab_size,
             model_files_digest: hello.model_files_digest,
             block_hashes: hello.block_hashes,
+            host_block_hashes: hello.host_block_hashes,
             kv,
         })
     }
@@ -140,7 +149,7 @@ mod tests {
     #[test]
     fn each_bad_field_is_named() {
         type Spoil = fn(&mut v1::WorkerHello);
-        let spoilers: [(&str, Spoil); 19] = [
+        let spoilers: [(&str, Spoil); 20] = [
             ("worker_id", |hello| hello.worker_id.clear()),
             ("worker_id", |hello| hello.worker_id.push('\n')),
             ("model", |hello| {
@@ -166,6 +175,9 @@ mod tests {
             }),
             ("block_hashes", |hello| {
                 hello.block_hashes = vec![0; 5];
+            }),
+            ("host_block_hashes", |hello| {
+                hello.host_block_hashes = vec![0; 1];
             }),
             ("role", |hello| hello.role = 9),
             ("kv_transfer.metadata", |hello| kv(hello).metadata.clear()),

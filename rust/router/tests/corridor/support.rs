@@ -313,7 +313,10 @@ impl Worker {
 
     pub(crate) async fn kv_stored(&mut self, block_hashes: Vec<u64>) {
         self.kv_sequence += 1;
-        let event = v1::kv_event::Event::Stored(v1::KvStored { block_hashes });
+        let event = v1::kv_event::Event::Stored(v1::KvStored {
+            block_hashes,
+            ..v1::KvStored::default()
+        });
         let events = vec![v1::KvEvent { event: Some(event) }];
         self.send(Up::KvEvents(v1::KvEvents {
             sequence: self.kv_sequence,

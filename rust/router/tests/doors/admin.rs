@@ -112,10 +112,6 @@ async fn only_operators_operate() {
     assert_eq!(ask(at.admin, with(&page)).await.status, 403);
     // The clients' door has none of it.
     assert_eq!(get(at.http, "/admin/workers").await.status, 404);
-    assert_eq!(
-        ask(at.admin, head("GET", "/metrics", key)).await.status,
-        404
-    );
 }
 
 #[tokio::test]
@@ -231,4 +227,30 @@ async fn engines_are_added_drained_and_removed() {
             "{body}"
         );
     }
+}
+
+#[tokio::test]
+async fn the_page_needs_no_key_and_what_it_shows_does() {
+    let mut guarded = config();
+    guarded.admin_keys = vec!["sesame".into()];
+    let (_router, at) = start(&guarded);
+    let page = get(at.admin, "/").await;
+    assert_eq!(page.status, 200);
+    let policy = page.header("content-security-policy");
+    assert!(policy.is_some_and(|policy| policy.starts_with("default-src 'none'; ")));
+    let linked: Vec<_> = page
+        .body
+        .split('"')
+        .filter(|part| part.starts_with("/dashboard/"))
+        .collect();
+    assert_eq!(linked.len(), 3);
+    for path in linked {
+        assert_eq!(get(at.admin, path).await.status, 200, "{path}");
+    }
+    for path in ["/metrics", "/admin/workers"] {
+        assert_eq!(get(at.admin, path).await.status, 401, "{path}");
+        let with_key = head("GET", path, "authorization: Bearer sesame\r\n");
+        assert_eq!(ask(at.admin, with_key).await.status, 200, "{path}");
+    }
+    assert_eq!(get(at.http, "/dashboard/page.js").await.status, 404);
 }

@@ -2,7 +2,7 @@
 
 use rustc_hash::FxHashSet;
 
-use super::{BlockPool, Parent};
+use super::{BlockPool, ContentId, Parent};
 use crate::ids::BlockId;
 
 impl BlockPool {
@@ -22,6 +22,12 @@ impl BlockPool {
             assert!(is_cached || count <= 1, "b{index} has one writer");
         }
         self.check_cache();
+    }
+
+    /// Whether a block of the device has this content.
+    pub(in crate::step) fn holds_content(&self, content: ContentId) -> bool {
+        let mut identities = self.blocks.iter().filter_map(|block| block.identity);
+        identities.any(|identity| identity.content == content)
     }
 
     fn occurrences(&self, tables: &[(&[BlockId], usize)]) -> Vec<u32> {
@@ -105,6 +111,7 @@ impl BlockPool {
                 Some(*hash),
                 "hash of {block}"
             );
+            assert!(!self.host.cache.contains(*hash), "{block} is in both tiers");
             if let Some(Parent::Block(parent)) = state.identity.map(|it| it.parent) {
                 let parent_state = &self.blocks[parent.0 as usize];
                 assert!(

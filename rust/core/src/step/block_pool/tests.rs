@@ -5,7 +5,11 @@ const SEED: HashSeed = HashSeed(7);
 
 /// A pool with blocks of two tokens.
 fn pool(num_blocks: u32) -> BlockPool {
-    BlockPool::new(num_blocks, 2)
+    BlockPool::new(&StepSchedulerConfig {
+        num_blocks,
+        block_size: 2,
+        ..StepSchedulerConfig::default()
+    })
 }
 
 fn chain<'a>(hashes: &'a [BlockHash], token_ids: &'a [TokenId]) -> Chain<'a> {

@@ -15,15 +15,17 @@ use std::{
 
 use libloading::Library;
 
-use crate::transport::Direction;
+use crate::{error::in_full, tier::Tier, transport::Direction};
 
 type Handle = *mut c_void;
 type Status = c_int;
 
 const SUCCESS: Status = 0;
 const IN_PROGRESS: Status = 1;
-/// Main memory, as opposed to an accelerator's.
+/// `NIXL_CAPI_MEM_DRAM`.
 const DRAM: c_int = 0;
+/// `NIXL_CAPI_MEM_VRAM`.
+const VRAM: c_int = 1;
 
 /// `nixl_capi_agent_config_t`. Everything is off: no progress thread, no listener, no telemetry. The word at offset 8 is
 /// the number of workers in newer versions, and in 1.5 the kind of locking, where 1 is the strictest.
@@ -55,7 +57,7 @@ macro_rules! functions {
                         let found = unsafe {
                             library.get::<unsafe extern "C" fn($($argument),*) -> Status>(symbol.as_bytes())
                         };
-                        *found.map_err(|error| error.to_string())?
+                        *found.map_err(|error| in_full(&error))?
                     },)*
                 })
             }
@@ -110,7 +112,7 @@ pub(super) struct Nixl {
 /// Opens the library and checks that it is the real one; the error says what was wrong.
 pub(super) fn load(path: &str) -> Result<Nixl, String> {
     // SAFETY: the library's initialisers run, which is what whoever names the path asks for.
-    let library = unsafe { Library::new(path) }.map_err(|error| error.to_string())?;
+    let library = unsafe { Library::new(path) }.map_err(|error| in_full(&error))?;
     let library = ManuallyDrop::new(library);
     // SAFETY: the type is that of the function of this name in NIXL's header; it takes nothing and cannot fail.
     let is_stub = unsafe {
@@ -118,7 +120,7 @@ pub(super) fn load(path: &str) -> Result<Nixl, String> {
             .get::<unsafe extern "C" fn() -> bool>(b"nixl_capi_is_stub\0")
             .map(|is_stub| is_stub())
     };
-    if is_stub.map_err(|error| error.to_string())? {
+    if is_stub.map_err(|error| in_full(&error))? {
         return Err("it is a stub: the library behind it is not installed".to_owned());
     }
     let functions = Functions::resolve(&library)?;
@@ -175,10 +177,26 @@ pub(super) enum Standing {
 }
 
 /// Bytes of somebody's memory, by address.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Extent {
     pub(super) address: u64,
     pub(super) len: u64,
+    pub(super) tier: Tier,
+}
+
+impl Extent {
+    /// The kind of memory that a list with this extent is of. Pinned memory is main memory to the library.
+    pub(super) const fn kind(&self) -> c_int {
+        if self.tier.is_host() { DRAM } else { VRAM }
+    }
+
+    /// The device, and 0 for main memory.
+    const fn device(&self) -> u64 {
+        match self.tier.device() {
+            Some(device) => device as u64,
+            None => 0,
+        }
+    }
 }
 
 /// A notification that arrived.
@@ -244,13 +262,16 @@ impl Agent {
         let f = &self.nixl.functions;
         // SAFETY: the list outlives the call, and a registration without extra bytes takes a null pointer.
         unsafe {
-            let list = Owned::make(|out| (f.create_reg_dlist)(DRAM, out), f.destroy_reg_dlist)?;
+            let list = Owned::make(
+                |out| (f.create_reg_dlist)(memory.kind(), out),
+                f.destroy_reg_dlist,
+            )?;
             let (address, len) = (memory.address as usize, memory.len as usize);
             check((f.reg_dlist_add_desc)(
                 list.handle,
                 address,
                 len,
-                0,
+                memory.device(),
                 ptr::null(),
                 0,
             ))?;
@@ -302,7 +323,8 @@ impl Agent {
         unsafe { (self.nixl.functions.invalidate_remote_md)(self.handle, name.as_ptr()) };
     }
 
-    /// Starts a transfer between extents, pair by pair. The caller has checked them all.
+    /// Starts a transfer between extents, pair by pair. The caller has checked them all, and that each side is of one
+    /// kind of memory.
     pub(super) fn post(
         &mut self,
         direction: Direction,
@@ -317,14 +339,8 @@ impl Agent {
         };
         // SAFETY: lists and arguments outlive the calls that take them, and the library copies what it keeps.
         unsafe {
-            let ours = Owned::make(|out| (f.create_xfer_dlist)(DRAM, out), f.destroy_xfer_dlist)?;
-            let theirs = Owned::make(|out| (f.create_xfer_dlist)(DRAM, out), f.destroy_xfer_dlist)?;
-            for (our, their) in pairs {
-                let (address, len) = (our.address as usize, our.len as usize);
-                check((f.xfer_dlist_add_desc)(ours.handle, address, len, 0))?;
-                let (address, len) = (their.address as usize, their.len as usize);
-                check((f.xfer_dlist_add_desc)(theirs.handle, address, len, 0))?;
-            }
+            let ours = self.list(pairs.iter().map(|(ours, _)| ours))?;
+            let theirs = self.list(pairs.iter().map(|(_, theirs)| theirs))?;
             let options = Owned::make(|out| (f.create_opt_args)(out), f.destroy_opt_args)?;
             if let Some(payload) = notification {
                 let data = payload.as_ptr().cast();
@@ -348,6 +364,23 @@ impl Agent {
             let request = NonNull::new(request).map(Request).ok_or(-1)?;
             let status = (f.post_xfer_req)(self.handle, request.0.as_ptr(), options.handle);
             Ok((request, standing(status)))
+        }
+    }
+
+    /// One side of a transfer, all of one kind of memory.
+    fn list<'a>(&self, extents: impl Iterator<Item = &'a Extent>) -> Result<Owned, Status> {
+        let f = &self.nixl.functions;
+        let mut extents = extents.peekable();
+        let kind = extents.peek().map_or(DRAM, |extent| extent.kind());
+        // SAFETY: the list lives while it is filled, with numbers.
+        unsafe {
+            let list = Owned::make(|out| (f.create_xfer_dlist)(kind, out), f.destroy_xfer_dlist)?;
+            for extent in extents {
+                let (address, len) = (extent.address as usize, extent.len as usize);
+                let device = extent.device();
+                check((f.xfer_dlist_add_desc)(list.handle, address, len, device))?;
+            }
+            Ok(list)
         }
     }
 

@@ -176,11 +176,11 @@ impl Caller {
             (Message::Want(wanted), Some(_)) => {
                 let (here, missing): (Vec<_>, Vec<_>) = wanted
                     .into_iter()
-                    .partition(|slab| house.slabs.get(*slab).is_some());
+                    .partition(|slab| house.slabs.get(*slab).is_some_and(|it| it.file().is_some()));
                 let files: Vec<_> = here
                     .iter()
                     .filter_map(|slab| house.slabs.get(*slab))
-                    .map(|slab| slab.file())
+                    .filter_map(|slab| slab.file())
                     .collect();
                 if !here.is_empty() {
                     send(self.socket.as_fd(), &Message::Here(here), &files).ok()?;

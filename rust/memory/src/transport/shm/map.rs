@@ -68,12 +68,14 @@ impl RemoteSlab {
     /// Copies `len` bytes between `offset` here and `local_offset` of a slab of ours.
     pub(super) fn copy(&self, direction: Direction, offset: u64, local: (&Slab, u64), len: u64) {
         let (local, local_offset) = local;
-        let inside = fits(offset, len, self.len as u64) && fits(local_offset, len, local.len());
+        let inside = fits(offset, len, self.len as u64)
+            && fits(local_offset, len, local.len())
+            && local.tier().is_host();
         debug_assert!(inside, "segments are checked when they are posted");
         if !inside {
             return;
         }
-        // SAFETY: both ranges were just found to lie inside their mappings, which live as long as `self` and
+        // SAFETY: both ranges were just found to lie inside mappings, which live as long as `self` and
         // `local`. They do not overlap: two mappings have different addresses, even where a process maps its own
         // slab. Other processes may write the same bytes meanwhile; nothing here depends on their values.
         unsafe {

@@ -116,6 +116,11 @@ impl Caller {
             }
             moved += 1;
         }
+        // A turn can end right before a stage that waits for the caller of the transport. It is tried once more: where
+        // it can go on, nobody would resume it.
+        if self.is_held_back() {
+            moved += usize::from(self.step(house)?);
+        }
         if self.is_held_back() && flags.intersects(EventFlags::HUP | EventFlags::ERR) {
             return None;
         }

@@ -364,6 +364,7 @@ mod tests {
             id: SlabId(9),
             base: 0,
             len: 2 << 20,
+            tier: crate::Tier::Dram,
         };
         let span = Span {
             local: slab,

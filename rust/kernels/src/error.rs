@@ -1,0 +1,85 @@
+//! Why a collective, or the making of a group, failed.
+
+use orchestra_core::ErrorCode;
+use thiserror::Error;
+
+/// What can go wrong between the ranks of a group. After any of these from a collective the group is finished.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum GroupError {
+    /// A rank's process has ended.
+    #[error("rank {0} is gone")]
+    RankLost(usize),
+    /// A rank did not come to a collective in time; it may hang.
+    #[error("rank {rank} did not come within {timeout_ms} ms")]
+    RankLate {
+        /// Which.
+        rank: usize,
+        /// How long it was waited for.
+        timeout_ms: u64,
+    },
+    /// Somebody called `abort`.
+    #[error("the group was aborted")]
+    Aborted,
+    /// A rank came to another collective, or with a tensor of another size.
+    #[error("rank {0} is in another collective")]
+    Mismatch(usize),
+    /// A setting of the group is wrong.
+    #[error("{key}: {reason}")]
+    InvalidConfig {
+        /// Which.
+        key: &'static str,
+        /// What is wrong with it, with the limit.
+        reason: String,
+    },
+    /// An argument of a collective is wrong; nothing was sent.
+    #[error("{field}: {reason}")]
+    InvalidArgument {
+        /// Which.
+        field: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// What was found at the address is not the memory of this group.
+    #[error("the group's memory cannot be used: {0}")]
+    BadRegion(&'static str),
+    /// The operating system refused.
+    #[error("{action}: {}", std::io::Error::from_raw_os_error(*.code))]
+    Os {
+        /// What was tried.
+        action: &'static str,
+        /// `errno`.
+        code: i32,
+    },
+}
+
+impl GroupError {
+    pub(crate) fn os(action: &'static str, errno: rustix::io::Errno) -> Self {
+        Self::Os {
+            action,
+            code: errno.raw_os_error(),
+        }
+    }
+
+    /// The code that clients of the library see.
+    pub const fn code(&self) -> ErrorCode {
+        match self {
+            Self::InvalidConfig { .. } => ErrorCode::InvalidConfig,
+            Self::InvalidArgument { .. } => ErrorCode::InvalidRequest,
+            Self::RankLost(_)
+            | Self::RankLate { .. }
+            | Self::Aborted
+            | Self::Mismatch(_)
+            | Self::BadRegion(_)
+            | Self::Os { .. } => ErrorCode::Internal,
+        }
+    }
+
+    /// The setting or argument at fault, where one is.
+    pub const fn key(&self) -> Option<&'static str> {
+        match self {
+            Self::InvalidConfig { key, .. } => Some(key),
+            Self::InvalidArgument { field, .. } => Some(field),
+            _ => None,
+        }
+    }
+}

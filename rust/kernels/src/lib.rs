@@ -1,0 +1,19 @@
+//! What the CPU ranks of a worker compute and say to each other, where torch is too slow.
+//!
+//! Reading order: [`error`] and [`bf16`] are shared words; [`group`] are the collectives of ranks on one machine, over
+//! shared memory.
+//!
+//! Everything here gives the same bits on every call with the same numbers, whatever else runs: sums have a fixed
+//! order, and no result depends on who came first.
+//!
+//! `unsafe` is denied by the workspace. The few modules that need it say so in an `#![expect(unsafe_code)]`
+//! of their own, and each block carries its argument.
+
+#![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
+
+pub mod bf16;
+pub mod error;
+pub mod group;
+
+pub use error::GroupError;
+pub use group::{GroupConfig, SharedGroup};

@@ -1,0 +1,122 @@
+//! The collectives of ranks on one machine.
+
+#![expect(
+    unsafe_code,
+    reason = "sees the memory of tensors, whose addresses Python gives"
+)]
+
+use std::{ptr::NonNull, slice, time::Duration};
+
+use orchestra_kernels::GroupConfig;
+use pyo3::prelude::*;
+
+use super::Dtype;
+use crate::errors::Failure;
+
+/// One rank's end of a group that speaks over shared memory.
+#[pyclass(frozen, module = "orchestra._core")]
+pub(crate) struct SharedGroup {
+    inner: orchestra_kernels::SharedGroup,
+}
+
+#[pymethods]
+impl SharedGroup {
+    /// Makes the group's memory where there is no address, else joins it.
+    #[new]
+    #[pyo3(signature = (rank, size, generation, timeout_ms, address = None))]
+    fn new(
+        rank: usize,
+        size: usize,
+        generation: u64,
+        timeout_ms: u64,
+        address: Option<&str>,
+    ) -> PyResult<Self> {
+        let config = GroupConfig {
+            rank,
+            size,
+            generation,
+            timeout: Duration::from_millis(timeout_ms),
+            ..GroupConfig::default()
+        };
+        let made = match address {
+            Some(address) => orchestra_kernels::SharedGroup::join(config, address),
+            None => orchestra_kernels::SharedGroup::create(config),
+        };
+        let inner = made.map_err(Failure::from)?;
+        Ok(Self { inner })
+    }
+
+    /// Where the other ranks find the memory.
+    #[getter]
+    fn address(&self) -> &str {
+        self.inner.address()
+    }
+
+    /// Waits until every rank is there.
+    fn meet(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.inner.meet()).map_err(Failure::from)?)
+    }
+
+    /// Replaces the numbers of a tensor by their sums over all ranks.
+    fn all_reduce(
+        &self,
+        py: Python<'_>,
+        data_ptr: usize,
+        numel: usize,
+        dtype: &str,
+    ) -> PyResult<()> {
+        let dtype = Dtype::read(dtype)?;
+        let ended = py.detach(|| match dtype {
+            // SAFETY: the caller says that there are `numel` numbers of this kind at `data_ptr`, and leaves them alone
+            // until the call returns: the contract of `_core.pyi`.
+            Dtype::Float32 => self
+                .inner
+                .all_reduce(unsafe { view::<f32>(data_ptr, numel) }),
+            // SAFETY: as above.
+            Dtype::Bfloat16 => self
+                .inner
+                .all_reduce(unsafe { view::<u16>(data_ptr, numel) }),
+        });
+        Ok(ended.map_err(Failure::from)?)
+    }
+
+    /// Joins the ranks' matrices side by side, on rank 0.
+    #[pyo3(signature = (data_ptr, num_bytes, rows, joined_ptr = None))]
+    fn gather_columns(
+        &self,
+        py: Python<'_>,
+        data_ptr: usize,
+        num_bytes: usize,
+        rows: usize,
+        joined_ptr: Option<usize>,
+    ) -> PyResult<()> {
+        let joined_bytes = num_bytes * self.inner.size();
+        let ended = py.detach(|| {
+            // SAFETY: the caller says that there are `num_bytes` bytes at `data_ptr`, and as many for each rank at
+            // `joined_ptr`, other memory; and leaves both alone until the call returns: the contract of `_core.pyi`.
+            let (part, joined) = unsafe {
+                let joined = joined_ptr.map(|address| view::<u8>(address, joined_bytes));
+                (&*view::<u8>(data_ptr, num_bytes), joined)
+            };
+            self.inner.gather_columns(part, rows, joined)
+        });
+        Ok(ended.map_err(Failure::from)?)
+    }
+
+    /// Ends every collective of every rank, now and from now on.
+    fn abort(&self) {
+        self.inner.abort();
+    }
+}
+
+/// The numbers of a tensor; none where there are none, whatever its address is.
+///
+/// # Safety
+/// There are so many at the address, aligned, which nobody else reads or writes while the slice lives.
+unsafe fn view<'a, T>(address: usize, count: usize) -> &'a mut [T] {
+    let Some(start) = NonNull::new(address as *mut T).filter(|_| count > 0) else {
+        return &mut [];
+    };
+    // SAFETY: the caller's promise.
+    unsafe { slice::from_raw_parts_mut(start.as_ptr(), count) }
+}
