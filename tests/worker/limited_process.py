@@ -2,13 +2,15 @@
 
 `python -m tests.worker.limited_process MODEL_DIR RUNNER MEGABYTES…` brings a rank up once for each figure, with so much
 more data than the process has already as its limit (RLIMIT_DATA), and with all of it that is left for the cache; prints
-a JSON object for each: `refused` with the message, or `blocks`, after the steps below.
+a JSON object for each: `refused` with the message, or `blocks`, after the steps below. Then once more under the last
+limit, with blocks of host memory besides.
 """
 
 import importlib
 import json
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -102,6 +104,8 @@ def main(arguments: list[str]) -> None:
     )
     for megabytes in map(int, limits):
         print(json.dumps(try_with(config, megabytes)), flush=True)
+    swapping = replace(config, num_host_blocks=64)
+    print(json.dumps(try_with(swapping, int(limits[-1]))), flush=True)
 
 
 if __name__ == "__main__":

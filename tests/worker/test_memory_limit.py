@@ -21,10 +21,11 @@ SHAPE = {
 }
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize(("kind", "runner"), [("llama", "native"), ("granite", "hf")])
 def test_refuses_or_fits(kind: str, runner: str, tmp_path: Path) -> None:
     model_dir = make_checkpoint(kind, tmp_path / kind, seed=1, **SHAPE)
-    limits = ["4", "70", "170", "230"]
+    limits = ["4", "70", "150"]
     command = [sys.executable, "-m", "tests.worker.limited_process", str(model_dir), runner]
     done = subprocess.run(
         [*command, *limits],
@@ -35,11 +36,11 @@ def test_refuses_or_fits(kind: str, runner: str, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    results = [json.loads(line) for line in done.stdout.splitlines()]
+    *results, swapping = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(results) == len(limits)
+    # What the cache leaves is for the steps.
+    assert swapping["refused"].startswith("num_host_blocks: 64 blocks")
     # The first has no room for the weights, the second none for what a step needs beside them.
     assert "model_dir: to load it takes" in results[0]["refused"]
     assert "free memory: not enough for one KV block" in results[1]["refused"]
-    blocks = [result.get("blocks", 0) for result in results]
-    assert blocks == sorted(blocks)
-    assert sum(count >= BLOCKS_NEEDED for count in blocks) >= 2
+    assert results[2]["blocks"] >= BLOCKS_NEEDED

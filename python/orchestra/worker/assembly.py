@@ -141,7 +141,8 @@ def build_rank(
     budget = _budget(config, shape, spec, place, longest)
     num_blocks = group.agree_on_least(decide_num_blocks(spec, budget))
     max_model_len = decide_max_model_len(spec, num_blocks, config.max_model_len, longest)
-    check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(spec, num_blocks, place))
+    left = budget.free_bytes - num_blocks * spec.bytes_per_block
+    check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(place, left))
     pool = make_kv_pool(config, spec, num_blocks, place.device)
     cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks, pool)
     attention = TorchPagedAttention(cache, len(heads.heads), place.device, shape.attention)
@@ -237,11 +238,10 @@ def _budget(
     )
 
 
-def _free_host_bytes(spec: KvCacheSpec, num_blocks: int, place: Place) -> int:
-    """Host memory that this rank has left beside its blocks, where these are in host memory too."""
-    free = devices.free_bytes(torch.device("cpu"), place.local_size)
+def _free_host_bytes(place: Place, left: int) -> int:
+    """Host memory for swapped blocks: on a CPU what is `left` beside blocks and steps, else all that is free."""
     is_cpu = place.device.type == "cpu"
-    return max(0, free - num_blocks * spec.bytes_per_block) if is_cpu else free
+    return left if is_cpu else devices.free_bytes(torch.device("cpu"), place.local_size)
 
 
 def step_bytes(config: WorkerConfig, shape: ModelShape, spec: KvCacheSpec, longest: int) -> int:
