@@ -51,7 +51,7 @@ def test_the_router_takes_its_settings(tmp_path: Path) -> None:
     keys.write_text("sk-1\n")
     settings = tmp_path / "router.toml"
     settings.write_text(block.group(1).replace("    ", "").replace("/keys/clients", str(keys)))
-    command = [RELEASE / "orchestra-router", "--config", settings, "--check"]
+    command = [str(RELEASE / "orchestra-router"), "--config", str(settings), "--check"]
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
 

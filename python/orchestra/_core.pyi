@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, final
 
+from orchestra._core_kernels import PagedAttention as PagedAttention
 from orchestra._core_kernels import SharedGroup as SharedGroup
 from orchestra._core_memory import BlockPool as BlockPool
 from orchestra._core_memory import BlockSet as BlockSet
@@ -32,6 +33,7 @@ __all__ = [
     "Chime",
     "Grant",
     "KvPool",
+    "PagedAttention",
     "PlaceRequest",
     "Placement",
     "RemoteGrant",
@@ -464,6 +466,17 @@ class Agent:
 
     def fail(self, message: str) -> None:
         """Ends every sequence as failed: executing a step went wrong, so its KV cannot be trusted."""
+
+    def start_over(self) -> None:
+        """Gives up the step that was handed out, if one was, and everything computed: a part of the KV is lost.
+
+        Every sequence ends and the stream to the router ends, so that it replays them elsewhere. The next `next_step`
+        attaches again, with an empty prefix cache.
+
+        Raises:
+            ShuttingDownError: The agent was closed.
+            InternalError: The agent has failed.
+        """
 
     def drain(self) -> None:
         """Refuses new sequences from now on; those that run or wait go on."""

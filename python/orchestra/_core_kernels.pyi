@@ -4,7 +4,75 @@ Tensors are handed over as addresses. Who calls promises that so many numbers li
 that nobody writes them (or reads what the call writes) before it returns. No call holds the interpreter lock.
 """
 
+from collections.abc import Sequence
 from typing import final
+
+@final
+class PagedAttention:
+    """Attention over the paged KV cache of one rank, on torch's own OpenMP threads where there are some.
+
+    Args:
+        shape: Query heads, KV heads, size of a head, tokens per block (both multiples of 8), blocks.
+        dtype: `float32` or `bfloat16`.
+        layers: Of each layer the address of its `[blocks, 2, kv_heads, block_size, head_dim]`, the tokens that each one
+            sees, the scale of the scores and their soft cap; `None` is all before it, the usual scale, no cap.
+        portable: Whether to leave away what only some processors can.
+
+    Raises:
+        InvalidRequestError: A number is out of range; `key` names it.
+    """
+
+    def __new__(
+        cls,
+        shape: tuple[int, int, int, int, int],
+        dtype: str,
+        layers: Sequence[tuple[int, int | None, float | None, float | None]],
+        *,
+        portable: bool = False,
+    ) -> PagedAttention: ...
+    def prepare(
+        self,
+        slot_mapping: bytes,
+        query_start: bytes,
+        context_lens: bytes,
+        block_tables: bytes,
+        threads: int,
+    ) -> None:
+        """Lays out the next step, whose `int32` arrays are as `orchestra.worker.plan.StepPlan` has them.
+
+        Args:
+            slot_mapping: `[T]`
+            query_start: `[S + 1]`
+            context_lens: `[S]`
+            block_tables: `[S, W]`
+            threads: On how many to compute.
+
+        Raises:
+            InvalidRequestError: They do not fit each other or the cache; the step before stays.
+        """
+
+    def forward(
+        self,
+        layer: int,
+        query_ptr: int,
+        query_stride: int,
+        key_value_ptr: int,
+        key_value_stride: int,
+        output_ptr: int,
+    ) -> None:
+        """Writes the prepared step's new KV of a layer to the cache, then attends over it.
+
+        Args:
+            layer: In the order of `layers`.
+            query_ptr: Address of `[T, num_heads, head_dim]`.
+            query_stride: Numbers from one token's queries to the next one's.
+            key_value_ptr: Address of `[T, 2 * num_kv_heads, head_dim]`, the keys, then the values.
+            key_value_stride: Numbers from one token's keys to the next one's.
+            output_ptr: Where `[T, num_heads * head_dim]` goes.
+
+        Raises:
+            InvalidRequestError: There is no such layer.
+        """
 
 @final
 class SharedGroup:

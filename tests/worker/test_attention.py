@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from orchestra.errors import ConfigError
 from orchestra.worker import attention_layout
-from orchestra.worker.attention import TorchPagedAttention
+from orchestra.worker.attention import AttentionBackend, TorchPagedAttention
+from orchestra.worker.attention_cpu import CpuPagedAttention, make_attention
 from orchestra.worker.kv_cache import KvCache, KvCacheSpec
 from orchestra.worker.model_config import AttentionRule
 from tests.worker.plans import PlanBuilder
@@ -37,7 +39,9 @@ def textbook(query: Tensor, key: Tensor, value: Tensor, first: int, rule: Attent
     """Attention of `[tokens, heads, d]` at positions from `first` over `[context, kv_heads, d]`."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = torch.einsum("qhd,khd->hqk", query, key) * (rule.scale or 1 / math.sqrt(HEAD_DIM))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * (
+        rule.scale or 1 / math.sqrt(query.shape[-1])
+    )
     if rule.soft_cap is not None:
         scores = rule.soft_cap * torch.tanh(scores / rule.soft_cap)
     positions = torch.arange(first, first + query.shape[0])
@@ -47,6 +51,15 @@ def textbook(query: Tensor, key: Tensor, value: Tensor, first: int, rule: Attent
     return torch.einsum("hqk,khd->qhd", weights, value)
 
 
+def make_backend(
+    name: str, cache: KvCache, num_heads: int, rules: list[AttentionRule]
+) -> AttentionBackend:
+    if name == "torch":
+        return TorchPagedAttention(cache, num_heads, CPU, rules)
+    return CpuPagedAttention(cache, num_heads, rules, portable=name == "portable")
+
+
+@pytest.mark.parametrize("name", ["torch", "cpu", "portable"])
 @given(
     batch=sequences,
     kv_heads=st.integers(1, 3),
@@ -59,8 +72,9 @@ def textbook(query: Tensor, key: Tensor, value: Tensor, first: int, rule: Attent
     rule=rules,
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_agrees_with_the_textbook(
+    name: str,
     batch: list[tuple[int, int]],
     kv_heads: int,
     group: int,
@@ -81,7 +95,7 @@ def test_agrees_with_the_textbook(
     # What no sequence has written must not matter.
     cache.slab.copy_(random(*cache.slab.shape) * 100)
     # The layer under test is the second; the first has another rule, which must not leak into it.
-    backend = TorchPagedAttention(cache, kv_heads * group, CPU, [AttentionRule(window=3), rule])
+    backend = make_backend(name, cache, kv_heads * group, [AttentionRule(window=3), rule])
     builder = PlanBuilder(64, seed)
     written: dict[str, Tensor] = {}
 
@@ -143,3 +157,115 @@ def test_what_a_call_needs_is_bounded() -> None:
     kept = [mask().numel() for mask in masks if mask() is mask()]
     assert 60_000 < sum(kept) <= 120_000
     assert len(kept) < len(masks)
+
+
+@pytest.mark.parametrize("name", ["cpu", "portable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "window"),
+    [(6, 2, 72, None), (3, 3, 8, 20), (33, 1, 16, None), (4, 2, 64, 33)],
+)
+def test_no_bit_depends_on_batch_or_cut(
+    name: str, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, window: int | None
+) -> None:
+    generator = torch.Generator().manual_seed(head_dim)
+    tokens = 150
+    query = torch.randn(tokens, heads, head_dim, generator=generator).to(dtype)
+    key_value = torch.randn(tokens, 2 * kv_heads, head_dim, generator=generator).to(dtype)
+    rules = [AttentionRule(window=window)]
+
+    def run(cuts: list[int], mates: int, threads: int) -> Tensor:
+        """The sequence in steps that end at `cuts`, beside others of one new token each."""
+        cache = KvCache(KvCacheSpec(1, kv_heads, head_dim, 16, dtype), 64, CPU)
+        # Nothing that lies behind a sequence's end, or in other blocks, may be multiplied even by 0.
+        cache.slab.fill_(math.nan)
+        backend = make_backend(name, cache, heads, rules)
+        builder = PlanBuilder(64, seed=mates)
+        for mate in range(mates):
+            builder.add(f"m{mate}", [0] * 200)
+        builder.add("s", [0] * tokens)
+        parts = []
+        torch.set_num_threads(threads)
+        for begin, end in zip([0, *cuts], [*cuts, tokens], strict=False):
+            # Sequences of one new token come first, as in every plan.
+            news = {f"m{mate}": 1 for mate in range(mates)} | {"s": end - begin}
+            backend.prepare(builder.plan(news))
+            padding = torch.randn(mates, heads, head_dim, generator=generator).to(dtype)
+            other = torch.randn(mates, 2 * kv_heads, head_dim, generator=generator).to(dtype)
+            queries = torch.cat([padding, query[begin:end]])
+            parts.append(
+                backend.forward(0, queries, torch.cat([other, key_value[begin:end]]))[mates:]
+            )
+        return torch.cat(parts)
+
+    try:
+        whole = run([], 0, threads=1)
+        assert not whole.isnan().any()
+        for cuts, mates, threads in (
+            ([1, 2, 3], 0, 1),
+            ([17, 64, 90, 149], 3, 2),
+            (list(range(100, 150)), 1, 2),
+        ):
+            torch.testing.assert_close(run(cuts, mates, threads), whole, rtol=0, atol=0)
+        expected = textbook(
+            query.float(),
+            key_value[:, :kv_heads].float(),
+            key_value[:, kv_heads:].float(),
+            0,
+            rules[0],
+        )
+        tolerance = 2e-5 if dtype == torch.float32 else 1e-2
+        actual = whole.view(tokens, heads, head_dim).float()
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_twins_agree() -> None:
+    generator = torch.Generator().manual_seed(5)
+    query = torch.randn(70, 4, 64, generator=generator)
+    key_value = torch.randn(70, 4, 64, generator=generator)
+    outputs = []
+    for name in ("cpu", "portable", "torch"):
+        cache = KvCache(KvCacheSpec(1, 2, 64, 16, torch.float32), 64, CPU)
+        backend = make_backend(name, cache, 4, [AttentionRule(soft_cap=20.0)])
+        builder = PlanBuilder(64)
+        builder.add("s", [0] * 70)
+        backend.prepare(builder.plan({"s": 70}))
+        outputs.append(backend.forward(0, query, key_value))
+        assert cache.slab.count_nonzero() == key_value.numel()
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], atol=2e-6, rtol=2e-6)
+
+
+def test_gaps_between_tokens_are_stepped_over() -> None:
+    joined = torch.randn(9, 8, 16, generator=torch.Generator().manual_seed(1))
+    outputs = []
+    for query, key_value in (
+        (joined[:, :4], joined[:, 4:]),
+        (joined[:, :4].contiguous(), joined[:, 4:].contiguous()),
+        # Heads that are no run of numbers are copied together first.
+        (joined[:, :4].transpose(1, 2).contiguous().transpose(1, 2), joined[:, 4:]),
+    ):
+        cache = KvCache(KvCacheSpec(1, 2, 16, 16, torch.float32), 64, CPU)
+        backend = make_backend("cpu", cache, 4, [])
+        builder = PlanBuilder(64)
+        builder.add("s", [0] * 9)
+        backend.prepare(builder.plan({"s": 9}))
+        outputs.append(backend.forward(0, query, key_value))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_kernels_are_chosen_where_they_can_compute() -> None:
+    def chosen(name: str, head_dim: int, block_size: int = 16) -> AttentionBackend:
+        cache = KvCache(KvCacheSpec(1, 2, head_dim, block_size, torch.float32), 4, CPU)
+        return make_attention(name, cache, 4, CPU, [AttentionRule()])
+
+    assert isinstance(chosen("auto", 8), CpuPagedAttention)
+    assert isinstance(chosen("torch", 8), TorchPagedAttention)
+    assert isinstance(chosen("auto", 12), TorchPagedAttention)
+    assert isinstance(chosen("auto", 8, block_size=4), TorchPagedAttention)
+    with pytest.raises(ConfigError, match="multiples of 8") as raised:
+        chosen("cpu", 12)
+    assert raised.value.key == "attention"

@@ -54,12 +54,12 @@ def group(
     following = [pool.submit(Follower, store, rank) for rank in (2, 1)]
     leader = leading.result(TIMEOUT_S)
     followers = [future.result(TIMEOUT_S) for future in reversed(following)]
-    # Nothing is left behind where the ranks met.
-    assert list(folder.iterdir()) == []
     yield leader, followers
     for follower in followers:
         follower.close()
     leader.close()
+    # Nothing is left behind where the ranks met.
+    assert list(folder.iterdir()) == []
 
 
 def test_messages_arrive_whole_and_in_order(group: Group, pool: ThreadPoolExecutor) -> None:
@@ -132,7 +132,7 @@ def test_stranger_takes_no_place(tmp_path: Path, pool: ThreadPoolExecutor) -> No
     store = Store()
     leading = pool.submit(Leader, store, 2, "tcp://127.0.0.1:1")
     host, port = store.get("plan-channel/address").decode().removeprefix("tcp:").split(":")
-    for greeting in (b"\x00" * 36, b"short"):
+    for greeting in (b"\x00" * 40, b"short"):
         with socket.create_connection((host, int(port)), TIMEOUT_S) as stranger:
             stranger.sendall(greeting)
             stranger.shutdown(socket.SHUT_WR)
@@ -149,3 +149,74 @@ def test_missing_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(plan_channel, "CONNECT_TIMEOUT_S", 0.05)
     with pytest.raises(RankLostError, match=r"ranks \[1, 2\] did not come"):
         Leader(Store(), 3, (tmp_path / "meet").as_uri())
+
+
+# === generations ===
+
+
+def test_ranks_that_part_meet_again_as_the_next_generation(
+    group: Group, pool: ThreadPoolExecutor
+) -> None:
+    leader, followers = group
+    assert [follower.generation for follower in followers] == [0, 0]
+    leader.part()
+    for follower in followers:
+        with pytest.raises(RankLostError, match="rank 0"):
+            follower.receive()
+    rejoining = [pool.submit(follower.rejoin) for follower in followers]
+    leader.gather(TIMEOUT_S, num_blocks=7)
+    for future in rejoining:
+        future.result(TIMEOUT_S)
+    assert [(it.generation, it.num_blocks) for it in followers] == [(1, 7), (1, 7)]
+    leader.broadcast(b"a plan")
+    assert [follower.receive() for follower in followers] == [b"a plan"] * 2
+
+
+def test_a_replacement_takes_the_place_of_a_lost_rank(tmp_path: Path) -> None:
+    store = Store()
+    with ThreadPoolExecutor(4) as pool:
+        leading = pool.submit(Leader, store, 3, (tmp_path / "meet").as_uri())
+        lost, stays = (pool.submit(Follower, store, rank) for rank in (1, 2))
+        leader = leading.result(TIMEOUT_S)
+        lost.result(TIMEOUT_S).close()
+        leader.part()
+        rejoining = pool.submit(stays.result(TIMEOUT_S).rejoin)
+        seen: list[set[int]] = []
+
+        def look() -> bool:
+            seen.append(leader.present)
+            return True
+
+        gathering = pool.submit(leader.gather, TIMEOUT_S, 7, look)
+        replacement = Follower(store, 1)
+        gathering.result(TIMEOUT_S)
+        rejoining.result(TIMEOUT_S)
+    assert (replacement.generation, replacement.num_blocks) == (1, 7)
+    assert seen[-1] == {1, 2}
+    leader.broadcast(b"a plan")
+    assert [it.receive() for it in (replacement, stays.result())] == [b"a plan"] * 2
+    replacement.close()
+    stays.result().close()
+    leader.close()
+
+
+def test_a_rank_that_goes_while_others_are_awaited_is_awaited_too(group: Group) -> None:
+    leader, followers = group
+    leader.part()
+    with ThreadPoolExecutor(1) as pool:
+        rejoining = pool.submit(followers[0].rejoin)
+        arrived: list[set[int]] = []
+
+        def look() -> bool:
+            if leader.present not in arrived[-1:]:
+                arrived.append(leader.present)
+            if arrived[-1] == {1}:
+                # It is waiting for its welcome when it dies.
+                leader.pulses[1].shutdown(socket.SHUT_RDWR)
+            return len(arrived) < 3
+
+        with pytest.raises(RankLostError, match=r"ranks \[1, 2\] did not come"):
+            leader.gather(TIMEOUT_S, 7, look)
+        assert arrived == [set(), {1}, set()]
+        with pytest.raises(RankLostError):
+            rejoining.result(TIMEOUT_S)

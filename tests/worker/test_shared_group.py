@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore, HashStore
 
 from orchestra.errors import ConfigError
-from orchestra.worker.parallel import ProcessGroup
+from orchestra.worker.config import WorkerConfig
+from orchestra.worker.parallel import Communicator, ProcessGroup
 from orchestra.worker.plan_channel import RankLostError
 from orchestra.worker.sharding import Shard
 from orchestra.worker.shared_group import SharedMemoryGroup, join_group
@@ -118,12 +119,19 @@ def test_a_rank_that_never_comes_is_named() -> None:
 
 def test_shared_memory_is_for_one_machine(tmp_path: Path) -> None:
     store = FileStore(str(tmp_path / "store"), 1)
-    alone, url = Shard(), (tmp_path / "store").as_uri()
-    assert isinstance(join_group("auto", url, alone, store, CPU), SharedMemoryGroup)
-    for collectives, rendezvous in (("gloo", url), ("auto", "tcp://127.0.0.1:1")):
-        group = join_group(collectives, rendezvous, alone, store, CPU)
+    url, elsewhere = (tmp_path / "store").as_uri(), "tcp://127.0.0.1:1"
+
+    def join(collectives: str, rendezvous: str) -> Communicator:
+        asked = WorkerConfig(
+            *(tmp_path, "http://router", "w", "m"), rendezvous=rendezvous, collectives=collectives
+        )
+        return join_group(asked, store, CPU, generation=0)
+
+    assert isinstance(join("auto", url), SharedMemoryGroup)
+    for collectives, rendezvous in (("gloo", url), ("auto", elsewhere)):
+        group = join(collectives, rendezvous)
         assert isinstance(group, ProcessGroup)
         group.close()
     with pytest.raises(ConfigError, match="--collectives: shm is for CPU ranks") as raised:
-        join_group("shm", "tcp://127.0.0.1:1", alone, store, CPU)
+        join("shm", elsewhere)
     assert raised.value.key == "collectives"

@@ -57,14 +57,19 @@ class Child:
         console: Console,
         on_status: StatusHandler,
         environment: Mapping[str, str] | None = None,
+        *,
+        is_spare: bool = False,
     ) -> "Child":
-        """Starts `orchestra COMMAND…` with this interpreter; `environment` is added to ours."""
+        """Starts `orchestra COMMAND…` with this interpreter; `environment` is added to ours.
+
+        A spare waits until it is assigned.
+        """
         subcommand, *arguments = command
         parent = ["--parent-pid", str(os.getpid())]
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *["-m", "orchestra", subcommand, *parent, *arguments],
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE if is_spare else asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env={**os.environ, **(environment or {})},
@@ -76,6 +81,21 @@ class Child:
     def pid(self) -> int:
         """The process id."""
         return self._process.pid
+
+    def assign(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        on_status: StatusHandler,
+    ) -> None:
+        """Makes a spare what its arguments say; where it has just ended, `wait` says so."""
+        assert self._process.stdin is not None
+        self.name = name
+        self._on_status = on_status
+        order = {"arguments": list(arguments), "environment": dict(environment)}
+        self._process.stdin.write(json.dumps(order).encode() + b"\n")
+        self._process.stdin.close()
 
     async def wait(self) -> int:
         """Waits for the end of the process and of its output; returns its exit status, negative for a signal."""

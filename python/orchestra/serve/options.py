@@ -20,6 +20,8 @@ class ServeOptions:
     """A checkpoint directory in the Hugging Face layout."""
     tp: int
     """Ranks per worker, each with its shard of the model."""
+    spare_ranks: int
+    """Processes that wait to take the place of a lost rank."""
     replicas: int
     """Workers, each with the whole model; where there are prefill workers, these and the decode workers."""
     prefill: int
@@ -85,6 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint directory (Hugging Face layout)",
     )
     parser.add_argument("--tp", type=_positive, default=1, help="ranks per worker (default: 1)")
+    parser.add_argument(
+        "--spare-ranks",
+        type=_not_negative,
+        default=0,
+        metavar="N",
+        help="processes kept ready to take the place of a lost rank, where --tp is more than 1 (default: 0)",
+    )
     parser.add_argument("--replicas", type=_positive, help="workers (default: 1)")
     parser.add_argument(
         "--prefill",
@@ -141,6 +150,7 @@ def from_arguments(arguments: argparse.Namespace) -> ServeOptions:
     return ServeOptions(
         model_dir=arguments.model_dir,
         tp=arguments.tp,
+        spare_ranks=arguments.spare_ranks if arguments.tp > 1 else 0,
         replicas=prefill + arguments.decode if prefill else arguments.replicas or 1,
         prefill=prefill,
         host=arguments.host,
@@ -255,6 +265,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
     return value
 
 

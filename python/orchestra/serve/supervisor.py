@@ -13,7 +13,8 @@ from orchestra.serve.options import ServeOptions, group_devices
 from orchestra.serve.restarts import GaveUpError
 from orchestra.serve.router import Addresses, RouterProcess, is_ready
 from orchestra.serve.run_directory import run_directory
-from orchestra.serve.worker_group import WorkerGroup
+from orchestra.serve.spares import Spares
+from orchestra.serve.worker_group import WorkerGroup, rank_environment
 
 POLL_S = 0.1
 EXIT_OK = 0
@@ -71,13 +72,15 @@ class Supervisor:
         """Runs the workers until cancelled, and tells when they are ready."""
         self._console.progress("starting the router")
         addresses = await self._router.addresses()
+        environment = rank_environment(self._options, None)
+        spares = Spares(self._options, addresses.workers, environment, self._console)
         for index, devices in enumerate(group_devices(self._options)):
             self._groups.append(
-                WorkerGroup(
-                    index, self._options, addresses.workers, directory, devices, self._console
-                )
+                WorkerGroup(index, self._options, addresses.workers, directory, devices, spares)
             )
         tasks = [asyncio.create_task(group.run()) for group in self._groups]
+        if self._options.spare_ranks:
+            tasks.append(asyncio.create_task(spares.run()))
         announcement = asyncio.create_task(self._announce_ready(addresses))
         try:
             # The announcement ends well; a group's task ends only with an error.

@@ -1,4 +1,4 @@
-"""Keeps one worker running: its ranks start, fail and stop together."""
+"""Keeps one worker running: its ranks start and stop together, and one that is lost is replaced."""
 
 import asyncio
 import os
@@ -7,12 +7,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestra.serve.child import Child, describe_exit, stop_all
-from orchestra.serve.console import Console
+from orchestra.serve.child import Child, StatusHandler, describe_exit, stop_all
 from orchestra.serve.options import ServeOptions
-from orchestra.serve.restarts import GaveUpError, Restarts
+from orchestra.serve.restarts import EXIT_INVALID_CONFIG, GaveUpError, Restarts
+from orchestra.serve.spares import Spares
 
 STOP_GRACE_S = 10.0
+# The others wait so long for a replacement, which comes to them before it loads its weights.
+REGROUP_TIMEOUT_S = 60.0
+# Replacements in a row that the group may lose before it serves again; then it starts anew.
+REPLACEMENTS_MAX = 3
 
 
 class WorkerGroup:
@@ -24,7 +28,7 @@ class WorkerGroup:
         router: where rank 0 attaches, `host:port`.
         run_directory: for the files through which the ranks find each other.
         cuda_devices: `CUDA_VISIBLE_DEVICES` of the ranks; None: left as it is.
-        console: for lines.
+        spares: processes that can take the place of a lost rank at once.
     """
 
     def __init__(
@@ -34,7 +38,7 @@ class WorkerGroup:
         router: str,
         run_directory: Path,
         cuda_devices: str | None,
-        console: Console,
+        spares: Spares,
     ) -> None:
         self.name = f"worker {index}"
         self.children: list[Child] = []
@@ -42,10 +46,12 @@ class WorkerGroup:
         self._options = options
         self._router = router
         self._run_directory = run_directory
-        self._environment = _environment(options, cuda_devices)
-        self._console = console
+        self._environment = rank_environment(options, cuda_devices)
+        self._spares = spares
+        self._console = spares.console
         self._restarts = Restarts()
         self._attempts = 0
+        self._replacements = 0
         self._loaded: dict[int, float] = {}
         self._ready_ranks: set[int] = set()
 
@@ -80,8 +86,9 @@ class WorkerGroup:
             await asyncio.sleep(delay_s)
 
     async def _run_once(self) -> tuple[int, int]:
-        """Runs the group until one of its ranks ends; returns that rank and its exit status."""
+        """Runs the group until it ends with one of its ranks; returns that rank and its exit status."""
         self._attempts += 1
+        self._replacements = 0
         self._loaded.clear()
         self._ready_ranks.clear()
         self.children = []
@@ -91,11 +98,18 @@ class WorkerGroup:
             for rank in range(self._options.tp):
                 self.children.append(await self._start(rank))
             waits = [asyncio.create_task(child.wait()) for child in self.children]
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            # What is left of the group waits in a collective that never ends; it has nothing to finish.
-            for child in self.children:
-                child.kill()
-            return next((rank, wait.result()) for rank, wait in enumerate(waits) if wait in done)
+            while True:
+                done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                ended = [rank for rank, wait in enumerate(waits) if wait in done]
+                for rank in ended:
+                    if not self._is_replaceable(rank, waits[rank].result()):
+                        # What is left of the group has nothing to finish.
+                        for child in self.children:
+                            child.kill()
+                        return rank, waits[rank].result()
+                for rank in ended:
+                    await self._replace(rank, waits[rank].result())
+                    waits[rank] = asyncio.create_task(self.children[rank].wait())
         finally:
             self._ready_ranks.clear()
             for wait in waits:
@@ -103,7 +117,32 @@ class WorkerGroup:
             await stop_all(self.children, STOP_GRACE_S)
             shutil.rmtree(self._meeting_place(), ignore_errors=True)
 
+    def _is_replaceable(self, rank: int, status: int) -> bool:
+        """Whether the others can go on without a rank that ended, until another has its place."""
+        is_hopeless = status == EXIT_INVALID_CONFIG or self._replacements >= REPLACEMENTS_MAX
+        return rank != 0 and self.is_ready and not is_hopeless
+
+    async def _replace(self, rank: int, status: int) -> None:
+        self._replacements += 1
+        self._ready_ranks.discard(rank)
+        self._loaded.pop(rank, None)
+        end = f"{self.children[rank].name} {describe_exit(status)}"
+        spare = self._spares.take()
+        source = "a new process" if spare is None else "a spare"
+        self._console.line(f"{end}; {source} takes its place")
+        if spare is None:
+            self.children[rank] = await self._start(rank)
+            return
+        name, command, on_status = self._role(rank)
+        spare.assign(name, command[1:], self._environment, on_status)
+        self.children[rank] = spare
+
     async def _start(self, rank: int) -> Child:
+        name, command, on_status = self._role(rank)
+        return await Child.start(name, command, self._console, on_status, self._environment)
+
+    def _role(self, rank: int) -> tuple[str, list[str], StatusHandler]:
+        """What makes a process one of the ranks: its name, its command, and what hears of its status."""
         options = self._options
         command = [
             *["worker", str(options.model_dir), "--router", f"http://{self._router}"],
@@ -114,12 +153,13 @@ class WorkerGroup:
         if options.tp > 1:
             rendezvous = f"file://{self._meeting_place() / 'rendezvous'}"
             command += ["--tp", str(options.tp), "--rank", str(rank), "--rendezvous", rendezvous]
+            command += ["--regroup-timeout", f"{REGROUP_TIMEOUT_S:g}"]
             name = f"{self.name} rank {rank}"
 
         def on_status(status: dict[str, Any]) -> None:
             self._on_status(rank, status)
 
-        return await Child.start(name, command, self._console, on_status, self._environment)
+        return name, command, on_status
 
     def _meeting_place(self) -> Path:
         # A new one per attempt: the old one's files hold the addresses of dead ranks.
@@ -135,11 +175,23 @@ class WorkerGroup:
                     self._restarts.ready()
                     if self._attempts > 1:
                         self._console.line(f"{self.name} is ready again")
+            case {"status": "hung", "rank": int(hung)} if 0 <= hung < len(self.children):
+                self._console.line(f"{self.children[hung].name} hangs: killing it")
+                self.children[hung].kill()
+            case {"status": "regrouped", "total_ms": int(total_ms)}:
+                self._replacements = 0
+                self._console.line(f"{self.name} is whole again after {total_ms} ms")
             case _:
                 self._console.line(f"{self.name} wrote a status that is not understood")
 
 
-def _environment(options: ServeOptions, cuda_devices: str | None) -> dict[str, str]:
+def rank_environment(options: ServeOptions, cuda_devices: str | None) -> dict[str, str]:
+    """What is added to the environment of a rank.
+
+    Args:
+        options: what was asked for.
+        cuda_devices: `CUDA_VISIBLE_DEVICES`; None: left as it is.
+    """
     environment = {} if cuda_devices is None else {"CUDA_VISIBLE_DEVICES": cuda_devices}
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks that each take every core would slow each other down.

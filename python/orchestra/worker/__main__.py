@@ -16,9 +16,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     from orchestra.worker.config import parse_arguments
+
+    config = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    if config.is_spare:
+        from orchestra.worker.spare import await_assignment
+
+        assigned = await_assignment(config)
+        if assigned is None:
+            return 0
+        config = parse_arguments(assigned)
     from orchestra.worker.runtime import run
 
-    return run(parse_arguments(sys.argv[1:] if arguments is None else arguments))
+    return run(config)
 
 
 if __name__ == "__main__":

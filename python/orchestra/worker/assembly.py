@@ -2,14 +2,15 @@
 
 import os
 import struct
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from orchestra.errors import ConfigError
 from orchestra.worker import device as devices
-from orchestra.worker.attention import TorchPagedAttention
+from orchestra.worker.attention_cpu import make_attention
 from orchestra.worker.attention_layout import workspace_bytes
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.kv_cache import (
@@ -28,7 +29,8 @@ from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.models import LOADERS, Model
 from orchestra.worker.parallel import Communicator, SingleRank, rendezvous
 from orchestra.worker.plan import PlanReader
-from orchestra.worker.plan_channel import Follower, Leader
+from orchestra.worker.plan_channel import Follower, Leader, RankLostError
+from orchestra.worker.renewable_group import AbortableCommunicator, RenewableGroup
 from orchestra.worker.runner import ModelRunner, warm_up_plan
 from orchestra.worker.runner_choice import ModelShape, load_hf, read_model_config
 from orchestra.worker.sampler import Sampler
@@ -57,6 +59,12 @@ class Group:
     """Rank 0's end of the plan channel; None with a single rank."""
     follower: Follower | None = None
     """The end of any other rank."""
+    renewable: RenewableGroup | None = None
+    """The communicator, where it can go on with another group after a rank was lost."""
+
+    def step(self) -> AbstractContextManager[None]:
+        """Brackets a step, so that others see how far this rank is."""
+        return nullcontext() if self.renewable is None else self.renewable.step()
 
     def agree_on_least(self, count: int) -> int:
         """The least of the ranks' numbers."""
@@ -97,6 +105,19 @@ class Rank:
     """Longest sequence that fits, tokens."""
     kv_pool: "KvPool | None" = None
     """The cache's memory, where KV can move to other workers and come from them."""
+    block_size: int = 1
+    """Tokens per KV block."""
+
+    def settle(self) -> None:
+        """Begins a generation together with the other ranks: those that stayed, and those that have just loaded.
+
+        Raises:
+            RankLostError: another rank of the group is gone, or has other room for KV than there was.
+        """
+        num_blocks = self.group.agree_on_least(self.num_blocks)
+        if num_blocks != self.num_blocks:
+            raise RankLostError(f"a rank has room for {num_blocks} blocks, not {self.num_blocks}")
+        warm_up(self.runner, self.block_size)
 
 
 def assemble(config: WorkerConfig, progress: Progress) -> Rank:
@@ -119,6 +140,12 @@ def assemble(config: WorkerConfig, progress: Progress) -> Rank:
     return build_rank(config, model_config, place, _join(config, place), progress)
 
 
+def warm_up(runner: ModelRunner, block_size: int) -> None:
+    """Runs a step of each kind, on all ranks together."""
+    for num_tokens in (block_size, 1):
+        runner.execute(warm_up_plan(num_tokens))
+
+
 def build_rank(
     config: WorkerConfig,
     model_config: "ModelConfig | HfConfig",
@@ -139,21 +166,30 @@ def build_rank(
         key_order=shape.key_order,
     )
     budget = _budget(config, shape, spec, place, longest)
+    if group.follower is not None and group.follower.num_blocks > 0:
+        # This rank replaces one: the others have their caches.
+        budget = replace(budget, num_blocks=group.follower.num_blocks)
     num_blocks = group.agree_on_least(decide_num_blocks(spec, budget))
     max_model_len = decide_max_model_len(spec, num_blocks, config.max_model_len, longest)
     left = budget.free_bytes - num_blocks * spec.bytes_per_block
     check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(place, left))
     pool = make_kv_pool(config, spec, num_blocks, place.device)
     cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks, pool)
-    attention = TorchPagedAttention(cache, len(heads.heads), place.device, shape.attention)
+    # Latent attention has one KV head of which all query heads are the group: that is a matrix product of torch's.
+    is_latent = isinstance(model_config, ModelConfig) and model_config.latent is not None
+    name = "torch" if is_latent else config.attention
+    attention = make_attention(name, cache, len(heads.heads), place.device, shape.attention)
     sampler = None
     if config.shard.rank == 0:
         sampler = Sampler(shape.vocab_size, config.max_num_seqs, place.device)
     runner = ModelRunner(model, cache, attention, sampler, place.device)
-    for num_tokens in (config.block_size, 1):
-        runner.execute(warm_up_plan(num_tokens))
+    warm_up(runner, config.block_size)
     plans = PlanReader(config.max_num_seqs, -(-max_model_len // config.block_size))
-    return Rank(shape, runner, plans, group, num_blocks, max_model_len, pool)
+    return Rank(
+        *(shape, runner, plans, group, num_blocks, max_model_len),
+        kv_pool=pool,
+        block_size=config.block_size,
+    )
 
 
 def _load(
@@ -216,12 +252,18 @@ def _join(config: WorkerConfig, place: Place) -> Group:
         return Group(SingleRank())
     store = rendezvous(config.rendezvous, shard)
     leader = follower = None
+    generation = 0
     if shard.rank == 0:
         leader = Leader(store, shard.size, config.rendezvous)
     else:
         follower = Follower(store, shard.rank)
-    communicator = join_group(config.collectives, config.rendezvous, shard, store, place.device)
-    return Group(communicator, leader, follower)
+        generation = follower.generation
+
+    def join(generation: int) -> AbortableCommunicator:
+        return join_group(config, store, place.device, generation)
+
+    group = RenewableGroup(shard, join, generation)
+    return Group(group, leader, follower, renewable=group)
 
 
 def _budget(

@@ -18,6 +18,12 @@ from orchestra.worker.sharding import Shard
 # EX_USAGE of sysexits.h: a restart changes nothing.
 EXIT_INVALID_CONFIG = 64
 
+# Flags whose fields have other names.
+_SPELT_OTHERWISE = (
+    *("tp", "rank", "regroup_timeout"),
+    *("served_model_name", "no_prefix_cache", "drain_timeout"),
+)
+
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", re.IGNORECASE)
 
@@ -38,8 +44,14 @@ class WorkerConfig:
     """This rank's place in the tensor-parallel group."""
     rendezvous: str = ""
     """Where the ranks meet: `file:///path`, `tcp://host:port` or `env://`. Empty with one rank."""
+    attention: str = "auto"
+    """What attends over the cache: `torch`, `cpu`, or `auto`: kernels for the CPU where they can compute."""
     collectives: str = "auto"
     """What carries the sums of the ranks: `gloo`, `shm`, or `auto`: shared memory for CPU ranks of one machine."""
+    regroup_timeout_s: float = 0.0
+    """How long the ranks wait for a replacement of one that was lost; 0: they end with it."""
+    rank_hang_timeout_ms: int = 300
+    """Shortest time without progress in a step after which a rank is taken for hung; 0: it never is."""
     dtype: str = "auto"
     """`float32`, `bfloat16`, or `auto`: the checkpoint's, where the device computes in it natively."""
     runner: str = "auto"
@@ -84,6 +96,8 @@ class WorkerConfig:
     """Port of the metrics page; None: there is none."""
     parent_pid: int | None = None
     """The process whose end ends this one."""
+    is_spare: bool = False
+    """Whether the process waits for standard input to say which rank it is."""
 
 
 def parse_arguments(arguments: Sequence[str]) -> WorkerConfig:
@@ -128,6 +142,13 @@ def _add_group(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rendezvous", default="", metavar="URL", help="file:///path, tcp://host:port or env://"
     )
+    group.add_argument(
+        "--regroup-timeout",
+        type=float,
+        default=WorkerConfig.regroup_timeout_s,
+        metavar="SECONDS",
+        help="how long the ranks wait for a replacement of a lost one; 0: they end with it",
+    )
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -157,6 +178,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
             choices=["auto", "cpu", "cuda"],
             default=default.device,
             help="auto: CUDA where there is some",
+        ),
+        add(
+            "--attention",
+            choices=["auto", "torch", "cpu"],
+            default=default.attention,
+            help="what attends over the cache; auto: kernels of our own on a CPU, else torch",
         ),
         add(
             "--collectives",
@@ -214,6 +241,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
             metavar="MS",
             help="how long a step may last while sequences decode, which sizes the chunks of prompts; 0: no limit",
         ),
+        add(
+            "--rank-hang-timeout-ms",
+            type=_integer(0),
+            default=default.rank_hang_timeout_ms,
+            metavar="MS",
+            help="shortest standstill in a step after which one of several ranks counts as hung; 0: never",
+        ),
         add("--no-prefix-cache", action="store_true", help="compute every prompt from its start"),
         add(
             "--expert-parallel",
@@ -265,6 +299,7 @@ def _add_process(parser: argparse.ArgumentParser) -> None:
         help="of this host, at which workers of other hosts reach its KV; unencrypted (default: none)",
     )
     add("--parent-pid", type=_integer(1), help=argparse.SUPPRESS)
+    add("--spare", dest="is_spare", action="store_true", help=argparse.SUPPRESS)
 
 
 def _from_namespace(given: argparse.Namespace) -> WorkerConfig:
@@ -280,7 +315,7 @@ def _from_namespace(given: argparse.Namespace) -> WorkerConfig:
             "--num-blocks and --kv-cache-memory exclude each other", key="kv_cache_memory"
         )
     names: dict[str, Any] = vars(given).copy()
-    for name in ("tp", "rank", "served_model_name", "no_prefix_cache", "drain_timeout"):
+    for name in _SPELT_OTHERWISE:
         del names[name]
     names["worker_id"] = given.worker_id or f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
     return WorkerConfig(
@@ -289,6 +324,7 @@ def _from_namespace(given: argparse.Namespace) -> WorkerConfig:
         shard=_shard(given),
         enable_prefix_cache=not given.no_prefix_cache,
         drain_timeout_s=given.drain_timeout,
+        regroup_timeout_s=given.regroup_timeout,
     )
 
 

@@ -9,6 +9,8 @@ from prometheus_client.registry import Collector
 
 # From a small model's decode step to a full prefill budget of a large one.
 STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+# From ranks that only have to meet again to one that loads its weights from far away.
+REGROUP_BUCKETS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class WorkerMetrics:
@@ -41,7 +43,25 @@ class WorkerMetrics:
             "Tokens drawn.",
             registry=self.registry,
         )
+        self._regroup_seconds = Histogram(
+            "orchestra_worker_regroup_seconds",
+            "Time since a lost rank was noticed, until: survivors (the others are ready), all (the worker serves).",
+            ["until"],
+            buckets=REGROUP_BUCKETS,
+            registry=self.registry,
+        )
+        self._regroups = Counter(
+            "orchestra_worker_regroups_total",
+            "Times that a lost rank was replaced.",
+            registry=self.registry,
+        )
         self.registry.register(_AgentCollector(read_stats, block_size))
+
+    def regrouped(self, survivors_s: float, total_s: float) -> None:
+        """A lost rank was replaced, seconds after its loss was noticed."""
+        self._regroups.inc()
+        self._regroup_seconds.labels("survivors").observe(survivors_s)
+        self._regroup_seconds.labels("all").observe(total_s)
 
     def serve(self, host: str, port: int) -> Callable[[], None]:
         """Serves the page on a thread of its own; returns what stops it.

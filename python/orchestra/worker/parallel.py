@@ -15,6 +15,8 @@ from orchestra.worker.sharding import Shard
 
 # The first collective of a rank waits this long for the others, which may still be loading.
 GROUP_TIMEOUT = timedelta(minutes=30)
+# A group that forms again does so when all of its ranks have come: one that stays away now is lost.
+REGROUP_TIMEOUT = timedelta(minutes=2)
 
 
 class Communicator(Protocol):
@@ -58,17 +60,20 @@ class ProcessGroup:
         shard: this rank's place.
         store: through which the ranks find each other.
         device: where the tensors live.
+        generation: 0 for the first group of these ranks, one more for each that follows.
     """
 
-    def __init__(self, shard: Shard, store: Store, device: torch.device) -> None:
+    def __init__(
+        self, shard: Shard, store: Store, device: torch.device, generation: int = 0
+    ) -> None:
         self.shard = shard
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
             # A group that forms again after a rank was lost takes the next prefix of the same store.
-            store=PrefixStore("group-0", store),
+            store=PrefixStore(f"group-{generation}", store),
             rank=shard.rank,
             world_size=shard.size,
-            timeout=GROUP_TIMEOUT,
+            timeout=REGROUP_TIMEOUT if generation else GROUP_TIMEOUT,
             device_id=device if device.type == "cuda" else None,
         )
 
@@ -84,6 +89,14 @@ class ProcessGroup:
         parts = [torch.empty_like(tensor) for _ in range(self.shard.size)]
         dist.gather(tensor, parts)
         return torch.cat(parts, dim=-1)
+
+    def abort(self) -> None:
+        """Ends the collectives of this rank; any thread may call it.
+
+        NCCL's only: gloo's end by themselves when a rank's process does, and not before.
+        """
+        if dist.group.WORLD is not None:
+            dist.group.WORLD.abort()
 
     def close(self) -> None:
         """Leaves the group."""

@@ -15,6 +15,7 @@ from orchestra.worker.assembly import Rank, assemble
 from orchestra.worker.config import EXIT_INVALID_CONFIG, WorkerConfig
 from orchestra.worker.metrics import WorkerMetrics
 from orchestra.worker.plan_channel import Follower, RankLostError
+from orchestra.worker.recovery import LOSSES, FollowerRecovery, LeaderRecovery
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -50,6 +51,10 @@ class Agent(Protocol):
         top_logprobs: bytes,
     ) -> None:
         """Hands in what was drawn."""
+        ...
+
+    def start_over(self) -> None:
+        """Forgets everything computed and lets go of the router."""
         ...
 
     def drain(self) -> None:
@@ -90,7 +95,7 @@ def run(config: WorkerConfig) -> int:
         rank = assemble(config, _report_loading)
         stop.is_serving = True
         if rank.group.follower is not None:
-            follow(rank, rank.group.follower)
+            _follow_and_recover(rank, rank.group.follower)
         else:
             _lead_with_agent(config, rank, stop)
     except (ConfigError, UnsupportedError) as error:
@@ -109,14 +114,29 @@ def run(config: WorkerConfig) -> int:
     return EXIT_OK
 
 
-def follow(rank: Rank, channel: Follower) -> None:
+def follow(rank: Rank, channel: Follower, recovery: FollowerRecovery | None = None) -> None:
     """The loop of every rank but rank 0: executes what rank 0 sends, until its goodbye.
 
     Signals are left to rank 0: the group still has to finish what runs.
+
+    Args:
+        rank: this rank.
+        channel: where the plans come from.
+        recovery: what to do when a rank is lost; None: end.
     """
     _write_status("ready")
-    while (message := channel.receive()) is not None:
-        rank.runner.execute(rank.reader.read(message))
+    while True:
+        try:
+            while (message := channel.receive()) is not None:
+                with rank.group.step():
+                    rank.runner.execute(rank.reader.read(message))
+            break
+        except LOSSES:
+            if recovery is None or not recovery.is_over_lost_rank():
+                raise
+            recovery.rejoin()
+    if recovery is not None:
+        recovery.close()
     channel.close()
 
 
@@ -126,9 +146,18 @@ def lead(
     stop: StopSignals,
     metrics: WorkerMetrics,
     drain_timeout_s: float,
+    recovery: LeaderRecovery | None = None,
 ) -> None:
-    """The loop of rank 0: until a signal, and then until what runs has finished or the time is up."""
-    leader = rank.group.leader
+    """The loop of rank 0: until a signal, and then until what runs has finished or the time is up.
+
+    Args:
+        agent: where plans come from.
+        rank: this rank.
+        stop: what the signals have asked for.
+        metrics: of the steps.
+        drain_timeout_s: how long running sequences may go on after a signal to stop.
+        recovery: what to do when a rank is lost; None: end.
+    """
     drain = _Drain(agent, drain_timeout_s)
     is_announced = False
     while not (stop.is_requested and drain.is_over()):
@@ -137,25 +166,84 @@ def lead(
         if not is_announced and agent.is_attached:
             _announce_ready()
             is_announced = True
-        if message is None:
-            if leader is not None:
-                leader.check()
-            continue
-        with metrics.execute.time():
-            if leader is not None:
-                leader.broadcast(message)
-            plan = rank.reader.read(message)
-            output = rank.runner.execute(plan)
-        with metrics.commit.time():
-            agent.commit(
-                plan.step_id,
-                output.token_ids.tobytes(),
-                output.chosen_logprobs.tobytes(),
-                output.top_ids.tobytes(),
-                output.top_logprobs.tobytes(),
-            )
-        metrics.computed_tokens.inc(len(plan.token_ids))
-        metrics.sampled_tokens.inc(len(output.token_ids))
+        try:
+            if message is None:
+                _check_ranks(rank, recovery)
+            else:
+                _run_step(agent, rank, metrics, message, recovery)
+        except LOSSES:
+            if recovery is None or not recovery.is_over_lost_rank():
+                raise
+            if not _regroup(agent, stop, metrics, recovery):
+                return
+    if recovery is not None:
+        recovery.close()
+
+
+def _check_ranks(rank: Rank, recovery: LeaderRecovery | None) -> None:
+    if recovery is not None:
+        recovery.watch.check()
+    elif rank.group.leader is not None:
+        rank.group.leader.check()
+
+
+def _run_step(
+    agent: Agent,
+    rank: Rank,
+    metrics: WorkerMetrics,
+    message: bytes,
+    recovery: LeaderRecovery | None,
+) -> None:
+    """Executes a plan on all ranks and commits what was drawn."""
+    with metrics.execute.time(), rank.group.step():
+        if rank.group.leader is not None:
+            rank.group.leader.broadcast(message)
+        plan = rank.reader.read(message)
+        num_tokens = len(plan.token_ids)
+        if recovery is not None:
+            recovery.watch.begin_step(num_tokens)
+        output = rank.runner.execute(plan)
+        if recovery is not None:
+            recovery.watch.end_step(num_tokens)
+    with metrics.commit.time():
+        agent.commit(
+            plan.step_id,
+            output.token_ids.tobytes(),
+            output.chosen_logprobs.tobytes(),
+            output.top_ids.tobytes(),
+            output.top_logprobs.tobytes(),
+        )
+    metrics.computed_tokens.inc(num_tokens)
+    metrics.sampled_tokens.inc(len(output.token_ids))
+
+
+def _regroup(
+    agent: Agent, stop: StopSignals, metrics: WorkerMetrics, recovery: LeaderRecovery
+) -> bool:
+    """Makes the group whole again; returns false where the worker is told to stop meanwhile.
+
+    Raises:
+        RankLostError: it does not become whole.
+    """
+    try:
+        done = recovery.regroup(agent, lambda: not stop.is_requested)
+    except RankLostError:
+        if stop.is_requested:
+            return False
+        raise
+    metrics.regrouped(done.survivors_s, done.total_s)
+    logger.info(
+        "ranks %s are replaced: the others were ready after %.0f ms, all after %.0f ms",
+        list(done.lost),
+        done.survivors_s * 1000,
+        done.total_s * 1000,
+    )
+    _write_status("regrouped", survivors_ms=_ms(done.survivors_s), total_ms=_ms(done.total_s))
+    return True
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
 
 
 class _Drain:
@@ -222,13 +310,30 @@ def _lead_with_agent(config: WorkerConfig, rank: Rank, stop: StopSignals) -> Non
     try:
         if config.metrics_port is not None:
             stop_metrics = metrics.serve(config.metrics_host, config.metrics_port)
-        lead(agent, rank, stop, metrics, config.drain_timeout_s)
+        recovery = _leader_recovery(config, rank)
+        lead(agent, rank, stop, metrics, config.drain_timeout_s, recovery)
     finally:
         agent.close()
         if stop_metrics is not None:
             stop_metrics()
     if rank.group.leader is not None:
         rank.group.leader.close()
+
+
+def _follow_and_recover(rank: Rank, channel: Follower) -> None:
+    group = rank.group.renewable
+    follow(rank, channel, None if group is None else FollowerRecovery(rank, group, channel))
+
+
+def _leader_recovery(config: WorkerConfig, rank: Rank) -> LeaderRecovery | None:
+    group, leader = rank.group.renewable, rank.group.leader
+    if group is None or leader is None:
+        return None
+    hang_timeout_s = config.rank_hang_timeout_ms / 1000
+    return LeaderRecovery(
+        *(rank, (group, leader), config.regroup_timeout_s, hang_timeout_s),
+        on_hung=lambda hung: _write_status("hung", rank=hung),
+    )
 
 
 def _read(path: Path, *, is_required: bool = False) -> bytes:

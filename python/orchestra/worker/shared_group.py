@@ -8,8 +8,10 @@ from torch.distributed.distributed_c10d import Store
 
 from orchestra._core import SharedGroup
 from orchestra.errors import ConfigError, InternalError
-from orchestra.worker.parallel import Communicator, ProcessGroup
+from orchestra.worker.config import WorkerConfig
+from orchestra.worker.parallel import ProcessGroup
 from orchestra.worker.plan_channel import RankLostError
+from orchestra.worker.renewable_group import AbortableCommunicator
 from orchestra.worker.sharding import Shard
 
 # A rank that does not come to a collective for so long hangs: the others are in the same step.
@@ -100,25 +102,24 @@ class SharedMemoryGroup:
 
 
 def join_group(
-    collectives: str, rendezvous_url: str, shard: Shard, store: Store, device: torch.device
-) -> Communicator:
-    """Joins the group of this rank, over what fits the place of its ranks.
+    config: WorkerConfig, store: Store, device: torch.device, generation: int
+) -> AbortableCommunicator:
+    """Joins a group of this rank's, over what fits the place of its ranks.
 
     Args:
-        collectives: `shm`, `gloo`, or `auto`: shared memory where all ranks compute on the CPUs of one machine.
-        rendezvous_url: says whether the ranks share a machine.
-        shard: this rank's place.
+        config: says what was asked for, and whether the ranks share a machine.
         store: through which the ranks find each other.
         device: where the tensors live.
+        generation: 0 for the first group of these ranks, one more for each that follows.
 
     Raises:
         ConfigError: `shm` was asked for where it cannot be.
         RankLostError: not every rank came.
     """
-    is_local = urlparse(rendezvous_url).scheme == "file" and device.type == "cpu"
-    if collectives == "shm" and not is_local:
+    is_local = urlparse(config.rendezvous).scheme == "file" and device.type == "cpu"
+    if config.collectives == "shm" and not is_local:
         message = "--collectives: shm is for CPU ranks that meet by a file:// rendezvous"
         raise ConfigError(message, key="collectives")
-    if is_local and collectives != "gloo":
-        return SharedMemoryGroup(shard, store)
-    return ProcessGroup(shard, store, device)
+    if is_local and config.collectives != "gloo":
+        return SharedMemoryGroup(config.shard, store, generation)
+    return ProcessGroup(config.shard, store, device, generation)

@@ -145,6 +145,17 @@ impl Agent {
         self.step_loop.lock().fail(message);
     }
 
+    /// Gives up the step that was handed out, if one was, and everything computed so far: a part of its KV is lost,
+    /// and the engine can have that part again. Every sequence ends, the prefix cache is empty, and the stream to the
+    /// router ends, so that the router replays the sequences elsewhere and sends nothing new. The next
+    /// [`next_step`](Self::next_step) attaches again.
+    ///
+    /// # Errors
+    /// [`AgentError::Closed`] and [`AgentError::Failed`] when the agent has ended.
+    pub fn start_over(&self) -> Result<(), AgentError> {
+        self.step_loop.lock().start_over()
+    }
+
     /// Refuses new sequences from now on with `shutting_down`; those that run or wait go on.
     pub fn drain(&self) {
         self.board.update(|stats| stats.is_draining = true);

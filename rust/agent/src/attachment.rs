@@ -45,6 +45,8 @@ pub(crate) enum Lost {
     Stalled,
     /// The agent is closing and does not wait for a slow router.
     Closing,
+    /// The engine has lost what it computed.
+    StartedOver,
 }
 
 /// How long a message may wait for room, and what ends the wait before that.

@@ -1,4 +1,4 @@
-//! Why a collective, or the making of a group, failed.
+//! Why a collective, the making of a group, or a kernel's call failed.
 
 use orchestra_core::ErrorCode;
 use thiserror::Error;
@@ -80,6 +80,25 @@ impl GroupError {
             Self::InvalidConfig { key, .. } => Some(key),
             Self::InvalidArgument { field, .. } => Some(field),
             _ => None,
+        }
+    }
+}
+
+/// A setting of attention, or an array of a step, is wrong; nothing was computed.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{field} {reason}")]
+pub struct AttentionError {
+    /// Which.
+    pub field: &'static str,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+impl AttentionError {
+    pub(crate) fn wrong(field: &'static str, reason: impl Into<String>) -> Self {
+        Self {
+            field,
+            reason: reason.into(),
         }
     }
 }

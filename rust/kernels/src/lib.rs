@@ -1,7 +1,7 @@
 //! What the CPU ranks of a worker compute and say to each other, where torch is too slow.
 //!
 //! Reading order: [`error`] and [`bf16`] are shared words; [`group`] are the collectives of ranks on one machine, over
-//! shared memory.
+//! shared memory; [`attention`] is paged attention, over [`simd`] for vectors and [`pool`] for threads.
 //!
 //! Everything here gives the same bits on every call with the same numbers, whatever else runs: sums have a fixed
 //! order, and no result depends on who came first.
@@ -11,9 +11,13 @@
 
 #![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
+pub mod attention;
 pub mod bf16;
 pub mod error;
 pub mod group;
+pub mod pool;
+mod simd;
 
-pub use error::GroupError;
+pub use attention::{Attention, AttentionConfig, Rule, StepArrays};
+pub use error::{AttentionError, GroupError};
 pub use group::{GroupConfig, SharedGroup};

@@ -95,6 +95,13 @@ impl Agent {
         py.detach(|| self.inner.fail(message));
     }
 
+    /// Forgets everything computed and lets go of the router; the next `next_step` attaches again.
+    fn start_over(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py
+            .detach(|| self.inner.start_over())
+            .map_err(Failure::from)?)
+    }
+
     /// Refuses new sequences from now on; those that run or wait go on.
     fn drain(&self) {
         self.inner.drain();

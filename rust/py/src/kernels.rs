@@ -1,11 +1,12 @@
 //! `orchestra-kernels` for `orchestra.worker`: tensors come as the addresses and sizes that torch gives of them.
 
+mod attention;
 mod group;
 
 use orchestra_core::{ErrorCode, config::ConfigIssue};
 use orchestra_kernels::GroupError;
 
-pub(crate) use self::group::SharedGroup;
+pub(crate) use self::{attention::PagedAttention, group::SharedGroup};
 use crate::errors::Failure;
 
 impl From<GroupError> for Failure {

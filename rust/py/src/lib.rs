@@ -29,7 +29,7 @@ mod _core {
     use super::{
         agent::Agent,
         errors::error_codes,
-        kernels::SharedGroup,
+        kernels::{PagedAttention, SharedGroup},
         kv_pool::KvPool,
         memory::{
             BlockPool, BlockSet, BlockView, BufferManager, Chime, Grant, MemoryTransfer,

@@ -7,6 +7,7 @@ use super::{KvLink, StepLoop};
 use crate::{
     attachment::{Attachment, Lost},
     config::Role,
+    error::AgentError,
     outputs,
 };
 
@@ -66,6 +67,7 @@ impl StepLoop {
                 tracing::warn!(?limit, aborted, "router reads too slowly, stream dropped");
             }
             Lost::Ended if aborted > 0 => tracing::warn!(aborted, "stream lost, sequences aborted"),
+            Lost::StartedOver => tracing::warn!(aborted, "starting over, sequences aborted"),
             Lost::Ended | Lost::Closing => {}
         }
     }
@@ -102,6 +104,21 @@ impl StepLoop {
         }
         self.detach(Lost::Ended);
         self.patience.closing.cancel();
+    }
+
+    /// Lets go of everything computed so far, of its sequences and of the router, which replays them elsewhere, or here
+    /// once the next `next_step` announces the worker anew: with an empty cache, and under a stream that nobody
+    /// remembers a failure of.
+    pub(crate) fn start_over(&mut self) -> Result<(), AgentError> {
+        self.check_usable()?;
+        self.outstanding = None;
+        self.detach(Lost::StartedOver);
+        self.scheduler.forget_all();
+        // Nobody is attached to hear of it, and the next hello tells the cache as it is.
+        drop(self.scheduler.take_kv_events());
+        self.board
+            .update(|stats| stats.set_scheduler(self.scheduler.stats()));
+        Ok(())
     }
 
     pub(crate) fn close(&mut self) {

@@ -1,11 +1,13 @@
 //! Streams that break or stand still.
 
-use std::{net::SocketAddr, thread, time::Duration};
+use std::{iter, net::SocketAddr, thread, time::Duration};
 
-use orchestra_agent::AgentConfig;
-use orchestra_proto::v1::router_message::Message as Down;
+use orchestra_agent::{Agent, AgentConfig, AgentError};
+use orchestra_proto::v1::{FinishReason, router_message::Message as Down};
 
-use crate::support::{Engine, FakeRouter, collect, config, eventually, start};
+use crate::support::{
+    Engine, FakeRouter, PATIENCE, collect, config, eventually, execute, outputs_of, start,
+};
 
 #[test]
 fn a_router_that_dies_and_returns_finds_a_clean_worker() {
@@ -105,7 +107,7 @@ fn a_router_that_reads_too_slowly_is_dropped() {
 fn a_router_that_is_slow_for_a_while_loses_nothing() {
     let mut router = FakeRouter::start();
     let mut config = for_long_sequences(router.address);
-    config.outbound_stall_limit = crate::support::PATIENCE;
+    config.outbound_stall_limit = PATIENCE;
     let engine = Engine::start(config);
     let (mut session, _) = router.welcome();
     let ids = [1, 2, 3, 4, 5, 6, 7, 8];
@@ -145,4 +147,54 @@ fn a_worker_whose_engine_is_busy_loses_no_command() {
         assert_eq!(collect(&mut session, &ids).len(), 3000);
     });
     engine.close();
+}
+
+#[test]
+fn an_engine_that_lost_its_kv_starts_over_under_a_new_stream() {
+    let mut router = FakeRouter::start();
+    let agent = Agent::new(config(router.address)).unwrap();
+    let given_up = thread::scope(|scope| {
+        let attaching = scope.spawn(|| agent.next_step(PATIENCE));
+        let (mut session, hello) = router.welcome();
+        assert_eq!(hello.block_hashes, []);
+        session.send(Down::Start(start(1, 20, 100)));
+        let first = attaching.join().unwrap().unwrap().unwrap();
+        agent.commit(&execute(&first)).unwrap();
+        // It begins to decode, its prompt is cached, and then the engine fails in the middle of a step.
+        let second = agent.next_step(PATIENCE).unwrap().unwrap();
+        agent.start_over().unwrap();
+        let outputs = iter::from_fn(|| session.try_next()).filter_map(outputs_of);
+        let outputs: Vec<_> = outputs.flatten().collect();
+        assert_eq!(outputs.len(), 1, "one token, then the stream's end");
+        assert_eq!(outputs[0].finish_reason(), FinishReason::Unspecified);
+        assert!(matches!(
+            agent.commit(&execute(&second)),
+            Err(AgentError::UnknownStep(_))
+        ));
+        let stats = agent.stats();
+        assert_eq!((stats.aborted_by_detach, stats.kv_blocks_used), (1, 0));
+        second
+    });
+    // The agent dials meanwhile, and says nothing before the engine asks for work.
+    let (mut session, hello, replay) = thread::scope(|scope| {
+        let attaching = scope.spawn(|| agent.next_step(PATIENCE));
+        let (mut session, hello) = router.welcome();
+        session.send(Down::Start(start(1, 20, 3)));
+        (session, hello, attaching.join().unwrap().unwrap().unwrap())
+    });
+    assert_eq!(hello.block_hashes, [], "the cache is forgotten");
+    assert_eq!(replay.token_ids.len(), 20, "all of the prompt is computed");
+    assert!(
+        replay.step_id > given_up.step_id,
+        "steps are never numbered twice"
+    );
+    agent.commit(&execute(&replay)).unwrap();
+    for _ in 0..2 {
+        let plan = agent.next_step(PATIENCE).unwrap().unwrap();
+        agent.commit(&execute(&plan)).unwrap();
+    }
+    assert_eq!(collect(&mut session, &[1])[&1].token_ids.len(), 3);
+    assert_eq!(agent.stats().attachments, 2);
+    agent.close();
+    assert!(matches!(agent.start_over(), Err(AgentError::Closed)));
 }

@@ -256,6 +256,20 @@ impl BlockPool {
         Some(block)
     }
 
+    /// Makes every cached block an ordinary one: free where nobody holds it, private to its holders where somebody
+    /// does.
+    pub(super) fn forget_cached(&mut self) {
+        for block in &mut self.blocks {
+            block.identity = None;
+        }
+        self.index.clear();
+        while let Some(block) = self.unused.pop_oldest() {
+            self.free.push(block);
+        }
+        self.host.forget_all();
+        self.events.cleared();
+    }
+
     /// What a block follows, as both tiers know it.
     fn before(&self, parent: Parent) -> Before {
         match parent {

@@ -187,6 +187,19 @@ impl HostCache {
         Some(gone)
     }
 
+    /// Forgets everything, and gives the blocks that are free then: what is read stays as it is until it is unpinned.
+    pub(super) fn clear(&mut self) -> Vec<u32> {
+        let mut free = Vec::new();
+        for block in 0..self.blocks.len() as u32 {
+            if let Some(kept) = self.blocks[block as usize].kept
+                && self.forget(block, kept)
+            {
+                free.push(block);
+            }
+        }
+        free
+    }
+
     /// Forgets the block of this hash, but not what follows it: its content lives on, or is told of elsewhere.
     pub(super) fn take(&mut self, hash: BlockHash) -> Option<(Kept, Option<u32>)> {
         let &block = self.index.get(&hash)?;

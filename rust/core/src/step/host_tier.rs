@@ -277,6 +277,19 @@ impl HostTier {
         !self.swap_out.blocks.is_empty() || !self.swap_in.blocks.is_empty()
     }
 
+    /// Makes none of the copies that the next plan would have made, and keeps nothing for anybody: nobody wants what
+    /// they were to save. What is read, or being filled, stays until that ends.
+    pub(super) fn forget_all(&mut self) {
+        self.swap_out = BlockCopies::default();
+        self.swap_in = BlockCopies::default();
+        self.drop_hits();
+        for host_block in std::mem::take(&mut self.leaving) {
+            self.unpin(host_block);
+        }
+        let free = self.cache.clear();
+        self.free.extend(free);
+    }
+
     /// Moves the copies into the plan that is to make them. What it reads, later plans may write.
     pub(super) fn move_copies(&mut self, plan: &mut StepPlan) {
         plan.swap_out = last_copies(std::mem::take(&mut self.swap_out));

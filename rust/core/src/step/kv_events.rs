@@ -55,6 +55,13 @@ impl KvEventLog {
         }
     }
 
+    /// Nothing is reusable any more, whatever was said before.
+    pub(super) fn cleared(&mut self) {
+        self.events = vec![KvEvent::Cleared];
+        self.num_hashes = 0;
+        self.is_overflowed = false;
+    }
+
     /// What happened since the last call; `content` lists what the device and host memory hold now, parents before
     /// children.
     pub(super) fn take(
@@ -86,6 +93,18 @@ impl KvEventLog {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn clearing_replaces_what_nobody_has_heard_yet() {
+        let mut log = KvEventLog::new(2);
+        for hash in 0..3 {
+            log.stored(vec![BlockHash(hash)]);
+        }
+        log.cleared();
+        log.stored(vec![BlockHash(7)]);
+        let events = [KvEvent::Cleared, KvEvent::Stored(vec![BlockHash(7)])];
+        assert_eq!(log.take(Vec::new), events);
+    }
 
     #[test]
     fn removals_in_a_row_are_one_event_and_an_overflow_becomes_the_content() {

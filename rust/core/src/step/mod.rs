@@ -1,7 +1,7 @@
 //! Plans one replica's steps: which sequences run, how many of their tokens, in which KV blocks.
 //!
 //! Reading order: `plan` is the contract with the runner; `scheduler` holds the state, `schedule` plans a step,
-//! `preempt` says who gives way, `commit` takes the result; `waiting`, `sequence`, `block_pool` and `host_tier` are
+//! `preempt` says who gives way, `commit` takes the result, `forget` starts over; `waiting`, `sequence`, `block_pool` and `host_tier` are
 //! what they work on, `step_cost` is what they learn; `moves` is what other workers bring and take. The rules, their bounds and the reasons are in
 //! `docs/step_scheduler.md`.
 
@@ -10,6 +10,7 @@ mod build_plan;
 mod commit;
 mod config;
 mod error;
+mod forget;
 mod host_cache;
 mod host_hits;
 mod host_tier;

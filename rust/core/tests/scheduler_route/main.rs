@@ -93,6 +93,7 @@ impl Pair {
             weights_epoch: epoch,
             block_size,
             num_blocks,
+            num_host_blocks: 0,
             max_num_seqs,
             max_model_len: 90,
             taints: terms.taints(),

@@ -56,6 +56,12 @@ impl FakeModel {
         }
     }
 
+    /// Nothing of what was computed is there any more.
+    pub(crate) fn lose_kv(&mut self) {
+        self.kv.fill(None);
+        self.host_kv.fill(None);
+    }
+
     /// Runs a plan. Panics where it is not one that a real runner could execute.
     pub(crate) fn execute(&mut self, plan: &StepPlan) -> StepOutput {
         for start in &plan.starts {

@@ -9,6 +9,7 @@ mod bounds;
 mod fake_model;
 mod moves;
 mod replica;
+mod shape;
 mod starvation;
 
 use fake_model::VOCAB_SIZE;
@@ -33,6 +34,8 @@ enum Op {
     /// The n-th unfinished request.
     Abort(usize),
     AbortAll,
+    /// A part of the KV is lost.
+    ForgetAll,
     /// Adds a request of which another worker brings some blocks.
     Await(NewRequest, u32),
     /// Adds a request of which only some blocks are wanted.
@@ -137,6 +140,7 @@ fn any_ops() -> impl Strategy<Value = Vec<Op>> {
         2 => Just(Op::CommitWrongly),
         6 => any::<usize>().prop_map(Op::Abort),
         1 => Just(Op::AbortAll),
+        1 => Just(Op::ForgetAll),
         12 => (any_request(), 1..8_u32).prop_map(|(new, num)| Op::Await(new, num)),
         6 => (any_request(), 1..8_u32).prop_map(|(new, num)| Op::Prefill(new, num)),
         8 => (any::<usize>(), prop_oneof![3 => Just(0), 1 => any::<usize>()])
@@ -169,6 +173,7 @@ fn run(mut replica: Replica, ops: Vec<Op>) -> Replica {
             Op::CommitWrongly => replica.commit_wrongly(),
             Op::Abort(index) => replica.abort(index),
             Op::AbortAll => replica.abort_all(),
+            Op::ForgetAll => replica.forget_all(),
             Op::Await(request, num_blocks) => {
                 let _ = replica.add_with(request, Wish::Await(num_blocks));
             }
@@ -216,7 +221,8 @@ proptest! {
 fn the_random_runs_reach_the_rare_paths() {
     let mut runner = TestRunner::deterministic();
     let (mut steps, mut preemptions, mut swaps, mut hits) = (0, 0, 0, 0);
-    let (mut fetched, mut filled, mut held, mut copied) = (0, 0, 0, 0);
+    let (mut fetched, mut filled, mut held) = (0, 0, 0);
+    let (mut copied, mut forgotten) = (0, 0);
     for _ in 0..64 {
         let config = any_config()
             .new_tree(&mut runner)
@@ -232,6 +238,7 @@ fn the_random_runs_reach_the_rare_paths() {
         fetched += replica.moves.num_fetched_tokens;
         filled += replica.moves.num_filled_blocks;
         held += replica.moves.num_held_blocks;
+        forgotten += replica.num_forgotten_steps;
         steps += stats.steps;
         preemptions += stats.preemptions;
         swaps += stats.swaps;
@@ -242,8 +249,9 @@ fn the_random_runs_reach_the_rare_paths() {
     assert!(preemptions > 80, "{preemptions} preemptions");
     assert!(swaps > 20, "{swaps} of them with swaps");
     assert!(hits > 30, "prefix hits in {hits} runs");
-    assert!(copied > 300, "{copied} tokens copied back from host memory");
+    assert!(copied > 200, "{copied} tokens copied back from host memory");
     assert!(fetched > 300, "{fetched} tokens fetched");
     assert!(filled > 100, "{filled} blocks filled for others");
     assert!(held > 50, "{held} blocks held for others");
+    assert!(forgotten > 10, "{forgotten} steps given up");
 }

@@ -28,6 +28,21 @@ pub(crate) struct Moves {
 }
 
 impl Moves {
+    /// What is held for others, what was to be `filled` included, is worth nothing any more, and stays theirs until it
+    /// is released.
+    pub(crate) fn forget_contents(&mut self, filled: Vec<FilledBlocks>) {
+        for it in &mut self.outgoing {
+            it.prompt.clear();
+        }
+        let filled = filled.into_iter().map(|it| Outgoing {
+            hold: it.hold,
+            prompt: Vec::new(),
+            first_block: it.first_block,
+            blocks: it.blocks,
+        });
+        self.outgoing.extend(filled);
+    }
+
     pub(crate) fn is_any_open(&self) -> bool {
         !self.incoming.is_empty() || !self.outgoing.is_empty()
     }

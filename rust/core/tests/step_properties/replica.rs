@@ -60,7 +60,7 @@ pub(crate) struct NewRequest {
 
 pub(crate) struct Replica {
     pub(crate) scheduler: StepScheduler,
-    config: StepSchedulerConfig,
+    pub(crate) config: StepSchedulerConfig,
     pub(crate) model: FakeModel,
     pub(crate) requests: BTreeMap<RequestId, Tracked>,
     executing: Option<StepPlan>,
@@ -74,6 +74,8 @@ pub(crate) struct Replica {
     kept_view: FxHashSet<BlockHash>,
     now: Time,
     pub(crate) num_steps: u64,
+    /// Steps that were executing when their replica started over.
+    pub(crate) num_forgotten_steps: u64,
     /// Tokens computed, of all requests together.
     pub(crate) num_computed_tokens: u64,
 }
@@ -93,6 +95,7 @@ impl Replica {
             kept_view: FxHashSet::default(),
             now: Time::ZERO,
             num_steps: 0,
+            num_forgotten_steps: 0,
             num_computed_tokens: 0,
         }
     }
@@ -188,6 +191,25 @@ impl Replica {
         assert!(has_moves || self.scheduler.stats().kv_blocks_used == 0);
     }
 
+    /// Starts over, in the middle of a step or between two; the model has lost its KV.
+    pub(crate) fn forget_all(&mut self) {
+        let mut ended = self.scheduler.forget_all();
+        ended.sort_unstable();
+        assert_eq!(ended, self.unfinished().collect::<Vec<_>>());
+        for id in ended {
+            self.end_by_abort(id);
+        }
+        let plan = self.executing.take();
+        self.num_forgotten_steps += u64::from(plan.is_some());
+        self.moves
+            .forget_contents(plan.map_or_else(Vec::new, |plan| plan.filled));
+        self.model.lose_kv();
+        assert_eq!(self.scheduler.cached_block_hashes(), []);
+        assert_eq!(self.scheduler.kept_block_hashes(), []);
+        assert!(!self.scheduler.has_work());
+        self.check();
+    }
+
     fn end_by_abort(&mut self, id: RequestId) {
         let request = self.requests.get_mut(&id).expect("a request that was sent");
         request.finish_reason = Some(FinishReason::Abort);
@@ -222,50 +244,6 @@ impl Replica {
         self.num_computed_tokens += plan.token_ids.len() as u64;
         self.executing = Some(plan);
         true
-    }
-
-    fn check_shape(&self, plan: &StepPlan) {
-        let (rows, num_tokens) = (plan.context_lens.len(), plan.token_ids.len());
-        assert!(
-            num_tokens <= self.config.max_num_batched_tokens as usize,
-            "token budget"
-        );
-        assert!((1..=self.config.max_num_seqs as usize).contains(&rows));
-        assert_eq!(plan.positions.len(), num_tokens);
-        assert_eq!(plan.slot_mapping.len(), num_tokens);
-        assert_eq!(plan.query_start.len(), rows + 1);
-        assert_eq!(plan.query_start.last(), Some(&(num_tokens as u32)));
-        assert_eq!(plan.slots.len(), rows);
-        let num_updates = plan.update_blocks.len();
-        assert_eq!(plan.update_slots.len(), num_updates);
-        assert_eq!(plan.update_columns.len(), num_updates);
-        let longest = plan.context_lens.iter().max().expect("a row");
-        let width = longest.div_ceil(self.config.block_size);
-        assert_eq!(plan.block_table_width, width);
-        let lens: Vec<u32> = plan
-            .query_start
-            .windows(2)
-            .map(|pair| pair[1] - pair[0])
-            .collect();
-        if self.config.max_prefill_chunk > 0 {
-            assert!(
-                lens.iter()
-                    .all(|&len| len <= self.config.max_prefill_chunk.max(1))
-            );
-        }
-        for (row, len) in lens.iter().enumerate() {
-            let last = plan.query_start[row + 1] as usize - 1;
-            assert_eq!(
-                plan.positions[last] + 1,
-                plan.context_lens[row],
-                "row {row} of {len}"
-            );
-        }
-        let slots: FxHashSet<u32> = plan.slots.iter().copied().collect();
-        assert_eq!(slots.len(), rows, "a slot has one row");
-        for sample in &plan.samples {
-            assert_eq!(sample.slot, plan.slots[sample.sequence_index as usize]);
-        }
     }
 
     /// Counts overtakes and checks their bound; each request's seed is its id.

@@ -1,0 +1,141 @@
+"""Attention over the paged KV cache by the Rust kernels, on the CPU."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from orchestra._core import PagedAttention
+from orchestra.errors import ConfigError
+from orchestra.worker.attention import AttentionBackend, LayerListener, TorchPagedAttention
+from orchestra.worker.kv_cache import KvCache, KvCacheSpec
+from orchestra.worker.model_config import AttentionRule
+from orchestra.worker.plan import StepPlan
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+# The kernels' vectors: heads and blocks are made of whole ones.
+_LANES = 8
+_HEAD_DIM_MAX = 1024
+
+
+class CpuPagedAttention:
+    """Kernels that read the cache in place, block by block, on torch's own threads.
+
+    What a token gets depends on its sequence and its position alone, to the bit: not on the batch, nor on how its
+    prompt was cut. On another kind of processor the bits may be others.
+
+    Args:
+        cache: this rank's, on the CPU.
+        num_heads: query heads of this rank.
+        rules: what each layer's tokens see and how scores are made; none: every layer is plain.
+        portable: whether to leave away what only some processors can, for comparisons.
+
+    Raises:
+        InvalidRequestError: `supports` would have said no.
+    """
+
+    def __init__(
+        self,
+        cache: KvCache,
+        num_heads: int,
+        rules: Sequence[AttentionRule] = (),
+        *,
+        portable: bool = False,
+    ) -> None:
+        spec = cache.spec
+        # The kernels know its addresses only: it has to live as long as they do.
+        self._cache = cache
+        self._head_dim = spec.head_dim
+        self._kernels = PagedAttention(
+            (num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size, cache.num_blocks),
+            _DTYPES[spec.dtype],
+            [
+                (cache.layer(index).data_ptr(), rule.window, rule.scale, rule.soft_cap)
+                for index, rule in enumerate(list(rules) or [AttentionRule()] * spec.num_layers)
+            ],
+            portable=portable,
+        )
+        self._listener: LayerListener | None = None
+        self._watched_step: int | None = None
+
+    def watch(self, listener: LayerListener) -> None:
+        """See `AttentionBackend`."""
+        self._listener = listener
+
+    def prepare(self, plan: StepPlan) -> None:
+        """Hands the plan's arrays over.
+
+        Raises:
+            InvalidRequestError: they do not fit each other or the cache.
+        """
+        self._watched_step = plan.step_id if plan.fills_blocks else None
+        self._kernels.prepare(
+            plan.slot_mapping.tobytes(),
+            plan.query_start.tobytes(),
+            plan.context_lens.tobytes(),
+            plan.block_tables.tobytes(),
+            torch.get_num_threads(),
+        )
+
+    def forward(self, layer: int, query: Tensor, key_value: Tensor) -> Tensor:
+        """Computes one layer; see `AttentionBackend`."""
+        query, key_value = _with_whole_heads(query), _with_whole_heads(key_value)
+        output = query.new_empty(query.shape[0], query.shape[1] * self._head_dim)
+        self._kernels.forward(
+            layer,
+            query.data_ptr(),
+            query.stride(0),
+            key_value.data_ptr(),
+            key_value.stride(0),
+            output.data_ptr(),
+        )
+        if self._watched_step is not None and self._listener is not None:
+            self._listener(self._watched_step, layer)
+        return output
+
+
+def _with_whole_heads(tensor: Tensor) -> Tensor:
+    """`[T, heads, head_dim]` in which a token's heads are one run of numbers; tokens may lie apart."""
+    is_whole = tensor.stride()[1:] == (tensor.shape[2], 1)
+    return tensor if is_whole else tensor.contiguous()
+
+
+def supports(spec: KvCacheSpec, device: torch.device) -> bool:
+    """Whether the kernels can compute over such a cache."""
+    return (
+        device.type == "cpu"
+        and spec.dtype in _DTYPES
+        and spec.head_dim % _LANES == 0
+        and spec.head_dim <= _HEAD_DIM_MAX
+        and spec.block_size % _LANES == 0
+    )
+
+
+def make_attention(
+    name: str,
+    cache: KvCache,
+    num_heads: int,
+    device: torch.device,
+    rules: Sequence[AttentionRule],
+) -> AttentionBackend:
+    """The attention of a rank.
+
+    Args:
+        name: `cpu`, `torch`, or `auto`: the CPU's kernels where they can.
+        cache: this rank's.
+        num_heads: query heads of this rank.
+        device: of the tensors.
+        rules: of each layer.
+
+    Raises:
+        ConfigError: `cpu` was asked for where the kernels cannot compute.
+    """
+    is_possible = supports(cache.spec, device)
+    if name == "cpu" and not is_possible:
+        message = (
+            "--attention: cpu needs fp32 or bf16 on a CPU, and heads and blocks of multiples of 8"
+        )
+        raise ConfigError(message, key="attention")
+    if name == "torch" or not is_possible:
+        return TorchPagedAttention(cache, num_heads, device, rules)
+    return CpuPagedAttention(cache, num_heads, rules)

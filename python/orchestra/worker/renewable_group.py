@@ -1,0 +1,120 @@
+"""A communicator that outlives its group: the model keeps it, whatever happens to the ranks."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from orchestra.worker.parallel import Communicator
+from orchestra.worker.sharding import Shard
+
+
+class AbortableCommunicator(Communicator, Protocol):
+    """A communicator whose collectives another thread can end."""
+
+    def abort(self) -> None:
+        """Ends the collectives of this rank, where the transport can; any thread may call it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a rank is."""
+
+    num_collectives: int
+    """Collectives that it has entered."""
+    num_steps: int
+    """Steps that it has executed."""
+    is_waiting: bool
+    """Whether it waits for other ranks now, and not they for it."""
+
+
+class RenewableGroup:
+    """A `Communicator` over one group after the other, which counts what passes through it.
+
+    Args:
+        shard: this rank's place.
+        join: forms the group of a generation.
+        generation: of the first group.
+    """
+
+    def __init__(
+        self, shard: Shard, join: Callable[[int], AbortableCommunicator], generation: int
+    ) -> None:
+        self.shard = shard
+        self.slowest_round_s = 0.0
+        """Longest time between the ends of two collectives of the step that runs, or ran last."""
+        self._join = join
+        self._num_collectives = 0
+        self._num_steps = 0
+        self._is_waiting = False
+        self._round_began = 0.0
+        self._group: AbortableCommunicator | None = join(generation)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Replaces `tensor` by its sum over all ranks."""
+        self._enter().all_reduce(tensor)
+        self._left()
+
+    def gather_columns(self, tensor: Tensor) -> Tensor | None:
+        """Joins the ranks' `[n, columns]` side by side on rank 0; None on the others."""
+        joined = self._enter().gather_columns(tensor)
+        self._left()
+        return joined
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Brackets a step, which is counted where it ends well."""
+        self._round_began = time.monotonic()
+        self.slowest_round_s = 0.0
+        yield
+        self._num_steps += 1
+
+    def progress(self) -> Progress:
+        """How far this rank is; any thread may ask."""
+        return Progress(self._num_collectives, self._num_steps, self._is_waiting)
+
+    def abort(self) -> None:
+        """Ends the collectives of this rank, where the transport can; any thread may call it."""
+        group = self._group
+        if group is not None:
+            group.abort()
+
+    def leave(self) -> None:
+        """Lets go of a group that has lost a rank."""
+        group, self._group = self._group, None
+        if group is not None:
+            with contextlib.suppress(RuntimeError):
+                group.abort()
+            with contextlib.suppress(RuntimeError):
+                group.close()
+
+    def renew(self, generation: int) -> None:
+        """Forms the next group; the last one was left."""
+        assert self._group is None
+        self._num_collectives = self._num_steps = 0
+        self._is_waiting = False
+        self._group = self._join(generation)
+
+    def close(self) -> None:
+        """Leaves the group for good."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.close()
+
+    # Two calls instead of a context manager: that costs as much as a small sum over shared memory.
+
+    def _enter(self) -> AbortableCommunicator:
+        assert self._group is not None
+        self._num_collectives += 1
+        self._is_waiting = True
+        return self._group
+
+    def _left(self) -> None:
+        self._is_waiting = False
+        now = time.monotonic()
+        self.slowest_round_s = max(self.slowest_round_s, now - self._round_began)
+        self._round_began = now

@@ -1,0 +1,275 @@
+//! Attention over the paged KV cache, on the CPU.
+//!
+//! The cache of a layer is `[blocks, 2, kv_heads, block_size, head_dim]`, keys before values. A call writes the new keys
+//! and values of a step there, then attends: each tile, some tokens of a sequence and the query heads of one KV head, is
+//! computed by one thread, which takes the next one when it is done. [`tile`] says why neither the threads nor the rest
+//! of the step change a bit of the result.
+
+#![expect(unsafe_code, reason = "sees the memory of tensors")]
+
+mod step;
+mod tile;
+
+use std::{
+    ptr,
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
+use parking_lot::RwLock;
+
+pub use self::step::StepArrays;
+use self::{
+    step::{Step, Tile},
+    tile::{Element, Scratch},
+};
+use crate::{
+    error::AttentionError,
+    pool,
+    simd::{LANES, Portable},
+};
+
+/// Cached tokens that a row takes at a time, at multiples of it.
+const CHUNK: usize = 32;
+/// Rows of a tile, where a token has fewer: what is read of the cache is used for so many at once.
+const ROWS: usize = 32;
+/// Longest head.
+pub const HEAD_DIM_MAX: usize = 1024;
+/// New KV of a step that is written by the caller alone, bytes: waking others costs more.
+const WRITE_ALONE_BYTES: usize = 256 << 10;
+
+/// Shapes of a rank's attention and its cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionConfig {
+    /// Query heads, a multiple of the KV heads.
+    pub num_heads: usize,
+    /// KV heads.
+    pub num_kv_heads: usize,
+    /// Size of a head, a multiple of 8.
+    pub head_dim: usize,
+    /// Tokens per block, a multiple of 8.
+    pub block_size: usize,
+    /// Blocks of the cache.
+    pub num_blocks: usize,
+}
+
+impl AttentionConfig {
+    /// Query heads that share a KV head.
+    const fn group(&self) -> usize {
+        self.num_heads / self.num_kv_heads
+    }
+
+    const fn num_slots(&self) -> usize {
+        self.num_blocks * self.block_size
+    }
+
+    fn check(&self) -> Result<(), AttentionError> {
+        let wrong = |field, reason| Err(AttentionError::wrong(field, reason));
+        if self.num_kv_heads == 0 || self.num_heads == 0 {
+            return wrong("num_heads", "is zero");
+        }
+        if !self.num_heads.is_multiple_of(self.num_kv_heads) {
+            return wrong("num_heads", "is no multiple of num_kv_heads");
+        }
+        let is_whole = |size: usize| size > 0 && size.is_multiple_of(LANES);
+        if !is_whole(self.head_dim) || self.head_dim > HEAD_DIM_MAX {
+            return wrong("head_dim", "is not a multiple of 8 up to 1024");
+        }
+        if !is_whole(self.block_size) {
+            return wrong("block_size", "is not a multiple of 8");
+        }
+        // What places in the cache are computed from fits 32 bits, as the plan's arrays do.
+        if self.num_blocks == 0 || self.num_slots() > i32::MAX as usize {
+            return wrong(
+                "num_blocks",
+                "is zero, or more than the plan's arrays can name",
+            );
+        }
+        Ok(())
+    }
+}
+
+/// What a layer's tokens see of what came before, and how scores are made.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Rule {
+    /// Tokens that each token sees, itself included; `None`: all before it.
+    pub window: Option<usize>,
+    /// Multiplies the scores; `None`: one by the root of the head's size.
+    pub scale: Option<f32>,
+    /// Bends every score `x` to `cap * tanh(x / cap)`.
+    pub soft_cap: Option<f32>,
+}
+
+impl Rule {
+    /// The first position that a token sees which has `seen` tokens up to itself.
+    fn first_seen(&self, seen: usize) -> usize {
+        self.window.map_or(0, |window| seen.saturating_sub(window))
+    }
+}
+
+/// Addresses of one layer's call; `T` tokens in the step.
+#[derive(Clone, Copy, Debug)]
+pub struct Tensors<E> {
+    /// `[T, num_heads, head_dim]`
+    pub query: *const E,
+    /// Numbers from one token's queries to the next one's.
+    pub query_stride: usize,
+    /// `[T, 2 * num_kv_heads, head_dim]`, the keys, then the values.
+    pub key_value: *const E,
+    /// Numbers from one token's keys to the next one's.
+    pub key_value_stride: usize,
+    /// `[num_blocks, 2, num_kv_heads, block_size, head_dim]`
+    pub cache: *mut E,
+    /// `[T, num_heads * head_dim]`
+    pub output: *mut E,
+}
+
+/// What the threads of one call share.
+struct Layer<'a, E> {
+    config: AttentionConfig,
+    rule: Rule,
+    scale: f32,
+    step: &'a Step,
+    tensors: Tensors<E>,
+}
+
+// SAFETY: threads read the same queries and the same cache, and each writes what no other touches: its tiles' rows of
+// the output; and before that, with nobody reading, its tokens' places of the cache.
+unsafe impl<E: Element> Sync for Layer<'_, E> {}
+
+/// Paged attention of one rank: remembers the step between its layers.
+pub struct Attention {
+    config: AttentionConfig,
+    has_avx2: bool,
+    step: RwLock<Step>,
+}
+
+impl Attention {
+    /// For these shapes, on what this processor has.
+    pub fn new(config: AttentionConfig) -> Result<Self, AttentionError> {
+        config.check()?;
+        #[cfg(target_arch = "x86_64")]
+        let has_avx2 = crate::simd::avx2::is_here();
+        #[cfg(not(target_arch = "x86_64"))]
+        let has_avx2 = false;
+        Ok(Self {
+            config,
+            has_avx2,
+            step: RwLock::default(),
+        })
+    }
+
+    /// The same without what only some processors have: the twin that others are compared with.
+    pub fn portable(config: AttentionConfig) -> Result<Self, AttentionError> {
+        let has_avx2 = false;
+        Self::new(config).map(|new| Self { has_avx2, ..new })
+    }
+
+    /// Checks a step's arrays and lays it out; called once, before its first layer.
+    pub fn prepare(&self, arrays: &StepArrays<'_>) -> Result<(), AttentionError> {
+        *self.step.write() = Step::new(arrays, &self.config)?;
+        Ok(())
+    }
+
+    /// Writes the new KV of a layer into its cache, then attends, on up to `threads` threads; bf16.
+    ///
+    /// # Safety
+    /// As [`forward_f32`](Self::forward_f32).
+    pub unsafe fn forward_bf16(&self, rule: &Rule, tensors: &Tensors<u16>, threads: u32) {
+        // SAFETY: the caller's promise.
+        unsafe { self.forward(rule, tensors, threads) }
+    }
+
+    /// Writes the new KV of a layer into its cache, then attends, on up to `threads` threads; fp32.
+    ///
+    /// # Safety
+    /// The addresses are of tensors of the shapes that [`Tensors`] says, with as many tokens as the prepared step,
+    /// aligned for their numbers. Until the call returns nobody writes the queries, the new KV or the step's blocks, and
+    /// nobody reads or writes the output. Others may write other blocks of the cache.
+    pub unsafe fn forward_f32(&self, rule: &Rule, tensors: &Tensors<f32>, threads: u32) {
+        // SAFETY: the caller's promise.
+        unsafe { self.forward(rule, tensors, threads) }
+    }
+
+    unsafe fn forward<E: Element>(&self, rule: &Rule, tensors: &Tensors<E>, threads: u32) {
+        let step = self.step.read();
+        let layer = Layer {
+            config: self.config,
+            rule: *rule,
+            scale: rule
+                .scale
+                .unwrap_or_else(|| 1.0 / (self.config.head_dim as f32).sqrt()),
+            step: &step,
+            tensors: *tensors,
+        };
+        let token_bytes = 2 * self.config.num_kv_heads * self.config.head_dim * size_of::<E>();
+        let is_little = step.num_tokens * token_bytes <= WRITE_ALONE_BYTES;
+        let writers = if is_little { 1 } else { threads };
+        // SAFETY: the caller's promise; each token has a slot of its own.
+        let write = |(): &mut (), token| unsafe { write_token(&layer, token) };
+        share(step.num_tokens, writers, || (), write);
+        let begin = || Scratch::new(ROWS.max(self.config.group()), self.config.head_dim);
+        share(step.tiles.len(), threads, begin, |scratch, index| {
+            let tile = &step.tiles[index];
+            #[cfg(target_arch = "x86_64")]
+            if self.has_avx2 {
+                // SAFETY: the processor has it; the rest is the caller's promise, and each tile is computed once.
+                return unsafe { attend_avx2(&layer, tile, scratch) };
+            }
+            // SAFETY: the caller's promise, and each tile is computed once.
+            unsafe { tile::attend::<Portable, E>(&layer, tile, scratch) }
+        });
+    }
+}
+
+/// # Safety
+/// As `tile::attend`, on a processor with AVX2 and fused multiply-add.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn attend_avx2<E: Element>(layer: &Layer<'_, E>, tile: &Tile, scratch: &mut Scratch) {
+    // SAFETY: the caller's promise.
+    unsafe { tile::attend::<crate::simd::avx2::Avx2, E>(layer, tile, scratch) }
+}
+
+/// Copies a token's keys and values to its slot.
+///
+/// # Safety
+/// The addresses are as `forward_f32` says, and nobody else writes or reads the slot now.
+unsafe fn write_token<E: Element>(layer: &Layer<'_, E>, token: usize) {
+    let (config, tensors) = (&layer.config, &layer.tensors);
+    let (size, block_size) = (config.head_dim, config.block_size);
+    let (block, place) = layer.step.slot(token, block_size);
+    let runs = 2 * config.num_kv_heads;
+    for run in 0..runs {
+        // SAFETY: the token is one of the step's, and its slot was found to be inside the cache.
+        unsafe {
+            let from = tensors
+                .key_value
+                .add(token * tensors.key_value_stride + run * size);
+            let to = tensors
+                .cache
+                .add(((block * runs + run) * block_size + place) * size);
+            ptr::copy_nonoverlapping(from, to, size);
+        }
+    }
+}
+
+/// Does each piece of work from 0 to `count` once, on up to `threads` threads; each thread `begin`s with what it needs.
+fn share<S>(
+    count: usize,
+    threads: u32,
+    begin: impl Fn() -> S + Sync,
+    each: impl Fn(&mut S, usize) + Sync,
+) {
+    let next = AtomicUsize::new(0);
+    let threads = threads.min(u32::try_from(count).unwrap_or(u32::MAX));
+    pool::run(threads, &|| {
+        let mut state = None;
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            if index >= count {
+                return;
+            }
+            each(state.get_or_insert_with(&begin), index);
+        }
+    });
+}

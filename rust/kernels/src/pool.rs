@@ -1,0 +1,68 @@
+//! Threads to compute on: torch's own.
+//!
+//! Torch computes on the OpenMP threads of GNU's library, which spin for a while after each piece of work. A second pool
+//! beside them would have to share the cores with that, so kernels run on the same threads. The library's entry is
+//! looked up in the process; where it is not there (another OpenMP, a test), the caller computes alone.
+
+#![expect(unsafe_code, reason = "calls into the OpenMP library of the process")]
+
+use std::{
+    ffi::{c_uint, c_void},
+    sync::OnceLock,
+};
+
+/// `GOMP_parallel` of libgomp, which compilers call for `#pragma omp parallel`: runs the function with the data on so
+/// many threads, and returns when all have returned.
+type Parallel = unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, c_uint, c_uint);
+
+/// Runs `work` on up to `threads` threads at a time; each call of it has to take its share from what is left.
+pub(crate) fn run(threads: u32, work: &(dyn Fn() + Sync)) {
+    let Some(parallel) = entry().filter(|_| threads > 1) else {
+        work();
+        return;
+    };
+    let mut data: &(dyn Fn() + Sync) = work;
+    // SAFETY: the symbol has this signature in every version of the library. `data` outlives the call, which returns
+    // when every thread has, and each thread only reads it.
+    unsafe { parallel(enter, (&raw mut data).cast(), threads, 0) }
+}
+
+/// Whether there are threads besides the caller's.
+pub fn has_threads() -> bool {
+    entry().is_some()
+}
+
+/// Runs on each thread. A panic in `work` ends the process here: it cannot pass through the library.
+extern "C" fn enter(data: *mut c_void) {
+    // SAFETY: `run` hands this pointer out, and waits.
+    let work = unsafe { *data.cast::<&(dyn Fn() + Sync)>() };
+    work();
+}
+
+fn entry() -> Option<Parallel> {
+    static ENTRY: OnceLock<Option<Parallel>> = OnceLock::new();
+    *ENTRY.get_or_init(|| {
+        let process = libloading::os::unix::Library::this();
+        // SAFETY: the type is the function's, see above.
+        let found = unsafe { process.get::<Parallel>(b"GOMP_parallel\0") };
+        // The library stays: torch never unloads it.
+        found.ok().map(|symbol| *symbol)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn work_is_done_without_a_library_too() {
+        let calls = AtomicUsize::new(0);
+        run(4, &|| {
+            calls.fetch_add(1, Ordering::Relaxed);
+        });
+        let expected = if has_threads() { 4 } else { 1 };
+        assert_eq!(calls.into_inner(), expected);
+    }
+}

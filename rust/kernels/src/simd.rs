@@ -1,0 +1,207 @@
+//! Eight numbers at a time: one body for every kind of processor.
+//!
+//! A kernel is written once over [`Lanes`]. For AVX2 it is compiled with fused multiply-add, elsewhere with what the
+//! compiler makes of plain arrays. Both do the same operations in the same order; a fused one rounds once instead of
+//! twice, so the twins differ in the last bits, and are never compared for equality.
+
+#![expect(
+    unsafe_code,
+    reason = "numbers are read and written through pointers: shared memory has no references"
+)]
+#![expect(
+    clippy::inline_always,
+    reason = "has to be part of the kernels, which are compiled for each kind of processor"
+)]
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+mod portable;
+
+pub(crate) use self::portable::Portable;
+
+/// Numbers in a [`Lanes`].
+pub(crate) const LANES: usize = 8;
+
+/// Eight `f32`.
+///
+/// All methods are inlined into the kernel, which alone says for which processor it is compiled.
+pub(crate) trait Lanes: Copy {
+    /// The same number eight times.
+    fn splat(value: f32) -> Self;
+    /// Reads eight numbers, at any alignment.
+    ///
+    /// # Safety
+    /// They are there.
+    unsafe fn load(from: *const f32) -> Self;
+    /// Writes eight numbers, at any alignment.
+    ///
+    /// # Safety
+    /// There is room for them.
+    unsafe fn store(self, to: *mut f32);
+    /// Reads eight bf16.
+    ///
+    /// # Safety
+    /// They are there.
+    unsafe fn load_bf16(from: *const u16) -> Self;
+    /// Sums, number by number.
+    fn add(self, other: Self) -> Self;
+    /// Products, number by number.
+    fn mul(self, other: Self) -> Self;
+    /// Quotients, number by number.
+    fn div(self, other: Self) -> Self;
+    /// `self * factor + term`.
+    fn mul_add(self, factor: Self, term: Self) -> Self;
+    /// The larger of each two; `other`'s where one is NaN.
+    fn max(self, other: Self) -> Self;
+    /// The smaller of each two; `other`'s where one is NaN.
+    fn min(self, other: Self) -> Self;
+    /// The nearest whole numbers, ties to even.
+    fn round(self) -> Self;
+    /// `2^self` of whole numbers from -126 to 127.
+    fn exp2_whole(self) -> Self;
+    /// `value`, but 0 where `self` is below `bound`.
+    fn zero_below(self, value: Self, bound: f32) -> Self;
+    /// The sum of each of eight: `((0+1)+(2+3)) + ((4+5)+(6+7))` of each.
+    fn sums(all: [Self; LANES]) -> Self;
+
+    /// The sum of all eight, in the order of `sums`.
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        let mut numbers = [0.0_f32; LANES];
+        // SAFETY: the array has room for eight.
+        unsafe { self.store(numbers.as_mut_ptr()) };
+        let pair = |at: usize| numbers[at] + numbers[at + 1];
+        (pair(0) + pair(2)) + (pair(4) + pair(6))
+    }
+
+    /// The largest of all eight.
+    #[inline(always)]
+    fn largest(self) -> f32 {
+        let mut numbers = [0.0_f32; LANES];
+        // SAFETY: the array has room for eight.
+        unsafe { self.store(numbers.as_mut_ptr()) };
+        numbers.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    /// `e^self`, within two units in the last place; 0 below -87. As in the Cephes library (`expf`): a power of two
+    /// times a polynomial in what is left, which is at most `ln 2 / 2`.
+    #[inline(always)]
+    fn exp(self) -> Self {
+        // In this order a NaN stays one.
+        let x = Self::splat(EXP_MIN).max(Self::splat(88.0).min(self));
+        let whole = x.mul(Self::splat(std::f32::consts::LOG2_E)).round();
+        let rest = whole.mul_add(Self::splat(-0.693_359_4), x);
+        let rest = whole.mul_add(Self::splat(2.121_944_4e-4), rest);
+        let mut sum = Self::splat(1.987_569_1e-4);
+        for coefficient in [
+            1.398_2e-3,
+            8.333_452e-3,
+            4.166_579_6e-2,
+            1.666_666_5e-1,
+            0.5,
+        ] {
+            sum = sum.mul_add(rest, Self::splat(coefficient));
+        }
+        let power = rest.mul(rest).mul_add(sum, rest).add(Self::splat(1.0));
+        self.zero_below(power.mul(whole.exp2_whole()), EXP_MIN)
+    }
+
+    /// `tanh(self)`, within 1e-7.
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        let twice = self.add(self).exp().add(Self::splat(1.0));
+        Self::splat(1.0).add(Self::splat(-2.0).div(twice))
+    }
+}
+
+/// Below this `exp` gives 0: what a softmax adds there is lost in rounding anyway.
+const EXP_MIN: f32 = -87.0;
+
+#[cfg(test)]
+#[expect(
+    clippy::float_cmp,
+    reason = "these are equal to the bit, or the test is wrong"
+)]
+mod tests {
+    use super::*;
+
+    fn each<L: Lanes>(numbers: [f32; LANES], f: impl Fn(L) -> L) -> [f32; LANES] {
+        let mut results = [0.0; LANES];
+        // SAFETY: both arrays hold eight.
+        unsafe { f(L::load(numbers.as_ptr())).store(results.as_mut_ptr()) };
+        results
+    }
+
+    fn check_functions<L: Lanes>() {
+        for step in 0..20_000 {
+            let start = -90.0 + step as f32 * 0.0089;
+            let numbers = std::array::from_fn(|lane| start + lane as f32 * 1e-3);
+            let powers = each::<L>(numbers, L::exp);
+            let bent = each::<L>(numbers, L::tanh);
+            for lane in 0..LANES {
+                let (x, y) = (numbers[lane], powers[lane]);
+                if x < EXP_MIN {
+                    assert_eq!(y, 0.0, "e^{x}");
+                } else if x < 88.0 {
+                    assert!((y / x.exp() - 1.0).abs() < 3e-7, "e^{x} = {y}");
+                }
+                assert!(
+                    (bent[lane] - x.tanh()).abs() < 2e-7,
+                    "tanh {x} = {}",
+                    bent[lane]
+                );
+            }
+        }
+        let edges = [
+            0.0,
+            -0.0,
+            f32::NEG_INFINITY,
+            f32::INFINITY,
+            f32::NAN,
+            -87.0,
+            1.0,
+            -1.0,
+        ];
+        let powers = each::<L>(edges, L::exp);
+        assert_eq!(powers[..3], [1.0, 1.0, 0.0]);
+        assert!(powers[3] > 1e38);
+        assert!(powers[4].is_nan());
+    }
+
+    fn check_sums<L: Lanes>() {
+        let rows: [[f32; LANES]; LANES] = std::array::from_fn(|row| {
+            std::array::from_fn(|lane| (row * 37 + lane * lane) as f32 / 3.0)
+        });
+        // SAFETY: each row holds eight.
+        let lanes = rows.map(|row| unsafe { L::load(row.as_ptr()) });
+        let mut sums = [0.0_f32; LANES];
+        // SAFETY: the array has room for eight.
+        unsafe { L::sums(lanes).store(sums.as_mut_ptr()) };
+        // To the bit: `sum` and `sums` have the same order.
+        assert_eq!(
+            sums.map(f32::to_bits),
+            lanes.map(|lanes| lanes.sum().to_bits())
+        );
+        assert_eq!(lanes.map(Lanes::largest), rows.map(|row| row[LANES - 1]));
+        let halves: [u16; LANES] = std::array::from_fn(|lane| 0x3f80 + lane as u16);
+        let mut widened = [0.0; LANES];
+        // SAFETY: both arrays hold eight.
+        unsafe { L::load_bf16(halves.as_ptr()).store(widened.as_mut_ptr()) };
+        assert_eq!(widened, halves.map(crate::bf16::widen));
+    }
+
+    #[test]
+    fn the_portable_twin_is_right() {
+        check_functions::<Portable>();
+        check_sums::<Portable>();
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn the_avx2_twin_is_right() {
+        if avx2::is_here() {
+            check_functions::<avx2::Avx2>();
+            check_sums::<avx2::Avx2>();
+        }
+    }
+}

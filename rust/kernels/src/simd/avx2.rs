@@ -1,0 +1,130 @@
+//! AVX2 with fused multiply-add: x86-64 since 2013.
+//!
+//! The methods are inlined into kernels that are compiled for such a processor (`#[target_feature]`), and those run
+//! where [`is_here`] has found one: that is the argument of each block below.
+
+#![expect(
+    unsafe_code,
+    reason = "calls instructions that only some processors have"
+)]
+#![expect(
+    clippy::cast_ptr_alignment,
+    reason = "the instruction wants none: its type is all that there is"
+)]
+#![expect(
+    clippy::undocumented_unsafe_blocks,
+    reason = "one argument for all: see the top of the file"
+)]
+
+use std::arch::x86_64::{
+    __m128i, __m256, _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128,
+    _mm256_add_epi32, _mm256_add_ps, _mm256_andnot_ps, _mm256_castsi256_ps, _mm256_cmp_ps,
+    _mm256_cvtepu16_epi32, _mm256_cvtps_epi32, _mm256_div_ps, _mm256_fmadd_ps, _mm256_hadd_ps,
+    _mm256_loadu_ps, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_permute2f128_ps,
+    _mm256_round_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi32, _mm256_storeu_ps,
+};
+
+use super::{LANES, Lanes};
+
+/// One register.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(__m256);
+
+/// Whether this processor has what `Avx2` is made of.
+pub(crate) fn is_here() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+}
+
+impl Lanes for Avx2 {
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        Self(unsafe { _mm256_set1_ps(value) })
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        Self(unsafe { _mm256_loadu_ps(from) })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        unsafe { _mm256_storeu_ps(to, self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        Self(unsafe {
+            let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast::<__m128i>()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+        })
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Self(unsafe { _mm256_add_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        Self(unsafe { _mm256_mul_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        Self(unsafe { _mm256_div_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, term: Self) -> Self {
+        Self(unsafe { _mm256_fmadd_ps(self.0, factor.0, term.0) })
+    }
+
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        Self(unsafe { _mm256_max_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        Self(unsafe { _mm256_min_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn round(self) -> Self {
+        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        Self(unsafe { _mm256_round_ps::<NEAREST>(self.0) })
+    }
+
+    #[inline(always)]
+    fn exp2_whole(self) -> Self {
+        Self(unsafe {
+            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(self.0), _mm256_set1_epi32(127));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
+        })
+    }
+
+    #[inline(always)]
+    fn zero_below(self, value: Self, bound: f32) -> Self {
+        Self(unsafe {
+            let is_below = _mm256_cmp_ps::<_CMP_LT_OQ>(self.0, _mm256_set1_ps(bound));
+            _mm256_andnot_ps(is_below, value.0)
+        })
+    }
+
+    #[inline(always)]
+    fn sums(all: [Self; LANES]) -> Self {
+        Self(unsafe {
+            // Of two rows the sums of neighbours, then of four the sums of four: low halves, high halves. No closure:
+            // it would be a function of its own, compiled for every processor.
+            let first = _mm256_hadd_ps(all[0].0, all[1].0);
+            let second = _mm256_hadd_ps(all[2].0, all[3].0);
+            let third = _mm256_hadd_ps(all[4].0, all[5].0);
+            let fourth = _mm256_hadd_ps(all[6].0, all[7].0);
+            let four = _mm256_hadd_ps(first, second);
+            let last = _mm256_hadd_ps(third, fourth);
+            let low = _mm256_permute2f128_ps::<0x20>(four, last);
+            let high = _mm256_permute2f128_ps::<0x31>(four, last);
+            _mm256_add_ps(low, high)
+        })
+    }
+}

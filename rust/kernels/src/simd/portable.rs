@@ -1,0 +1,96 @@
+//! Plain arrays, for processors that no other twin is written for.
+
+use super::{LANES, Lanes};
+
+/// Eight numbers, one by one.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable([f32; LANES]);
+
+impl Portable {
+    #[inline(always)]
+    fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        Self(std::array::from_fn(|lane| f(self.0[lane], other.0[lane])))
+    }
+}
+
+impl Lanes for Portable {
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        Self([value; LANES])
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's promise.
+        Self(unsafe { from.cast::<[f32; LANES]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        // SAFETY: the caller's promise.
+        let bits = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
+        Self(bits.map(crate::bf16::widen))
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        self.zip(other, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        self.zip(other, |a, b| a * b)
+    }
+
+    #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        self.zip(other, |a, b| a / b)
+    }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, term: Self) -> Self {
+        // Not `f32::mul_add`: without the instruction that is a call of the C library for each number.
+        self.mul(factor).add(term)
+    }
+
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        self.zip(other, |a, b| if a > b { a } else { b })
+    }
+
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        self.zip(other, |a, b| if a < b { a } else { b })
+    }
+
+    #[inline(always)]
+    fn round(self) -> Self {
+        // Adding 1.5 * 2^23 leaves no bits behind the point, for the small numbers that come here.
+        let shift = Self::splat(12_582_912.0);
+        self.add(shift).zip(shift, |a, b| a - b)
+    }
+
+    #[inline(always)]
+    fn exp2_whole(self) -> Self {
+        Self(
+            self.0
+                .map(|n| f32::from_bits(((n as i32 + 127) as u32) << 23)),
+        )
+    }
+
+    #[inline(always)]
+    fn zero_below(self, value: Self, bound: f32) -> Self {
+        self.zip(value, |x, value| if x < bound { 0.0 } else { value })
+    }
+
+    #[inline(always)]
+    fn sums(all: [Self; LANES]) -> Self {
+        Self(all.map(Lanes::sum))
+    }
+}

@@ -1,0 +1,154 @@
+//! Steps whose arrays lie: each is refused by name, and the step before stays. What attention computes is compared with
+//! the textbook's in `tests/worker/test_attention.py`.
+
+#![expect(unsafe_code, reason = "hands tensors over")]
+
+use orchestra_kernels::{Attention, AttentionConfig, Rule, StepArrays, attention::Tensors};
+
+const CONFIG: AttentionConfig = AttentionConfig {
+    num_heads: 2,
+    num_kv_heads: 1,
+    head_dim: 8,
+    block_size: 8,
+    num_blocks: 4,
+};
+
+/// Two sequences: one decodes its 9th token, one begins with three.
+const STEP: StepArrays<'static> = StepArrays {
+    slot_mapping: &[8, 16, 17, 18],
+    query_start: &[0, 1, 4],
+    context_lens: &[9, 3],
+    block_tables: &[3, 1, 2, 0],
+};
+
+#[test]
+fn arrays_that_point_outside_are_refused_by_name() {
+    let attention = Attention::new(CONFIG).unwrap();
+    let refused = |step: StepArrays<'_>| attention.prepare(&step).unwrap_err().field;
+    let bad_slots: [&[i32]; 2] = [&[8, 16, 17, 32], &[8, 16, 17, -1]];
+    for slot_mapping in bad_slots {
+        assert_eq!(
+            refused(StepArrays {
+                slot_mapping,
+                ..STEP
+            }),
+            "slot_mapping"
+        );
+    }
+    let bad_starts: [&[i32]; 5] = [&[0, 1, 5], &[0, 1, 3], &[1, 1, 4], &[0, 4], &[]];
+    for query_start in bad_starts {
+        assert_eq!(
+            refused(StepArrays {
+                query_start,
+                ..STEP
+            }),
+            "query_start"
+        );
+    }
+    let bad_tables: [&[i32]; 4] = [&[3, 1, 2, 4], &[3, 1, 2, -1], &[3, 1, 2], &[3, 2]];
+    for block_tables in bad_tables {
+        assert_eq!(
+            refused(StepArrays {
+                block_tables,
+                ..STEP
+            }),
+            "block_tables"
+        );
+    }
+    let bad_contexts: [&[i32]; 3] = [&[9, 2], &[0, 3], &[9, 33]];
+    for context_lens in bad_contexts {
+        assert_eq!(
+            refused(StepArrays {
+                context_lens,
+                ..STEP
+            }),
+            "context_lens"
+        );
+    }
+    // A later sequence that begins before the one before it has ended.
+    let crossed = StepArrays {
+        query_start: &[0, 2, 1, 4],
+        context_lens: &[9, 3, 3],
+        block_tables: &[3, 1, 2, 0, 2, 0],
+        ..STEP
+    };
+    assert_eq!(refused(crossed), "context_lens");
+    attention.prepare(&STEP).unwrap();
+}
+
+#[test]
+fn shapes_that_vectors_do_not_fill_are_refused_by_name() {
+    let field = |config| match Attention::new(config).map(drop) {
+        Err(error) => error.field,
+        Ok(()) => panic!("accepted"),
+    };
+    let head_dim = 12;
+    assert_eq!(field(AttentionConfig { head_dim, ..CONFIG }), "head_dim");
+    let head_dim = 1032;
+    assert_eq!(field(AttentionConfig { head_dim, ..CONFIG }), "head_dim");
+    let block_size = 4;
+    assert_eq!(
+        field(AttentionConfig {
+            block_size,
+            ..CONFIG
+        }),
+        "block_size"
+    );
+    let num_kv_heads = 0;
+    assert_eq!(
+        field(AttentionConfig {
+            num_kv_heads,
+            ..CONFIG
+        }),
+        "num_heads"
+    );
+    let num_kv_heads = 3;
+    assert_eq!(
+        field(AttentionConfig {
+            num_kv_heads,
+            ..CONFIG
+        }),
+        "num_heads"
+    );
+    let num_blocks = 1 << 30;
+    assert_eq!(
+        field(AttentionConfig {
+            num_blocks,
+            ..CONFIG
+        }),
+        "num_blocks"
+    );
+}
+
+#[test]
+fn a_refused_step_leaves_the_one_before() {
+    let attention = Attention::new(CONFIG).unwrap();
+    attention.prepare(&STEP).unwrap();
+    let slot_mapping = &[99; 4];
+    attention
+        .prepare(&StepArrays {
+            slot_mapping,
+            ..STEP
+        })
+        .unwrap_err();
+    let query = vec![1.0_f32; 4 * 16];
+    let key_value: Vec<f32> = (0..4 * 16).map(|number| number as f32).collect();
+    let mut cache = vec![0.0_f32; 4 * 2 * 8 * 8];
+    let mut output = vec![f32::NAN; 4 * 16];
+    let tensors = Tensors {
+        query: query.as_ptr(),
+        query_stride: 16,
+        key_value: key_value.as_ptr(),
+        key_value_stride: 16,
+        cache: cache.as_mut_ptr(),
+        output: output.as_mut_ptr(),
+    };
+    // SAFETY: the vectors have the sizes of `CONFIG` and of the four tokens of `STEP`.
+    unsafe { attention.forward_f32(&Rule::default(), &tensors, 1) };
+    // The first token of the second sequence sees itself alone: both of its heads get its value.
+    assert_eq!(output[16..24], key_value[24..32]);
+    assert_eq!(output[24..32], key_value[24..32]);
+    // Block 2 has the keys of the new sequence first, then its values.
+    assert_eq!(cache[2 * 128..][..8], key_value[16..24]);
+    assert_eq!(cache[2 * 128 + 64 + 2 * 8..][..8], key_value[56..64]);
+}

@@ -1,0 +1,154 @@
+//! Attention over the paged KV cache.
+
+#![expect(
+    unsafe_code,
+    reason = "sees the memory of tensors, whose addresses Python gives"
+)]
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use orchestra_kernels::{
+    Attention, AttentionConfig, AttentionError, Rule, StepArrays, attention::Tensors,
+};
+use pyo3::prelude::*;
+
+use super::Dtype;
+use crate::errors::Failure;
+
+impl From<AttentionError> for Failure {
+    fn from(error: AttentionError) -> Self {
+        Self::invalid(error.field, error.to_string())
+    }
+}
+
+/// One layer: where its cache lies, and its rule: window, scale, soft cap.
+type LayerRow = (usize, Option<usize>, Option<f32>, Option<f32>);
+
+/// Paged attention of one rank, on the CPU.
+#[pyclass(frozen, module = "orchestra._core")]
+pub(crate) struct PagedAttention {
+    inner: Attention,
+    dtype: Dtype,
+    layers: Vec<(usize, Rule)>,
+    threads: AtomicU32,
+}
+
+#[pymethods]
+impl PagedAttention {
+    #[new]
+    #[pyo3(signature = (shape, dtype, layers, *, portable = false))]
+    fn new(
+        shape: (usize, usize, usize, usize, usize),
+        dtype: &str,
+        layers: Vec<LayerRow>,
+        portable: bool,
+    ) -> PyResult<Self> {
+        let (num_heads, num_kv_heads, head_dim, block_size, num_blocks) = shape;
+        let config = AttentionConfig {
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            block_size,
+            num_blocks,
+        };
+        let make = if portable {
+            Attention::portable
+        } else {
+            Attention::new
+        };
+        let layer = |(cache, window, scale, soft_cap)| {
+            let rule = Rule {
+                window,
+                scale,
+                soft_cap,
+            };
+            (cache, rule)
+        };
+        Ok(Self {
+            inner: make(config).map_err(Failure::from)?,
+            dtype: Dtype::read(dtype)?,
+            layers: layers.into_iter().map(layer).collect(),
+            threads: AtomicU32::new(1),
+        })
+    }
+
+    /// Lays out the next step.
+    fn prepare(
+        &self,
+        slot_mapping: &[u8],
+        query_start: &[u8],
+        context_lens: &[u8],
+        block_tables: &[u8],
+        threads: u32,
+    ) -> PyResult<()> {
+        self.threads.store(threads, Ordering::Relaxed);
+        let arrays = [slot_mapping, query_start, context_lens, block_tables].map(int32);
+        let [slot_mapping, query_start, context_lens, block_tables] = &arrays;
+        let arrays = StepArrays {
+            slot_mapping,
+            query_start,
+            context_lens,
+            block_tables,
+        };
+        Ok(self.inner.prepare(&arrays).map_err(Failure::from)?)
+    }
+
+    /// Writes a layer's new KV to the cache and attends over it.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "three tensors, each an address; a call for each layer of each step"
+    )]
+    fn forward(
+        &self,
+        py: Python<'_>,
+        layer: usize,
+        query_ptr: usize,
+        query_stride: usize,
+        key_value_ptr: usize,
+        key_value_stride: usize,
+        output_ptr: usize,
+    ) -> PyResult<()> {
+        let Some((cache, rule)) = self.layers.get(layer) else {
+            let message = format!("layer: {layer} of {}", self.layers.len());
+            return Err(Failure::invalid("layer", message).into());
+        };
+        let threads = self.threads.load(Ordering::Relaxed);
+        py.detach(|| match self.dtype {
+            Dtype::Float32 => {
+                let tensors = Tensors {
+                    query: query_ptr as *const f32,
+                    query_stride,
+                    key_value: key_value_ptr as *const f32,
+                    key_value_stride,
+                    cache: *cache as *mut f32,
+                    output: output_ptr as *mut f32,
+                };
+                // SAFETY: the caller says that these are tensors of the step and of the cache, in these numbers, and
+                // leaves them alone until the call returns: the contract of `_core.pyi`.
+                unsafe { self.inner.forward_f32(rule, &tensors, threads) }
+            }
+            Dtype::Bfloat16 => {
+                let tensors = Tensors {
+                    query: query_ptr as *const u16,
+                    query_stride,
+                    key_value: key_value_ptr as *const u16,
+                    key_value_stride,
+                    cache: *cache as *mut u16,
+                    output: output_ptr as *mut u16,
+                };
+                // SAFETY: as above.
+                unsafe { self.inner.forward_bf16(rule, &tensors, threads) }
+            }
+        });
+        Ok(())
+    }
+}
+
+/// The numbers of a plan's array; what is left over at the end of a damaged one is for `prepare` to miss.
+fn int32(bytes: &[u8]) -> Vec<i32> {
+    let (numbers, _) = bytes.as_chunks::<4>();
+    numbers
+        .iter()
+        .map(|&number| i32::from_le_bytes(number))
+        .collect()
+}
