@@ -21,7 +21,7 @@ from orchestra.worker.assembly import Rank, assemble
 from orchestra.worker.config import WorkerConfig
 from tests.worker.plans import PlanBuilder, sampling_start
 
-SEQUENCES, TOKENS, LONGEST = 64, 512, 2048
+SEQUENCES, TOKENS, LONGEST = 96, 512, 2048
 # Of the cache's 16 tokens each: what the heaviest of the steps needs.
 BLOCKS_NEEDED = LONGEST // 16 + SEQUENCES
 EVERYTHING = {
@@ -97,6 +97,8 @@ def main(arguments: list[str]) -> None:
         runner=runner,
         device="cpu",
         dtype="float32",
+        # The one that gathers keys and values; kernels read them where they lie.
+        attention="torch",
         max_num_seqs=SEQUENCES,
         max_num_batched_tokens=TOKENS,
         max_model_len=LONGEST,
