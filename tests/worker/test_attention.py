@@ -66,6 +66,8 @@ def make_backend(
     group=st.integers(1, 3),
     waste=st.sampled_from([0, attention_layout.PADDED_TOKENS_FREE]),
     mask_limit=st.sampled_from([600, attention_layout.MASK_NUMBERS_MAX]),
+    masks_kept=st.sampled_from([0, 2000, attention_layout.MASK_NUMBERS_KEPT]),
+    gather_limit=st.sampled_from([1, 20_000, attention_layout.GATHER_BYTES_MAX]),
     causal=st.sampled_from([{"cpu"}, attention_layout.CAUSAL_DEVICES]),
     rule=rules,
     seed=st.integers(0, 1000),
@@ -78,6 +80,8 @@ def test_agrees_with_the_textbook(
     group: int,
     waste: int,
     mask_limit: int,
+    masks_kept: int,
+    gather_limit: int,
     causal: set[str],
     rule: AttentionRule,
     seed: int,
@@ -123,8 +127,36 @@ def test_agrees_with_the_textbook(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_layout, "PADDED_TOKENS_FREE", waste)
         patch.setattr(attention_layout, "MASK_NUMBERS_MAX", mask_limit)
+        patch.setattr(attention_layout, "MASK_NUMBERS_KEPT", masks_kept)
+        patch.setattr(attention_layout, "GATHER_BYTES_MAX", gather_limit)
         patch.setattr(attention_layout, "CAUSAL_DEVICES", causal)
         run(builder.plan(with_new), in_order)
+
+
+def test_what_a_call_needs_is_bounded() -> None:
+    spec = KvCacheSpec(1, 2, HEAD_DIM, 16, torch.float32)
+    builder = PlanBuilder(300)
+    builder.add("long", [1] * 3000)
+    builder.plan({"long": 2000})
+    builder.append("long", 1)
+    for index in range(60):
+        builder.add(str(index), [1] * 1601, shares="long", shared_blocks=100)
+    plan = builder.plan({"long": 900, **{str(index): 1 for index in range(60)}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_layout, "MASK_NUMBERS_MAX", 50_000)
+        patch.setattr(attention_layout, "MASK_NUMBERS_KEPT", 120_000)
+        patch.setattr(attention_layout, "GATHER_BYTES_MAX", 1 << 20)
+        layout = attention_layout.LayoutPlanner(spec, 3, CPU).lay_out(plan, AttentionRule())
+    gathered = [len(part.runs) * 16 * HEAD_DIM * 4 for part in layout.cached]
+    # 60 times 1,616 tokens of 128 bytes, which no call may gather at once.
+    assert sum(gathered) > 10 << 20
+    assert max(gathered) <= 1 << 20
+    masks = [part.mask for part in layout.cached if part.mask is not None]
+    assert max(mask().numel() for mask in masks) <= 50_000
+    # A mask that is kept is the same one every time.
+    kept = [mask().numel() for mask in masks if mask() is mask()]
+    assert 60_000 < sum(kept) <= 120_000
+    assert len(kept) < len(masks)
 
 
 @pytest.mark.parametrize("name", ["cpu", "portable"])

@@ -153,19 +153,3 @@ def test_each_rank_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.select_device("auto", 0) == torch.device("cpu")
     with pytest.raises(ConfigError, match="sees no GPU"):
         devices.select_device("cuda", 0)
-
-
-def test_free_memory_is_bounded_by_the_container(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:  4000 kB\nMemAvailable:    2000 kB\n")
-    monkeypatch.setattr(devices, "_MEMINFO", meminfo)
-    monkeypatch.setattr(devices, "_CGROUP", tmp_path)
-    cpu = torch.device("cpu")
-    assert devices.free_bytes(cpu, 2) == 1000 * 1024
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("500000\n")
-    assert devices.free_bytes(cpu, 1) == 2000 * 1024
-    (tmp_path / "memory.max").write_text("900000\n")
-    assert devices.free_bytes(cpu, 2) == 200_000

@@ -12,8 +12,10 @@ from torch.distributed.distributed_c10d import PrefixStore
 from orchestra.errors import ConfigError
 from orchestra.worker import device as devices
 from orchestra.worker.attention_cpu import make_attention
+from orchestra.worker.attention_layout import workspace_bytes
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.kv_cache import (
+    GIB,
     KvCache,
     KvCacheBudget,
     KvCacheSpec,
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
 # Share of the free memory that the KV cache takes where nothing was asked for. A CPU's memory serves others too.
 CUDA_SHARE = 0.9
 CPU_SHARE = 0.25
+
+# What libraries take for themselves when their kernels first run.
+LIBRARY_BYTES = 32 << 20
 
 _COUNT = struct.Struct("<Q")
 
@@ -162,6 +167,7 @@ def assemble(config: WorkerConfig, progress: Progress) -> Rank:
     model_config = read_model_config(config)
     _longest_sequence(config, model_config)
     place = _choose_place(config, model_config)
+    _check_weights_fit(config, model_config, place)
     return build_rank(config, model_config, place, _join(config, place), progress)
 
 
@@ -191,13 +197,14 @@ def build_rank(
         dtype=place.dtype,
         key_order=shape.key_order,
     )
-    budget = _budget(config, shape, place, longest)
+    budget = _budget(config, shape, spec, place, longest)
     if group.follower is not None and group.follower.num_blocks > 0:
         # This rank replaces one: the others have their caches.
         budget = replace(budget, num_blocks=group.follower.num_blocks)
     num_blocks = group.agree_on_least(decide_num_blocks(spec, budget))
     max_model_len = decide_max_model_len(spec, num_blocks, config.max_model_len, longest)
-    check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(spec, num_blocks, place))
+    left = budget.free_bytes - num_blocks * spec.bytes_per_block
+    check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(place, left))
     pool = make_kv_pool(config, spec, num_blocks, place.device)
     cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks, pool)
     rules = shape.attention[layers.start : layers.stop]
@@ -265,6 +272,21 @@ def _choose_place(config: WorkerConfig, model_config: "ModelConfig | HfConfig") 
     return Place(device, dtype, local_size)
 
 
+def _check_weights_fit(
+    config: WorkerConfig, model_config: "ModelConfig | HfConfig", place: Place
+) -> None:
+    """Compares the weights with the free memory before they are read, which may otherwise end in a kill."""
+    size = sum(path.stat().st_size for path in config.model_dir.glob("*.safetensors"))
+    weights = size * place.dtype.itemsize // model_config.dtype.itemsize // config.shard.size
+    needed = weights + LIBRARY_BYTES
+    free = devices.free_bytes(place.device, place.local_size)
+    if needed > free:
+        message = (
+            f"model_dir: to load it takes {needed / GIB:.2f} GiB, but {free / GIB:.2f} GiB are free"
+        )
+        raise ConfigError(message, key="model_dir")
+
+
 def _join(config: WorkerConfig, place: Place) -> Group:
     if config.num_ranks == 1:
         return Group(SingleRank())
@@ -293,32 +315,33 @@ def _join(config: WorkerConfig, place: Place) -> Group:
 
 
 def _budget(
-    config: WorkerConfig, model_config: ModelShape, place: Place, longest: int
+    config: WorkerConfig, shape: ModelShape, spec: KvCacheSpec, place: Place, longest: int
 ) -> KvCacheBudget:
     is_cuda = place.device.type == "cuda"
     free = devices.free_bytes(place.device, place.local_size)
     return KvCacheBudget(
         num_blocks=config.num_blocks,
         memory_bytes=config.kv_cache_memory,
-        free_bytes=max(0, free - _activation_bytes(config, model_config)),
+        free_bytes=max(0, free - step_bytes(config, shape, spec, longest)),
         useful_tokens=None if is_cuda else config.max_num_seqs * longest,
         share=CUDA_SHARE if is_cuda else CPU_SHARE,
     )
 
 
-def _free_host_bytes(spec: KvCacheSpec, num_blocks: int, place: Place) -> int:
-    """Host memory that this rank has left beside its blocks, where these are in host memory too."""
-    free = devices.free_bytes(torch.device("cpu"), place.local_size)
+def _free_host_bytes(place: Place, left: int) -> int:
+    """Host memory for swapped blocks: on a CPU what is `left` beside blocks and steps, else all that is free."""
     is_cpu = place.device.type == "cpu"
-    return max(0, free - num_blocks * spec.bytes_per_block) if is_cpu else free
+    return left if is_cpu else devices.free_bytes(torch.device("cpu"), place.local_size)
 
 
-def _activation_bytes(config: WorkerConfig, model_config: ModelShape) -> int:
+def step_bytes(config: WorkerConfig, shape: ModelShape, spec: KvCacheSpec, longest: int) -> int:
     """Upper estimate of what a step needs beside weights and cache."""
     # Live at once per token: the residual stream and its copies, both halves of the MLP, the attention heads. Per
-    # sample: the logits and, while it is drawn, their copies in double precision. All counted as fp32.
-    heads = 3 * model_config.num_heads * model_config.head_dim
-    per_token = 4 * model_config.hidden_size + 3 * model_config.mlp_width + heads
-    per_sample = 8 * model_config.vocab_size
+    # sample, while it is drawn: the logits, what penalties and biases make of them, which tokens came before, the
+    # probabilities, ranked and summed up in double precision. All counted as fp32.
+    heads = 3 * shape.num_heads * shape.head_dim
+    per_token = 4 * shape.hidden_size + 3 * shape.mlp_width + heads
+    per_sample = 16 * shape.vocab_size
     numbers = config.max_num_batched_tokens * per_token + config.max_num_seqs * per_sample
-    return numbers * torch.float32.itemsize
+    attention = workspace_bytes(spec, config.max_num_seqs, longest)
+    return numbers * torch.float32.itemsize + attention + LIBRARY_BYTES

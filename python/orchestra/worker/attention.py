@@ -109,13 +109,14 @@ class TorchPagedAttention:
         kv_heads, group, head_dim = self._num_kv_heads, self._group, self._head_dim
         context = runs.index_select(0, part.runs)
         key, value = context.view(2, part.batch, kv_heads, -1, head_dim).unbind(0)
+        mask = None if part.mask is None else part.mask()
         if part.tokens == 1:
             folded = query.reshape(part.batch, kv_heads, group, head_dim)
-            attended = _attend(folded, key, value, part.mask, rule)
+            attended = _attend(folded, key, value, mask, rule)
             return attended.reshape(part.batch, -1)
         folded = query.view(part.batch, part.tokens, kv_heads, group, head_dim).transpose(1, 2)
         folded = folded.reshape(part.batch, kv_heads, -1, head_dim)
-        attended = _attend(folded, key, value, part.mask, rule)
+        attended = _attend(folded, key, value, mask, rule)
         attended = attended.view(part.batch, kv_heads, part.tokens, group, head_dim)
         return attended.transpose(1, 2).reshape(part.batch * part.tokens, -1)
 

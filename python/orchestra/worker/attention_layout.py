@@ -1,5 +1,6 @@
 """How a step's attention is cut into calls: arithmetic over the plan, once per kind of layer and step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,12 @@ from orchestra.worker.plan import StepPlan
 PADDED_TOKENS_FREE = 512
 # Largest mask of one call, numbers (with a soft cap: of its scores): longer chunks are computed in pieces.
 MASK_NUMBERS_MAX = 1 << 22
+
+# Masks of so many numbers in all are kept for a step's other layers; what is beyond is made again in each of them.
+MASK_NUMBERS_KEPT = 2 * MASK_NUMBERS_MAX
+# Most keys and values that one call gathers, bytes, unless a single sequence has more of them: sequences that share a
+# prefix gather it once each, so that all of a step's may be many times what the cache holds.
+GATHER_BYTES_MAX = 128 << 20
 
 # Where whole prompts go through torch's own causal attention. On the CPU it gains next to nothing over the masked one,
 # and adds up in another order: in bf16 a prompt's logits, and a token's experts, would depend on how it is cut.
@@ -39,8 +46,8 @@ class CachedPart:
     """New tokens of each sequence."""
     runs: Tensor
     """`int64[2 * batch * num_kv_heads * width]`: which (block, key or value, head) to gather, in that order."""
-    mask: Tensor | None
-    """Added to the scores, `[batch, 1, tokens * group, width * block_size]`; None: every position counts."""
+    mask: Callable[[], Tensor] | None
+    """Gives what is added to scores, `[batch, 1, tokens * group, width * block_size]`; None: every position counts."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,23 @@ class StepLayout:
     cached: list[CachedPart]
     fresh: list[slice]
     """Rows of whole prompts, or their first chunks, where torch's causal attention computes them."""
+
+
+def workspace_bytes(spec: KvCacheSpec, max_num_seqs: int, longest: int) -> int:
+    """Upper bound of what one call needs beside queries and output: keys and values, a mask, scores.
+
+    Args:
+        spec: of this rank's cache.
+        max_num_seqs: most sequences of one step.
+        longest: sequence that will ever run, tokens.
+    """
+    blocks = -(-longest // spec.block_size) + 1
+    sequence = blocks * spec.layer_block_bytes
+    gathered = max(sequence, min(GATHER_BYTES_MAX, max_num_seqs * sequence))
+    # Masks that are kept, of two kinds of layers; one more, or scores where a soft cap needs them, with what either is
+    # made by way of.
+    numbers = 2 * MASK_NUMBERS_KEPT + 3 * MASK_NUMBERS_MAX
+    return gathered + numbers * torch.float32.itemsize
 
 
 class LayoutPlanner:
@@ -63,12 +87,14 @@ class LayoutPlanner:
 
     def __init__(self, spec: KvCacheSpec, group: int, device: torch.device) -> None:
         self._block_size = spec.block_size
+        self._layer_block_bytes = spec.layer_block_bytes
         self._num_kv_heads = spec.num_kv_heads
         self._group = group
         self._dtype = spec.dtype
         self._device = device
         # [2 * num_kv_heads]: the runs of a block are numbered keys first, head by head.
         self._heads = np.arange(2 * spec.num_kv_heads)
+        self._mask_room = 0
 
     def written(self, plan: StepPlan) -> Tensor:
         """Where the step's keys and values go, `int64[T * 2 * num_kv_heads]`: vectors of a layer."""
@@ -80,6 +106,7 @@ class LayoutPlanner:
         """Sorts the sequences into what is computed in one call each."""
         cached: list[CachedPart] = []
         fresh: list[slice] = []
+        self._mask_room = MASK_NUMBERS_KEPT
         lengths = np.diff(plan.query_start)
         longer = np.flatnonzero(lengths != 1)
         num_decodes = int(longer[0]) if longer.size else len(lengths)
@@ -105,14 +132,34 @@ class LayoutPlanner:
         used, widest = int(widths.sum()), int(widths.max())
         padding = (widest * count - used) * self._block_size
         if padding <= max(PADDED_TOKENS_FREE, used * self._block_size):
-            return [self._decode_part(plan, slice(0, count), rule, first, widest)]
+            return self._bounded_parts(plan, np.arange(count), rule, first)
         # Buckets by the power of two of the width: at most half of a batch is padding, and there are few batches.
         buckets = np.ceil(np.log2(widths)).astype(np.int64)
         parts = []
         for bucket in np.unique(buckets):
             members = np.flatnonzero(buckets == bucket)
-            width = int(widths[members].max())
-            parts.append(self._decode_part(plan, members, rule, first[members], width))
+            parts.extend(self._bounded_parts(plan, members, rule, first[members]))
+        return parts
+
+    def _bounded_parts(
+        self, plan: StepPlan, members: Int64Array, rule: AttentionRule, first: Int64Array
+    ) -> list[CachedPart]:
+        """One batch of some sequences, or several where one would gather too much."""
+        widths = -(-plan.context_lens[members] // self._block_size) - first
+        width = int(widths.max())
+        limit = GATHER_BYTES_MAX // (width * self._layer_block_bytes)
+        if rule.soft_cap is not None:
+            scores = self._num_kv_heads * self._group * width * self._block_size
+            limit = min(limit, MASK_NUMBERS_MAX // scores)
+        limit = max(1, limit)
+        parts = []
+        for start in range(0, len(members), limit):
+            some = members[start : start + limit]
+            # Neighbours are a range, which costs no copy.
+            is_range = int(some[-1]) - int(some[0]) + 1 == len(some)
+            sequences = slice(int(some[0]), int(some[-1]) + 1) if is_range else some
+            part = self._decode_part(plan, sequences, rule, first[start : start + limit], width)
+            parts.append(part)
         return parts
 
     def _decode_part(
@@ -129,7 +176,7 @@ class LayoutPlanner:
         hidden = self._hidden(seen, rule)
         mask = None
         if hidden.any() or (seen < width * self._block_size).any():
-            mask = self._mask(hidden, seen, width).view(count, 1, 1, -1)
+            mask = self._lazy_mask(hidden, seen, width, (count, 1, 1, -1))
         tables = plan.block_tables[sequences]
         # Columns behind the table belong to padding, which the mask hides.
         columns = np.minimum(first[:, None] + np.arange(width), tables.shape[1] - 1)
@@ -154,10 +201,10 @@ class LayoutPlanner:
             first = self._first_blocks(seen[:1], rule)
             begin, end = int(first[0]), -(-int(seen[-1]) // self._block_size)
             seen = (seen - begin * self._block_size).repeat(self._group)
-            mask = self._mask(self._hidden(seen, rule), seen, end - begin)
+            shape = (1, 1, tokens * self._group, -1)
+            mask = self._lazy_mask(self._hidden(seen, rule), seen, end - begin, shape)
             runs = self._runs_of(plan.block_tables[sequence : sequence + 1, begin:end])
-            shaped = mask.view(1, 1, tokens * self._group, -1)
-            parts.append(CachedPart(piece, 1, tokens, runs, shaped))
+            parts.append(CachedPart(piece, 1, tokens, runs, mask))
         return parts
 
     def _piece(self, context: int, rule: AttentionRule) -> int:
@@ -189,6 +236,21 @@ class LayoutPlanner:
         blocks = block_tables.astype(np.int64)[None, :, None, :] * len(self._heads)
         heads = self._heads.reshape(2, 1, self._num_kv_heads, 1)
         return self._to_device((blocks + heads).reshape(-1))
+
+    def _lazy_mask(
+        self, hidden: Int64Array, seen: Int64Array, width: int, shape: tuple[int, ...]
+    ) -> Callable[[], Tensor]:
+        """`_mask` in the shape of the scores: made now while there is room to keep it, else whenever one asks."""
+
+        def make() -> Tensor:
+            return self._mask(hidden, seen, width).view(shape)
+
+        numbers = len(seen) * width * self._block_size
+        if numbers > self._mask_room:
+            return make
+        self._mask_room -= numbers
+        mask = make()
+        return lambda: mask
 
     def _mask(self, hidden: Int64Array, seen: Int64Array, width: int) -> Tensor:
         """`[n, width * block_size]`: 0 from position `hidden` (`[n]`) up to `seen`, minus infinity around."""

@@ -1,17 +1,15 @@
 """Where a rank computes, in which numbers, with how many threads and how much memory."""
 
 import os
-import sys
 from pathlib import Path
 
 import torch
 
 from orchestra.errors import ConfigError
+from orchestra.worker import host_memory
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NATIVE_BF16 = {"avx512_bf16", "amx_bf16"}
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def select_device(name: str, local_rank: int) -> torch.device:
@@ -65,18 +63,7 @@ def free_bytes(device: torch.device, local_size: int) -> int:
     """Memory that this rank may count as free: of its GPU, or its share of the machine's."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    available = int(_read_field(_MEMINFO, "MemAvailable")) * 1024
-    return min(available, _cgroup_free_bytes()) // local_size
-
-
-def _cgroup_free_bytes() -> int:
-    """What the container may still take; more than there is where it has no limit."""
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-    except OSError:
-        return sys.maxsize
-    return sys.maxsize if limit == "max" else max(0, int(limit) - used)
+    return host_memory.free_bytes(local_size)
 
 
 def _read_field(path: Path, name: str) -> str:
