@@ -23,7 +23,13 @@ from orchestra.worker.sharding import Shard, Stage
 from tests.checkpoints import FAMILIES, OTHER_KINDS
 from tests.worker.conftest import Checkpoints, MakeRank, Reference
 from tests.worker.plans import PlanBuilder
-from tests.worker.test_logits import Run, assert_close, prompt, swap_and_come_back
+from tests.worker.test_logits import (
+    Run,
+    assert_bfloat16_is_close,
+    assert_close,
+    prompt,
+    swap_and_come_back,
+)
 
 CPU = torch.device("cpu")
 
@@ -81,17 +87,7 @@ def test_a_step_without_samples_leaves_its_kv(make_rank: MakeRank, reference: Re
 
 @pytest.mark.parametrize("kind", ["granite", "cohere2"])
 def test_bfloat16_stays_close(kind: str, make_rank: MakeRank, reference: Reference) -> None:
-    rank = make_rank(kind, dtype="bfloat16")
-    builder = PlanBuilder(rank.num_blocks)
-    tokens = prompt(60)
-    builder.add("a", tokens)
-    assert rank.runner.forward(builder.plan({"a": 40})) is None
-    logits = rank.runner.forward(builder.plan({"a": 20}))
-    expected = reference(kind, tokens)[-1:]
-    assert logits is not None
-    assert logits.dtype == torch.bfloat16
-    error = (logits.float() - expected).square().mean().sqrt()
-    assert error < 0.05 * expected.std()
+    assert_bfloat16_is_close(kind, make_rank, reference)
 
 
 # === against the native runner ===

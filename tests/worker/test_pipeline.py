@@ -1,6 +1,5 @@
 """Stages, each with its layers, compute what transformers computes with the whole model."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +7,6 @@ import pytest
 from safetensors.torch import load_file
 
 from orchestra.errors import ConfigError, InternalError
-from orchestra.worker import assembly
-from orchestra.worker.loader import WeightReader
 from orchestra.worker.metrics import WorkerMetrics
 from orchestra.worker.pipeline import StageReport
 from orchestra.worker.plan import StepOutput
@@ -17,7 +14,7 @@ from orchestra.worker.sharding import Span, Stage
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.worker.conftest import Checkpoints, Reference
 from tests.worker.rank_process import empty_stats
-from tests.worker.test_tensor_parallel import compare, thread_ranks
+from tests.worker.test_tensor_parallel import bytes_read, compare, thread_ranks
 
 
 @pytest.mark.parametrize("kind", [*FAMILIES, "deepseek3", "llama-tied"])
@@ -44,15 +41,7 @@ def test_any_product_of_stages_and_shards(
 @pytest.mark.parametrize("kind", ["llama", "llama-tied"])
 def test_every_stage_reads_its_layers_only(kind: str, checkpoint: Checkpoints) -> None:
     model_dir = checkpoint(kind)
-    read = []
-
-    class CountingReader(WeightReader):
-        def finish(self, ignored: Callable[[str], bool]) -> None:
-            super().finish(ignored)
-            read.append(self.bytes_read)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assembly, "WeightReader", CountingReader)
+    with bytes_read() as read:
         ranks = thread_ranks(model_dir, 1, stages=3)
     weights = load_file(model_dir / "model.safetensors")
     whole = sum(weight.nbytes for weight in weights.values())

@@ -208,6 +208,21 @@ def compare(kind: str, ranks: list[Rank], reference: Reference) -> None:
     assert row == len(sampled)
 
 
+@contextmanager
+def bytes_read() -> Iterator[list[int]]:
+    """What each rank that is brought up inside has read of its checkpoint."""
+    read: list[int] = []
+
+    class CountingReader(WeightReader):
+        def finish(self, ignored: Callable[[str], bool]) -> None:
+            super().finish(ignored)
+            read.append(self.bytes_read)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "WeightReader", CountingReader)
+        yield read
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -222,15 +237,7 @@ def test_every_rank_reads_its_slices_only(
     kind: str, settings: dict[str, Any], checkpoint: Checkpoints
 ) -> None:
     model_dir = checkpoint(kind)
-    read = []
-
-    class CountingReader(WeightReader):
-        def finish(self, ignored: Callable[[str], bool]) -> None:
-            super().finish(ignored)
-            read.append(self.bytes_read)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assembly, "WeightReader", CountingReader)
+    with bytes_read() as read:
         thread_ranks(model_dir, 2, **settings)
     weights = load_file(model_dir / "model.safetensors")
     whole = sum(weight.nbytes for weight in weights.values())
