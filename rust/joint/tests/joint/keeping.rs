@@ -15,11 +15,13 @@ use crate::support::{
     Cluster, KvEngine, PROMPT, collect, config, eventually, kv_pool_with, prompt, reference,
 };
 
-/// What a worker of its own is told: router, name, failure domain, transports, after how many layers it stands still,
-/// and blocks of host memory.
+/// What a worker of its own is told: router, name, failure domain, transports.
 const CHILD: &str = "ORCHESTRA_TEST_WRITER";
-/// Steps of 64 tokens that a prompt takes, and then those that draw ten tokens, in layers.
-const LAYERS_UP_TO_TEN_TOKENS: u32 = 3 * (7 + 9);
+const LAYERS: u32 = 3;
+const MAX_TOKENS: usize = 400;
+/// The writer computes at an engine's pace, so that the keeper comes in the middle of the answer; and not to its end.
+const STEP: Duration = Duration::from_millis(10);
+const STEPS: u32 = 350;
 const HOST_BLOCKS: u32 = 512;
 /// Whole blocks of a prompt.
 const PROMPT_BLOCKS: u64 = 100;
@@ -28,9 +30,9 @@ const PROMPT_BLOCKS: u64 = 100;
 struct Writer(Child);
 
 impl Writer {
-    fn start(cluster: &Cluster, name: &str, domain: &str, transports: &str, layers: u32) -> Self {
+    fn start(cluster: &Cluster, name: &str, domain: &str, transports: &str) -> Self {
         let before = cluster.num_workers();
-        let told = format!("{} {name} {domain} {transports} {layers}", cluster.address);
+        let told = format!("{} {name} {domain} {transports}", cluster.address);
         let child = Command::new(env::current_exe().unwrap())
             .args(["--exact", "keeping::a_worker_of_its_own", "--ignored"])
             .env(CHILD, told)
@@ -66,11 +68,16 @@ fn a_worker_of_its_own() {
         pool.write_through = true;
     });
     let engine = KvEngine::start(&settings, pool);
-    engine.allow(parts[4].parse().unwrap());
+    engine.allow(0);
     // Ended by a signal, or with the process that started it.
     let parent = rustix::process::getppid();
+    let mut steps = 0;
     while rustix::process::getppid() == parent {
-        thread::sleep(Duration::from_millis(50));
+        if steps < STEPS && !engine.agent.stats().is_idle() {
+            steps += 1;
+            engine.allow(LAYERS);
+        }
+        thread::sleep(STEP);
     }
 }
 
@@ -104,16 +111,16 @@ async fn wait_for_kept(keeper: &KvEngine, num_blocks: u64) {
 
 async fn a_writer_is_killed(how: &str) {
     let cluster = Cluster::start().await;
-    // Alone at first, so that the request runs there; the keeper comes before the prompt is computed.
-    let writer = Writer::start(&cluster, "writer", "here", how, LAYERS_UP_TO_TEN_TOKENS);
+    // Alone at first, so that the request runs there.
+    let writer = Writer::start(&cluster, "writer", "here", how);
     let prompt = prompt(3, PROMPT);
-    let stream = cluster.begin(&prompt, 40).await;
+    let stream = cluster.begin(&prompt, MAX_TOKENS as u32).await;
     let keeper = keeper(&cluster, "keeper", "there", how, HOST_BLOCKS);
     wait_for_kept(&keeper, PROMPT_BLOCKS).await;
     writer.signal(Signal::KILL);
-    assert_eq!(collect(stream).await, reference(&prompt, 40));
-    // What was written through is copied back, and nothing of it is computed again.
-    assert_eq!(keeper.agent.stats().host_hit_tokens, 4 * PROMPT_BLOCKS);
+    assert_eq!(collect(stream).await, reference(&prompt, MAX_TOKENS));
+    // What was written through is copied back: the prompt, and perhaps some of the answer.
+    assert!(keeper.agent.stats().host_hit_tokens >= 4 * PROMPT_BLOCKS);
     keeper.wait_until_quiet();
 }
 
