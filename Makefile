@@ -40,7 +40,7 @@ serve: setup ## Serve the demonstration model (MODEL=path for another, ARGS='--t
 test: ## Run every gate: lints, Rust tests, Python tests; shows all failures, then a summary
 	@$(MAKE) --no-print-directory -j 3 $(VENV)/.installed $(PROGRAMS) $(ETCD)
 	@$(MAKE) --no-print-directory setup
-	@.ci/gates $(LINT_GATES) check-rust-tests check-tests
+	@.ci/gates $(LINT_GATES) check-rust-tests check-python-tests check-tests
 
 lint: setup ## Run the gates that execute no product code: format, clippy, ruff, mypy, stubs, drift, tidy
 	@.ci/gates $(LINT_GATES)
@@ -97,7 +97,7 @@ clean: ## Remove what the other targets made (.venv, target, caches)
 
 # === gates: one each, run by .ci/gates ===
 
-.PHONY: check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-docs check-tidy check-rust-tests check-tests
+.PHONY: check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-docs check-tidy check-rust-tests check-python-tests check-tests
 
 check-fmt:
 	cargo fmt --all --check
@@ -129,8 +129,12 @@ check-tidy:
 check-rust-tests:
 	cargo test --workspace --locked --quiet --no-fail-fast
 
+# These compute, on one or two threads each; those of check-tests wait for each other's processes, and share nothing well.
+check-python-tests:
+	$(PY) -m pytest --quiet --numprocesses 2 tests/python tests/worker
+
 check-tests:
-	$(PY) -m pytest --ignore tests/test_tidy.py
+	$(PY) -m pytest --ignore tests/test_tidy.py --ignore tests/python --ignore tests/worker
 
 # === how .venv comes to be ===
 
