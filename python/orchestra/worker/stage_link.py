@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from orchestra.errors import InternalError
 from orchestra.worker.sharding import Shard, Stage
 
 # As long as a rank may take to load; in a step, whoever ends closes its connections and is noticed at once.
@@ -43,12 +44,20 @@ class SingleStage:
     waited_s = 0.0
 
     def send(self, hidden: Tensor) -> None:
-        """Never called: the only stage is the last."""
-        raise NotImplementedError
+        """Never called: the only stage is the last.
+
+        Raises:
+            InternalError: always.
+        """
+        raise InternalError(f"the only stage has nobody to send {tuple(hidden.shape)} to")
 
     def receive(self, hidden: Tensor) -> None:
-        """Never called: the only stage is the first."""
-        raise NotImplementedError
+        """Never called: the only stage is the first.
+
+        Raises:
+            InternalError: always.
+        """
+        raise InternalError(f"the only stage has nobody to receive {tuple(hidden.shape)} from")
 
     def close(self) -> None:
         """Does nothing."""
