@@ -57,8 +57,10 @@ dist: setup $(PROGRAMS) ## Build the router as one would ship it, with a profile
 chaos: setup $(PROGRAMS) ## Break engines and workers under load, 1,000 faults, every word checked (ARGS='--seed 7 …')
 	$(PY) -m tests.chaos $(ARGS)
 
-soak: setup $(PROGRAMS) ## Run the property tests on CASES random histories each, then half an hour of load with kills (ARGS='--minutes 5 …')
+soak: setup $(PROGRAMS) ## Run the property tests on CASES random histories each, the memory's on a million steps, then half an hour of load with kills (ARGS='--minutes 5 …')
 	PROPTEST_CASES=$(CASES) cargo test --release --locked -p orchestra-core -p orchestra-memory
+	cargo test --release --locked -p orchestra-memory --test pool_properties --test hostile_fabric -- \
+		--ignored --nocapture a_million_steps
 	$(PY) -m tests.soak $(ARGS)
 
 simulate: ## Run FAULTS faults, drawn from SEED, against the router in a simulated network; checks every token
@@ -81,9 +83,12 @@ rdma-vm: setup ## Run the memory's NIXL tests over real verbs, in a QEMU guest w
 vllm: ## Run the test against a running vLLM: ORCHESTRA_TEST_VLLM="URL EVENTS REPLAY MODEL_FILES", block size 32, topic kv
 	cargo test --locked -p orchestra-router --lib a_real_vllm -- --ignored
 
-gpu: setup ## Run the tests that need an NVIDIA GPU
+# The second line: tests that run everywhere, on a GPU with kernels that are compiled and steps that are recorded.
+gpu: setup ## Run the tests that need an NVIDIA GPU, then measure it (ARGS='--models 1b' …)
 	cargo test --locked -p orchestra-memory --test devices -- --ignored
+	$(PY) -m pytest tests/worker/test_attention_triton.py tests/worker/test_decode_graphs.py
 	$(PY) -m pytest -m gpu
+	$(PY) -m benches.gpu $(ARGS)
 
 proto: $(VENV)/.installed ## Regenerate python/orchestra/v1 from proto/
 	$(call generate,python)

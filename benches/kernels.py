@@ -1,12 +1,14 @@
-"""`python -m benches.kernels`: attention over the paged cache, by the CPU kernels and by torch.
+"""`python -m benches.kernels`: attention over the paged cache and linear layers, by the CPU kernels and by torch.
 
-Both attend over caches of the same shape in one process and take turns, so that what else happens on the machine falls
-on both. Prints a table of medians in milliseconds.
+Both compute the same in one process and take turns, so that what else happens on the machine falls on both. Prints
+tables of medians in milliseconds.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ import torch
 from orchestra.worker.attention import AttentionBackend, TorchPagedAttention
 from orchestra.worker.attention_cpu import CpuPagedAttention
 from orchestra.worker.kv_cache import KvCache, KvCacheSpec
+from orchestra.worker.linear import CpuLinear, DenseLinear
 from orchestra.worker.plan import NO_COPIES, StepPlan
 
 # Query heads, KV heads, size of a head.
@@ -26,6 +29,11 @@ CELLS = [
     (1, 512, 512),
     (1, 128, 512),
 ]
+# Outputs and inputs: a joined gate and up projection, a down projection, a head.
+LINEARS = [(3072, 512), (512, 1536), (32000, 512), (5632, 1024)]
+ROWS = (1, 8, 32, 128, 512)
+# More weights than a cache holds, as a model has.
+WEIGHT_BYTES = 96 << 20
 BLOCK_SIZE = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -81,11 +89,38 @@ def measure(
         outputs.append(backend.forward(0, query, key_value).float())
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(*outputs, atol=tolerance, rtol=tolerance)
-    taken: list[list[float]] = [[], []]
+    return take_turns(
+        [partial(backend.forward, 0, query, key_value) for backend in backends],
+        repeats,
+    )
+
+
+def measure_linear(
+    shape: tuple[int, int], rows: int, dtype: torch.dtype, repeats: int
+) -> list[float]:
+    """Median milliseconds of a layer: torch, then the kernels; of as many layers in a row as outgrow the cache."""
+    count = max(1, WEIGHT_BYTES // (shape[0] * shape[1] * dtype.itemsize))
+    weights = [torch.randn(shape).to(dtype) for _ in range(count)]
+    x = torch.randn(rows, shape[1]).to(dtype)
+    kinds = [[kind(weight, None) for weight in weights] for kind in (DenseLinear, CpuLinear)]
+    tolerance = 1e-3 if dtype == torch.float32 else 1.0
+    torch.testing.assert_close(*(layers[0](x) for layers in kinds), atol=tolerance, rtol=2e-2)
+
+    def run(layers: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> None:
+        for layer in layers:
+            layer(x)
+
+    together = take_turns([partial(run, layers) for layers in kinds], repeats)
+    return [spent / count for spent in together]
+
+
+def take_turns(work: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Runs each in turn; returns their median milliseconds."""
+    taken: list[list[float]] = [[] for _ in work]
     for _ in range(repeats):
-        for backend, times in zip(backends, taken, strict=True):
+        for each, times in zip(work, taken, strict=True):
             start = time.perf_counter()
-            backend.forward(0, query, key_value)
+            each()
             times.append(1e3 * (time.perf_counter() - start))
     return [statistics.median(times) for times in taken]
 
@@ -100,21 +135,45 @@ def main() -> None:
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     torch.manual_seed(0)
+    with torch.inference_mode():
+        print_attention(given.dtypes, given.repeats)
+        print_linear(given.dtypes, max(3, given.repeats // 6))
+
+
+def print_attention(dtypes: Sequence[str], repeats: int) -> None:
+    """A row for each shape of heads and of steps."""
     print(f"attention of one layer, {torch.get_num_threads()} threads, ms, medians\n")
     print("| dtype | heads | sequences x new, context | torch | kernels | ratio |")
     print("|---|---|---|---|---|---|")
-    with torch.inference_mode():
-        for name in given.dtypes:
-            for shape in SHAPES:
-                for cell in CELLS:
-                    torch_ms, own_ms = measure(shape, cell, DTYPES[name], given.repeats)
-                    heads = f"{shape[0]}/{shape[1]} x {shape[2]}"
-                    what = f"{cell[0]} x {cell[1]}, {cell[2]}"
-                    ratio = torch_ms / own_ms
-                    print(
-                        f"| {name} | {heads} | {what} | {torch_ms:.2f} | {own_ms:.2f} | {ratio:.1f} |",
-                        flush=True,
-                    )
+    for name in dtypes:
+        for shape in SHAPES:
+            for cell in CELLS:
+                torch_ms, own_ms = measure(shape, cell, DTYPES[name], repeats)
+                heads = f"{shape[0]}/{shape[1]} x {shape[2]}"
+                what = f"{cell[0]} x {cell[1]}, {cell[2]}"
+                ratio = torch_ms / own_ms
+                print(
+                    f"| {name} | {heads} | {what} | {torch_ms:.2f} | {own_ms:.2f} | {ratio:.1f} |",
+                    flush=True,
+                )
+
+
+def print_linear(dtypes: Sequence[str], repeats: int) -> None:
+    """A row for each shape of weights and count of rows."""
+    print(f"\na linear layer, {torch.get_num_threads()} threads, ms, medians\n")
+    print("| dtype | weights | rows | torch | kernels | ratio | GFLOP/s | GB/s of weights |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in dtypes:
+        for outputs, inputs in LINEARS:
+            for rows in ROWS:
+                torch_ms, own_ms = measure_linear((outputs, inputs), rows, DTYPES[name], repeats)
+                size = outputs * inputs
+                speeds = 2 * rows * size / own_ms / 1e6, size * DTYPES[name].itemsize / own_ms / 1e6
+                print(
+                    f"| {name} | {outputs} x {inputs} | {rows} | {torch_ms:.2f} | {own_ms:.2f} |"
+                    f" {torch_ms / own_ms:.1f} | {speeds[0]:.0f} | {speeds[1]:.1f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ def test_grpc_port_follows_the_port(arguments: list[str], ports: tuple[int, int]
         ("0,1,2", ["--prefill", "1", "--decode", "2"], ["0", "1", "2"]),
         ("0", ["--tp", "4", "--device", "cpu"], [None]),
         ("0,1,2,3,4", ["--tp", "2", "--pp", "2"], ["0,1,2,3"]),
+        ("0,1,2,3,4", ["--tp", "2", "--cp", "2"], ["0,1,2,3"]),
     ],
 )
 def test_each_worker_gets_its_own_gpus(
@@ -112,6 +113,8 @@ def test_too_few_gpus_is_said_with_the_numbers(monkeypatch: pytest.MonkeyPatch) 
         serve_options.group_devices(parse("m", "--tp", "2", "--replicas", "2"))
     with pytest.raises(UsageError, match="--tp 2, --pp 2 and --replicas 1 need 4 GPUs"):
         serve_options.group_devices(parse("m", "--tp", "2", "--pp", "2"))
+    with pytest.raises(UsageError, match="--tp 1, --cp 4 and --replicas 1 need 4 GPUs"):
+        serve_options.group_devices(parse("m", "--cp", "4"))
 
 
 def test_prefill_workers_come_first() -> None:
@@ -134,6 +137,7 @@ def test_a_lone_worker_keeps_its_kv_to_itself() -> None:
     [
         (["--prefill", "1"], "--prefill needs --decode"),
         (["--pp", "2", "--spare-ranks", "1"], "--spare-ranks does not go with --pp"),
+        (["--cp", "2", "--spare-ranks", "1"], "--spare-ranks does not go with --cp"),
         (["--decode", "1"], "--decode needs --prefill"),
         (["--prefill", "1", "--decode", "1", "--replicas", "2"], "--replicas does not go with"),
     ],

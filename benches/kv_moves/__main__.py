@@ -6,6 +6,8 @@ Each pair of systems is two workers with a core each, and takes turns repeat by 
   prefix pulls it from the other one; with `off` it computes it. Compared is the time to the first token.
 - *split*: short prompts that decode all the while, and long prompts that come in between. One worker for prompts and
   one for decoding, beside two that do both. Compared is the time between tokens of the short ones.
+- *loss*: a long prompt whose worker is killed in the middle of the answer. With `--write-through` the other worker has
+  copies of its KV; else it computes the prompt again. Compared is how long the client waits for the next token.
 """
 
 from __future__ import annotations
@@ -21,10 +23,15 @@ import statistics
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benches.machine import commit, processor
 from benches.serving.checkpoint import random_llama
 from benches.serving.orchestra_system import Orchestra, serving
+from tests.e2e.stack import eventually
+
+if TYPE_CHECKING:
+    import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "models" / "demo"
@@ -33,6 +40,8 @@ PREFIX, QUESTION, ANSWER = 1024, 32, 16
 FAMILIES, PER_FAMILY = 4, 6
 DECODERS, DECODED = 4, 160
 LONG_PROMPT, LONG_PROMPTS = 1536, 6
+# Tokens of an answer, and after how many its worker is killed.
+LOST_ANSWER, LOST_AT = 120, 60
 # Of each worker's cache, 16 tokens each: more than any of this needs.
 BLOCKS = 4096
 
@@ -46,6 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default="60m", help="a random Llama of benches/serving")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", choices=["fetch", "split", "loss"], help="one of the pairs")
     parser.add_argument("--out", type=Path, help="also save every figure as JSON here")
     return parser.parse_args()
 
@@ -73,8 +83,8 @@ async def shared_prefixes(system: Orchestra, prompts: Prompts) -> Figures:
     families = [prompts.tokens(PREFIX) for _ in range(FAMILIES)]
 
     async def ask(prefix: list[int]) -> float:
-        line = await system.connect()
-        moments = await system.stream(prefix + prompts.tokens(QUESTION), ANSWER, line)
+        line = await system.client.connect()
+        moments = await system.client.stream(prefix + prompts.tokens(QUESTION), ANSWER, line)
         line[1].close()
         return moments[0]
 
@@ -88,16 +98,16 @@ async def long_among_short(system: Orchestra, prompts: Prompts) -> Figures:
     """Short prompts decode while long ones come one after the other."""
 
     async def decode() -> list[float]:
-        line = await system.connect()
-        moments = await system.stream(prompts.tokens(QUESTION), DECODED, line)
+        line = await system.client.connect()
+        moments = await system.client.stream(prompts.tokens(QUESTION), DECODED, line)
         line[1].close()
         return [later - earlier for earlier, later in itertools.pairwise(moments)]
 
     async def interfere() -> list[float]:
-        line = await system.connect()
+        line = await system.client.connect()
         waits = []
         for _ in range(LONG_PROMPTS):
-            moments = await system.stream(prompts.tokens(LONG_PROMPT), 2, line)
+            moments = await system.client.stream(prompts.tokens(LONG_PROMPT), 2, line)
             waits.append(moments[0])
         line[1].close()
         return waits
@@ -109,6 +119,33 @@ async def long_among_short(system: Orchestra, prompts: Prompts) -> Figures:
         "ITL p99 ms": percentile(gaps, 0.99),
         "TTFT p50 of long prompts ms": percentile(waits, 0.5),
     }
+
+
+async def lost_worker(system: Orchestra, prompts: Prompts) -> Figures:
+    """The worker of a stream is killed, and there are two again afterwards."""
+    workers = system.serve.children("worker")
+    before = {worker: cpu_s(worker) for worker in workers}
+
+    def kill(num_events: int) -> None:
+        if num_events == LOST_AT:
+            max(workers, key=lambda worker: cpu_s(worker) - before[worker]).kill()
+
+    line = await system.client.connect()
+    moments = await system.client.stream(prompts.tokens(LONG_PROMPT), LOST_ANSWER, line, kill)
+    line[1].close()
+    eventually(lambda: system.serve.metrics()["orchestra_workers"] == len(workers), 120)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(moments)]
+    return {
+        "TTFT ms": moments[0] * 1e3,
+        "ITL p50 ms": percentile(gaps, 0.5),
+        "gap at the loss ms": max(gaps) * 1e3,
+    }
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """CPU seconds that a process has used."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def compare(
@@ -164,7 +201,7 @@ def table(samples: dict[str, list[Figures]], moved: dict[str, int]) -> str:
 
 
 def main() -> None:
-    """Measures both pairs."""
+    """Measures the pairs."""
     args = parse_args()
     command = "python -m benches.kv_moves " + " ".join(sys.argv[1:])
     print(f"- {processor()}, commit {commit()}, load at start {os.getloadavg()[0]:.1f}")
@@ -175,10 +212,15 @@ def main() -> None:
         "recompute": [*two, "--kv-transfer", "off"],
     }
     split = {"one prefill, one decode": ["--prefill", "1", "--decode", "1"], "two of both": two}
-    report = {
-        "fetch": compare("Shared prefixes", fetch, shared_prefixes, args),
-        "split": compare("Long prompts among short ones", split, long_among_short, args),
+    kept = [*two, "--num-host-blocks", str(BLOCKS)]
+    loss = {"write-through": [*kept, "--write-through"], "replay alone": kept}
+    pairs: dict[str, tuple[str, dict[str, list[str]], Work]] = {
+        "fetch": ("Shared prefixes", fetch, shared_prefixes),
+        "split": ("Long prompts among short ones", split, long_among_short),
+        "loss": ("A worker is killed", loss, lost_worker),
     }
+    chosen = [args.only] if args.only else list(pairs)
+    report = {pair: compare(*pairs[pair], args) for pair in chosen}
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
 

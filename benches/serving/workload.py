@@ -42,6 +42,8 @@ class Sample:
     elapsed_s: float
     output_tokens: int
     ttft_s: list[float] = field(default_factory=list)
+    gaps_s: list[float] = field(default_factory=list)
+    """Between a request's tokens; empty where the system does not tell them apart."""
 
     @property
     def tokens_per_s(self) -> float:

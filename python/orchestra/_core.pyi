@@ -1,11 +1,19 @@
 """The compiled core of `orchestra`. Private: use `orchestra` itself."""
 
 from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
 from typing import Any, final
 
+from orchestra._core_held import KvFetch as KvFetch
+from orchestra._core_held import KvSplit as KvSplit
+from orchestra._core_held import Placement as Placement
+from orchestra._core_held import Reservation as Reservation
+from orchestra._core_held import Ticket as Ticket
+from orchestra._core_kernels import Linear as Linear
 from orchestra._core_kernels import PagedAttention as PagedAttention
 from orchestra._core_kernels import SharedGroup as SharedGroup
+from orchestra._core_kernels import gate as gate
+from orchestra._core_kernels import rms_norm as rms_norm
+from orchestra._core_kernels import rotate as rotate
 from orchestra._core_memory import BlockPool as BlockPool
 from orchestra._core_memory import BlockSet as BlockSet
 from orchestra._core_memory import BlockView as BlockView
@@ -16,6 +24,11 @@ from orchestra._core_memory import Registration as Registration
 from orchestra._core_memory import RemoteGrant as RemoteGrant
 from orchestra._core_memory import Transfer as Transfer
 from orchestra._core_memory import TransferOptions as TransferOptions
+from orchestra._core_partition import plan_layer_move as plan_layer_move
+from orchestra._core_process import die_with_parent as die_with_parent
+from orchestra._core_process import error_codes as error_codes
+from orchestra._core_process import init_logging as init_logging
+from orchestra._core_process import run_router as run_router
 from orchestra._core_types import (
     CandidateRow,
     DomainRow,
@@ -33,7 +46,10 @@ __all__ = [
     "BufferManager",
     "Chime",
     "Grant",
+    "KvFetch",
     "KvPool",
+    "KvSplit",
+    "Linear",
     "PagedAttention",
     "PlaceRequest",
     "Placement",
@@ -50,41 +66,15 @@ __all__ = [
     "default_scheduler_config",
     "die_with_parent",
     "error_codes",
+    "gate",
     "init_logging",
+    "plan_layer_move",
+    "rms_norm",
+    "rotate",
     "run_router",
 ]
 
 __version__: str
-
-# === errors and process ===
-
-def error_codes() -> list[tuple[str, str, bool]]:
-    """Every error code, with the name of its class and whether a retry may help."""
-
-def die_with_parent(parent_pid: int) -> None:
-    """Asks the kernel to end this process, with `SIGKILL`, when the one that started it ends.
-
-    Raises:
-        UnsupportedError: The system is not Linux.
-    """
-
-def init_logging(filter: str = "info", *, json: bool = False) -> None:
-    """Sends the Rust side's logs to standard error. Importing alone prints nothing; a second call changes nothing.
-
-    Args:
-        filter: A level, or directives such as `info,orchestra_agent=debug`.
-        json: One JSON object per line, instead of lines for people.
-
-    Raises:
-        ConfigError: The filter cannot be read.
-    """
-
-def run_router(argv: Sequence[str]) -> int:
-    """Runs a router with these command-line arguments until `SIGTERM` or `SIGINT` has stopped it.
-
-    Returns:
-        The exit status: 0 after a stop by signal, 64 for arguments that cannot be used, 1 for what failed.
-    """
 
 # === scheduler ===
 
@@ -143,104 +133,6 @@ class PlaceRequest:
         nic_mbps: int = 0,
         power_watts: int = 0,
     ) -> PlaceRequest: ...
-
-@final
-class Reservation:
-    """Room on a worker, held until it is released or the last reference to it goes.
-
-    As a context manager it is released at the end of the block.
-    """
-
-    @property
-    def worker(self) -> str:
-        """The chosen worker."""
-
-    @property
-    def num_cached_tokens(self) -> int:
-        """Prompt tokens whose KV the worker held already."""
-
-    @property
-    def num_blocks(self) -> int:
-        """KV blocks of prompt and output together, cached ones included."""
-
-    def prefill_done(self) -> bool:
-        """Tells that the prompt is computed: its tokens no longer queue on the worker.
-
-        How long that took teaches the scheduler how fast the worker is, which predictions need.
-
-        Returns:
-            `False` where that was told before, or the reservation is gone.
-        """
-
-    def finish(self, num_output_tokens: int) -> bool:
-        """Gives the room back, and charges the tenant for the output that came instead of for `max_tokens`.
-
-        Returns:
-            `False` where it is gone already: released before, or its worker was removed.
-        """
-
-    def release(self) -> bool:
-        """Gives the room back.
-
-        Returns:
-            `False` where it is gone already: released before, or its worker was removed.
-        """
-
-    def __enter__(self) -> Reservation: ...
-    def __exit__(
-        self,
-        *_exception: type[BaseException] | BaseException | TracebackType | None,
-    ) -> None: ...
-
-@final
-class Placement:
-    """Memory on a gang of GPUs, held until it is released or the last reference to it goes.
-
-    As a context manager it is released at the end of the block.
-    """
-
-    @property
-    def id(self) -> int:
-        """Names it in the `preempted` of those that displaced it."""
-
-    @property
-    def gpus(self) -> tuple[tuple[str, int, int], ...]:
-        """`(name, offset_bytes, length_bytes)` of each GPU, by stage and then in order of registration.
-
-        All of a stage are of one domain. A GPU with paged memory is named once for each piece.
-        """
-
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """The stage of each of `gpus`."""
-
-    @property
-    def preempted(self) -> tuple[int, ...]:
-        """The placements of lower priority whose memory it took; their `release()` answers `False`."""
-
-    def release(self) -> bool:
-        """Gives the memory back.
-
-        Returns:
-            `False` where it is gone already: released before, or one of its GPUs was removed.
-        """
-
-    def __enter__(self) -> Placement: ...
-    def __exit__(
-        self,
-        *_exception: type[BaseException] | BaseException | TracebackType | None,
-    ) -> None: ...
-
-@final
-class Ticket:
-    """A place in the queue of those that wait for room."""
-
-    def cancel(self) -> bool:
-        """Ends the wait: the callback will not be called.
-
-        Returns:
-            `False` where it was called or is about to be.
-        """
 
 @final
 class Scheduler:

@@ -75,6 +75,43 @@ class PagedAttention:
         """
 
 @final
+class Linear:
+    """`x @ weight.T + bias` on torch's own OpenMP threads where there are some.
+
+    The weights are copied, laid out as the kernel wants them. A row's result depends on that row alone, to the bit.
+
+    Args:
+        shape: Outputs and inputs.
+        dtype: `float32` or `bfloat16`, of the weights and of every tensor; sums are `float32`.
+        weight_ptr: Address of `[outputs, inputs]`, read before this returns.
+        bias_ptr: Address of `[outputs]`.
+        portable: Whether to leave away what only some processors can.
+
+    Raises:
+        InvalidRequestError: A size is out of range; `key` names it.
+        InternalError: There is no memory for the copy.
+    """
+
+    def __new__(
+        cls,
+        shape: tuple[int, int],
+        dtype: str,
+        weight_ptr: int,
+        bias_ptr: int | None = None,
+        *,
+        portable: bool = False,
+    ) -> Linear: ...
+    def forward(self, count: int, input: tuple[int, int], output_ptr: int, threads: int) -> None:
+        """Computes some rows.
+
+        Args:
+            count: How many.
+            input: Address of `[count, inputs]`, and numbers from one row's inputs to the next one's.
+            output_ptr: Where `[count, outputs]` goes.
+            threads: On how many to compute.
+        """
+
+@final
 class SharedGroup:
     """One rank's end of the collectives between the ranks of one machine, over shared memory.
 
@@ -135,5 +172,97 @@ class SharedGroup:
             InternalError: A rank is gone, late or in another collective, or the group was aborted.
         """
 
+    def reduce_scatter(self, data_ptr: int, numel: int, dtype: str, share_ptr: int) -> None:
+        """Adds up `numel` numbers over all ranks as `all_reduce` does; rank `r` gets the `r`-th of `size` equal shares.
+
+        Args:
+            data_ptr: Address of the first number.
+            numel: How many, the same on every rank.
+            dtype: `float32` or `bfloat16`.
+            share_ptr: Where the share goes, `numel / size` numbers.
+
+        Raises:
+            InvalidRequestError: The dtype is another, or the ranks do not divide the numbers.
+            InternalError: A rank is gone, late or in another collective, or the group was aborted.
+        """
+
+    def all_gather(self, data_ptr: int, num_bytes: int, joined_ptr: int) -> None:
+        """Puts the parts of all ranks one behind the other, on every rank.
+
+        Args:
+            data_ptr: Address of this rank's part.
+            num_bytes: Of it, the same on every rank.
+            joined_ptr: Where `size * num_bytes` bytes go.
+
+        Raises:
+            InternalError: A rank is gone, late or in another collective, or the group was aborted.
+        """
+
     def abort(self) -> None:
         """Ends the collectives of every rank, now and from now on."""
+
+def rms_norm(
+    dtype: str,
+    shape: tuple[int, int, int],
+    input: tuple[int, int],
+    addend_ptr: int | None,
+    weight: tuple[int, float],
+    output: tuple[int, int],
+    threads: int,
+) -> None:
+    """`x / sqrt(mean(x²) + epsilon) * weight` of each row, computed in `float32`.
+
+    Args:
+        dtype: `float32` or `bfloat16`, of input, addend and output.
+        shape: Tokens, rows of a token, numbers of a row.
+        input: Address of the first token's rows, which have no gaps, and numbers from one token's to the next one's.
+        addend_ptr: Address of as many numbers without gaps; the input becomes the rounded sum first.
+        weight: Address of `float32[rows of a token, numbers of a row]`, and epsilon.
+        output: As `input`, and may be it.
+        threads: On how many to compute.
+
+    Raises:
+        InvalidRequestError: The dtype is another.
+    """
+
+def gate(
+    dtype: str,
+    shape: tuple[int, int],
+    activation: str,
+    input_ptr: int,
+    output_ptr: int,
+    threads: int,
+) -> None:
+    """Multiplies the second half of each row by its bent first half, computed in `float32`.
+
+    Args:
+        dtype: `float32` or `bfloat16`.
+        shape: Rows, and numbers of each half.
+        activation: `silu` or `gelu_pytorch_tanh`.
+        input_ptr: Address of the rows, without gaps.
+        output_ptr: Where `shape` goes.
+        threads: On how many to compute.
+
+    Raises:
+        InvalidRequestError: The dtype or the activation is another.
+    """
+
+def rotate(
+    dtype: str,
+    shape: tuple[int, int, int],
+    heads: tuple[int, int],
+    angles_ptr: int,
+    threads: int,
+) -> None:
+    """Multiplies pairs of neighbours, as complex numbers, in place, computed in `float32`.
+
+    Args:
+        dtype: `float32` or `bfloat16`.
+        shape: Tokens, heads of a token, numbers of a head.
+        heads: Address of the first token's heads, which have no gaps, and numbers from one token's to the next one's.
+        angles_ptr: Address of `complex64[tokens, numbers of a head / 2]`, without gaps.
+        threads: On how many to compute.
+
+    Raises:
+        InvalidRequestError: The dtype is another.
+    """

@@ -67,6 +67,13 @@ class GpuSpec(Protocol):
     @property
     def memory_bytes(self) -> int: ...
 
+class KvExchange(Protocol):
+    # What `add_worker` reads from its argument's `kv_exchange`.
+    @property
+    def layout(self) -> str: ...
+    @property
+    def bytes_per_block(self) -> int: ...
+
 class WorkerSpec(Protocol):
     # What `add_worker` reads from its argument.
     @property
@@ -89,6 +96,10 @@ class WorkerSpec(Protocol):
     def slo_classes(self) -> Iterable[str]: ...
     @property
     def max_loras(self) -> int: ...
+    @property
+    def kv_exchange(self) -> KvExchange | None: ...
+    @property
+    def role(self) -> str: ...
 
 class FragRow(TypedDict):
     alloc_p50: float

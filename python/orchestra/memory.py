@@ -13,11 +13,13 @@ promised about a block, and docs/transports.md what each transport can prove.
 """
 
 import atexit
+import os
 import site
 import sysconfig
 import time
 import weakref
 from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from orchestra import _core
@@ -43,6 +45,19 @@ __all__ = [
     "TransferOptions",
     "TransferStats",
 ]
+
+
+_INFINIBAND = Path("/dev/infiniband")
+
+
+def _keep_verbs_out() -> None:
+    """Has UCX, which NIXL loads, leave its InfiniBand modules alone where there is no card.
+
+    With drivers for one they end the process at its exit. UCX reads the environment once, when it is loaded; a choice
+    of the user's own stays.
+    """
+    if not _INFINIBAND.exists():
+        os.environ.setdefault("UCX_MODULES", "^ib")
 
 
 class BufferManager:
@@ -81,6 +96,8 @@ class BufferManager:
             config["tcp_listen"] = tcp_listen
         if tcp_advertise is not None:
             config["tcp_advertise"] = tcp_advertise
+        if any(transport.startswith("nixl") for transport in transports):
+            _keep_verbs_out()
         self._core = _core.BufferManager(config)
         self._doorbells = Doorbells()
         _open.add(self)

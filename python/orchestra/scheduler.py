@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestra import _core
-from orchestra._core import Placement, Reservation
+from orchestra._core import KvFetch, KvSplit, Placement, Reservation
 from orchestra.errors import DeadlineExceededError, InvalidRequestError, OrchestraError
 from orchestra.scheduler_gpus import DomainMemory, GpuSpec, PlaceOptions, place_request
 from orchestra.scheduler_registry import Registry, encode_token_ids
@@ -28,12 +28,14 @@ from orchestra.scheduler_types import (
     Explanation,
     Ineligible,
     KvEvent,
+    KvExchange,
     RouteOptions,
     RoutePolicy,
     SchedulerConfig,
     SchedulerStats,
     Snapshot,
     TokenIds,
+    WorkerRole,
     WorkerSpec,
     WorkerStats,
 )
@@ -50,6 +52,9 @@ __all__ = [
     "GpuSpec",
     "Ineligible",
     "KvEvent",
+    "KvExchange",
+    "KvFetch",
+    "KvSplit",
     "PlaceOptions",
     "Placement",
     "Reservation",
@@ -60,6 +65,7 @@ __all__ = [
     "SchedulerStats",
     "Snapshot",
     "TokenIds",
+    "WorkerRole",
     "WorkerSpec",
     "WorkerStats",
 ]

@@ -11,11 +11,13 @@ from orchestra.scheduler_types import (
     Explanation,
     Ineligible,
     KvEvent,
+    KvExchange,
     RouteOptions,
     SchedulerConfig,
     SchedulerStats,
     Snapshot,
     TokenIds,
+    WorkerRole,
     WorkerSpec,
     WorkerStats,
 )
@@ -49,6 +51,8 @@ class Registry(GpuRegistry):
         taints: Iterable[str] = (),
         slo_classes: Iterable[str] = (),
         max_loras: int = WorkerSpec.max_loras,
+        kv_exchange: KvExchange | None = WorkerSpec.kv_exchange,
+        role: WorkerRole = WorkerSpec.role,
     ) -> None:
         """Registers a worker with an empty prefix cache and no load; see `WorkerSpec`.
 
@@ -68,6 +72,8 @@ class Registry(GpuRegistry):
                 taints=list(taints),
                 slo_classes=list(slo_classes),
                 max_loras=max_loras,
+                kv_exchange=kv_exchange,
+                role=role,
             )
         )
 

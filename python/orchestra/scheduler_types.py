@@ -12,12 +12,14 @@ __all__ = [
     "Explanation",
     "Ineligible",
     "KvEvent",
+    "KvExchange",
     "RouteOptions",
     "RoutePolicy",
     "SchedulerConfig",
     "SchedulerStats",
     "Snapshot",
     "TokenIds",
+    "WorkerRole",
     "WorkerSpec",
     "WorkerStats",
 ]
@@ -82,6 +84,9 @@ class SchedulerConfig:
         fetch_cost_permille: What fetching a token's KV costs under `transfer_aware`, in thousandths of computing it.
         fetch_bytes_per_s: How fast KV moves between workers that say how they exchange it, until that is learned.
         fetch_latency_us: What a fetch takes besides moving the bytes, microseconds.
+        move_wait_min_ms: The shortest time that a worker waits for KV of another one before it computes for itself.
+        fetch_wait_max_ms: The longest time that it waits for blocks that exist, 1 to 60,000.
+        split_wait_max_ms: The longest time that it waits for blocks that another one has yet to compute, 1 to 60,000.
         split_min_tokens: Prompts of which a worker lacks fewer tokens are not computed for it elsewhere.
         lora_load_tokens: What loading a LoRA adapter costs, in tokens of prefill.
         seed: Start of the random numbers of `random` and `power_of_two`.
@@ -108,9 +113,30 @@ class SchedulerConfig:
     fetch_cost_permille: int = _DEFAULTS["fetch_cost_permille"]
     fetch_bytes_per_s: int = _DEFAULTS["fetch_bytes_per_s"]
     fetch_latency_us: int = _DEFAULTS["fetch_latency_us"]
+    move_wait_min_ms: int = _DEFAULTS["move_wait_min_ms"]
+    fetch_wait_max_ms: int = _DEFAULTS["fetch_wait_max_ms"]
+    split_wait_max_ms: int = _DEFAULTS["split_wait_max_ms"]
     split_min_tokens: int = _DEFAULTS["split_min_tokens"]
     lora_load_tokens: int = _DEFAULTS["lora_load_tokens"]
     seed: int = _DEFAULTS["seed"]
+
+
+WorkerRole: TypeAlias = Literal["both", "prefill", "decode"]
+"""What a worker is there for: whole requests; prompts of requests that run elsewhere; or whole requests whose long
+prompts others should compute. It matters only among workers that exchange KV."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KvExchange:
+    """What the KV blocks of two workers must have in common for one to read the other's.
+
+    Attributes:
+        layout: Shape of a block, in the workers' own words; 1 to 256 bytes.
+        bytes_per_block: Bytes of a block, at least 1.
+    """
+
+    layout: str
+    bytes_per_block: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +154,8 @@ class WorkerSpec:
         taints: It takes only requests that tolerate every one of these; at most 16.
         slo_classes: It takes only requests of one of these service classes; any where there are none. At most 16.
         max_loras: LoRA adapters that it holds at a time; 0: it serves none.
+        kv_exchange: Workers where this is equal can give each other KV; `None`: it gives and takes none.
+        role: What it is there for.
     """
 
     name: str
@@ -140,6 +168,8 @@ class WorkerSpec:
     taints: Sequence[str] = ()
     slo_classes: Sequence[str] = ()
     max_loras: int = 0
+    kv_exchange: KvExchange | None = None
+    role: WorkerRole = "both"
 
 
 class _Model(TypedDict):

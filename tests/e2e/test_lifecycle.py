@@ -250,6 +250,7 @@ def test_wrong_router_setting_ends_with_its_reason(
         (["MODEL", "--tp", "0"], "--tp: must be at least 1"),
         (["MODEL", "--pp", "99"], "--pipeline-parallel: 99 stages for"),
         (["MODEL", "--pp", "2", "--layer-split", "40,1"], "--layer-split: 40,1 does not give"),
+        (["MODEL", "--repartition", "auto"], "--repartition needs stages"),
         (["MODEL", "--layer-split", "40,"], "--layer-split: '40,' is not a list of layers"),
         (["MODEL", "--port", "70000"], "--port: must be between 0 and 65535"),
         (["MODEL", "--port", "9000", "--grpc-port", "9000"], "are both 9000"),

@@ -1,9 +1,6 @@
 """A rank of a worker dies or hangs in the middle of streams: they go on with the tokens they would have had."""
 
-import json
 import signal
-import threading
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pytest
 
 from tests.checkpoints import make_checkpoint
 from tests.e2e.stack import Serve, eventually, start_serve
+from tests.e2e.streams import Stream, wait_for_the_middle
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -28,47 +26,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint("llama", tmp_path_factory.mktemp("lost-rank") / "tiny", seed=7)
 
 
-class Stream(threading.Thread):
-    """A streamed completion, read as it comes."""
-
-    def __init__(self, serve: Serve, prompt: str) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-        self.finish_reason: str | None = None
-        body = {"model": serve.model, "prompt": prompt, "max_tokens": MAX_TOKENS, "stream": True}
-        self._request = urllib.request.Request(
-            f"{serve.url}/v1/completions",
-            json.dumps({**body, "ignore_eos": True, "temperature": 0}).encode(),
-            {"content-type": "application/json"},
-        )
-        self.start()
-
-    def run(self) -> None:
-        """Reads to the end."""
-        with urllib.request.urlopen(self._request, timeout=120) as answer:
-            for line in answer:
-                event = line.decode().strip().removeprefix("data: ")
-                if event.startswith("{"):
-                    (choice,) = json.loads(event)["choices"]
-                    self.texts.append(choice["text"])
-                    self.finish_reason = choice["finish_reason"]
-
-    def answer(self) -> str:
-        """All of its text, which has to have come to its end."""
-        self.join(120)
-        assert not self.is_alive()
-        assert self.finish_reason == "length"
-        return "".join(self.texts)
-
-
 def start_streams(serve: Serve) -> list[Stream]:
-    return [Stream(serve, f"prompt {number}") for number in range(NUM_STREAMS)]
+    return [Stream(serve, f"prompt {number}", MAX_TOKENS) for number in range(NUM_STREAMS)]
 
 
 def strike(streams: list[Stream], rank: psutil.Process, number: signal.Signals) -> None:
     """Sends a rank a signal when every stream has begun and none has ended."""
-    eventually(lambda: all(len(stream.texts) > 10 for stream in streams))
-    assert all(stream.is_alive() for stream in streams)
+    wait_for_the_middle(streams)
     rank.send_signal(number)
 
 

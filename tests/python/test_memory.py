@@ -2,9 +2,12 @@
 
 import asyncio
 import gc
+import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -239,6 +242,59 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORCHESTRA_NIXL_LIB", "/nowhere/libnixl_capi.so")
     with pytest.raises(errors.TransportUnavailableError, match=r"/nowhere/libnixl_capi\.so"):
         BufferManager(transports=["nixl:UCX"])
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("_Bool nixl_capi_is_stub(void) { return 1; }", "stub"),
+        # A release from before a function that is called.
+        ("_Bool nixl_capi_is_stub(void) { return 0; }", "undefined symbol: nixl_capi_"),
+        ("int another_library;", "undefined symbol: nixl_capi_is_stub"),
+    ],
+)
+def test_a_library_that_is_not_the_real_one_is_named_and_others_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, reason: str
+) -> None:
+    library = tmp_path / "libnixl_capi.so"
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)],
+        input=source.encode(),
+        check=True,
+    )
+    monkeypatch.setenv("ORCHESTRA_NIXL_LIB", str(library))
+    with pytest.raises(errors.TransportUnavailableError, match=reason):
+        BufferManager(transports=["nixl:UCX"])
+    with BufferManager(transports=["shm", "tcp"]) as manager:
+        manager.create_pool(block_bytes=4096, max_bytes=1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("has_card", "chosen", "transport", "expected"),
+    [
+        (False, None, "nixl:UCX", "^ib"),
+        (False, "ib", "nixl:UCX", "ib"),
+        (True, None, "nixl:UCX", None),
+        (False, None, "shm", None),
+    ],
+)
+def test_ucx_leaves_infiniband_alone_where_there_is_no_card(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    has_card: bool,
+    chosen: str | None,
+    transport: str,
+    expected: str | None,
+) -> None:
+    monkeypatch.setattr("orchestra.memory._INFINIBAND", tmp_path / ("" if has_card else "none"))
+    monkeypatch.setenv("ORCHESTRA_NIXL_LIB", "/nowhere/libnixl_capi.so")
+    monkeypatch.setenv("UCX_MODULES", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("UCX_MODULES")
+    # It is set before the library is looked for.
+    with pytest.raises(errors.ConfigError):
+        BufferManager(transports=[transport], limits={"max_grants": 0})
+    assert os.environ.get("UCX_MODULES") == expected
 
 
 def test_peers_that_are_not_there_are_named(manager: BufferManager, pool: BlockPool) -> None:

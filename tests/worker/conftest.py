@@ -1,12 +1,19 @@
 """Checkpoints, references and ranks that the worker's tests share."""
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+# Without a GPU, Triton's interpreter runs the kernels. Said before Triton is imported, as transformers does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import AutoModelForCausalLM
 
 from orchestra.worker.assembly import Rank, assemble
@@ -83,3 +90,21 @@ def monkeypatch_session() -> object:
     """`monkeypatch` for the whole session."""
     with pytest.MonkeyPatch.context() as patch:
         yield patch
+
+
+@pytest.fixture(scope="session")
+def fast_interpreter(monkeypatch_session: pytest.MonkeyPatch) -> None:
+    """Has Triton's interpreter prepare its language once for a launch, and not again for each function called in it."""
+    if "TRITON_INTERPRET" in os.environ:
+        from triton.runtime import interpreter
+
+        prepared: set[str] = set()
+
+        def call(function: Any, *arguments: Any, **options: Any) -> Any:
+            module = function.fn.__module__
+            if module.startswith("triton.") and module not in prepared:
+                prepared.add(module)
+                interpreter._patch_lang(function.fn)
+            return function.rewrite()(*arguments, **options)
+
+        monkeypatch_session.setattr(interpreter.InterpretedFunction, "__call__", call)

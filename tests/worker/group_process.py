@@ -34,6 +34,8 @@ def collectives(group: SharedMemoryGroup) -> list[torch.Tensor]:
         for columns in COLUMNS:
             joined = group.gather_columns(numbers(rank, 3 * columns, dtype).view(3, columns))
             results.append(torch.empty(0) if joined is None else joined)
+        whole = numbers(rank, 60_000, dtype)
+        results.append(group.all_gather(group.reduce_scatter(whole)).view(-1))
     # Every other column: no tensor without gaps.
     wide = numbers(rank, 64, torch.float32).view(8, 8)
     group.all_reduce(wide[:, ::2])

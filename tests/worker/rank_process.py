@@ -1,7 +1,8 @@
 """One rank of a worker as a process of its own, its agent played by a script.
 
-`python -m tests.worker.rank_process MODEL_DIR RANK SIZE STAGES RENDEZVOUS PLANS ANSWERS COLLECTIVES`: executes the
-messages in PLANS (a msgpack list) and, on rank 0, writes what it would commit to ANSWERS.
+`python -m tests.worker.rank_process MODEL_DIR RANK SHARDS CONTEXTS STAGES RENDEZVOUS PLANS ANSWERS COLLECTIVES`:
+executes the messages in PLANS (a msgpack list) and, on rank 0, writes what it would commit to ANSWERS. COLLECTIVES are
+those of the worker's flag, or `nccl`, which means GPUs.
 """
 
 import sys
@@ -13,7 +14,7 @@ import msgpack
 from orchestra.worker.assembly import assemble
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.metrics import WorkerMetrics
-from orchestra.worker.runtime import StopSignals, follow, lead
+from orchestra.worker.runtime import StopSignals, follow, lead, lead_stages
 from orchestra.worker.sharding import Shard, Stage
 
 
@@ -93,17 +94,22 @@ def empty_stats() -> dict[str, int]:
 def main(arguments: list[str]) -> None:
     """Runs the rank."""
     model_dir, *numbers, rendezvous, plans, answers, collectives = arguments
-    rank, size, stages = map(int, numbers)
+    rank, size, contexts, stages = map(int, numbers)
+    in_stage = contexts * size
+    is_cuda = collectives == "nccl"
     config = WorkerConfig(
         model_dir=Path(model_dir),
         router="",
         worker_id="",
         model_name="",
         shard=Shard(rank % size, size),
-        stage=Stage(rank // size, stages),
+        stage=Stage(rank // in_stage, stages),
+        context=Shard(rank % in_stage // size, contexts),
+        context_min_tokens=16,
         rendezvous=rendezvous,
-        collectives=collectives,
-        device="cpu",
+        collectives="auto" if is_cuda else collectives,
+        device="cuda" if is_cuda else "cpu",
+        cuda_graphs="on" if is_cuda else "off",
         dtype="float32",
         num_blocks=64,
         max_num_seqs=8,
@@ -114,7 +120,11 @@ def main(arguments: list[str]) -> None:
     else:
         stop = StopSignals()
         agent = ScriptedAgent(msgpack.unpackb(Path(plans).read_bytes()), stop)
-        lead(agent, ready, stop, WorkerMetrics(empty_stats, 16), drain_timeout_s=5.0)
+        metrics = WorkerMetrics(empty_stats, 16)
+        if stages == 1:
+            lead(agent, ready, stop, metrics, drain_timeout_s=5.0)
+        else:
+            lead_stages(agent, ready, stop, metrics, drain_timeout_s=5.0)
         assert agent.is_draining
         Path(answers).write_bytes(msgpack.packb(agent.answers))
         assert ready.group.leader is not None

@@ -13,7 +13,8 @@ from torch import Tensor
 from orchestra.errors import ConfigError
 from orchestra.worker import attention_layout
 from orchestra.worker.attention import AttentionBackend, TorchPagedAttention
-from orchestra.worker.attention_cpu import CpuPagedAttention, make_attention
+from orchestra.worker.attention_choice import make_attention
+from orchestra.worker.attention_cpu import CpuPagedAttention
 from orchestra.worker.kv_cache import KvCache, KvCacheSpec
 from orchestra.worker.model_config import AttentionRule
 from tests.worker.plans import PlanBuilder

@@ -1,5 +1,6 @@
 """The flags of `orchestra worker`, and what the machine decides where they leave it open."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 from orchestra.errors import ConfigError
 from orchestra.worker import device as devices
-from orchestra.worker.config import WorkerConfig, parse_arguments, parse_bytes
+from orchestra.worker.argument_types import parse_bytes
+from orchestra.worker.config import WorkerConfig, parse_arguments
 from orchestra.worker.sharding import Shard, Stage
 
 ROUTER = ["--router", "http://127.0.0.1:8002"]
@@ -23,7 +25,8 @@ def test_defaults(tmp_path: Path) -> None:
 
 def test_every_flag(tmp_path: Path) -> None:
     flags = (
-        "--worker-id w --served-model-name m --tp 2 --pp 3 --rank 3 --rendezvous file:///x --dtype bfloat16 "
+        "--worker-id w --served-model-name m --tp 2 --pp 3 --cp 2 --rank 7 --rendezvous file:///x "
+        "--node n1 --context-min-tokens 99 --dtype bfloat16 "
         "--runner hf --device cpu --block-size 32 --kv-cache-memory 1.5GiB --num-host-blocks 12 "
         "--max-num-seqs 9 --max-num-batched-tokens 100 --max-model-len 50 --max-prefill-chunk 16 --tpot-target-ms 40 "
         "--no-prefix-cache --layer-split 4,10,6 --expert-parallel "
@@ -38,7 +41,10 @@ def test_every_flag(tmp_path: Path) -> None:
         model_name="m",
         shard=Shard(1, 2),
         stage=Stage(1, 3, (4, 10, 6)),
+        context=Shard(1, 2),
+        context_min_tokens=99,
         rendezvous="file:///x",
+        node="n1",
         dtype="bfloat16",
         runner="hf",
         device="cpu",
@@ -81,8 +87,15 @@ def test_every_flag(tmp_path: Path) -> None:
         ("--pp 2 --rank 1", "--rendezvous: needed with --tp 1 --pp 2"),
         (
             "--pp 2 --rank 1 --rendezvous file:///x --regroup-timeout 5",
-            "--regroup-timeout: no rank of a pipeline is replaced",
+            "--regroup-timeout: with --pp or --cp no rank is replaced",
         ),
+        ("--cp 2 --rank 1", "--rendezvous: needed with --tp 1 --cp 2"),
+        ("--tp 2 --cp 2 --pp 2 --rank 8", "--rank: must be 0 to 7 with --tp 2 --cp 2 --pp 2"),
+        (
+            "--cp 2 --rank 1 --rendezvous file:///x --regroup-timeout 5",
+            "--regroup-timeout: with --pp or --cp no rank is replaced",
+        ),
+        ("--context-min-tokens 0", "must be at least 1"),
         ("--pp 2 --layer-split 3,0", "'3,0' is not a list of layers"),
         ("--pp 2 --layer-split 3;2", "'3;2' is not a list of layers"),
         ("--max-num-seqs many", "argument --max-num-seqs: invalid whole number value"),
@@ -113,6 +126,21 @@ def test_torchrun_tells_the_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     config = parse_arguments([str(tmp_path), *ROUTER, "--rendezvous", "env://", "--pp", "2"])
     assert (config.shard, config.stage) == (Shard(1, 2), Stage(1, 2))
     assert (config.rank, config.num_ranks, config.sampling_rank) == (3, 4, 2)
+    config = parse_arguments([str(tmp_path), *ROUTER, "--rendezvous", "env://", "--cp", "2"])
+    assert (config.shard, config.context) == (Shard(1, 2), Shard(1, 2))
+    assert (config.rank, config.num_ranks, config.sampling_rank) == (3, 4, 0)
+
+
+def test_ranks_are_numbered_stage_after_stage(tmp_path: Path) -> None:
+    flags = ["--tp", "2", "--cp", "3", "--pp", "2", "--rendezvous", "file:///x"]
+    places = []
+    for rank in range(12):
+        config = parse_arguments([str(tmp_path), *ROUTER, *flags, "--rank", str(rank)])
+        assert config.rank == rank
+        assert config.stage_place == Shard(rank % 6, 6)
+        assert (config.num_ranks, config.sampling_rank) == (12, 6)
+        places.append((config.stage.index, config.context.rank, config.shard.rank))
+    assert places == list(itertools.product(range(2), range(3), range(2)))
 
 
 @pytest.mark.parametrize(
@@ -153,3 +181,13 @@ def test_each_rank_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.select_device("auto", 0) == torch.device("cpu")
     with pytest.raises(ConfigError, match="sees no GPU"):
         devices.select_device("cuda", 0)
+
+
+def test_a_step_suits_the_device_and_holds_every_sequence(tmp_path: Path) -> None:
+    required = [str(tmp_path), *ROUTER]
+    plain = parse_arguments(required)
+    assert plain.step_tokens("cuda") == 2048
+    assert plain.step_tokens("cpu") == 256
+    assert parse_arguments([*required, "--max-num-seqs", "300"]).step_tokens("cpu") == 300
+    asked = parse_arguments([*required, "--max-num-batched-tokens", "512"])
+    assert {asked.step_tokens(device) for device in ("cpu", "cuda")} == {512}

@@ -1,23 +1,37 @@
 """The worker on an NVIDIA GPU; run by `make gpu`."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch._C._distributed_c10d import FileStore
 
+from orchestra.worker.decode_graphs import CudaRecorder
+from orchestra.worker.parallel import ProcessGroup
 from orchestra.worker.sampler import Sampler
-from tests.checkpoints import KINDS
+from orchestra.worker.sharding import Shard
+from tests.checkpoints import FAMILIES, KINDS
 from tests.worker.conftest import MakeRank, Reference
-from tests.worker.plans import sampling_start
-from tests.worker.test_logits import Run, prompt, swap_and_come_back
+from tests.worker.plans import PlanBuilder, sampling_start
+from tests.worker.test_logits import (
+    Run,
+    assert_bfloat16_is_close,
+    prompt,
+    swap_and_come_back,
+)
 
 pytestmark = pytest.mark.gpu
 
 
+# At its defaults, which are the kernels and recorded steps where a model can have them; and without.
+@pytest.mark.parametrize("settings", [{}, {"attention": "torch", "cuda_graphs": "off"}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_agree_with_transformers(
-    kind: str, make_rank: MakeRank, reference: Reference
+    kind: str, settings: dict[str, str], make_rank: MakeRank, reference: Reference
 ) -> None:
-    run = Run(make_rank(kind, device="cuda"), kind, reference)
+    run = Run(make_rank(kind, device="cuda", max_num_seqs=8, **settings), kind, reference)
     run.builder.add("whole", prompt(75))
     run.builder.add("chunked", prompt(40, seed=1))
     run.step(whole=75, chunked=16)
@@ -30,6 +44,44 @@ def test_logits_agree_with_transformers(
 def test_swapped_sequences_come_back(make_rank: MakeRank, reference: Reference) -> None:
     rank = make_rank("qwen2", device="cuda", num_host_blocks=6)
     swap_and_come_back(rank, "qwen2", reference)
+
+
+def test_greedy_tokens_are_the_same(make_rank: MakeRank, reference: Reference) -> None:
+    rank = make_rank("llama", device="cuda", cuda_graphs="on", max_num_seqs=8)
+    builder = PlanBuilder(rank.num_blocks)
+    builder.add("a", prompt(300))
+    for step in range(64):
+        logits = rank.runner.forward(builder.plan({"a": 1 if step else 300}))
+        assert logits is not None
+        builder.append("a", int(logits[0].argmax()))
+    drawn = builder.sequences["a"].tokens
+    expected = reference("llama", drawn)[299:-1].argmax(-1)
+    assert drawn[300:] == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_bfloat16_stays_close(kind: str, make_rank: MakeRank, reference: Reference) -> None:
+    assert_bfloat16_is_close(kind, make_rank, reference, device="cuda")
+
+
+def test_nccl_sums_are_recorded(tmp_path: Path) -> None:
+    device = torch.device("cuda", 0)
+    group = ProcessGroup(Shard(), FileStore(str(tmp_path / "store"), 1), device)
+    try:
+        numbers = torch.arange(8.0, device=device)
+
+        def compute() -> Tensor | None:
+            summed = numbers * 2
+            group.all_reduce(summed)
+            return group.gather_columns(summed.view(2, 4))
+
+        replay = CudaRecorder()(compute)
+        numbers.add_(1)
+        replayed = replay()
+        assert replayed is not None
+        assert torch.equal(replayed.flatten(), numbers * 2)
+    finally:
+        group.close()
 
 
 def test_gpu_draws_what_the_cpu_draws() -> None:

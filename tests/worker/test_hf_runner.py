@@ -183,6 +183,7 @@ def test_native_is_taken_at_its_word(checkpoint: Checkpoints) -> None:
     [
         ({"shard": Shard(0, 2)}, "--tp: "),
         ({"stage": Stage(0, 2)}, "--pipeline-parallel: "),
+        ({"context": Shard(0, 2)}, "--context-parallel: "),
         ({"expert_parallel": True}, "--expert-parallel: "),
     ],
 )

@@ -196,7 +196,7 @@ def test_run_from_flags_to_a_signal(
         "num_blocks": 8,
         "num_host_blocks": 0,
         "max_num_seqs": 4,
-        "max_num_batched_tokens": 2048,
+        "max_num_batched_tokens": 256,
         "max_model_len": 128,
         "max_prefill_chunk": 0,
         "tpot_target_us": 0,

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore, HashStore
 
 from orchestra.errors import ConfigError
+from orchestra.worker.collectives import join_group
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.parallel import Communicator, ProcessGroup
 from orchestra.worker.plan_channel import RankLostError
 from orchestra.worker.sharding import Shard
-from orchestra.worker.shared_group import SharedMemoryGroup, join_group
+from orchestra.worker.shared_group import SharedMemoryGroup
 from tests.worker.group_process import COLUMNS, SIZES, add_up, lose_a_rank, numbers
 
 CPU = torch.device("cpu")
@@ -49,6 +50,10 @@ def test_every_rank_gets_the_same_bits(size: int, tmp_path: Path) -> None:
             assert torch.equal(results[0][at], torch.cat(shaped, dim=1))
             assert all(len(result[at]) == 0 for result in results[1:])
             at += 1
+        whole = [numbers(rank, 60_000, dtype).float() for rank in range(size)]
+        for result in results:
+            assert torch.equal(result[at], reduce(torch.add, whole).to(dtype))
+        at += 1
     wides = [numbers(rank, 64, torch.float32).view(8, 8) for rank in range(size)]
     for wide, result in zip(wides, results, strict=True):
         assert torch.equal(result[at][:, 1::2], wide[:, 1::2])
@@ -117,21 +122,18 @@ def test_a_rank_that_never_comes_is_named() -> None:
         SharedMemoryGroup(Shard(0, 2), HashStore(), timeout_s=0.1)
 
 
-def test_shared_memory_is_for_one_machine(tmp_path: Path) -> None:
+def test_ranks_of_one_node_share_memory_however_they_meet(tmp_path: Path) -> None:
     store = FileStore(str(tmp_path / "store"), 1)
-    url, elsewhere = (tmp_path / "store").as_uri(), "tcp://127.0.0.1:1"
 
-    def join(collectives: str, rendezvous: str) -> Communicator:
-        asked = WorkerConfig(
-            *(tmp_path, "http://router", "w", "m"), rendezvous=rendezvous, collectives=collectives
-        )
-        return join_group(asked, store, CPU, generation=0)
+    def join(collectives: str, device: torch.device = CPU) -> Communicator:
+        asked = WorkerConfig(*(tmp_path, "http://router", "w", "m"), collectives=collectives)
+        return join_group(asked, store, device, generation=0)
 
-    assert isinstance(join("auto", url), SharedMemoryGroup)
-    for collectives, rendezvous in (("gloo", url), ("auto", elsewhere)):
-        group = join(collectives, rendezvous)
-        assert isinstance(group, ProcessGroup)
-        group.close()
+    assert isinstance(join("auto"), SharedMemoryGroup)
+    assert isinstance(join("shm"), SharedMemoryGroup)
+    group = join("gloo")
+    assert isinstance(group, ProcessGroup)
+    group.close()
     with pytest.raises(ConfigError, match="--collectives: shm is for CPU ranks") as raised:
-        join("shm", elsewhere)
+        join("shm", torch.device("cuda"))
     assert raised.value.key == "collectives"

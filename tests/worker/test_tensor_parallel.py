@@ -1,5 +1,7 @@
 """Several ranks, each with its shard, compute what transformers computes with the whole model."""
 
+import itertools
+import math
 import os
 import subprocess
 import sys
@@ -36,16 +38,16 @@ ALTERNATIVES = 5
 
 @contextmanager
 def rank_processes(
-    model_dir: Path, size: int, folder: Path, collectives: str = "auto", stages: int = 1
+    model_dir: Path, sizes: tuple[int, int, int], folder: Path, collectives: str = "auto"
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Starts the ranks of a worker; kills those that are left at the end."""
+    """Starts the ranks of a worker of so many shards, contexts and stages; kills those that are left at the end."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     files = [(folder / name) for name in ("plans", "answers")]
     processes = []
     try:
-        for rank in range(size * stages):
+        for rank in range(math.prod(sizes)):
             rendezvous = (folder / "rendezvous").as_uri()
-            numbers = map(str, (rank, size, stages))
+            numbers = map(str, (rank, *sizes))
             command = [str(model_dir), *numbers, rendezvous, *map(str, files), collectives]
             processes.append(
                 subprocess.Popen(
@@ -91,6 +93,9 @@ class ThreadCommunicator:
         parts = self._group.exchange(self.shard.rank, tensor)
         return torch.cat(parts, dim=-1) if self.shard.rank == 0 else None
 
+    def all_gather(self, part: Tensor) -> Tensor:
+        return torch.stack(self._group.exchange(self.shard.rank, part))
+
     def close(self) -> None:
         pass
 
@@ -114,27 +119,73 @@ class ThreadLink:
         pass
 
 
+class ThreadCourier:
+    """Between any two stages that are threads of this process: a queue from each to each."""
+
+    def __init__(self, index: int, queues: dict[tuple[int, int], Queue[Tensor]]) -> None:
+        self._index = index
+        self._queues = queues
+
+    def begin(self, number: int) -> None:
+        assert number > 0
+
+    def send(self, stage: int, tensor: Tensor) -> None:
+        self._queues[self._index, stage].put(tensor)
+
+    def receive(self, stage: int, tensor: Tensor) -> None:
+        sent = self._queues[stage, self._index].get(timeout=30)
+        assert sent.shape == tensor.shape
+        tensor.copy_(sent)
+
+    def end(self) -> None:
+        """Nothing to leave."""
+
+
 def thread_ranks(
-    model_dir: Path, size: int, stages: int = 1, split: tuple[int, ...] = (), **settings: Any
+    model_dir: Path,
+    size: int,
+    stages: int = 1,
+    split: tuple[int, ...] = (),
+    contexts: int = 1,
+    **settings: Any,
 ) -> list[Rank]:
     """Brings up all ranks of a worker in this process, stage after stage."""
-    groups = [ThreadGroup(size) for _ in range(stages)]
-    queues: list[list[Queue[Tensor]]] = [[Queue() for _ in range(size)] for _ in range(stages + 1)]
+    in_stage = contexts * size
+    shards = [[ThreadGroup(size) for _ in range(contexts)] for _ in range(stages)]
+    divisions = [[ThreadGroup(contexts) for _ in range(size)] for _ in range(stages)]
+    queues: list[list[Queue[Tensor]]] = [
+        [Queue() for _ in range(in_stage)] for _ in range(stages + 1)
+    ]
+    pairs = list(itertools.permutations(range(stages), 2))
+    couriers: list[dict[tuple[int, int], Queue[Tensor]]] = [
+        {pair: Queue() for pair in pairs} for _ in range(in_stage)
+    ]
     model_config = ModelConfig.from_directory(model_dir)
-    place = Place(torch.device("cpu"), torch.float32, local_size=size * stages)
+    dtype = getattr(torch, settings.get("dtype", "float32"))
+    place = Place(torch.device("cpu"), dtype, local_size=in_stage * stages)
+    settings = {"num_blocks": 64, "max_num_seqs": 8, **settings}
 
     def build(index: int) -> Rank:
-        shard, stage = Shard(index % size, size), Stage(index // size, stages, split)
-        config = WorkerConfig(
-            model_dir, "", "", "", shard, stage, num_blocks=64, max_num_seqs=8, **settings
+        number = index % in_stage
+        shard, stage = Shard(number % size, size), Stage(index // in_stage, stages, split)
+        context = Shard(number // size, contexts)
+        config = WorkerConfig(model_dir, "", "", "", shard, stage, context=context, **settings)
+        communicator = ThreadCommunicator(shard, shards[stage.index][context.rank])
+        before, after = queues[stage.index][number], queues[stage.index + 1][number]
+        division = ThreadCommunicator(
+            Shard(context.rank, contexts), divisions[stage.index][shard.rank]
         )
-        communicator = ThreadCommunicator(shard, groups[stage.index])
-        before, after = queues[stage.index][shard.rank], queues[stage.index + 1][shard.rank]
-        joined = Group(communicator, link=ThreadLink(before, after))
+        courier = ThreadCourier(stage.index, couriers[number])
+        joined = Group(
+            communicator,
+            link=ThreadLink(before, after),
+            context=division if contexts > 1 else None,
+            courier=courier,
+        )
         return build_rank(config, model_config, place, joined, lambda _done, _total: None)
 
-    with ThreadPoolExecutor(size * stages) as pool:
-        return list(pool.map(build, range(size * stages)))
+    with ThreadPoolExecutor(in_stage * stages) as pool:
+        return list(pool.map(build, range(in_stage * stages)))
 
 
 def script(kind: str, reference: Reference) -> tuple[list[bytes], list[list[int]]]:
@@ -252,19 +303,35 @@ def test_every_rank_reads_its_slices_only(
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("collectives", "stages"), [("gloo", 1), ("shm", 2)])
+@pytest.mark.parametrize(
+    ("collectives", "sizes"),
+    [
+        ("gloo", (2, 1, 1)),
+        ("shm", (2, 1, 2)),
+        ("gloo", (1, 2, 1)),
+        ("auto", (2, 2, 1)),
+        # With recorded decode steps, the collectives in them.
+        pytest.param(
+            *("nccl", (2, 1, 1)),
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a GPU for each rank"),
+            ],
+        ),
+    ],
+)
 def test_processes(
     collectives: str,
-    stages: int,
+    sizes: tuple[int, int, int],
     checkpoint: Checkpoints,
     reference: Reference,
     tmp_path: Path,
 ) -> None:
-    kind, size = "llama", 2
+    kind = "llama"
     messages, sampled = script(kind, reference)
     (tmp_path / "plans").write_bytes(msgpack.packb(messages))
-    with rank_processes(checkpoint(kind), size, tmp_path, collectives, stages) as processes:
-        assert [process.wait(timeout=100) for process in processes] == [0] * size * stages
+    with rank_processes(checkpoint(kind), sizes, tmp_path, collectives) as processes:
+        assert [process.wait(timeout=100) for process in processes] == [0] * math.prod(sizes)
 
     answers = msgpack.unpackb((tmp_path / "answers").read_bytes())
     assert [answer["step_id"] for answer in answers] == list(range(1, len(messages) + 1))
@@ -287,5 +354,5 @@ def test_lost_rank_ends_the_group(
     messages, _ = script("llama", reference)
     # A plan that no rank can read: rank 0 fails on it, and must take the other rank with it.
     (tmp_path / "plans").write_bytes(msgpack.packb([messages[0], b"\xc1"]))
-    with rank_processes(checkpoint("llama"), 2, tmp_path) as processes:
+    with rank_processes(checkpoint("llama"), (2, 1, 1), tmp_path) as processes:
         assert all(process.wait(timeout=100) != 0 for process in processes)

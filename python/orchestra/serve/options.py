@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestra.errors import ConfigError
-from orchestra.worker.config import (
-    add_engine_arguments,
-    add_pipeline_argument,
-    parse_layer_split,
-)
+from orchestra.worker.argument_types import parse_layer_split
+from orchestra.worker.config import add_engine_arguments, add_parallel_arguments
 from orchestra.worker.sharding import Stage
 
 MODEL_FILES = ("config.json", "tokenizer.json")
@@ -28,6 +25,8 @@ class ServeOptions:
     """Ranks per stage of a worker, each with its shard of the stage's layers."""
     stages: int
     """Stages of each worker's pipeline."""
+    contexts: int
+    """Times that each stage is there, to divide long prompts."""
     spare_ranks: int
     """Processes that wait to take the place of a lost rank."""
     replicas: int
@@ -50,7 +49,12 @@ class ServeOptions:
     @property
     def num_ranks(self) -> int:
         """Ranks of each worker."""
-        return self.tp * self.stages
+        return self.tp * self.contexts * self.stages
+
+    @property
+    def has_replaceable_ranks(self) -> bool:
+        """Whether the ranks of a worker can go on with another one in the place of one that was lost."""
+        return self.num_ranks > 1 and self.num_ranks == self.tp
 
     def arguments_of(self, index: int) -> list[str]:
         """Arguments of one worker, those of every rank included."""
@@ -102,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tp", type=_positive, default=1, help="ranks that share each layer (default: 1)"
     )
-    add_pipeline_argument(parser)
+    add_parallel_arguments(parser)
     parser.add_argument(
         "--spare-ranks",
         type=_not_negative,
@@ -156,6 +160,10 @@ def from_arguments(arguments: argparse.Namespace) -> ServeOptions:
     prefill = _prefill_workers(arguments)
     if arguments.spare_ranks and arguments.pipeline_parallel > 1:
         raise UsageError("--spare-ranks does not go with --pp: no rank of a pipeline is replaced")
+    if arguments.spare_ranks and arguments.context_parallel > 1:
+        raise UsageError("--spare-ranks does not go with --cp: no rank is replaced there")
+    if arguments.repartition != "off" and arguments.pipeline_parallel == 1:
+        raise UsageError("--repartition needs stages to move layers between: --pp of at least 2")
     worker: list[str] = []
     for action in add_engine_arguments(argparse.ArgumentParser()):
         value = getattr(arguments, action.dest)
@@ -169,6 +177,7 @@ def from_arguments(arguments: argparse.Namespace) -> ServeOptions:
         model_dir=arguments.model_dir,
         tp=arguments.tp,
         stages=arguments.pipeline_parallel,
+        contexts=arguments.context_parallel,
         spare_ranks=arguments.spare_ranks if arguments.tp > 1 else 0,
         replicas=prefill + arguments.decode if prefill else arguments.replicas or 1,
         prefill=prefill,
@@ -215,6 +224,8 @@ def group_devices(options: ServeOptions) -> list[str | None]:
                 f"--prefill {options.prefill} and --decode {options.replicas - options.prefill}"
             )
         ranks = f"--tp {options.tp}"
+        if options.contexts > 1:
+            ranks += f", --cp {options.contexts}"
         if options.stages > 1:
             ranks += f", --pp {options.stages}"
         raise UsageError(

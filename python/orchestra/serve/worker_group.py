@@ -120,8 +120,8 @@ class WorkerGroup:
     def _is_replaceable(self, rank: int, status: int) -> bool:
         """Whether the others can go on without a rank that ended, until another has its place."""
         is_hopeless = status == EXIT_INVALID_CONFIG or self._replacements >= REPLACEMENTS_MAX
-        is_pipeline = self._options.stages > 1
-        return rank != 0 and self.is_ready and not is_pipeline and not is_hopeless
+        is_possible = self._options.has_replaceable_ranks
+        return rank != 0 and self.is_ready and is_possible and not is_hopeless
 
     async def _replace(self, rank: int, status: int) -> None:
         self._replacements += 1
@@ -154,8 +154,8 @@ class WorkerGroup:
         if options.num_ranks > 1:
             rendezvous = f"file://{self._meeting_place() / 'rendezvous'}"
             command += ["--tp", str(options.tp), "--rank", str(rank), "--rendezvous", rendezvous]
-            command += ["--pp", str(options.stages)]
-            if options.stages == 1:
+            command += ["--pp", str(options.stages), "--cp", str(options.contexts)]
+            if options.has_replaceable_ranks:
                 command += ["--regroup-timeout", f"{REGROUP_TIMEOUT_S:g}"]
             name = f"{self.name} rank {rank}"
 

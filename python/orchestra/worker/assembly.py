@@ -2,32 +2,40 @@
 
 import os
 import struct
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from orchestra.errors import ConfigError
 from orchestra.worker import device as devices
-from orchestra.worker.attention_cpu import make_attention
+from orchestra.worker.attention_choice import make_attention
 from orchestra.worker.attention_layout import workspace_bytes
+from orchestra.worker.collectives import join_context_group, join_group
 from orchestra.worker.config import WorkerConfig
+from orchestra.worker.context_runner import ContextAttention, ContextGroup, ContextRunner
+from orchestra.worker.graph_choice import attention_name, graph_bytes, make_graphs, uses_graphs
 from orchestra.worker.kv_cache import (
     GIB,
     KvCache,
     KvCacheBudget,
     KvCacheSpec,
+    PagedCache,
     check_host_blocks,
     decide_max_model_len,
     decide_num_blocks,
 )
 from orchestra.worker.kv_pool import make_kv_pool
+from orchestra.worker.layer_courier import Courier, ProcessCourier
+from orchestra.worker.layer_mover import LayerMover, Makers, StageParts
 from orchestra.worker.layers import LoadContext
 from orchestra.worker.loader import Progress, WeightReader
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.models import LOADERS, Model
+from orchestra.worker.models.decoder import Decoder
 from orchestra.worker.parallel import Communicator, SingleRank, rendezvous
 from orchestra.worker.plan import PlanReader
 from orchestra.worker.plan_channel import Follower, Leader, RankLostError
@@ -35,8 +43,8 @@ from orchestra.worker.renewable_group import AbortableCommunicator, RenewableGro
 from orchestra.worker.runner import ModelRunner, warm_up_plan
 from orchestra.worker.runner_choice import ModelShape, load_hf, read_model_config
 from orchestra.worker.sampler import Sampler
-from orchestra.worker.sharding import Shard, Stage
-from orchestra.worker.shared_group import join_group
+from orchestra.worker.sharding import Shard, Span, Stage
+from orchestra.worker.stage_cache import StageCache
 from orchestra.worker.stage_link import ProcessLink, SingleStage, StageLink
 
 if TYPE_CHECKING:
@@ -67,6 +75,10 @@ class Group:
     """The communicator, where it can go on with another group after a rank was lost."""
     link: StageLink = field(default_factory=SingleStage)
     """To the stages before and after it."""
+    context: ContextGroup | None = None
+    """Of the ranks that divide prompts with this one."""
+    courier: Courier | None = None
+    """To all other stages, for layers that move; None with a single stage."""
 
     def step(self) -> AbstractContextManager[None]:
         """Brackets a step, so that others see how far this rank is."""
@@ -88,6 +100,8 @@ class Group:
     def close(self) -> None:
         """Leaves the other ranks."""
         self.link.close()
+        if self.context is not None:
+            self.context.close()
         self.communicator.close()
 
 
@@ -101,12 +115,13 @@ class Place:
     """Ranks on this machine, which share its cores and its memory."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rank:
     """One rank, ready to execute plans."""
 
     model_config: ModelShape
     runner: ModelRunner
+    """Another one after layers have moved."""
     reader: PlanReader
     """Reads the messages with this rank's plans."""
     group: Group
@@ -114,6 +129,8 @@ class Rank:
     """KV blocks, the same on every rank."""
     max_model_len: int
     """Longest sequence that fits, tokens."""
+    step_tokens: int
+    """Most tokens in one step."""
     kv_pool: "KvPool | None" = None
     """The cache's memory, where KV can move to other workers and come from them."""
     block_size: int = 1
@@ -121,23 +138,25 @@ class Rank:
 
     stage: Stage = field(default_factory=Stage)
     """Its stage of the pipeline."""
-    shard: Shard = field(default_factory=Shard)
-    """Its place in the stage."""
+    place: Shard = field(default_factory=Shard)
+    """Its number among the ranks of its stage."""
+    mover: LayerMover | None = None
+    """Where layers can move between stages."""
 
     @property
     def reporting_ranks(self) -> list[int]:
         """The first rank of each stage but the first stage: those that report to rank 0."""
-        return [stage * self.shard.size for stage in range(1, self.stage.count)]
+        return [stage * self.place.size for stage in range(1, self.stage.count)]
 
     @property
     def sampling_rank(self) -> int:
         """The one that draws the tokens: the first rank of the last stage."""
-        return (self.stage.count - 1) * self.shard.size
+        return (self.stage.count - 1) * self.place.size
 
     @property
     def is_reporting(self) -> bool:
         """Whether rank 0 waits for this rank's reports."""
-        return self.shard.rank == 0 and not self.stage.is_first
+        return self.place.rank == 0 and not self.stage.is_first
 
     def settle(self) -> None:
         """Begins a generation together with the other ranks: those that stayed, and those that have just loaded.
@@ -168,13 +187,20 @@ def assemble(config: WorkerConfig, progress: Progress) -> Rank:
     _longest_sequence(config, model_config)
     place = _choose_place(config, model_config)
     _check_weights_fit(config, model_config, place)
+    if config.repartition != "off" and place.device.type != "cpu":
+        message = "--repartition: stages are timed on CPUs only, where they end when the work does"
+        raise ConfigError(message, key="repartition")
     return build_rank(config, model_config, place, _join(config, place), progress)
 
 
 def warm_up(runner: ModelRunner, block_size: int) -> None:
-    """Runs a step of each kind, on all ranks together."""
+    """Runs a step of each kind, on all ranks together, and records those that are to be replayed."""
+    if runner.graphs is not None:
+        runner.graphs.forget()
     for num_tokens in (block_size, 1):
         runner.execute(warm_up_plan(num_tokens))
+    if runner.graphs is not None:
+        runner.graphs.record()
 
 
 def build_rank(
@@ -198,6 +224,10 @@ def build_rank(
         key_order=shape.key_order,
     )
     budget = _budget(config, shape, spec, place, longest)
+    is_recorded = uses_graphs(config, model_config, spec, place.device)
+    if is_recorded:
+        taken = graph_bytes(config, shape, -(-longest // config.block_size))
+        budget = replace(budget, free_bytes=max(0, budget.free_bytes - taken))
     if group.follower is not None and group.follower.num_blocks > 0:
         # This rank replaces one: the others have their caches.
         budget = replace(budget, num_blocks=group.follower.num_blocks)
@@ -206,25 +236,67 @@ def build_rank(
     left = budget.free_bytes - num_blocks * spec.bytes_per_block
     check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(place, left))
     pool = make_kv_pool(config, spec, num_blocks, place.device)
-    cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks, pool)
-    rules = shape.attention[layers.start : layers.stop]
-    # Latent attention has one KV head of which all query heads are the group: that is a matrix product of torch's.
-    is_latent = isinstance(model_config, ModelConfig) and model_config.latent is not None
-    name = "torch" if is_latent else config.attention
-    attention = make_attention(name, cache, len(heads.heads), place.device, rules)
+    name = attention_name(config, model_config)
     sampler = None
     if config.rank == config.sampling_rank:
         sampler = Sampler(shape.vocab_size, config.max_num_seqs, place.device)
-    runner = ModelRunner(model, cache, attention, sampler, place.device)
+
+    def make_runner(model: Model, cache: PagedCache, layers: Span) -> ModelRunner:
+        rules = shape.attention[layers.start : layers.stop]
+        attention = make_attention(name, cache, len(heads.heads), place.device, rules)
+        graphs = None
+        if is_recorded:
+            graphs = make_graphs(config, model, attention, max_model_len, place.device)
+        if group.context is None:
+            return ModelRunner(model, cache, attention, sampler, place.device, graphs)
+        division = ContextAttention(
+            *(attention, cache, group.context, config.context), config.context_min_tokens
+        )
+        return ContextRunner(model, cache, division, sampler, place.device)
+
+    mover = None
+    if config.repartition == "off":
+        cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks, pool)
+        runner = make_runner(model, cache, layers)
+    else:
+        layered = StageCache.allocate(spec, num_blocks, config.num_host_blocks)
+        mover = _make_mover(config, (model, layered), make_runner, place, group)
+        runner = mover.runner
     warm_up(runner, config.block_size)
     plans = PlanReader(config.max_num_seqs, -(-max_model_len // config.block_size))
     return Rank(
         *(shape, runner, plans, group, num_blocks, max_model_len),
+        step_tokens=config.step_tokens(place.device.type),
         kv_pool=pool,
         stage=config.stage,
-        shard=config.shard,
+        place=config.stage_place,
         block_size=config.block_size,
+        mover=mover,
     )
+
+
+def _make_mover(
+    config: WorkerConfig,
+    loaded: tuple[Model, StageCache],
+    make_runner: Callable[[Model, PagedCache, Span], ModelRunner],
+    place: Place,
+    group: Group,
+) -> LayerMover:
+    """What moves the layers of a rank whose model and cache are `loaded`."""
+    decoder, cache = loaded
+    # Other runners than the native one refuse stages.
+    assert isinstance(decoder, Decoder)
+    assert group.courier is not None
+    makers = Makers(
+        reader=lambda: WeightReader(config.model_dir),
+        context=lambda reader, stage: _load_context(
+            replace(config, stage=stage), place, group, reader
+        ),
+        runner=lambda decoder, cache: make_runner(decoder, cache, decoder.span),
+    )
+    parts = StageParts(decoder, cache, makers.runner(decoder, cache))
+    model_config = decoder.config
+    return LayerMover(model_config, config.stage, parts, makers, group.courier, place.local_size)
 
 
 def _load(
@@ -239,17 +311,23 @@ def _load(
     if not isinstance(model_config, ModelConfig):
         return load_hf(config, model_config, place.dtype, place.device, longest, progress)
     with WeightReader(config.model_dir) as reader:
-        context = LoadContext(
-            reader,
-            group.communicator,
-            place.dtype,
-            place.device,
-            config.expert_parallel,
-            config.stage,
-            group.link,
-        )
+        context = _load_context(config, place, group, reader)
         load = LOADERS[model_config.architecture]
         return load(context, model_config, longest, progress), model_config
+
+
+def _load_context(
+    config: WorkerConfig, place: Place, group: Group, reader: WeightReader
+) -> LoadContext:
+    return LoadContext(
+        reader,
+        group.communicator,
+        place.dtype,
+        place.device,
+        config.expert_parallel,
+        config.stage,
+        group.link,
+    )
 
 
 def _longest_sequence(config: WorkerConfig, model_config: "ModelConfig | HfConfig") -> int:
@@ -278,6 +356,10 @@ def _check_weights_fit(
     """Compares the weights with the free memory before they are read, which may otherwise end in a kill."""
     size = sum(path.stat().st_size for path in config.model_dir.glob("*.safetensors"))
     weights = size * place.dtype.itemsize // model_config.dtype.itemsize // config.shard.size
+    if place.device.type == "cpu":
+        # The largest of them, beside its copy as the kernels want it; with tied embeddings both stay.
+        head = model_config.vocab_size * model_config.hidden_size
+        weights += head * place.dtype.itemsize // config.shard.size
     needed = weights + LIBRARY_BYTES
     free = devices.free_bytes(place.device, place.local_size)
     if needed > free:
@@ -298,20 +380,31 @@ def _join(config: WorkerConfig, place: Place) -> Group:
     else:
         follower = Follower(store, config.rank)
         generation = follower.generation
-    if config.stage.count > 1:
-        # Each stage is a world of its own: its collectives are among its ranks.
-        own = PrefixStore(f"stage-{config.stage.index}", store)
-        communicator: Communicator = SingleRank()
-        if config.shard.size > 1:
-            communicator = join_group(config, own, place.device, generation)
-        link = ProcessLink(config.stage, config.shard, store, place.device)
-        return Group(communicator, leader, follower, link=link)
+    if config.stage.count * config.context.size > 1:
+        return _join_parts(config, place, store, Group(SingleRank(), leader, follower))
 
     def join(generation: int) -> AbortableCommunicator:
         return join_group(config, store, place.device, generation)
 
     group = RenewableGroup(config.shard, join, generation)
     return Group(group, leader, follower, renewable=group)
+
+
+def _join_parts(config: WorkerConfig, place: Place, store: Store, group: Group) -> Group:
+    """Joins the groups of a rank whose worker is more than one group that shares each layer."""
+    # Each is a world of its own, with its collectives among its ranks.
+    own = PrefixStore(f"stage-{config.stage.index}", store)
+    if config.shard.size > 1:
+        shards = PrefixStore(f"context-{config.context.rank}", own)
+        group = replace(group, communicator=join_group(config, shards, place.device, 0))
+    if config.context.size > 1:
+        contexts = PrefixStore(f"shard-{config.shard.rank}", own)
+        group = replace(group, context=join_context_group(config, contexts, place.device))
+    if config.stage.count > 1:
+        link = ProcessLink(config.stage, config.stage_place, store, place.device)
+        courier = ProcessCourier(config.stage, config.stage_place, store, place.device)
+        group = replace(group, link=link, courier=courier)
+    return group
 
 
 def _budget(
@@ -322,7 +415,7 @@ def _budget(
     return KvCacheBudget(
         num_blocks=config.num_blocks,
         memory_bytes=config.kv_cache_memory,
-        free_bytes=max(0, free - step_bytes(config, shape, spec, longest)),
+        free_bytes=max(0, free - step_bytes(config, shape, spec, longest, place.device.type)),
         useful_tokens=None if is_cuda else config.max_num_seqs * longest,
         share=CUDA_SHARE if is_cuda else CPU_SHARE,
     )
@@ -334,14 +427,19 @@ def _free_host_bytes(place: Place, left: int) -> int:
     return left if is_cpu else devices.free_bytes(torch.device("cpu"), place.local_size)
 
 
-def step_bytes(config: WorkerConfig, shape: ModelShape, spec: KvCacheSpec, longest: int) -> int:
+def step_bytes(
+    config: WorkerConfig, shape: ModelShape, spec: KvCacheSpec, longest: int, device_type: str
+) -> int:
     """Upper estimate of what a step needs beside weights and cache."""
     # Live at once per token: the residual stream and its copies, both halves of the MLP, the attention heads. Per
     # sample, while it is drawn: the logits, what penalties and biases make of them, which tokens came before, the
     # probabilities, ranked and summed up in double precision. All counted as fp32.
     heads = 3 * shape.num_heads * shape.head_dim
+    if config.context.size > 1:
+        # The keys and values of a layer, this rank's and everyone's.
+        heads += 4 * spec.num_kv_heads * spec.head_dim
     per_token = 4 * shape.hidden_size + 3 * shape.mlp_width + heads
     per_sample = 16 * shape.vocab_size
-    numbers = config.max_num_batched_tokens * per_token + config.max_num_seqs * per_sample
+    numbers = config.step_tokens(device_type) * per_token + config.max_num_seqs * per_sample
     attention = workspace_bytes(spec, config.max_num_seqs, longest)
     return numbers * torch.float32.itemsize + attention + LIBRARY_BYTES

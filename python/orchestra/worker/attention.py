@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own customary name)
 
 from orchestra.worker.attention_layout import CachedPart, LayoutPlanner, StepLayout
-from orchestra.worker.kv_cache import KvCache
+from orchestra.worker.kv_cache import PagedCache
 from orchestra.worker.model_config import AttentionRule
 from orchestra.worker.plan import StepPlan
 
@@ -54,7 +54,7 @@ class TorchPagedAttention:
 
     def __init__(
         self,
-        cache: KvCache,
+        cache: PagedCache,
         num_heads: int,
         device: torch.device,
         rules: Sequence[AttentionRule] = (),

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from orchestra._core import PagedAttention
-from orchestra.errors import ConfigError
-from orchestra.worker.attention import AttentionBackend, LayerListener, TorchPagedAttention
-from orchestra.worker.kv_cache import KvCache, KvCacheSpec
+from orchestra.worker.attention import LayerListener
+from orchestra.worker.attention_layout import with_whole_heads
+from orchestra.worker.kv_cache import KvCacheSpec, PagedCache
 from orchestra.worker.model_config import AttentionRule
 from orchestra.worker.plan import StepPlan
+from orchestra.worker.row_kernels import KERNEL_DTYPES
 
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # The kernels' vectors: heads and blocks are made of whole ones.
 _LANES = 8
 _HEAD_DIM_MAX = 1024
@@ -36,7 +36,7 @@ class CpuPagedAttention:
 
     def __init__(
         self,
-        cache: KvCache,
+        cache: PagedCache,
         num_heads: int,
         rules: Sequence[AttentionRule] = (),
         *,
@@ -48,7 +48,7 @@ class CpuPagedAttention:
         self._head_dim = spec.head_dim
         self._kernels = PagedAttention(
             (num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size, cache.num_blocks),
-            _DTYPES[spec.dtype],
+            KERNEL_DTYPES[spec.dtype],
             [
                 (cache.layer(index).data_ptr(), rule.window, rule.scale, rule.soft_cap)
                 for index, rule in enumerate(list(rules) or [AttentionRule()] * spec.num_layers)
@@ -79,7 +79,7 @@ class CpuPagedAttention:
 
     def forward(self, layer: int, query: Tensor, key_value: Tensor) -> Tensor:
         """Computes one layer; see `AttentionBackend`."""
-        query, key_value = _with_whole_heads(query), _with_whole_heads(key_value)
+        query, key_value = with_whole_heads(query), with_whole_heads(key_value)
         output = query.new_empty(query.shape[0], query.shape[1] * self._head_dim)
         self._kernels.forward(
             layer,
@@ -94,48 +94,12 @@ class CpuPagedAttention:
         return output
 
 
-def _with_whole_heads(tensor: Tensor) -> Tensor:
-    """`[T, heads, head_dim]` in which a token's heads are one run of numbers; tokens may lie apart."""
-    is_whole = tensor.stride()[1:] == (tensor.shape[2], 1)
-    return tensor if is_whole else tensor.contiguous()
-
-
 def supports(spec: KvCacheSpec, device: torch.device) -> bool:
     """Whether the kernels can compute over such a cache."""
     return (
         device.type == "cpu"
-        and spec.dtype in _DTYPES
+        and spec.dtype in KERNEL_DTYPES
         and spec.head_dim % _LANES == 0
         and spec.head_dim <= _HEAD_DIM_MAX
         and spec.block_size % _LANES == 0
     )
-
-
-def make_attention(
-    name: str,
-    cache: KvCache,
-    num_heads: int,
-    device: torch.device,
-    rules: Sequence[AttentionRule],
-) -> AttentionBackend:
-    """The attention of a rank.
-
-    Args:
-        name: `cpu`, `torch`, or `auto`: the CPU's kernels where they can.
-        cache: this rank's.
-        num_heads: query heads of this rank.
-        device: of the tensors.
-        rules: of each layer.
-
-    Raises:
-        ConfigError: `cpu` was asked for where the kernels cannot compute.
-    """
-    is_possible = supports(cache.spec, device)
-    if name == "cpu" and not is_possible:
-        message = (
-            "--attention: cpu needs fp32 or bf16 on a CPU, and heads and blocks of multiples of 8"
-        )
-        raise ConfigError(message, key="attention")
-    if name == "torch" or not is_possible:
-        return TorchPagedAttention(cache, num_heads, device, rules)
-    return CpuPagedAttention(cache, num_heads, rules)

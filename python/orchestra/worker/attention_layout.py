@@ -76,6 +76,12 @@ def workspace_bytes(spec: KvCacheSpec, max_num_seqs: int, longest: int) -> int:
     return gathered + numbers * torch.float32.itemsize
 
 
+def with_whole_heads(tensor: Tensor) -> Tensor:
+    """`[T, heads, head_dim]` in which a token's heads are one run of numbers; tokens may lie apart."""
+    is_whole = tensor.stride()[1:] == (tensor.shape[2], 1)
+    return tensor if is_whole else tensor.contiguous()
+
+
 class LayoutPlanner:
     """Cuts steps into calls.
 

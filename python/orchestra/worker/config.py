@@ -1,9 +1,7 @@
 """What one rank is told at start: the flags of `orchestra worker`, and their only defaults."""
 
 import argparse
-import ipaddress
 import os
-import re
 import socket
 import uuid
 from collections.abc import Sequence
@@ -13,19 +11,27 @@ from typing import Any, NoReturn
 from urllib.parse import urlparse
 
 from orchestra.errors import ConfigError
+from orchestra.worker.argument_types import (
+    address,
+    integer,
+    layer_split,
+    parse_bytes,
+    parse_layer_split,
+)
 from orchestra.worker.sharding import Shard, Stage
 
 # EX_USAGE of sysexits.h: a restart changes nothing.
 EXIT_INVALID_CONFIG = 64
 
+# Tokens of a step. A CPU is as fast with a few hundred as with thousands, and what has few comes first to its end.
+STEP_TOKENS = 2048
+STEP_TOKENS_CPU = 256
+
 # Flags that `WorkerConfig` has in another form.
 _SPELT_OTHERWISE = (
-    *("tp", "pipeline_parallel", "layer_split", "rank", "regroup_timeout"),
+    *("tp", "pipeline_parallel", "context_parallel", "layer_split", "rank", "regroup_timeout"),
     *("served_model_name", "no_prefix_cache", "drain_timeout"),
 )
-
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,22 @@ class WorkerConfig:
     """This rank's place in the tensor-parallel group of its stage."""
     stage: Stage = field(default_factory=Stage)
     """Its stage of the pipeline."""
+    repartition: str = "off"
+    """Whether layers move between stages while the worker serves: `off`, or `auto`: where that pays."""
     rendezvous: str = ""
     """Where the ranks meet: `file:///path`, `tcp://host:port` or `env://`. Empty with one rank."""
+    context: Shard = field(default_factory=Shard)
+    """This rank's place among those of its stage that divide the tokens of long prompts."""
+    context_min_tokens: int = 128
+    """Fewest tokens of prompts in a step that they divide; of a smaller step every one computes the whole."""
     attention: str = "auto"
-    """What attends over the cache: `torch`, `cpu`, or `auto`: kernels for the CPU where they can compute."""
+    """What attends over the cache: `torch`, `cpu`, `triton`, or `auto`: the device's kernels where they can compute."""
+    cuda_graphs: str = "auto"
+    """Whether decode steps are recorded and replayed: `on`, `off`, or `auto`: on a GPU, where one rank computes."""
     collectives: str = "auto"
-    """What carries the sums of the ranks: `gloo`, `shm`, or `auto`: shared memory for CPU ranks of one machine."""
+    """What carries the sums of the ranks: `gloo`, `shm`, or `auto`: shared memory for CPU ranks of one node."""
+    node: str = ""
+    """What this rank's node is called, whose ranks are near each other; empty: by boot and PID namespace."""
     regroup_timeout_s: float = 0.0
     """How long the ranks wait for a replacement of one that was lost; 0: they end with it."""
     rank_hang_timeout_ms: int = 300
@@ -71,8 +87,8 @@ class WorkerConfig:
     evicts, and copies for other workers."""
     max_num_seqs: int = 256
     """Most sequences in one step."""
-    max_num_batched_tokens: int = 2048
-    """Most tokens in one step."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens in one step; None: see `step_tokens`."""
     max_model_len: int | None = None
     """Longest prompt plus output, tokens; None: what the model and the cache can hold."""
     max_prefill_chunk: int = 0
@@ -109,17 +125,33 @@ class WorkerConfig:
     @property
     def num_ranks(self) -> int:
         """Ranks of the worker: those of all stages."""
-        return self.shard.size * self.stage.count
+        return self.stage_place.size * self.stage.count
+
+    @property
+    def stage_place(self) -> Shard:
+        """This rank's number among the ranks of its stage: those that share each layer are neighbours."""
+        rank = self.context.rank * self.shard.size + self.shard.rank
+        return Shard(rank, self.context.size * self.shard.size)
 
     @property
     def rank(self) -> int:
-        """This rank's number among them, stage after stage; the agent is rank 0's."""
-        return self.stage.index * self.shard.size + self.shard.rank
+        """This rank's number among those of the worker, stage after stage; the agent is rank 0's."""
+        return self.stage.index * self.stage_place.size + self.stage_place.rank
 
     @property
     def sampling_rank(self) -> int:
         """The rank that draws the tokens: the first of the last stage."""
-        return self.num_ranks - self.shard.size
+        return self.num_ranks - self.stage_place.size
+
+    def step_tokens(self, device_type: str) -> int:
+        """Most tokens in one step on a device of this type (`cpu`, `cuda`): as asked for, or what suits it.
+
+        Every running sequence has to fit, so that each gets a token.
+        """
+        if self.max_num_batched_tokens is not None:
+            return self.max_num_batched_tokens
+        usual = STEP_TOKENS_CPU if device_type == "cpu" else STEP_TOKENS
+        return max(usual, self.max_num_seqs)
 
 
 def parse_arguments(arguments: Sequence[str]) -> WorkerConfig:
@@ -159,13 +191,19 @@ def _add_required(parser: argparse.ArgumentParser) -> None:
 
 def _add_group(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("ranks")
-    group.add_argument("--tp", type=_integer(1), help="ranks that share each layer (default: 1)")
-    add_pipeline_argument(group)
+    group.add_argument("--tp", type=integer(1), help="ranks that share each layer (default: 1)")
+    add_parallel_arguments(group)
     group.add_argument(
-        "--rank", type=_integer(0), help="which of the tp x pp ranks this is, stage after stage"
+        "--rank", type=integer(0), help="which of the tp x cp x pp ranks this is, stage after stage"
     )
     group.add_argument(
         "--rendezvous", default="", metavar="URL", help="file:///path, tcp://host:port or env://"
+    )
+    group.add_argument(
+        "--node",
+        default=WorkerConfig.node,
+        metavar="NAME",
+        help="of what this rank shares with near ones; sums go by node first (default: this boot and PID namespace)",
     )
     group.add_argument(
         "--regroup-timeout",
@@ -176,15 +214,23 @@ def _add_group(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_pipeline_argument(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
-    """Declares the number of stages, for `orchestra worker` and `orchestra serve` alike."""
+def add_parallel_arguments(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """Declares stages, and ranks that divide prompts, for `orchestra worker` and `orchestra serve` alike."""
     group.add_argument(
         "--pipeline-parallel",
         "--pp",
-        type=_integer(1),
+        type=integer(1),
         default=1,
         metavar="STAGES",
-        help="stages that the layers are divided among, each of --tp ranks",
+        help="stages that the layers are divided among, each of --tp x --cp ranks",
+    )
+    group.add_argument(
+        "--context-parallel",
+        "--cp",
+        type=integer(1),
+        default=1,
+        metavar="N",
+        help="times that each stage is there, to divide the tokens of long prompts",
     )
 
 
@@ -218,22 +264,28 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
         ),
         add(
             "--attention",
-            choices=["auto", "torch", "cpu"],
+            choices=["auto", "torch", "cpu", "triton"],
             default=default.attention,
-            help="what attends over the cache; auto: kernels of our own on a CPU, else torch",
+            help="what attends over the cache; auto: kernels of our own, triton on a GPU; torch where they cannot",
+        ),
+        add(
+            "--cuda-graphs",
+            choices=["auto", "on", "off"],
+            default=default.cuda_graphs,
+            help="replay recorded decode steps on a GPU; auto: where the worker has one rank and triton attends",
         ),
         add(
             "--collectives",
             choices=["auto", "gloo", "shm"],
             default=default.collectives,
-            help="between the CPU ranks of a model; auto: shared memory on one machine, else gloo",
+            help="between the CPU ranks of a model; auto: shared memory inside a node, gloo between nodes",
         ),
         add(
-            "--block-size", type=_integer(1), default=default.block_size, help="tokens per KV block"
+            "--block-size", type=integer(1), default=default.block_size, help="tokens per KV block"
         ),
         add(
             "--num-blocks",
-            type=_integer(1),
+            type=integer(1),
             help="KV blocks (default: as many as the memory allows)",
         ),
         add(
@@ -244,53 +296,66 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
         ),
         add(
             "--num-host-blocks",
-            type=_integer(0),
+            type=integer(0),
             default=default.num_host_blocks,
             help="KV blocks of host memory below the cache: of preempted sequences, evicted, copied for other workers",
         ),
         add(
             "--max-num-seqs",
-            type=_integer(1),
+            type=integer(1),
             default=default.max_num_seqs,
             help="most sequences in one step",
         ),
         add(
             "--max-num-batched-tokens",
-            type=_integer(1),
-            default=default.max_num_batched_tokens,
-            help="most tokens in one step",
+            type=integer(1),
+            help=f"most tokens in one step (default: {STEP_TOKENS} on a GPU, {STEP_TOKENS_CPU} on a CPU, at least"
+            " as many as sequences)",
         ),
         add(
             "--max-model-len",
-            type=_integer(2),
+            type=integer(2),
             help="longest prompt plus output, tokens (default: what model and cache hold)",
         ),
         add(
             "--max-prefill-chunk",
-            type=_integer(0),
+            type=integer(0),
             default=default.max_prefill_chunk,
             help="most prompt tokens of one sequence in one step; 0: only the token budget",
         ),
         add(
             "--tpot-target-ms",
-            type=_integer(0),
+            type=integer(0),
             default=default.tpot_target_ms,
             metavar="MS",
             help="how long a step may last while sequences decode, which sizes the chunks of prompts; 0: no limit",
         ),
         add(
             "--rank-hang-timeout-ms",
-            type=_integer(0),
+            type=integer(0),
             default=default.rank_hang_timeout_ms,
             metavar="MS",
             help="shortest standstill in a step after which one of several ranks counts as hung; 0: never",
         ),
+        add(
+            "--context-min-tokens",
+            type=integer(1),
+            default=default.context_min_tokens,
+            metavar="TOKENS",
+            help="fewest tokens of prompts in a step that --context-parallel divides",
+        ),
         add("--no-prefix-cache", action="store_true", help="compute every prompt from its start"),
         add(
             "--layer-split",
-            type=_layer_split,
+            type=layer_split,
             metavar="N,N",
             help="layers of each stage of a pipeline, like 10,6 (default: equally many)",
+        ),
+        add(
+            "--repartition",
+            choices=["off", "auto"],
+            default=default.repartition,
+            help="auto: layers move from stages that take long to others while the worker serves, where that pays",
         ),
         add(
             "--expert-parallel",
@@ -316,7 +381,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
         ),
         add(
             "--weights-epoch",
-            type=_integer(0),
+            type=integer(0),
             default=default.weights_epoch,
             help="version of the weights; KV is never shared between two",
         ),
@@ -339,7 +404,7 @@ def _add_process(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="address of the metrics page",
     )
-    add("--metrics-port", type=_integer(0), metavar="PORT", help="(default: no metrics page)")
+    add("--metrics-port", type=integer(0), metavar="PORT", help="(default: no metrics page)")
     add(
         "--role",
         choices=["both", "prefill", "decode"],
@@ -348,11 +413,11 @@ def _add_process(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--kv-address",
-        type=_address,
+        type=address,
         metavar="ADDRESS",
         help="of this host, at which workers of other hosts reach its KV; unencrypted (default: none)",
     )
-    add("--parent-pid", type=_integer(1), help=argparse.SUPPRESS)
+    add("--parent-pid", type=integer(1), help=argparse.SUPPRESS)
     add("--spare", dest="is_spare", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -371,15 +436,21 @@ def _from_namespace(given: argparse.Namespace) -> WorkerConfig:
     names: dict[str, Any] = vars(given).copy()
     for name in _SPELT_OTHERWISE:
         del names[name]
-    shard, stage = _place(given)
-    if stage.count > 1 and given.regroup_timeout > 0:
-        message = "--regroup-timeout: no rank of a pipeline is replaced, its worker starts again"
+    shard, context, stage = _place(given)
+    if stage.count * context.size > 1 and given.regroup_timeout > 0:
+        message = (
+            "--regroup-timeout: with --pp or --cp no rank is replaced, the worker starts again"
+        )
         raise ConfigError(message, key="regroup_timeout")
+    if stage.count == 1 and given.repartition != "off":
+        message = "--repartition: needs stages to move layers between, --pp of at least 2"
+        raise ConfigError(message, key="repartition")
     names["worker_id"] = given.worker_id or f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
     return WorkerConfig(
         **names,
         model_name=given.served_model_name or model_dir.resolve().name,
         shard=shard,
+        context=context,
         stage=stage,
         enable_prefix_cache=not given.no_prefix_cache,
         drain_timeout_s=given.drain_timeout,
@@ -387,61 +458,26 @@ def _from_namespace(given: argparse.Namespace) -> WorkerConfig:
     )
 
 
-def _place(given: argparse.Namespace) -> tuple[Shard, Stage]:
+def _place(given: argparse.Namespace) -> tuple[Shard, Shard, Stage]:
     """This rank's place: from the flags, or with `env://` from what torchrun sets."""
-    stages, size, rank = given.pipeline_parallel, given.tp, given.rank
+    stages, contexts = given.pipeline_parallel, given.context_parallel
+    size, rank = given.tp, given.rank
     if urlparse(given.rendezvous).scheme == "env":
         world = int(os.environ.get("WORLD_SIZE", "1"))
-        size = max(1, world // stages) if size is None else size
+        size = max(1, world // (stages * contexts)) if size is None else size
         rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     size = 1 if size is None else size
-    num_ranks = stages * size
-    flags = f"--tp {size}" if stages == 1 else f"--tp {size} --pp {stages}"
+    in_stage = contexts * size
+    num_ranks = stages * in_stage
+    flags = f"--tp {size}"
+    flags += f" --cp {contexts}" if contexts > 1 else ""
+    flags += f" --pp {stages}" if stages > 1 else ""
     rank = 0 if rank is None and num_ranks == 1 else rank
     if rank is None or rank >= num_ranks:
         raise ConfigError(f"--rank: must be 0 to {num_ranks - 1} with {flags}", key="rank")
     if num_ranks > 1 and not given.rendezvous:
         raise ConfigError(f"--rendezvous: needed with {flags}", key="rendezvous")
     split = parse_layer_split(given.layer_split) if given.layer_split else ()
-    return Shard(rank % size, size), Stage(rank // size, stages, split)
-
-
-def parse_layer_split(text: str) -> tuple[int, ...]:
-    """Reads what `--layer-split` accepts, such as `10,6`."""
-    return tuple(map(int, text.split(",")))
-
-
-def parse_bytes(text: str) -> int:
-    """Reads a size such as `4GiB`, `500MB` or `1048576`."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 4GiB or 500MB")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
-
-
-def _layer_split(text: str) -> str:
-    """An argument type: whole numbers with commas between them."""
-    if re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text) is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers like 10,6")
-    return text
-
-
-def _address(text: str) -> str:
-    """An argument type: an IP address."""
-    try:
-        return str(ipaddress.ip_address(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an IP address") from error
-
-
-def _integer(least: int) -> Any:
-    """An argument type: a whole number of at least `least`."""
-
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}")
-        return value
-
-    parse.__name__ = "whole number"
-    return parse
+    stage = Stage(rank // in_stage, stages, split)
+    context = Shard(rank % in_stage // size, contexts)
+    return Shard(rank % size, size), context, stage

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 (torch's own customary name)
 
 from orchestra.worker.expert_config import ExpertConfig
 from orchestra.worker.layers import LoadContext
+from orchestra.worker.linear import make_linear
 from orchestra.worker.sharding import Span
 
 
@@ -20,7 +20,7 @@ class ExpertRouter:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, config: ExpertConfig) -> None:
         self.config = config
-        self._weight = weight
+        self._linear = make_linear(weight, None)
         self._bias = bias
 
     @classmethod
@@ -39,7 +39,7 @@ class ExpertRouter:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The weights (in the numbers of `x`) and numbers of each token's experts, both `[T, per_token]`."""
-        logits = F.linear(x.float(), self._weight)
+        logits = self._linear(x.float())
         scores = logits.sigmoid() if self.config.is_sigmoid else logits.softmax(-1)
         for_choice = scores if self._bias is None else scores + self._bias
         if self.config.num_groups > 1:

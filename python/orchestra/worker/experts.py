@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from orchestra.worker.expert_router import ExpertRouter
-from orchestra.worker.layers import ACTIVATIONS, GatedMLP, LoadContext, Op
+from orchestra.worker.layers import GatedMLP, LoadContext, Op
 from orchestra.worker.linear import make_linear
 from orchestra.worker.loader import empty_weight
 from orchestra.worker.model_config import ModelConfig
@@ -91,7 +91,7 @@ class SparseMLP:
         parts = [expert(run) for expert, run in zip(self._experts, inputs, strict=True) if len(run)]
         if parts:
             outputs.index_copy_(0, order, torch.cat(parts))
-        y = torch.bmm(weights.unsqueeze(1), outputs.view(tokens, picks, -1)).squeeze(1)
+        y = outputs.view(tokens, picks, -1).mul_(weights.unsqueeze(-1)).sum(1)
         if self._shared is not None:
             y.add_(self._shared(x))
         if self._communicator.shard.size > 1:
@@ -104,7 +104,7 @@ class _Expert:
 
     def __init__(self, name: str, size: int, config: ModelConfig, names: ExpertNames) -> None:
         shape = [size, config.hidden_size]
-        self._activation = ACTIVATIONS[config.activation]
+        self._activation = config.activation
         self._inner = [(f"{name}.{part}.weight", shape) for part in (names.gate, names.up)]
         self._down = (f"{name}.{names.down}.weight", shape[::-1])
 
@@ -115,7 +115,7 @@ class _Expert:
         down = empty_weight([shape[0], len(span)], context.dtype, context.device)
         context.reader.copy_columns(name, shape, span, down)
         linears = make_linear(gate_up, None), make_linear(down, None)
-        return GatedMLP(*linears, len(span), self._activation)
+        return GatedMLP(*linears, self._activation)
 
     def leave(self, context: LoadContext) -> None:
         """Checks it, for another rank has it."""

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -41,6 +41,28 @@ class KvCacheSpec:
     def bytes_per_block(self) -> int:
         """Keys and values of one block in all layers."""
         return self.num_layers * self.layer_block_bytes
+
+
+class PagedCache(Protocol):
+    """What computes a step has to know of a cache."""
+
+    @property
+    def spec(self) -> KvCacheSpec:
+        """Its shape."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """Its blocks."""
+        ...
+
+    def layer(self, index: int) -> Tensor:
+        """One layer, `[num_blocks, 2, num_kv_heads, block_size, head_dim]`."""
+        ...
+
+    def copy_blocks(self, swap_out: BlockCopies, swap_in: BlockCopies) -> None:
+        """Copies blocks to host memory, then others back."""
+        ...
 
 
 class KvCache:
@@ -96,6 +118,10 @@ class KvCache:
     def layer(self, index: int) -> Tensor:
         """One layer, `[num_blocks, 2, num_kv_heads, block_size, head_dim]`."""
         return self.slab[index]
+
+    def host_layer(self, index: int) -> Tensor:
+        """What host memory holds of one layer, `[num_host_blocks, 2, num_kv_heads, block_size, head_dim]`."""
+        return self._host[:, index]
 
     def copy_blocks(self, swap_out: BlockCopies, swap_in: BlockCopies) -> None:
         """Copies blocks to host memory, then others back.

@@ -43,7 +43,7 @@ class LatentAttention:
         up: tuple[Tensor, Tensor],
         shape: LatentConfig,
     ) -> None:
-        self._index = index
+        self.index = index
         self._inputs = inputs
         self._queries = queries
         self._kv_norm = kv_norm
@@ -114,6 +114,6 @@ class LatentAttention:
         rotate(query[..., : shape.rope_dim], rotations)
         rotate(key[..., : shape.rope_dim], rotations)
         key_value[:, 1:] = key
-        attended = attention.forward(self._index, query, key_value).view(query.shape)
+        attended = attention.forward(self.index, query, key_value).view(query.shape)
         sums = attended[..., shape.rope_dim :].transpose(0, 1)
         return torch.bmm(sums, self._value_up).transpose(0, 1).reshape(tokens, -1)

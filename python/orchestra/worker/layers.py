@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own customary name)
 
+from orchestra.worker import row_kernels
 from orchestra.worker.linear import make_linear
 from orchestra.worker.loader import WeightReader, empty_weight
 from orchestra.worker.model_config import ModelConfig
@@ -77,9 +78,12 @@ class RMSNorm:
     def __init__(self, weight: Tensor, config: ModelConfig) -> None:
         # y = x / sqrt(sum(x²) / n + eps) * w  =  x / hypot(norm(x), sqrt(n * eps)) * (w * sqrt(n)):
         # four small kernels. torch.rms_norm takes nine on the CPU, and twice the time.
+        # On a CPU one kernel of ours does it all, and the sum before it.
         size = weight.shape[-1]
+        self._epsilon = config.rms_norm_eps
+        self._plain_weight = (weight.float() + config.norm_offset).contiguous()
         self._floor = torch.tensor(math.sqrt(size * config.rms_norm_eps), device=weight.device)
-        self._weight = (weight.float() + config.norm_offset) * math.sqrt(size)
+        self._weight = self._plain_weight * math.sqrt(size)
 
     @classmethod
     def load(cls, context: LoadContext, name: str, size: int, config: ModelConfig) -> "RMSNorm":
@@ -87,10 +91,32 @@ class RMSNorm:
         return cls(context.rows(f"{name}.weight", [size]), config)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Normalises `[..., size]`; the statistics are fp32 whatever the dtype of `x`."""
+        """Normalises `[T, size]`, or `[T, heads, size]`; the statistics are fp32 whatever the dtype of `x`."""
+        if self._suits(x):
+            y = torch.empty_like(x, memory_format=torch.contiguous_format)
+            row_kernels.rms_norm(x, self._plain_weight, self._epsilon, out=y)
+            return y
         norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
         y = torch.div(x, torch.hypot(norm, self._floor)).mul_(self._weight)
         return y if x.dtype is torch.float32 else y.to(x.dtype)
+
+    def after_sum(self, x: Tensor, addend: Tensor) -> Tensor:
+        """Adds to `x`, `[T, size]`, in place, and normalises the sum."""
+        if self._suits(x) and addend.is_contiguous():
+            y = torch.empty_like(x)
+            row_kernels.rms_norm(x, self._plain_weight, self._epsilon, addend=addend, out=y)
+            return y
+        return self(x.add_(addend))
+
+    def in_place(self, x: Tensor) -> None:
+        """Normalises `[T, heads, size]` where it lies."""
+        if self._suits(x):
+            row_kernels.rms_norm(x, self._plain_weight, self._epsilon, out=x)
+        else:
+            x.copy_(self(x))
+
+    def _suits(self, x: Tensor) -> bool:
+        return row_kernels.supports(x) and (x.dim() == 2 or row_kernels.has_whole_heads(x))
 
 
 class RowParallel:
@@ -127,14 +153,12 @@ class GatedMLP:
     Args:
         gate_up: maps `[T, H]` to this rank's gates and values side by side.
         down: maps this rank's `[T, width]` to `[T, H]`.
-        width: of this rank.
-        activation: applied to the gates.
+        activation: applied to the gates; one of `ACTIVATIONS`.
     """
 
-    def __init__(self, gate_up: Op, down: Op, width: int, activation: Op) -> None:
+    def __init__(self, gate_up: Op, down: Op, activation: str) -> None:
         self._gate_up = gate_up
         self._down = down
-        self._width = width
         self._activation = activation
 
     @classmethod
@@ -155,14 +179,15 @@ class GatedMLP:
         down = RowParallel.load(
             context, f"{name}.down_proj", [hidden, intermediate], span, bias=config.mlp_bias
         )
-        activation = ACTIVATIONS[config.activation]
-        return cls(make_linear(weight, vector), down, len(span), activation)
+        return cls(make_linear(weight, vector), down, config.activation)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Maps `[T, H]` to `[T, H]`."""
         gate_up = self._gate_up(x)
-        gate = self._activation(gate_up[:, : self._width])
-        return self._down(gate.mul_(gate_up[:, self._width :]))
+        if row_kernels.supports(gate_up):
+            return self._down(row_kernels.gate(gate_up, self._activation))
+        gate, value = gate_up.chunk(2, dim=1)
+        return self._down(ACTIVATIONS[self._activation](gate).mul_(value))
 
 
 class VocabEmbedding:

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own customary name)
 
+from orchestra import _core
+from orchestra.worker.row_kernels import KERNEL_DTYPES
+
 # Rows that oneDNN lays a packed weight out for: a decode batch. Prefill is as fast with it as with any other.
 PACKED_FOR_ROWS = 32
 
@@ -36,11 +39,51 @@ class PackedLinear:
         return y
 
 
+class CpuLinear:
+    """The same, by the Rust kernels: a row's result is the same to the bit whatever else is in the batch.
+
+    Args:
+        weight: `[out, in]`, fp32 or bf16, on the CPU. It is copied.
+        bias: `[out]`, of the same dtype.
+        portable: whether to leave away what only some processors can, for comparisons.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, portable: bool = False) -> None:
+        weight = weight.contiguous()
+        self._out, self._in = weight.shape
+        self._kernel = _core.Linear(
+            (self._out, self._in),
+            KERNEL_DTYPES[weight.dtype],
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            portable=portable,
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Maps `[n, in]` to `[n, out]`."""
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        y = x.new_empty(x.shape[0], self._out)
+        self._kernel.forward(
+            x.shape[0], (x.data_ptr(), x.stride(0)), y.data_ptr(), torch.get_num_threads()
+        )
+        return y
+
+
 def make_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """The fastest linear layer for where the weight (`[out, in]`) lives and what its numbers are."""
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and has_packed_bf16():
-        return PackedLinear(weight, bias)
-    return DenseLinear(weight, bias)
+    if weight.device.type != "cpu" or weight.dtype not in KERNEL_DTYPES:
+        return DenseLinear(weight, bias)
+    if has_avx512():
+        # Twice as wide as our kernels, which are written for AVX2.
+        is_packed = weight.dtype == torch.bfloat16 and has_packed_bf16()
+        return PackedLinear(weight, bias) if is_packed else DenseLinear(weight, bias)
+    return CpuLinear(weight, bias)
+
+
+def has_avx512() -> bool:
+    """Whether torch's own kernels have wider vectors here than ours."""
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def has_packed_bf16() -> bool:

@@ -1,6 +1,7 @@
 """Reads this rank's slices of memory-mapped safetensors files, and nothing else of them."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -37,7 +38,11 @@ class WeightReader:
         # safetensors is typed loosely; a handle is kept per file, and the file stays mapped while it lives.
         self._handles: list[Any] = []
         self._files: dict[str, Any] = {}
-        for path in _weight_files(model_dir):
+        paths = _weight_files(model_dir)
+        states = ((path.name, path.stat()) for path in paths)
+        self.fingerprint = tuple((name, it.st_size, it.st_mtime_ns) for name, it in states)
+        """Differs where a file was written since."""
+        for path in paths:
             try:
                 handle: Any = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
@@ -85,6 +90,15 @@ class WeightReader:
         piece = self._slice(name, shape)[:, columns.start : columns.stop]
         target.copy_(piece)
         self.bytes_read += piece.nbytes
+
+    def count_numbers(self, prefix: str) -> int:
+        """How many numbers the weights have whose names begin so."""
+        slices = (
+            handle.get_slice(name)
+            for name, handle in self._files.items()
+            if name.startswith(prefix)
+        )
+        return sum(math.prod(it.get_shape()) for it in slices)
 
     def leave(self, name: str, shape: Sequence[int]) -> None:
         """Checks a weight that other ranks read and this one has no part of; see `copy_rows`."""

@@ -47,6 +47,13 @@ class WorkerMetrics:
             registry=self.registry,
         )
         self._stages = _StageFigures(self.registry)
+        self._repartition_seconds = Histogram(
+            "orchestra_worker_repartition_seconds",
+            "Time in which no step ran because layers moved between stages, by outcome: moved, refused (they stayed).",
+            ["outcome"],
+            buckets=REGROUP_BUCKETS,
+            registry=self.registry,
+        )
         self._regroup_seconds = Histogram(
             "orchestra_worker_regroup_seconds",
             "Time since a lost rank was noticed, until: survivors (the others are ready), all (the worker serves).",
@@ -66,6 +73,14 @@ class WorkerMetrics:
         self._regroups.inc()
         self._regroup_seconds.labels("survivors").observe(survivors_s)
         self._regroup_seconds.labels("all").observe(total_s)
+
+    def repartitioned(self, outcome: str, seconds: float) -> None:
+        """Layers were to move between stages; `outcome` is `moved` or `refused`."""
+        self._repartition_seconds.labels(outcome).observe(seconds)
+
+    def note_split(self, split: Sequence[int]) -> None:
+        """So many layers each stage has now."""
+        self._stages.note_split(split)
 
     def note_stages(self, busy_s: Sequence[float], alone_s: float) -> None:
         """Counts a finished step of a pipeline; a single stage has no bubble to report.
@@ -114,8 +129,19 @@ class _StageFigures:
             ["stage"],
             registry=registry,
         )
+        self._layers = Gauge(
+            "orchestra_worker_stage_layers",
+            "Layers of a stage of the pipeline, where they can move.",
+            ["stage"],
+            registry=registry,
+        )
         self._recent_s = 0.0
         self._recent_busy_s: dict[int, float] = {}
+
+    def note_split(self, split: Sequence[int]) -> None:
+        """See `WorkerMetrics.note_split`."""
+        for stage, count in enumerate(split):
+            self._layers.labels(str(stage)).set(count)
 
     def note(self, busy_s: Sequence[float], alone_s: float) -> None:
         """Counts a finished step; see `WorkerMetrics.note_stages`."""

@@ -51,6 +51,8 @@ class StageReport:
 
 def execute(rank: Rank, plan: StepPlan) -> StageReport:
     """Runs a step on this rank, and measures it."""
+    if rank.mover is not None:
+        rank.mover.note(plan)
     waited_s, began = rank.group.link.waited_s, time.monotonic()
     output = rank.runner.execute(plan)
     busy_s = time.monotonic() - began - (rank.group.link.waited_s - waited_s)

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from orchestra.worker import row_kernels
 from orchestra.worker.rope_config import RopeConfig
 
 
@@ -80,6 +81,9 @@ def rotate(heads: Tensor, rotations: Tensor) -> None:
         heads: `[T, heads, head_dim]`, pairs interleaved; may be a view.
         rotations: from `RotaryTable`.
     """
+    if row_kernels.supports(heads) and row_kernels.has_whole_heads(heads):
+        row_kernels.rotate(heads, rotations)
+        return
     tokens, count, head_dim = heads.shape
     pairs = heads.view(tokens, count, head_dim // 2, 2)
     if heads.dtype == torch.float32:

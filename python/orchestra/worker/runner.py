@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from orchestra.worker.attention import AttentionBackend, LayerListener
-from orchestra.worker.kv_cache import KvCache
+from orchestra.worker.decode_graphs import DecodeGraphs
+from orchestra.worker.kv_cache import PagedCache
 from orchestra.worker.models import Model
 from orchestra.worker.plan import NO_COPIES, StepOutput, StepPlan
 from orchestra.worker.sampler import Sampler
@@ -27,16 +28,19 @@ class ModelRunner:
         attention: over this rank's cache.
         sampler: of the last stage's first rank; None on the others.
         device: where the model computes.
+        graphs: decode steps to record and replay; None: every step is computed anew.
     """
 
     def __init__(
         self,
         model: Model,
-        cache: KvCache,
+        cache: PagedCache,
         attention: AttentionBackend,
         sampler: Sampler | None,
         device: torch.device,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
+        self.graphs = graphs
         self._model = model
         self._cache = cache
         self._attention = attention
@@ -71,6 +75,8 @@ class ModelRunner:
             `[N, vocab_size]` in the order of the plan's samples; None on ranks without a sampler, and where `N` is 0.
         """
         self._cache.copy_blocks(plan.swap_out, plan.swap_in)
+        if self.graphs is not None and self.graphs.takes(plan):
+            return self.graphs.run(plan)
         # The tokens to sample from: the last of each sequence that draws.
         rows = plan.query_start[plan.sample_sequences + 1] - 1
         tokens = len(plan.token_ids)
@@ -78,7 +84,8 @@ class ModelRunner:
         self._attention.prepare(plan)
         inputs = np.concatenate([plan.token_ids, plan.positions, rows], dtype=np.int64)
         token_ids, positions, row_index = torch.split(
-            torch.from_numpy(inputs).to(self._device), [tokens, tokens, len(rows)]
+            torch.from_numpy(inputs).to(self._device, non_blocking=True),
+            [tokens, tokens, len(rows)],
         )
         chosen = None if is_all else row_index
         return self._model.forward(token_ids, positions, self._attention, chosen)

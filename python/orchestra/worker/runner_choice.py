@@ -121,6 +121,9 @@ def _read_hf(config: WorkerConfig) -> "HfConfig":
     if config.stage.count > 1:
         message = "--pipeline-parallel: transformers' own modules run on one rank"
         raise ConfigError(message, key="pipeline_parallel")
+    if config.context.size > 1:
+        message = "--context-parallel: transformers' own modules run on one rank"
+        raise ConfigError(message, key="context_parallel")
     if config.expert_parallel:
         message = "--expert-parallel: transformers' own modules run on one rank"
         raise ConfigError(message, key="expert_parallel")

@@ -13,11 +13,13 @@ from typing import Any, Protocol
 from orchestra.errors import ConfigError, UnsupportedError
 from orchestra.worker.assembly import Rank, assemble
 from orchestra.worker.config import EXIT_INVALID_CONFIG, WorkerConfig
+from orchestra.worker.layer_mover import MoveOrder
 from orchestra.worker.metrics import WorkerMetrics
 from orchestra.worker.pipeline import StepsInFlight, execute
 from orchestra.worker.plan import StepOutput, StepPlan
 from orchestra.worker.plan_channel import Follower, RankLostError
 from orchestra.worker.recovery import LOSSES, FollowerRecovery, LeaderRecovery
+from orchestra.worker.repartition import Repartition, obey
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -130,6 +132,9 @@ def follow(rank: Rank, channel: Follower, recovery: FollowerRecovery | None = No
     while True:
         try:
             while (message := channel.receive()) is not None:
+                if (order := MoveOrder.decode(message)) is not None:
+                    channel.send(obey(rank, order).encode())
+                    continue
                 with rank.group.step():
                     report = execute(rank, rank.reader.read(message))
                 if rank.is_reporting:
@@ -152,7 +157,7 @@ def lead(
     drain_timeout_s: float,
     recovery: LeaderRecovery | None = None,
 ) -> None:
-    """The loop of rank 0: until a signal, and then until what runs has finished or the time is up.
+    """The loop of rank 0 of a single stage: until a signal, and then until what runs has finished or the time is up.
 
     Args:
         agent: where plans come from.
@@ -163,9 +168,6 @@ def lead(
         recovery: what to do when a rank is lost; None: end.
     """
     drain = _Drain(agent, drain_timeout_s)
-    if rank.stage.count > 1:
-        _lead_stages(agent, rank, stop, metrics, drain)
-        return
     is_announced = False
     while not (stop.is_requested and drain.is_over()):
         with metrics.wait.time():
@@ -187,16 +189,35 @@ def lead(
         recovery.close()
 
 
-def _lead_stages(
-    agent: Agent, rank: Rank, stop: StopSignals, metrics: WorkerMetrics, drain: "_Drain"
+def lead_stages(
+    agent: Agent,
+    rank: Rank,
+    stop: StopSignals,
+    metrics: WorkerMetrics,
+    drain_timeout_s: float,
+    repartition: Repartition | None = None,
 ) -> None:
-    """The loop of rank 0 of a pipeline, with a step in flight for each stage. A lost rank ends the worker."""
+    """The loop of rank 0 of a pipeline, with a step in flight for each stage. A lost rank ends the worker.
+
+    Args:
+        agent: where plans come from.
+        rank: this rank.
+        stop: what the signals have asked for.
+        metrics: of the steps.
+        drain_timeout_s: how long running sequences may go on after a signal to stop.
+        repartition: moves layers between the stages; None: they stay.
+    """
+    drain = _Drain(agent, drain_timeout_s)
     leader = rank.group.leader
     steps = StepsInFlight(rank, limit=rank.stage.count)
     is_announced = False
     while not (stop.is_requested and drain.is_over()):
         message = None
-        if steps.has_room:
+        is_move_due = repartition is not None and repartition.is_due
+        if repartition is not None and is_move_due and not steps:
+            repartition.carry_out()
+            is_move_due = False
+        if steps.has_room and not is_move_due:
             with metrics.wait.time():
                 message = agent.next_step(0 if steps else IDLE_WAIT_MS)
         if not is_announced and agent.is_attached:
@@ -209,17 +230,21 @@ def _lead_stages(
         # Nothing to start: the next answer is what changes that.
         must_wait = len(steps) > 0 and (message is None or not steps.has_room)
         while must_wait or steps.is_oldest_done:
-            _finish_step(agent, steps, metrics)
+            _finish_step(agent, steps, metrics, repartition)
             must_wait = False
     # A goodbye behind reports that nobody reads could be lost.
     while steps:
-        _finish_step(agent, steps, metrics)
+        _finish_step(agent, steps, metrics, None)
 
 
-def _finish_step(agent: Agent, steps: StepsInFlight, metrics: WorkerMetrics) -> None:
+def _finish_step(
+    agent: Agent, steps: StepsInFlight, metrics: WorkerMetrics, repartition: Repartition | None
+) -> None:
     step = steps.finish()
     metrics.execute.observe(step.took_s)
     metrics.note_stages(step.busy_s, step.alone_s)
+    if repartition is not None:
+        repartition.note(step)
     _commit(agent, step.plan, step.output, metrics)
 
 
@@ -333,7 +358,7 @@ def agent_config(config: WorkerConfig, rank: Rank) -> dict[str, Any]:
             "num_blocks": rank.num_blocks,
             "num_host_blocks": config.num_host_blocks,
             "max_num_seqs": config.max_num_seqs,
-            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "max_num_batched_tokens": rank.step_tokens,
             "max_model_len": rank.max_model_len,
             "max_steps_in_flight": config.stage.count,
             "max_prefill_chunk": config.max_prefill_chunk,
@@ -358,8 +383,12 @@ def _lead_with_agent(config: WorkerConfig, rank: Rank, stop: StopSignals) -> Non
     try:
         if config.metrics_port is not None:
             stop_metrics = metrics.serve(config.metrics_host, config.metrics_port)
-        recovery = _leader_recovery(config, rank)
-        lead(agent, rank, stop, metrics, config.drain_timeout_s, recovery)
+        if rank.stage.count > 1:
+            repartition = None if rank.mover is None else Repartition(rank, metrics)
+            lead_stages(agent, rank, stop, metrics, config.drain_timeout_s, repartition)
+        else:
+            recovery = _leader_recovery(config, rank)
+            lead(agent, rank, stop, metrics, config.drain_timeout_s, recovery)
     finally:
         agent.close()
         if stop_metrics is not None:

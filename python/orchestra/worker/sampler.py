@@ -124,7 +124,8 @@ class Sampler:
         return logits.index_put((row_index, token_index), values, accumulate=True)
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        # Not waited for: the array is read before the call returns, and the GPU may still be computing logits.
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
 
 
 def _with_logprobs(

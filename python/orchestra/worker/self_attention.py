@@ -32,7 +32,7 @@ class SelfAttention:
         num_kv_heads: int,
         head_dim: int,
     ) -> None:
-        self._index = index
+        self.index = index
         self._qkv = qkv
         self._qk_norm = qk_norm
         self._num_heads = num_heads
@@ -60,10 +60,10 @@ class SelfAttention:
         #         | queries      | keys           | values         |
         rotated = heads[:, : self._num_heads + self._num_kv_heads]
         if self._qk_norm is not None:
-            rotated.copy_(self._qk_norm(rotated))
+            self._qk_norm.in_place(rotated)
         rotate(rotated, rotations)
         return attention.forward(
-            self._index, heads[:, : self._num_heads], heads[:, self._num_heads :]
+            self.index, heads[:, : self._num_heads], heads[:, self._num_heads :]
         )
 
 

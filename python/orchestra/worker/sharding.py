@@ -44,7 +44,7 @@ class HeadShard:
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's place in a tensor-parallel group."""
+    """One rank's place in a group: of the ranks that share each layer, where nothing else is said."""
 
     rank: int = 0
     size: int = 1

@@ -1,23 +1,16 @@
 """The collectives of CPU ranks of one machine, over shared memory instead of gloo's sockets and threads."""
 
-from urllib.parse import urlparse
-
-import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from orchestra._core import SharedGroup
-from orchestra.errors import ConfigError, InternalError
-from orchestra.worker.config import WorkerConfig
-from orchestra.worker.parallel import ProcessGroup
+from orchestra.errors import InternalError
 from orchestra.worker.plan_channel import RankLostError
-from orchestra.worker.renewable_group import AbortableCommunicator
+from orchestra.worker.row_kernels import KERNEL_DTYPES
 from orchestra.worker.sharding import Shard
 
 # A rank that does not come to a collective for so long hangs: the others are in the same step.
 COLLECTIVE_TIMEOUT_S = 60.0
-
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 class SharedMemoryGroup:
@@ -68,7 +61,7 @@ class SharedMemoryGroup:
         """
         numbers = tensor.contiguous()
         try:
-            self._group.all_reduce(numbers.data_ptr(), numbers.numel(), _DTYPES[tensor.dtype])
+            self._group.all_reduce(numbers.data_ptr(), numbers.numel(), KERNEL_DTYPES[tensor.dtype])
         except InternalError as error:
             # What ends a collective is that a rank is lost, or was given up for lost.
             raise RankLostError(str(error)) from error
@@ -93,33 +86,44 @@ class SharedMemoryGroup:
             raise RankLostError(str(error)) from error
         return joined
 
+    def reduce_scatter(self, numbers: Tensor) -> Tensor:
+        """This rank's share `[n / size]` of the sum of all ranks' `[n]`; dtypes and bits as by `all_reduce`.
+
+        Raises:
+            InvalidRequestError: the ranks do not divide the numbers.
+            RankLostError: a rank is gone or late, or the group was aborted.
+        """
+        numbers = numbers.contiguous()
+        share = numbers.new_empty(numbers.numel() // self.shard.size)
+        arguments = (
+            numbers.data_ptr(),
+            numbers.numel(),
+            KERNEL_DTYPES[numbers.dtype],
+            share.data_ptr(),
+        )
+        try:
+            self._group.reduce_scatter(*arguments)
+        except InternalError as error:
+            raise RankLostError(str(error)) from error
+        return share
+
+    def all_gather(self, part: Tensor) -> Tensor:
+        """Every rank's `[n, ...]` in the order of the ranks, `[size, n, ...]`.
+
+        Raises:
+            RankLostError: a rank is gone or late, or the group was aborted.
+        """
+        part = part.contiguous()
+        joined = part.new_empty((self.shard.size, *part.shape))
+        try:
+            self._group.all_gather(part.data_ptr(), part.nbytes, joined.data_ptr())
+        except InternalError as error:
+            raise RankLostError(str(error)) from error
+        return joined
+
     def abort(self) -> None:
         """Ends the collectives of every rank, now and from now on; any thread may call it."""
         self._group.abort()
 
     def close(self) -> None:
         """Leaves the group: nothing to do, its memory goes with the last rank that has it."""
-
-
-def join_group(
-    config: WorkerConfig, store: Store, device: torch.device, generation: int
-) -> AbortableCommunicator:
-    """Joins a group of this rank's, over what fits the place of its ranks.
-
-    Args:
-        config: says what was asked for, and whether the ranks share a machine.
-        store: through which the ranks find each other.
-        device: where the tensors live.
-        generation: 0 for the first group of these ranks, one more for each that follows.
-
-    Raises:
-        ConfigError: `shm` was asked for where it cannot be.
-        RankLostError: not every rank came.
-    """
-    is_local = urlparse(config.rendezvous).scheme == "file" and device.type == "cpu"
-    if config.collectives == "shm" and not is_local:
-        message = "--collectives: shm is for CPU ranks that meet by a file:// rendezvous"
-        raise ConfigError(message, key="collectives")
-    if is_local and config.collectives != "gloo":
-        return SharedMemoryGroup(config.shard, store, generation)
-    return ProcessGroup(config.shard, store, device, generation)

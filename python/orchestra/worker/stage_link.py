@@ -83,7 +83,7 @@ class ProcessLink:
 
         def meet(former: int, rank: int) -> Any:
             prefix = f"stages-{former}-{former + 1}/{shard.rank}"
-            return _pair(PrefixStore(prefix, store), rank, device)
+            return pair(PrefixStore(prefix, store), rank, device, LINK_TIMEOUT)
 
         # From the first stage to the last: each pair waits only for one that waits for nobody behind it.
         self._before = None if stage.is_first else meet(stage.index - 1, _LATTER)
@@ -116,13 +116,19 @@ class ProcessLink:
         self._before = self._after = None
 
 
-def _pair(store: Store, rank: int, device: torch.device) -> Any:
+def pair(store: Store, rank: int, device: torch.device, timeout: timedelta) -> Any:
     """A group of two, made without the default group, which is the shard's.
 
     Untyped: torch's stubs leave out the methods that its backends have.
+
+    Args:
+        store: for these two alone.
+        rank: 0 or 1.
+        device: where the tensors live.
+        timeout: of meeting, and of each message.
     """
     if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = LINK_TIMEOUT
+        options._timeout = timeout
         return dist.ProcessGroupNCCL(store, rank, 2, options)
-    return dist.ProcessGroupGloo(store, rank, 2, LINK_TIMEOUT)
+    return dist.ProcessGroupGloo(store, rank, 2, timeout)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestra.worker import sampling
@@ -55,9 +56,9 @@ class TokenHistory:
         has_row = rows != _NO_ROW
         if not has_row.any():
             return logits
-        index = torch.from_numpy(rows[has_row]).to(self._device)
-        penalties = torch.from_numpy(self._penalties[slots[has_row]]).to(self._device)
-        samples = torch.from_numpy(np.flatnonzero(has_row)).to(self._device)
+        index = self._tensor(rows[has_row])
+        penalties = self._tensor(self._penalties[slots[has_row]])
+        samples = self._tensor(np.flatnonzero(has_row))
         penalised = sampling.apply_penalties(
             logits[samples], self._prompt[index], self._counts[index], penalties
         )
@@ -69,8 +70,8 @@ class TokenHistory:
         has_row = rows != _NO_ROW
         if not has_row.any():
             return
-        index = torch.from_numpy(rows[has_row]).to(self._device)
-        drawn = tokens[torch.from_numpy(np.flatnonzero(has_row)).to(self._device)]
+        index = self._tensor(rows[has_row])
+        drawn = tokens[self._tensor(np.flatnonzero(has_row))]
         self._counts[index, drawn] += 1
 
     def _take_row(self) -> int:
@@ -83,7 +84,11 @@ class TokenHistory:
         return self._free.pop()
 
     def _ids(self, token_ids: Int32Array) -> Tensor:
-        return torch.from_numpy(token_ids.astype(np.int64)).to(self._device)
+        return self._tensor(token_ids.astype(np.int64))
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        # Not waited for: the array is read before the call returns, and the GPU may still be computing logits.
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
 
 
 def _grow(table: Tensor, rows: int) -> Tensor:

@@ -119,8 +119,9 @@ impl StepLoop {
             if let Some(plan) = self.schedule() {
                 return Ok(Some(plan));
             }
-            // Nothing executes for a while: what changed in the cache goes out now.
+            // Nothing executes for a while: what changed in the cache goes out now, and what was late is so no longer.
             self.send_kv_events();
+            self.offer_sealed();
             let until = self.wake_time(deadline);
             command = self.wait(until)?;
             if command.is_none() && until == deadline {

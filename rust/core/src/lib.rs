@@ -4,12 +4,13 @@
 //! effects go out as values. The router, the agent and the simulator drive the same code.
 //!
 //! Reading order: [`error`], [`sampling`] and [`hash`] are shared words; [`step`] plans one replica's steps;
-//! [`scheduler`] chooses among replicas and GPUs.
+//! [`scheduler`] chooses among replicas and GPUs; [`partition`] divides a model among the stages of a pipeline.
 
 pub mod config;
 pub mod error;
 pub mod hash;
 pub mod ids;
+pub mod partition;
 pub mod sampling;
 pub mod scheduler;
 pub mod step;

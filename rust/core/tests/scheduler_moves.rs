@@ -46,7 +46,14 @@ fn spec(name: &str, role: WorkerRole, bytes_per_block: u64) -> WorkerSpec {
 impl Cluster {
     /// Both compute 1,000 tokens a second.
     fn new(bytes_per_block: u64) -> Self {
-        let mut scheduler = Scheduler::new(SchedulerConfig::default()).unwrap();
+        let mut cluster = Self::unknown(bytes_per_block, SchedulerConfig::default());
+        cluster.learn();
+        cluster
+    }
+
+    /// Nobody knows how fast they are.
+    fn unknown(bytes_per_block: u64, config: SchedulerConfig) -> Self {
+        let mut scheduler = Scheduler::new(config).unwrap();
         let mut add = |name| {
             let spec = spec(name, WorkerRole::Both, bytes_per_block);
             scheduler.add_worker(spec).unwrap()
@@ -60,9 +67,6 @@ impl Cluster {
             prompt,
             now: 0,
         };
-        for worker in [other, holder] {
-            cluster.compute(worker);
-        }
         let spec = cluster.scheduler.worker_spec(holder).unwrap();
         let blocks = block_hashes(spec.hash_seed("", None), &cluster.prompt, 16);
         let scheduler = &mut cluster.scheduler;
@@ -76,6 +80,12 @@ impl Cluster {
         };
         scheduler.update_load(holder, busy);
         cluster
+    }
+
+    fn learn(&mut self) {
+        for worker in [self.other, self.holder] {
+            self.compute(worker);
+        }
     }
 
     /// Has one worker compute other prompts for a while.
@@ -219,6 +229,58 @@ fn a_prompt_that_another_computes_is_held_there_on_its_own() {
     assert!(cluster.scheduler.release(split.id));
     assert!(cluster.scheduler.release(alone.id));
     cluster.scheduler.check_integrity();
+}
+
+/// The same but for a hundredth: speeds are learned in whole numbers.
+fn assert_near(took: Duration, expected_ms: u64) {
+    let difference = took.abs_diff(Duration::from_millis(expected_ms));
+    assert!(difference * 100 <= took, "{took:?}, not {expected_ms} ms");
+}
+
+#[test]
+fn a_fetch_is_waited_for_as_long_as_it_may_take_within_bounds() {
+    let wait = |bytes_per_block, min_ms, max_ms| {
+        let config = SchedulerConfig {
+            move_wait_min_ms: min_ms,
+            fetch_wait_max_ms: max_ms,
+            ..SchedulerConfig::default()
+        };
+        let mut cluster = Cluster::unknown(bytes_per_block, config);
+        assert_eq!(
+            cluster.route().move_wait,
+            Duration::from_millis(max_ms.into())
+        );
+        cluster.learn();
+        cluster.route().move_wait
+    };
+    // Computing takes 320 ms, 20 blocks of a millisecond and the latency 25 ms.
+    assert_near(wait(1_000_000, 10, 5_000), 320);
+    assert_near(wait(10_000_000, 10, 5_000), 4 * 205);
+    assert_near(wait(10_000_000, 1_000, 5_000), 1_000);
+    assert_near(wait(10_000_000, 1_000, 500), 500);
+}
+
+#[test]
+fn a_split_is_waited_for_behind_what_the_helper_computes_first() {
+    let mut cluster = Cluster::new(1_000);
+    let helper = spec("prefill", WorkerRole::Prefill, 1_000);
+    let helper = cluster.scheduler.add_worker(helper).unwrap();
+    cluster.scheduler.set_draining(cluster.holder, true);
+    let token_ids: Vec<u32> = (20_000..22_000).collect();
+    let mut route = || {
+        let request = request(&token_ids);
+        cluster.scheduler.route(&request, Time(0)).unwrap()
+    };
+    // Nobody decodes there yet, so it computes for itself.
+    assert_eq!(route().move_wait, Duration::ZERO);
+    let first = route();
+    assert_eq!(first.prefill.unwrap().worker, helper);
+    // A prompt of 2,000 tokens that take a millisecond each, and next to nothing to move.
+    assert_near(first.move_wait, 4 * (2_000 + 5));
+    let second = route();
+    assert_eq!(second.prefill.unwrap().worker, helper);
+    // Behind the 124 blocks of the first one.
+    assert_near(second.move_wait, 4 * (124 * 16 + 2_000 + 5));
 }
 
 #[test]

@@ -10,21 +10,19 @@
 mod step;
 mod tile;
 
-use std::{
-    ptr,
-    sync::atomic::{AtomicUsize, Ordering},
-};
+use std::ptr;
 
 use parking_lot::RwLock;
 
 pub use self::step::StepArrays;
 use self::{
     step::{Step, Tile},
-    tile::{Element, Scratch},
+    tile::Scratch,
 };
 use crate::{
+    element::Element,
     error::AttentionError,
-    pool,
+    pool::share,
     simd::{LANES, Portable},
 };
 
@@ -170,27 +168,13 @@ impl Attention {
         Ok(())
     }
 
-    /// Writes the new KV of a layer into its cache, then attends, on up to `threads` threads; bf16.
-    ///
-    /// # Safety
-    /// As [`forward_f32`](Self::forward_f32).
-    pub unsafe fn forward_bf16(&self, rule: &Rule, tensors: &Tensors<u16>, threads: u32) {
-        // SAFETY: the caller's promise.
-        unsafe { self.forward(rule, tensors, threads) }
-    }
-
-    /// Writes the new KV of a layer into its cache, then attends, on up to `threads` threads; fp32.
+    /// Writes the new KV of a layer into its cache, then attends, on up to `threads` threads.
     ///
     /// # Safety
     /// The addresses are of tensors of the shapes that [`Tensors`] says, with as many tokens as the prepared step,
     /// aligned for their numbers. Until the call returns nobody writes the queries, the new KV or the step's blocks, and
     /// nobody reads or writes the output. Others may write other blocks of the cache.
-    pub unsafe fn forward_f32(&self, rule: &Rule, tensors: &Tensors<f32>, threads: u32) {
-        // SAFETY: the caller's promise.
-        unsafe { self.forward(rule, tensors, threads) }
-    }
-
-    unsafe fn forward<E: Element>(&self, rule: &Rule, tensors: &Tensors<E>, threads: u32) {
+    pub unsafe fn forward<E: Element>(&self, rule: &Rule, tensors: &Tensors<E>, threads: u32) {
         let step = self.step.read();
         let layer = Layer {
             config: self.config,
@@ -233,7 +217,7 @@ unsafe fn attend_avx2<E: Element>(layer: &Layer<'_, E>, tile: &Tile, scratch: &m
 /// Copies a token's keys and values to its slot.
 ///
 /// # Safety
-/// The addresses are as `forward_f32` says, and nobody else writes or reads the slot now.
+/// The addresses are as `forward` says, and nobody else writes or reads the slot now.
 unsafe fn write_token<E: Element>(layer: &Layer<'_, E>, token: usize) {
     let (config, tensors) = (&layer.config, &layer.tensors);
     let (size, block_size) = (config.head_dim, config.block_size);
@@ -251,25 +235,4 @@ unsafe fn write_token<E: Element>(layer: &Layer<'_, E>, token: usize) {
             ptr::copy_nonoverlapping(from, to, size);
         }
     }
-}
-
-/// Does each piece of work from 0 to `count` once, on up to `threads` threads; each thread `begin`s with what it needs.
-fn share<S>(
-    count: usize,
-    threads: u32,
-    begin: impl Fn() -> S + Sync,
-    each: impl Fn(&mut S, usize) + Sync,
-) {
-    let next = AtomicUsize::new(0);
-    let threads = threads.min(u32::try_from(count).unwrap_or(u32::MAX));
-    pool::run(threads, &|| {
-        let mut state = None;
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            if index >= count {
-                return;
-            }
-            each(state.get_or_insert_with(&begin), index);
-        }
-    });
 }

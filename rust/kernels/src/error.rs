@@ -102,3 +102,24 @@ impl AttentionError {
         }
     }
 }
+
+/// A linear layer cannot be made.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum LinearError {
+    /// A size is out of range.
+    #[error("{field} {reason}")]
+    InvalidShape {
+        /// Which.
+        field: &'static str,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// There is no room for the weights.
+    #[error("no memory for {bytes} bytes of weights: {}", std::io::Error::from_raw_os_error(*.code))]
+    NoMemory {
+        /// How much was asked for.
+        bytes: usize,
+        /// `errno`.
+        code: i32,
+    },
+}

@@ -14,6 +14,7 @@
 
 mod peers;
 mod region;
+mod shares;
 
 use std::{
     num::NonZeroUsize,
@@ -97,6 +98,8 @@ impl GroupConfig {
 enum Kind {
     AllReduce = 1,
     Gather = 2,
+    ReduceScatter = 3,
+    AllGather = 4,
 }
 
 /// How a group ended, as the shared memory says it.
@@ -214,7 +217,7 @@ impl SharedGroup {
             for rank in 0..self.config.size {
                 self.await_piece(&turn, rank, label)?;
             }
-            self.region.sum(number, piece);
+            self.region.sum(number, 0, piece);
         }
         Ok(())
     }

@@ -1,7 +1,8 @@
 //! What the CPU ranks of a worker compute and say to each other, where torch is too slow.
 //!
 //! Reading order: [`error`] and [`bf16`] are shared words; [`group`] are the collectives of ranks on one machine, over
-//! shared memory; [`attention`] is paged attention, over [`simd`] for vectors and [`pool`] for threads.
+//! shared memory; [`attention`] is paged attention, [`linear`] the layers with weights and [`rows`] what comes between
+//! them, over [`simd`] for vectors and [`pool`] for threads.
 //!
 //! Everything here gives the same bits on every call with the same numbers, whatever else runs: sums have a fixed
 //! order, and no result depends on who came first.
@@ -13,11 +14,17 @@
 
 pub mod attention;
 pub mod bf16;
+mod element;
 pub mod error;
 pub mod group;
+pub mod linear;
+mod pages;
 pub mod pool;
+pub mod rows;
 mod simd;
 
 pub use attention::{Attention, AttentionConfig, Rule, StepArrays};
-pub use error::{AttentionError, GroupError};
+pub use element::Element;
+pub use error::{AttentionError, GroupError, LinearError};
 pub use group::{GroupConfig, SharedGroup};
+pub use linear::Linear;

@@ -8,7 +8,10 @@
 
 use std::{
     ffi::{c_uint, c_void},
-    sync::OnceLock,
+    sync::{
+        OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 /// `GOMP_parallel` of libgomp, which compilers call for `#pragma omp parallel`: runs the function with the data on so
@@ -25,6 +28,27 @@ pub(crate) fn run(threads: u32, work: &(dyn Fn() + Sync)) {
     // SAFETY: the symbol has this signature in every version of the library. `data` outlives the call, which returns
     // when every thread has, and each thread only reads it.
     unsafe { parallel(enter, (&raw mut data).cast(), threads, 0) }
+}
+
+/// Does each piece of work from 0 to `count` once, on up to `threads` threads; each thread `begin`s with what it needs.
+pub(crate) fn share<S>(
+    count: usize,
+    threads: u32,
+    begin: impl Fn() -> S + Sync,
+    each: impl Fn(&mut S, usize) + Sync,
+) {
+    let next = AtomicUsize::new(0);
+    let threads = threads.min(u32::try_from(count).unwrap_or(u32::MAX));
+    run(threads, &|| {
+        let mut state = None;
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            if index >= count {
+                return;
+            }
+            each(state.get_or_insert_with(&begin), index);
+        }
+    });
 }
 
 /// Whether there are threads besides the caller's.

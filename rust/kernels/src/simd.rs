@@ -25,7 +25,7 @@ pub(crate) const LANES: usize = 8;
 /// Eight `f32`.
 ///
 /// All methods are inlined into the kernel, which alone says for which processor it is compiled.
-pub(crate) trait Lanes: Copy {
+pub trait Lanes: Copy {
     /// The same number eight times.
     fn splat(value: f32) -> Self;
     /// Reads eight numbers, at any alignment.
@@ -43,6 +43,8 @@ pub(crate) trait Lanes: Copy {
     /// # Safety
     /// They are there.
     unsafe fn load_bf16(from: *const u16) -> Self;
+    /// Says that what lies at an address is wanted soon. The address may be any.
+    fn prefetch<T>(from: *const T);
     /// Sums, number by number.
     fn add(self, other: Self) -> Self;
     /// Products, number by number.

@@ -144,7 +144,7 @@ fn a_refused_step_leaves_the_one_before() {
         output: output.as_mut_ptr(),
     };
     // SAFETY: the vectors have the sizes of `CONFIG` and of the four tokens of `STEP`.
-    unsafe { attention.forward_f32(&Rule::default(), &tensors, 1) };
+    unsafe { attention.forward(&Rule::default(), &tensors, 1) };
     // The first token of the second sequence sees itself alone: both of its heads get its value.
     assert_eq!(output[16..24], key_value[24..32]);
     assert_eq!(output[24..32], key_value[24..32]);

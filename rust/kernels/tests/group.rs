@@ -53,7 +53,14 @@ fn on_all<T: Send>(ranks: &[SharedGroup], run: impl Fn(usize, &SharedGroup) -> T
 enum Op {
     SumF32(usize),
     SumBf16(usize),
-    Gather { rows: usize, width: usize },
+    Gather {
+        rows: usize,
+        width: usize,
+    },
+    /// Numbers of a share.
+    Scatter(usize),
+    /// Bytes of a part.
+    GatherAll(usize),
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -72,7 +79,9 @@ fn op() -> impl Strategy<Value = Op> {
     ];
     prop_oneof![
         count.clone().prop_map(Op::SumF32),
-        count.prop_map(Op::SumBf16),
+        count.clone().prop_map(Op::SumBf16),
+        count.prop_map(Op::Scatter),
+        width.clone().prop_map(Op::GatherAll),
         (0..9_usize, width).prop_map(|(rows, width)| Op::Gather { rows, width }),
     ]
 }
@@ -120,6 +129,22 @@ fn run_gather(
     }
 }
 
+fn run_scatter(group: &SharedGroup, rank: usize, step: usize, share: usize) -> Vec<u32> {
+    let count = share * group.size();
+    let numbers = (0..count).map(|index| narrow(number(rank, step, index)));
+    let numbers: Vec<u16> = numbers.collect();
+    let mut share = vec![0; share];
+    group.reduce_scatter(&numbers, &mut share).unwrap();
+    share.into_iter().map(u32::from).collect()
+}
+
+fn run_gather_all(group: &SharedGroup, rank: usize, step: usize, count: usize) -> Vec<u32> {
+    let part: Vec<u8> = (0..count).map(|at| byte(rank, step, 0, at)).collect();
+    let mut joined = vec![0; count * group.size()];
+    group.all_gather(&part, &mut joined).unwrap();
+    joined.into_iter().map(u32::from).collect()
+}
+
 /// What the ranks have to get, by the definition.
 fn expected(op: &Op, rank: usize, step: usize, size: usize) -> Vec<u32> {
     match *op {
@@ -145,6 +170,14 @@ fn expected(op: &Op, rank: usize, step: usize, size: usize) -> Vec<u32> {
             all
         }
         Op::Gather { .. } => Vec::new(),
+        Op::Scatter(share) => {
+            let all = expected(&Op::SumBf16(share * size), rank, step, size);
+            all[rank * share..][..share].to_vec()
+        }
+        Op::GatherAll(count) => {
+            let part = |from| (0..count).map(move |at| u32::from(byte(from, step, 0, at)));
+            (0..size).flat_map(part).collect()
+        }
     }
 }
 
@@ -169,6 +202,8 @@ proptest! {
                     Op::SumF32(count) => run_f32(group, rank, step, count),
                     Op::SumBf16(count) => run_bf16(group, rank, step, count),
                     Op::Gather { rows, width } => run_gather(group, rank, step, (rows, width, size)),
+                    Op::Scatter(share) => run_scatter(group, rank, step, share),
+                    Op::GatherAll(count) => run_gather_all(group, rank, step, count),
                 });
             }
             results
@@ -296,6 +331,9 @@ fn wrong_settings_and_arguments_name_the_field() {
         field(alone.gather_columns(&[1, 2, 3], 2, Some(&mut [0; 3]))),
         "rows"
     );
+    let scattered = alone.reduce_scatter(&[1.0_f32; 3], &mut [0.0; 2]);
+    assert_eq!(field(scattered), "share");
+    assert_eq!(field(alone.all_gather(&[1, 2], &mut [0; 3])), "joined");
     assert_eq!(field(alone.gather_columns(&[1, 2], 1, None)), "joined");
     assert_eq!(
         field(alone.gather_columns(&[1, 2], 1, Some(&mut [0; 3]))),

@@ -2,11 +2,18 @@
 
 mod attention;
 mod group;
+mod linear;
+mod rows;
 
 use orchestra_core::{ErrorCode, config::ConfigIssue};
-use orchestra_kernels::GroupError;
+use orchestra_kernels::{GroupError, LinearError};
 
-pub(crate) use self::{attention::PagedAttention, group::SharedGroup};
+pub(crate) use self::{
+    attention::PagedAttention,
+    group::SharedGroup,
+    linear::Linear,
+    rows::{gate, rms_norm, rotate},
+};
 use crate::errors::Failure;
 
 impl From<GroupError> for Failure {
@@ -17,6 +24,15 @@ impl From<GroupError> for Failure {
             }
             (ErrorCode::InvalidRequest, Some(key)) => Self::invalid(key, error.to_string()),
             (code, _) => Self::new(code, error.to_string()),
+        }
+    }
+}
+
+impl From<LinearError> for Failure {
+    fn from(error: LinearError) -> Self {
+        match error {
+            LinearError::InvalidShape { field, .. } => Self::invalid(field, error.to_string()),
+            LinearError::NoMemory { .. } => Self::new(ErrorCode::Internal, error.to_string()),
         }
     }
 }
@@ -41,3 +57,17 @@ impl Dtype {
         }
     }
 }
+
+/// Calls a generic, unsafe function of tensors with the kind of number that a dtype is.
+macro_rules! with_numbers {
+    ($dtype:expr, $call:ident($($argument:expr),*)) => {
+        match $dtype {
+            // SAFETY: the caller says that tensors of these shapes lie there, and leaves them alone until the call
+            // returns: the contract of `_core.pyi`.
+            Dtype::Float32 => unsafe { $call::<f32>($($argument),*) },
+            // SAFETY: as above.
+            Dtype::Bfloat16 => unsafe { $call::<u16>($($argument),*) },
+        }
+    };
+}
+pub(crate) use with_numbers;

@@ -9,6 +9,7 @@ mod errors;
 mod kernels;
 mod kv_pool;
 mod memory;
+mod partition;
 mod process;
 mod router;
 mod scheduler;
@@ -29,17 +30,18 @@ mod _core {
     use super::{
         agent::Agent,
         errors::error_codes,
-        kernels::{PagedAttention, SharedGroup},
+        kernels::{Linear, PagedAttention, SharedGroup, gate, rms_norm, rotate},
         kv_pool::KvPool,
         memory::{
             BlockPool, BlockSet, BlockView, BufferManager, Chime, Grant, MemoryTransfer,
             Registration, RemoteGrant, TransferOptions,
         },
+        partition::plan_layer_move,
         process::{die_with_parent, init_logging},
         router::run_router,
         scheduler::{
-            PlaceRequest, Placement, Reservation, RouteRequest, Scheduler, Ticket,
-            default_scheduler_config,
+            KvFetch, KvSplit, PlaceRequest, Placement, Reservation, RouteRequest, Scheduler,
+            Ticket, default_scheduler_config,
         },
     };
 

@@ -2,6 +2,7 @@
 
 mod figures;
 mod held;
+mod moves;
 mod placing;
 mod register;
 mod request;
@@ -22,6 +23,7 @@ use self::{
 };
 pub(crate) use self::{
     held::{Placement, Reservation, Ticket},
+    moves::{KvFetch, KvSplit},
     placing::PlaceRequest,
     request::RouteRequest,
 };

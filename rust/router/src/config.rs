@@ -35,6 +35,9 @@ use crate::{
     tenants::{self, TenantConfig},
 };
 
+/// For so long, at most, workers let others touch a block of KV.
+const MOVE_WAIT_MAX: Duration = Duration::from_secs(60);
+
 /// All settings of `orchestra-router`.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct RouterConfig {
@@ -113,6 +116,12 @@ impl RouterConfig {
             );
         }
         let corridor = &self.corridor;
+        for (key, wait) in [
+            ("fetch_wait_max", corridor.fetch_wait_max),
+            ("split_wait_max", corridor.split_wait_max),
+        ] {
+            check(key, wait.0 <= MOVE_WAIT_MAX, "must be at most 60s");
+        }
         let runs_one = corridor.max_concurrent_requests > 0;
         check("max_concurrent_requests", runs_one, "must be at least 1");
         for (key, share) in self.observe.shares() {
@@ -149,7 +158,7 @@ impl RouterConfig {
     }
 
     /// The time limits for which zero would mean "never works". A drain or a wait of zero has a meaning.
-    fn spans(&self) -> [(&'static str, Span); 7] {
+    fn spans(&self) -> [(&'static str, Span); 9] {
         let (listen, corridor) = (&self.listen, &self.corridor);
         [
             ("header_timeout", listen.header_timeout),
@@ -159,6 +168,8 @@ impl RouterConfig {
             ("request_timeout", corridor.request_timeout),
             ("heartbeat_timeout", corridor.heartbeat_timeout),
             ("hang_timeout", corridor.hang_timeout),
+            ("fetch_wait_max", corridor.fetch_wait_max),
+            ("split_wait_max", corridor.split_wait_max),
         ]
     }
 }

@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use orchestra_core::scheduler::SchedulerConfig;
 use serde::{Deserialize, Serialize};
 
 pub use crate::models::ModelInfo;
@@ -46,10 +47,17 @@ pub struct CorridorLimits {
     pub replay_wait: Duration,
     /// Refuse a request at once whose first token is predicted to come too late for it.
     pub refuse_hopeless: bool,
+    /// The longest that a worker waits for KV that another one holds, before it computes for itself; at most a minute.
+    #[serde(with = "humantime_serde")]
+    pub fetch_wait_max: Duration,
+    /// The same for KV that another one has yet to compute for it.
+    #[serde(with = "humantime_serde")]
+    pub split_wait_max: Duration,
 }
 
 impl Default for CorridorLimits {
     fn default() -> Self {
+        let scheduler = SchedulerConfig::default();
         Self {
             max_concurrent_requests: 1024,
             max_queued_requests: 4096,
@@ -59,6 +67,8 @@ impl Default for CorridorLimits {
             max_replays: 3,
             replay_wait: Duration::from_secs(10),
             refuse_hopeless: false,
+            fetch_wait_max: Duration::from_millis(scheduler.fetch_wait_max_ms.into()),
+            split_wait_max: Duration::from_millis(scheduler.split_wait_max_ms.into()),
         }
     }
 }

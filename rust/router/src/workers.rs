@@ -22,9 +22,12 @@ pub(crate) mod sink;
 pub(crate) mod stopping;
 mod watchdog;
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use orchestra_core::{
@@ -89,15 +92,18 @@ struct Pool {
 impl Workers {
     pub(crate) fn new(limits: &CorridorLimits, clock: Clock, kv_moves: KvMoveMetrics) -> Arc<Self> {
         let at_most = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        let wait_ms = |wait: Duration| wait.as_millis().clamp(1, 60_000) as u32;
         let max_num_waiting = at_most(limits.max_queued_requests);
         let config = SchedulerConfig {
             max_num_waiting,
             max_num_waiting_per_tenant: max_num_waiting.max(1),
             refuse_hopeless: limits.refuse_hopeless,
+            fetch_wait_max_ms: wait_ms(limits.fetch_wait_max),
+            split_wait_max_ms: wait_ms(limits.split_wait_max),
             ..SchedulerConfig::default()
         };
         let Ok(mut scheduler) = Scheduler::new(config) else {
-            unreachable!("the default configuration is valid with any length of the queue")
+            unreachable!("the default configuration is valid with any queue and any such wait")
         };
         scheduler.limit_seats(at_most(limits.max_concurrent_requests));
         let pool = Mutex::new(Pool {

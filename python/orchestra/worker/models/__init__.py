@@ -37,10 +37,10 @@ class Model(Protocol):
         ...
 
 
-Loader = Callable[[LoadContext, ModelConfig, int, Progress], Model]
+Loader = Callable[[LoadContext, ModelConfig, int, Progress], Decoder]
 
 # The architectures of `families` by what loads one of their layers.
-_LAYERS: dict[str, LoadLayer] = {
+LAYER_LOADERS: dict[str, LoadLayer] = {
     "LlamaForCausalLM": LlamaLayer.load,
     "MistralForCausalLM": LlamaLayer.load,
     "Qwen2ForCausalLM": LlamaLayer.load,
@@ -54,4 +54,6 @@ _LAYERS: dict[str, LoadLayer] = {
     "Gemma3ForCausalLM": GemmaLayer.load,
 }
 
-LOADERS: dict[str, Loader] = {name: partial(Decoder.load, load) for name, load in _LAYERS.items()}
+LOADERS: dict[str, Loader] = {
+    name: partial(Decoder.load, load) for name, load in LAYER_LOADERS.items()
+}

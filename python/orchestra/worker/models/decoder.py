@@ -1,6 +1,6 @@
 """The trunk of every family: embedding, layers, norm, head. A family's own file says what one layer is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -17,8 +17,9 @@ from orchestra.worker.layers import (
 )
 from orchestra.worker.loader import Progress
 from orchestra.worker.model_config import ModelConfig
+from orchestra.worker.rope_config import RopeConfig
 from orchestra.worker.rotary import RotaryTable
-from orchestra.worker.sharding import Stage
+from orchestra.worker.sharding import Span, Stage
 
 if TYPE_CHECKING:
     from orchestra.worker.stage_link import StageLink
@@ -26,8 +27,20 @@ if TYPE_CHECKING:
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm", "lm_head.weight"
 
 
+class Numbered(Protocol):
+    """What has a place in the KV cache."""
+
+    index: int
+    """Which layer of this rank's cache."""
+
+
 class Layer(Protocol):
     """This rank's part of one layer, cut in two where tokens stop needing each other."""
+
+    @property
+    def attention(self) -> Numbered:
+        """What reads and writes the cache."""
+        ...
 
     def attend(self, hidden: Tensor, rotations: Tensor, backend: AttentionBackend) -> Tensor:
         """The first half up to the output projection: `[T, H]` to `[T, heads * head_dim]`."""
@@ -42,26 +55,60 @@ LoadLayer = Callable[[LoadContext, int, ModelConfig], Layer]
 """Loads `model.layers.<index>`."""
 
 
+class RotaryTables:
+    """The rotations of a model's layers; layers that turn alike share one.
+
+    Args:
+        config: the model's shape.
+        max_positions: longest sequence that will run.
+        device: where they are used.
+    """
+
+    def __init__(self, config: ModelConfig, max_positions: int, device: torch.device) -> None:
+        self.config = config
+        self._max_positions = max_positions
+        self._device = device
+        self._tables: dict[RopeConfig, RotaryTable] = {}
+
+    def of(self, layers: Span) -> list[RotaryTable]:
+        """Those of some layers, in order."""
+        return [
+            self._table(self.config.rope_of(index)) for index in range(layers.start, layers.stop)
+        ]
+
+    def _table(self, rope: RopeConfig) -> RotaryTable:
+        if rope not in self._tables:
+            table = RotaryTable(
+                rope, self.config.rotary_head_dim, self._max_positions, self._device
+            )
+            self._tables[rope] = table
+        return self._tables[rope]
+
+
 class Decoder:
     """This rank's part of the model: its slices of its stage's layers.
 
     Args:
         entry: token ids to `[T, H]`: the embedding, or what the stage before sends.
-        layers: of the stage, in order.
-        rotaries: of each layer; layers that turn alike share one table.
+        span: which layers of the model these are.
+        layers: in order.
+        rotaries: of all layers.
         after: what follows the layers.
     """
 
     def __init__(
         self,
         entry: Op,
+        span: Span,
         layers: Sequence[Layer],
-        rotaries: Sequence[RotaryTable],
+        rotaries: RotaryTables,
         after: "Head | StageLink",
     ) -> None:
+        self.span = span
         self._entry = entry
         self._layers = layers
-        self._rotaries = rotaries
+        self._tables = rotaries
+        self._rotaries = rotaries.of(span)
         self._after = after
 
     @classmethod
@@ -97,12 +144,29 @@ class Decoder:
         after = Head.load(context, config, embedding) if stage.is_last else context.link
         context.reader.finish(_of_others(config, stage))
         progress(parts, parts)
-        ropes = [config.rope_of(index) for index in range(span.start, span.stop)]
-        tables = {
-            rope: RotaryTable(rope, config.rotary_head_dim, max_positions, context.device)
-            for rope in set(ropes)
-        }
-        return cls(entry, layers, [tables[rope] for rope in ropes], after)
+        rotaries = RotaryTables(config, max_positions, context.device)
+        return cls(entry, span, layers, rotaries, after)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The shape of the whole model."""
+        return self._tables.config
+
+    def with_layers(self, span: Span, further: Mapping[int, Layer]) -> "Decoder":
+        """The same stage with other layers; neither runs before `take_places` says whose the shared ones are.
+
+        Args:
+            span: which layers of the model.
+            further: those that this decoder does not have, by their number in the model.
+        """
+        own = {self.span.start + place: layer for place, layer in enumerate(self._layers)}
+        layers = [further[it] if it in further else own[it] for it in range(span.start, span.stop)]
+        return Decoder(self._entry, span, layers, self._tables, self._after)
+
+    def take_places(self) -> None:
+        """Lets every layer find its KV in a cache of this decoder's layers."""
+        for place, layer in enumerate(self._layers):
+            layer.attention.index = place
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, rows: Tensor | None
@@ -168,13 +232,18 @@ class FormerStage:
         return hidden
 
 
+def prefix_of(layer: int) -> str:
+    """How the names of a layer's weights begin."""
+    return f"model.layers.{layer}."
+
+
 def _of_others(config: ModelConfig, stage: Stage) -> Callable[[str], bool]:
     """Tells the weights that other stages read, and those that none does, from what should not be there."""
     span = stage.layers(config.num_layers)
     # Layers behind the last one are for drafting.
     layers = range(config.num_layers + config.num_draft_layers)
     others = [index for index in layers if not span.start <= index < span.stop]
-    prefixes = tuple(f"model.layers.{index}." for index in others)
+    prefixes = tuple(map(prefix_of, others))
     names = set() if stage.is_first else {_EMBEDDING}
     if not stage.is_last:
         names |= {f"{_NORM}.weight", _HEAD}

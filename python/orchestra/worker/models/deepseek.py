@@ -53,5 +53,6 @@ class DeepseekLayer:
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """See `decoder.Layer`."""
-        hidden = self.output(attended).add_(hidden)
-        return self.mlp(self.mlp_norm(hidden)).add_(hidden)
+        total = self.output(attended)
+        normalised = self.mlp_norm.after_sum(total, hidden)
+        return self.mlp(normalised).add_(total)

@@ -50,5 +50,6 @@ class GemmaLayer:
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """See `decoder.Layer`."""
-        hidden = self.output_norm(self.output(attended)).add_(hidden)
-        return self.mlp_output_norm(self.mlp(self.mlp_norm(hidden))).add_(hidden)
+        total = self.output_norm(self.output(attended))
+        normalised = self.mlp_norm.after_sum(total, hidden)
+        return self.mlp_output_norm(self.mlp(normalised)).add_(total)

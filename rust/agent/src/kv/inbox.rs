@@ -55,9 +55,13 @@ pub(crate) enum Order {
     Decline(String, u64),
     /// What was found of a prompt that another worker asked for.
     Held(u64, Option<HeldBlocks>),
+    /// The keeper asked for it at a time when sequences need the blocks.
+    NotNow(u64),
     Push(PushOrder),
     /// A chain that worker `.0` is to keep. Answered with [`Report::OfferEnded`].
     Offer(String, SealedChain),
+    /// Another worker is the keeper from now on, or another start of the same one.
+    NewKeeper,
     /// Blocks that step `.0` fills.
     Filled(u64, FilledBlocks),
     /// A sequence that was computed for another worker has ended; `true` where all of it is there.
@@ -79,7 +83,8 @@ pub(crate) struct Offered {
 /// What the thread tells the step loop.
 #[derive(Debug)]
 pub(crate) enum Report {
-    /// Another worker wants the beginning of a prompt. Answered with [`Order::Held`] of the same number.
+    /// Another worker wants the beginning of a prompt. Answered with [`Order::Held`] or
+    /// [`Order::NotNow`] of the same number.
     Wanted {
         number: u64,
         hash_seed: HashSeed,
@@ -90,8 +95,8 @@ pub(crate) enum Report {
     /// Another worker wants the beginning of a sequence to be kept here. Answered with [`Order::Take`] or
     /// [`Order::Decline`].
     Offered(Offered),
-    /// A chain was offered, and read or not.
-    OfferEnded,
+    /// A chain was offered, and it was read or declined; or nobody has answered, and it is to be offered again.
+    OfferEnded(Option<SealedChain>),
     /// The first so many awaited blocks are there.
     Arrived(HoldId, u32),
     /// Awaited blocks do not come; they may still be written.

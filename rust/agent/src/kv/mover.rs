@@ -264,7 +264,13 @@ impl Mover {
                     self.offers.end(refused, desk);
                 }
             }
+            Order::NotNow(number) => {
+                if let Some(refused) = self.servings.on_held(number, None, desk) {
+                    self.offers.put_off(refused, desk);
+                }
+            }
             Order::Offer(keeper, chain) => self.offers.offer(&keeper, chain, desk),
+            Order::NewKeeper => self.offers.put_off_all(desk),
             Order::Push(order) => self.pushes.begin(&order, desk),
             Order::Filled(step_id, filled) => self.pushes.on_filled(step_id, filled, desk),
             Order::PushEnded(id, is_whole) => self.pushes.on_ended(id, is_whole, desk),
@@ -277,7 +283,7 @@ impl Mover {
         let desk = &mut self.desk;
         let worker_id = &message.worker_id;
         if message.is_undeliverable {
-            self.offers.lost_touch(worker_id, desk);
+            // An offer waits for its deadline or for another keeper, else the next would follow at once, and be lost too.
             return self.incoming.lost_touch(worker_id, desk);
         }
         let Some((transfer_id, message)) = wire::decode(&message.payload) else {

@@ -2,9 +2,11 @@
 //!
 //! ```text
 //!   offer ──▶ asked and read, as any pull ──▶ offered again, until nothing is lacking
-//!     │ stop, no answer, the keeper is gone
+//!     │ │ stop
+//!     │ └────▶ over: the step loop may offer the next
+//!     │ no answer in time, another keeper, not now
 //!     ▼
-//!   over: the step loop may offer the next
+//!   put off: the same, and this one waits again
 //! ```
 //!
 //! The keeper reads what it lacks at its own pace, and seals it when all of it is there: whatever becomes of this
@@ -63,7 +65,7 @@ impl Offers {
             timeout_ms: OFFER_TIMEOUT.as_millis() as u32,
         };
         if !desk.send(keeper, transfer_id, Message::Offer(message)) {
-            return desk.report(Report::OfferEnded);
+            return desk.report(Report::OfferEnded(None));
         }
         let offer = Offer {
             keeper: keeper.to_owned(),
@@ -82,22 +84,28 @@ impl Offers {
         if num_blocks as u64 >= u64::from(max_blocks(desk)) {
             self.offer(&offer.keeper, offer.chain, desk);
         } else {
-            desk.report(Report::OfferEnded);
+            desk.report(Report::OfferEnded(None));
         }
     }
 
     /// It is not to be read, or no longer.
     pub(super) fn end(&mut self, transfer_id: u64, desk: &mut Desk) {
         if self.open.remove(&transfer_id).is_some() {
-            desk.report(Report::OfferEnded);
+            desk.report(Report::OfferEnded(None));
         }
     }
 
-    /// The router cannot reach this worker.
-    pub(super) fn lost_touch(&mut self, worker_id: &str, desk: &mut Desk) {
-        let theirs = self.open.iter().filter(|(_, it)| it.keeper == worker_id);
-        for transfer_id in theirs.map(|(&id, _)| id).collect::<Vec<_>>() {
-            self.end(transfer_id, desk);
+    /// It is to be offered again, and may be read by another worker then.
+    pub(super) fn put_off(&mut self, transfer_id: u64, desk: &mut Desk) {
+        if let Some(offer) = self.open.remove(&transfer_id) {
+            desk.report(Report::OfferEnded(Some(offer.chain)));
+        }
+    }
+
+    /// Another worker is the keeper: what the one before has not read yet is for this one.
+    pub(super) fn put_off_all(&mut self, desk: &mut Desk) {
+        for transfer_id in self.open.keys().copied().collect::<Vec<_>>() {
+            self.put_off(transfer_id, desk);
         }
     }
 
@@ -106,12 +114,13 @@ impl Offers {
         self.open.clear();
     }
 
-    /// Ends what has lasted for too long: a lease that a reader may still have ends by itself.
+    /// Puts off what has lasted for too long: the keeper stands still, or no message reaches it. A lease that it may still
+    /// have ends by itself.
     pub(super) fn poll(&mut self, desk: &mut Desk) {
         let now = desk.pool.now();
         let overdue = self.open.iter().filter(|(_, it)| now >= it.deadline);
         for transfer_id in overdue.map(|(&id, _)| id).collect::<Vec<_>>() {
-            self.end(transfer_id, desk);
+            self.put_off(transfer_id, desk);
         }
     }
 }

@@ -36,6 +36,8 @@ pub(crate) struct KvLink {
     pub(super) keeper: Option<String>,
     /// Chains that it was offered and has not read.
     pub(super) num_offers: usize,
+    /// When it was offered the last one.
+    pub(super) offered_at: Option<Time>,
 }
 
 impl std::fmt::Debug for KvLink {
@@ -56,6 +58,7 @@ impl KvLink {
             pushing: FxHashSet::default(),
             keeper: None,
             num_offers: 0,
+            offered_at: None,
         }
     }
 
@@ -203,15 +206,18 @@ impl StepLoop {
                 token_ids,
                 is_offered,
             } => {
-                let is_allowed = !is_offered || keeping::has_spare_blocks(&self.scheduler);
-                let held = is_allowed
-                    .then(|| self.scheduler.hold_prefix(hash_seed, &token_ids, u32::MAX))
-                    .flatten();
+                if is_offered && !keeping::has_spare_blocks(&self.scheduler) {
+                    return kv.inbox.order(Order::NotNow(number));
+                }
+                let held = self.scheduler.hold_prefix(hash_seed, &token_ids, u32::MAX);
                 kv.inbox.order(Order::Held(number, held));
             }
             Report::Offered(offered) => keeping::keep(&mut self.scheduler, kv, offered),
-            Report::OfferEnded => {
+            Report::OfferEnded(unread) => {
                 kv.num_offers = kv.num_offers.saturating_sub(1);
+                if let Some(chain) = unread {
+                    self.scheduler.return_sealed(chain);
+                }
                 self.offer_sealed();
             }
             Report::Arrived(hold, num_blocks) => {

@@ -13,11 +13,12 @@ use orchestra_proto::v1::{FinishReason, KvSource, KvTarget, StartSequence};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::support::{
-    Cluster, FakeRouter, KvEngine, Line, config, eventually, kv_pool, reference, start,
+    Cluster, FakeRouter, KvEngine, Line, config, eventually, kv_pool_with, reference, start,
 };
 
 const NAME: &str = "worker-of-its-own";
-/// The router to dial, what moves KV, and after how many layers the engine stands still.
+/// The router to dial, what moves KV, after how many layers the engine stands still, whether it writes through, and its
+/// name.
 const CHILD: &str = "ORCHESTRA_TEST_KV_WORKER";
 /// How long the worker that lives waits for the other, where that says nothing.
 const TIMEOUT_MS: u32 = 400;
@@ -26,18 +27,36 @@ const FOREVER_MS: u32 = 60_000;
 const BLOCKS: u32 = 5;
 
 /// A worker in a process of its own.
-struct Process {
-    line: Line,
+pub(crate) struct Process {
+    pub(crate) line: Line,
     child: Child,
 }
 
 impl Process {
     fn start(cluster: &Cluster, transports: KvTransports, layers: u32) -> Self {
+        Self::start_as(cluster, transports, layers, None)
+    }
+
+    /// One whose cache is written through.
+    pub(crate) fn start_writer(cluster: &Cluster, transports: KvTransports, name: &str) -> Self {
+        Self::start_as(cluster, transports, u32::MAX, Some(name))
+    }
+
+    fn start_as(
+        cluster: &Cluster,
+        transports: KvTransports,
+        layers: u32,
+        writer: Option<&str>,
+    ) -> Self {
+        let (writes, name) = (writer.is_some(), writer.unwrap_or(NAME));
         let router = FakeRouter::start();
         let kind = if transports == Tcp { "tcp" } else { "shm" };
         let child = Command::new(env::current_exe().unwrap())
             .args(["--exact", "kv_faults::a_worker_of_its_own", "--ignored"])
-            .env(CHILD, format!("{} {kind} {layers}", router.address))
+            .env(
+                CHILD,
+                format!("{} {kind} {layers} {writes} {name}", router.address),
+            )
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
@@ -45,8 +64,12 @@ impl Process {
         Self { line, child }
     }
 
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).unwrap();
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
     }
 }
 
@@ -63,9 +86,10 @@ fn a_worker_of_its_own() {
     let told = env::var(CHILD).expect("run by the other tests only");
     let parts: Vec<&str> = told.split(' ').collect();
     let mut config = config(parts[0].parse::<SocketAddr>().unwrap());
-    config.worker_id = NAME.to_owned();
+    config.worker_id = parts[4].to_owned();
     let transports = if parts[1] == "tcp" { Tcp } else { Shm };
-    let pool = kv_pool(&config, transports);
+    let writes = parts[3].parse().unwrap();
+    let pool = kv_pool_with(&config, transports, |pool| pool.write_through = writes);
     let engine = KvEngine::start(&config, pool);
     engine.allow(parts[2].parse().unwrap());
     // Ended by a signal, or with the process that started it.

@@ -8,6 +8,8 @@ mod attaching;
 #[cfg(test)]
 mod ends;
 #[cfg(test)]
+mod keeping;
+#[cfg(test)]
 mod kv_events;
 #[cfg(test)]
 mod kv_faults;

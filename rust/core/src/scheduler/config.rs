@@ -9,6 +9,8 @@ use crate::config::ConfigIssue;
 const NUM_WORKERS_MAX: u32 = 16_384;
 /// Largest weight of a class; keeps the products of weights small.
 const CLASS_WEIGHT_MAX: u32 = 1_000;
+/// Longest wait for KV of another worker, milliseconds: workers let nobody touch a block for longer.
+const MOVE_WAIT_MAX_MS: u32 = 60_000;
 /// Largest weight of a token; keeps counters of service from running over.
 const TOKEN_WEIGHT_MAX: u32 = 100;
 
@@ -64,6 +66,13 @@ pub struct SchedulerConfig {
     pub fetch_bytes_per_s: u64,
     /// What a fetch takes besides moving the bytes, microseconds.
     pub fetch_latency_us: u32,
+    /// The shortest time that a worker waits for KV of another one before it computes for itself, however soon that
+    /// should come; milliseconds.
+    pub move_wait_min_ms: u32,
+    /// The longest time that it waits for blocks that exist, 1 to 60,000 milliseconds.
+    pub fetch_wait_max_ms: u32,
+    /// The longest time that it waits for blocks that another one has yet to compute, 1 to 60,000 milliseconds.
+    pub split_wait_max_ms: u32,
     /// Prompts of which a worker lacks fewer tokens are not computed for it elsewhere.
     pub split_min_tokens: u32,
     /// What loading a LoRA adapter costs, in tokens of prefill.
@@ -96,6 +105,9 @@ impl Default for SchedulerConfig {
             fetch_cost_permille: 100,
             fetch_bytes_per_s: 1_000_000_000,
             fetch_latency_us: 5_000,
+            move_wait_min_ms: 1_000,
+            fetch_wait_max_ms: 5_000,
+            split_wait_max_ms: 60_000,
             split_min_tokens: 256,
             lora_load_tokens: 2048,
             seed: 0,
@@ -132,7 +144,17 @@ impl SchedulerConfig {
             let message = format!("must be a power of two, got {}", self.extent_bytes);
             issues.push(ConfigIssue::new("extent_bytes", message));
         }
-        let weights = [
+        let bounded = [
+            (
+                "fetch_wait_max_ms",
+                self.fetch_wait_max_ms,
+                MOVE_WAIT_MAX_MS,
+            ),
+            (
+                "split_wait_max_ms",
+                self.split_wait_max_ms,
+                MOVE_WAIT_MAX_MS,
+            ),
             (
                 "interactive_weight",
                 self.interactive_weight,
@@ -151,7 +173,7 @@ impl SchedulerConfig {
                 TOKEN_WEIGHT_MAX,
             ),
         ];
-        for (key, value, max) in weights {
+        for (key, value, max) in bounded {
             if !(1..=max).contains(&value) {
                 let message = format!("must be 1 to {max}, got {value}");
                 issues.push(ConfigIssue::new(key, message));

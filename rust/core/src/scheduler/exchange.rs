@@ -147,12 +147,12 @@ pub(super) enum Moved {
 
 /// What was learned of the workers of one exchange.
 #[derive(Debug)]
-struct Learned {
+pub(super) struct Learned {
     num_workers: u32,
     /// Prompt tokens computed.
-    prefill: Pace,
+    pub(super) prefill: Pace,
     /// Blocks fetched.
-    fetch: Pace,
+    pub(super) fetch: Pace,
     num_declined: u32,
 }
 
@@ -221,6 +221,11 @@ impl Exchanges {
                 learned.fetch.sample(PRIOR_BLOCKS, prior(exchange, config));
             }
         }
+    }
+
+    /// What was learned of the exchange that a worker has.
+    pub(super) fn learned(&self, spec: &WorkerSpec) -> Option<&Learned> {
+        self.0.get(spec.kv_exchange.as_ref()?)
     }
 
     pub(super) fn cost(

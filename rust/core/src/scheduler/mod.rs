@@ -25,6 +25,7 @@ mod kv_feed;
 mod load_grid;
 mod loras;
 mod make_room;
+mod move_wait;
 mod output_length;
 mod pace;
 mod pick;

@@ -1,5 +1,7 @@
 //! Reservations: room on workers that was promised and not yet given back.
 
+use std::time::Duration;
+
 use super::{
     Scheduler,
     error::SchedulerError,
@@ -36,6 +38,9 @@ pub struct Reservation {
     pub fetch: Option<Fetch>,
     /// Who computes the prompt for it; never together with a fetch.
     pub prefill: Option<PrefillPart>,
+    /// How long it should wait for what comes from the other worker, before it computes for itself; zero where nothing
+    /// does.
+    pub move_wait: Duration,
 }
 
 /// A prompt that another worker computes: room there, held like any other.
@@ -75,6 +80,7 @@ impl Scheduler {
             demand.prefill_tokens = prompt - u64::from(chosen.num_cached_tokens);
         }
         let id = self.hold(chosen.worker, demand, now)?;
+        let move_wait = self.move_wait(&chosen, prefill.is_some());
         self.note_moves(id, &chosen, prefill.is_some());
         self.assume(request, &chosen, now);
         if let Some(lora) = request.lora {
@@ -92,6 +98,7 @@ impl Scheduler {
             num_blocks: chosen.num_blocks,
             fetch: chosen.fetch,
             prefill,
+            move_wait,
         })
     }
 

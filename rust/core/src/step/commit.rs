@@ -110,6 +110,8 @@ impl StepScheduler {
             return Ok(Vec::new());
         };
         self.stats.step_time = now.since(executing.planned_at);
+        let executes = !self.executing.is_empty();
+        self.lateness.committed(self.stats.step_time, executes, now);
         if self.config.tpot_target_us > 0 {
             self.step_cost.observe(
                 executing.num_decodes,

@@ -93,47 +93,48 @@ impl StepScheduler {
         Some(awaited)
     }
 
-    /// The first `num_blocks` of what was to be kept are there. Those whose beginning has gone meanwhile, or that came
-    /// another way too, are of no use.
+    /// The first `num_blocks` of what was to be kept are there. Those whose beginning has gone meanwhile are of no use, nor
+    /// are those at the front that came another way too.
     pub(super) fn kept_arrived(&mut self, incoming: &Incoming, num_blocks: usize) {
-        let chain = incoming.chain();
-        let before = Chain {
-            hashes: &chain.hashes[..incoming.first],
-            ..chain
+        let first = incoming.first;
+        let end = first + num_blocks.min(incoming.host_blocks.len());
+        let whole = incoming.chain();
+        let chain = Chain {
+            hashes: &whole.hashes[..end],
+            ..whole
         };
-        self.pool.match_prefix(before, &mut self.matched);
-        let matched = self.pool.match_host(before, &self.matched);
+        self.pool.match_prefix(chain, &mut self.matched);
+        let matched = self.pool.match_host(chain, &self.matched);
         let num_found = self.matched.len() + matched.blocks.len();
-        let num_useful = if num_found == incoming.first {
-            num_blocks
-        } else {
-            0
-        };
-        let tokens = chain.token_ids.chunks(self.config.block_size as usize);
-        let contents = chain.hashes.iter().zip(tokens).skip(incoming.first);
-        let mut end = matched.end;
+        let num_known = num_found.saturating_sub(first);
+        let is_useful = num_found >= first;
+        let mut before = matched.end;
         let mut num_kept = 0;
-        for ((&hash, token_ids), &host_block) in
-            contents.zip(&incoming.host_blocks).take(num_useful)
-        {
+        let tokens = chain.token_ids.chunks(self.config.block_size as usize);
+        let contents = chain.hashes.iter().zip(tokens).skip(num_found);
+        let targets = incoming.host_blocks.iter().skip(num_known);
+        for ((&hash, token_ids), &host_block) in contents.zip(targets).filter(|_| is_useful) {
             if self.pool.contains(hash) || self.pool.host.cache.contains(hash) {
                 break;
             }
             let content = self.pool.next_content();
             let kept = Kept {
                 hash,
-                before: end,
+                before,
                 content,
             };
             let host = &mut self.pool.host;
             host.cache
                 .insert(host_block, kept, token_ids, Origin::Received);
             self.pool.events.kept(hash);
-            end = Before::Content(content);
+            before = Before::Content(content);
             num_kept += 1;
         }
         self.stats.blocks_kept_for_others += num_kept as u64;
-        self.pool.host.give_back(&incoming.host_blocks[num_kept..]);
+        let host = &mut self.pool.host;
+        let num_known = num_known.min(incoming.host_blocks.len());
+        host.give_back(&incoming.host_blocks[..num_known]);
+        host.give_back(&incoming.host_blocks[num_known + num_kept..]);
     }
 
     /// What host memory keeps of a chain behind the matched blocks, pinned for a reader; nothing while a step may still
@@ -172,5 +173,47 @@ impl StepScheduler {
                 hash
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::step::StepSchedulerConfig;
+
+    /// A sequence goes on while its beginning is being read, and is offered again.
+    #[test]
+    fn offers_of_one_sequence_that_overlap_are_kept_to_the_end_of_the_longest() {
+        let token_ids: Vec<TokenId> = (0..12).collect();
+        for is_short_first in [true, false] {
+            let mut scheduler = StepScheduler::new(StepSchedulerConfig {
+                block_size: 2,
+                num_blocks: 16,
+                num_host_blocks: 32,
+                max_num_batched_tokens: 8,
+                max_num_seqs: 4,
+                max_model_len: 32,
+                ..StepSchedulerConfig::default()
+            })
+            .unwrap();
+            let mut keep = |tokens: &[TokenId]| {
+                let awaited = scheduler.keep_for(HashSeed(1), tokens, 99).unwrap();
+                (awaited.hold, awaited.blocks.len() as u32)
+            };
+            let mut arrivals = [keep(&token_ids[..8]), keep(&token_ids)];
+            assert_eq!(arrivals.map(|(_, num_blocks)| num_blocks), [4, 6]);
+            if !is_short_first {
+                arrivals.reverse();
+            }
+            for (hold, num_blocks) in arrivals {
+                assert!(scheduler.kv_arrived(hold, num_blocks));
+                scheduler.check_integrity();
+            }
+            let stats = scheduler.stats();
+            assert_eq!(
+                (stats.host_blocks_kept, stats.blocks_kept_for_others),
+                (6, 6)
+            );
+        }
     }
 }

@@ -3,7 +3,7 @@
 //! Reading order: `plan` is the contract with the runner; `scheduler` holds the state, `schedule` plans a step,
 //! `micro_batch` divides the work where several are in flight, `preempt` says who gives way, `commit` takes the result,
 //! `forget` starts over; `waiting`, `sequence`, `block_pool` and `host_tier` are
-//! what they work on, `step_cost` is what they learn; `moves` is what other workers bring and take. The rules, their bounds and the reasons are in
+//! what they work on, `step_cost` and `lateness` are what they learn; `moves` is what other workers bring and take. The rules, their bounds and the reasons are in
 //! `docs/step_scheduler.md`.
 
 mod block_pool;
@@ -18,6 +18,7 @@ mod host_tier;
 mod integrity;
 mod keep;
 mod kv_events;
+mod lateness;
 mod lru;
 mod micro_batch;
 mod moves;

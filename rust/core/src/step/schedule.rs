@@ -263,8 +263,12 @@ impl StepScheduler {
 
     fn finish_plan(&mut self, draft: Draft) -> Option<StepPlan> {
         if draft.num_decodes + draft.num_prefill_tokens == 0 {
+            if self.executing.is_empty() {
+                self.lateness.found_nothing();
+            }
             return None;
         }
+        self.lateness.planned(draft.now);
         self.stats.steps += 1;
         let shape = PlanShape {
             step_id: self.stats.steps,

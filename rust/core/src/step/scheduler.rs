@@ -9,6 +9,7 @@ use super::{
     block_pool::BlockPool,
     commit::Executing,
     config::StepSchedulerConfig,
+    lateness::Lateness,
     moves::Moves,
     plan::{KvEvent, Request},
     sealed::SealedChains,
@@ -48,6 +49,8 @@ pub struct StepScheduler {
     pub(super) stats: StepStats,
     /// Learns only where there is a TPOT target.
     pub(super) step_cost: StepCost,
+    /// Of whoever executes the steps.
+    pub(super) lateness: Lateness,
     /// Blocks that prefills of the step being planned compute: a request that needs one of them next is held
     /// back instead of computing it too.
     pub(super) in_flight_prefixes: FxHashSet<BlockHash>,
@@ -82,6 +85,7 @@ impl StepScheduler {
             executing: VecDeque::new(),
             stats: StepStats::default(),
             step_cost: StepCost::default(),
+            lateness: Lateness::default(),
             in_flight_prefixes: FxHashSet::default(),
             matched: Vec::new(),
             moves: Moves::default(),

@@ -17,6 +17,8 @@ const CHAINS_MAX: usize = 256;
 /// The beginning of a sequence: whole blocks that the prefix cache held when it was noted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SealedChain {
+    /// The sequence.
+    pub request_id: RequestId,
     /// Start of its hash chain.
     pub hash_seed: HashSeed,
     /// Tokens of its blocks.
@@ -28,7 +30,7 @@ pub struct SealedChain {
 pub(super) struct SealedChains {
     min_blocks: usize,
     block_size: usize,
-    chains: VecDeque<(RequestId, SealedChain)>,
+    chains: VecDeque<SealedChain>,
     pub(super) num_dropped: u64,
 }
 
@@ -46,19 +48,26 @@ impl SealedChains {
         }
         sequence.num_noted_blocks = num_blocks;
         let chain = SealedChain {
+            request_id: sequence.id,
             hash_seed: sequence.hash_seed,
             token_ids: sequence.token_ids[..num_blocks * self.block_size].to_vec(),
         };
-        let id = sequence.id;
-        if let Some((_, waiting)) = self.chains.iter_mut().find(|(other, _)| *other == id) {
-            *waiting = chain;
-            return;
+        match self.waiting(chain.request_id) {
+            Some(waiting) => *waiting = chain,
+            None => self.push(chain),
         }
+    }
+
+    fn waiting(&mut self, id: RequestId) -> Option<&mut SealedChain> {
+        self.chains.iter_mut().find(|it| it.request_id == id)
+    }
+
+    fn push(&mut self, chain: SealedChain) {
         if self.chains.len() == CHAINS_MAX {
             self.chains.pop_front();
             self.num_dropped += 1;
         }
-        self.chains.push_back((id, chain));
+        self.chains.push_back(chain);
     }
 }
 
@@ -76,8 +85,17 @@ impl StepScheduler {
 
     /// The chain that has waited longest. Its blocks may have been evicted meanwhile.
     pub fn take_sealed(&mut self) -> Option<SealedChain> {
-        let (_, chain) = self.sealed.as_mut()?.chains.pop_front()?;
-        Some(chain)
+        self.sealed.as_mut()?.chains.pop_front()
+    }
+
+    /// Takes back a chain that nobody has written through: it waits again, behind those that wait already. One of the
+    /// same sequence that is noted meanwhile says all of it and more.
+    pub fn return_sealed(&mut self, chain: SealedChain) {
+        if let Some(sealed) = &mut self.sealed
+            && sealed.waiting(chain.request_id).is_none()
+        {
+            sealed.push(chain);
+        }
     }
 }
 
@@ -148,6 +166,32 @@ mod tests {
         assert!(taken(&mut scheduler).is_empty(), "two blocks of output");
         step(&mut scheduler);
         assert_eq!(taken(&mut scheduler), [18]);
+    }
+
+    #[test]
+    fn what_is_returned_waits_again_unless_more_of_it_waits_already() {
+        let mut scheduler = scheduler();
+        add(&mut scheduler, 1, 12, 1);
+        add(&mut scheduler, 2, 6, 1);
+        step(&mut scheduler);
+        let first = scheduler.take_sealed().unwrap();
+        assert_eq!((first.request_id, first.token_ids.len()), (RequestId(2), 6));
+        step(&mut scheduler);
+        step(&mut scheduler);
+        scheduler.return_sealed(first.clone());
+        let whole = scheduler.take_sealed().unwrap();
+        assert_eq!(
+            (whole.request_id, whole.token_ids.len()),
+            (RequestId(1), 12)
+        );
+        scheduler.return_sealed(whole.clone());
+        let less = SealedChain {
+            token_ids: whole.token_ids[..8].to_vec(),
+            ..whole.clone()
+        };
+        scheduler.return_sealed(less);
+        let left = std::iter::from_fn(|| scheduler.take_sealed());
+        assert_eq!(left.collect::<Vec<_>>(), [first, whole]);
     }
 
     #[test]

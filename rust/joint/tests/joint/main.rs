@@ -3,6 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod keeper_faults;
 mod keeping;
 mod moves;
+mod process;
+mod proxy;
 mod support;

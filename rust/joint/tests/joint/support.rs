@@ -43,6 +43,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub(crate) const MODEL: &str = "demo";
 /// 100 blocks of four tokens, and a tail.
 pub(crate) const PROMPT: u32 = 402;
+/// Its whole blocks.
+pub(crate) const PROMPT_BLOCKS: u64 = 100;
 
 pub(crate) fn eventually(what: &str, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + PATIENCE;
@@ -94,10 +96,15 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
+    /// The machine may be busy with other tests, so nobody is taken for lost who is silent.
     pub(crate) async fn start() -> Self {
+        Self::start_with(Duration::from_secs(60)).await
+    }
+
+    /// One that takes a worker for lost when it was silent for so long.
+    pub(crate) async fn start_with(heartbeat_timeout: Duration) -> Self {
         let limits = CorridorLimits {
-            // The machine may be busy with other tests.
-            heartbeat_timeout: Duration::from_secs(60),
+            heartbeat_timeout,
             hang_timeout: Duration::from_secs(60),
             ..CorridorLimits::default()
         };
@@ -155,13 +162,31 @@ impl Cluster {
         assert_eq!(token_ids, reference(prompt, max_tokens as usize));
     }
 
-    pub(crate) fn moves(&self, kind: &str, outcome: &str) -> u32 {
-        let labels = format!("kind=\"{kind}\",outcome=\"{outcome}\"");
-        let name = format!("orchestra_kv_moves_total{{{labels}}} ");
-        let text = self.state.metrics.encode().unwrap();
-        let mut figures = text.lines().filter_map(|line| line.strip_prefix(&name));
-        figures.next().unwrap().parse().unwrap()
+    pub(crate) fn moves(&self, kind: &str, outcome: &str) -> u64 {
+        self.metric(&format!(
+            "orchestra_kv_moves_total{{kind=\"{kind}\",outcome=\"{outcome}\"}}"
+        ))
     }
+
+    /// Blocks that workers have copied for others, as they have reported it.
+    pub(crate) fn num_kept(&self) -> u64 {
+        self.metric("orchestra_worker_kv_blocks_kept_total")
+    }
+
+    fn metric(&self, name: &str) -> u64 {
+        let text = self.state.metrics.encode().unwrap();
+        let mut figures = text.lines().filter_map(|line| line.strip_prefix(name));
+        figures.next().unwrap().trim().parse().unwrap()
+    }
+}
+
+/// Waits until a keeper has so many blocks.
+pub(crate) async fn wait_for_kept(keeper: &KvEngine, num_blocks: u64) {
+    let agent = Arc::clone(&keeper.agent);
+    let wait = move || {
+        eventually("the copies", || agent.stats().kv_blocks_kept >= num_blocks);
+    };
+    tokio::task::spawn_blocking(wait).await.unwrap();
 }
 
 pub(crate) async fn collect(mut stream: TokenStream) -> Vec<TokenId> {

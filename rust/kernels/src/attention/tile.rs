@@ -16,67 +16,14 @@
 )]
 
 use super::{CHUNK, Layer, step::Tile};
-use crate::simd::{LANES, Lanes};
+use crate::{
+    element::Element,
+    simd::{LANES, Lanes},
+};
 
 const GROUPS: usize = CHUNK / LANES;
 /// Sums of values that are kept in registers at a time.
 const WIDE: usize = 8;
-
-/// A kind of number in the cache.
-pub(super) trait Element: Copy + Send + Sync + 'static {
-    /// Reads eight.
-    ///
-    /// # Safety
-    /// They are there.
-    unsafe fn load<L: Lanes>(from: *const Self) -> L;
-    /// Where `LANES` rows of `size` numbers are as `f32`: here, or in `room`, into which they are copied.
-    ///
-    /// # Safety
-    /// The rows are there, and `room` holds as many.
-    unsafe fn rows<L: Lanes>(from: *const Self, size: usize, room: *mut f32) -> *const f32;
-    /// Rounds.
-    fn narrow(value: f32) -> Self;
-}
-
-impl Element for f32 {
-    #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const Self) -> L {
-        // SAFETY: the caller's promise.
-        unsafe { L::load(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn rows<L: Lanes>(from: *const Self, _size: usize, _room: *mut f32) -> *const f32 {
-        from
-    }
-
-    #[inline(always)]
-    fn narrow(value: f32) -> Self {
-        value
-    }
-}
-
-impl Element for u16 {
-    #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const Self) -> L {
-        // SAFETY: the caller's promise.
-        unsafe { L::load_bf16(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn rows<L: Lanes>(from: *const Self, size: usize, room: *mut f32) -> *const f32 {
-        for at in (0..LANES * size).step_by(LANES) {
-            // SAFETY: the caller's promise; sizes are multiples of `LANES`.
-            unsafe { L::load_bf16(from.add(at)).store(room.add(at)) };
-        }
-        room
-    }
-
-    #[inline(always)]
-    fn narrow(value: f32) -> Self {
-        crate::bf16::narrow(value)
-    }
-}
 
 /// What a thread needs beside the tensors.
 pub(super) struct Scratch {
@@ -129,7 +76,7 @@ pub(super) unsafe fn attend<L: Lanes, T: Element>(
     let begin = layer.rule.first_seen(first_seen) / CHUNK * CHUNK;
     for start in (begin..last_seen).step_by(CHUNK) {
         // SAFETY: the caller's promise.
-        let chunk = unsafe { gather::<L, T>(layer, tile, (start, last_seen), &mut scratch.room) };
+        let chunk = unsafe { gather::<T>(layer, tile, (start, last_seen), &mut scratch.room) };
         // What a row sees of the chunk.
         let range = |row: usize| {
             let seen = first_seen + row / group;
@@ -139,11 +86,14 @@ pub(super) unsafe fn attend<L: Lanes, T: Element>(
         let mut row = 0;
         while row < rows {
             let (low, high) = range(row);
-            let together = if row + 1 < rows && range(row + 1) == (low, high) {
-                2
-            } else {
-                1
+            // Keys and values come from the second cache: the more rows use them at a time, the better.
+            let are_alike = |count: usize| {
+                row + count <= rows && (row + 1..row + count).all(|row| range(row) == (low, high))
             };
+            let together = [4, 2]
+                .into_iter()
+                .find(|count| are_alike(*count))
+                .unwrap_or(1);
             if low < high {
                 let place = row * size..(row + together) * size;
                 let query = &scratch.query[place.clone()];
@@ -151,10 +101,11 @@ pub(super) unsafe fn attend<L: Lanes, T: Element>(
                 let softmax = &mut scratch.softmax[row..row + together];
                 // SAFETY: the chunk's pointers hold the groups below `high`, which is at most `last_seen - start`.
                 unsafe {
-                    if together == 2 {
-                        take::<L, T, 2>(layer, (query, sums, softmax), &chunk, (low, high));
-                    } else {
-                        take::<L, T, 1>(layer, (query, sums, softmax), &chunk, (low, high));
+                    let rows = (query, sums, softmax);
+                    match together {
+                        4 => take::<L, T, 4>(layer, rows, &chunk, (low, high)),
+                        2 => take::<L, T, 2>(layer, rows, &chunk, (low, high)),
+                        _ => take::<L, T, 1>(layer, rows, &chunk, (low, high)),
                     }
                 }
             }
@@ -187,7 +138,7 @@ unsafe fn load_queries<L: Lanes, T: Element>(layer: &Layer<'_, T>, tile: &Tile, 
 /// Finds the keys and values at positions from `start` up to `end`, at most `CHUNK`. A group that is not all below `end`
 /// is still inside its block; one that lies behind it is not looked up.
 #[inline(always)]
-unsafe fn gather<L: Lanes, T: Element>(
+unsafe fn gather<T: Element>(
     layer: &Layer<'_, T>,
     tile: &Tile,
     (start, end): (usize, usize),
@@ -216,15 +167,15 @@ unsafe fn gather<L: Lanes, T: Element>(
                 layer.tensors.cache.add((run * block_size + place) * size)
             };
             let room = room.as_mut_ptr().add(2 * group * LANES * size);
-            chunk.keys[group] = T::rows::<L>(at(0), size, room);
-            chunk.values[group] = T::rows::<L>(at(1), size, room.add(LANES * size));
+            chunk.keys[group] = T::floats(at(0), LANES * size, room);
+            chunk.values[group] = T::floats(at(1), LANES * size, room.add(LANES * size));
         }
     }
     chunk
 }
 
-/// Takes a chunk into the sums of `R` rows that see the same of it. Each row's own sums are the same for every `R`; two
-/// at a time read keys and values once for both.
+/// Takes a chunk into the sums of `R` rows that see the same of it. Each row's own sums are the same for every `R`; several
+/// at a time read keys and values once for all.
 #[inline(always)]
 unsafe fn take<L: Lanes, T: Element, const R: usize>(
     layer: &Layer<'_, T>,
@@ -246,9 +197,13 @@ unsafe fn take<L: Lanes, T: Element, const R: usize>(
             add_values::<L, R, WIDE>(&weights, chunk, (low, high), (sums, start), &kept);
             start += WIDE * LANES;
         }
-        while start + WIDE / 2 * LANES <= size {
+        while R <= 2 && start + WIDE / 2 * LANES <= size {
             add_values::<L, R, { WIDE / 2 }>(&weights, chunk, (low, high), (sums, start), &kept);
             start += WIDE / 2 * LANES;
+        }
+        while start + WIDE / 4 * LANES <= size {
+            add_values::<L, R, { WIDE / 4 }>(&weights, chunk, (low, high), (sums, start), &kept);
+            start += WIDE / 4 * LANES;
         }
         while start < size {
             add_values::<L, R, 1>(&weights, chunk, (low, high), (sums, start), &kept);

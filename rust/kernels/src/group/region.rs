@@ -204,13 +204,20 @@ impl Region {
         unsafe { ptr::copy_nonoverlapping(slot.add(offset), bytes.as_mut_ptr(), bytes.len()) }
     }
 
-    /// Replaces `sum` by the sum of what all ranks have published, added in the order of the ranks: so every rank gets
-    /// the same bits.
-    pub(super) fn sum<T: Number>(&self, turn: u32, sum: &mut [T]) {
-        assert!(size_of_val(sum) <= self.slot_bytes, "a piece fits a slot");
-        let slots = (0..self.size).map(|rank| self.slot(rank, turn).cast::<T>().cast_const());
+    /// Replaces `sum` by the sum of what all ranks have published, from the number `first` of it on, added in the order
+    /// of the ranks: so every rank gets the same bits.
+    pub(super) fn sum<T: Number>(&self, turn: u32, first: usize, sum: &mut [T]) {
+        let is_inside = first
+            .checked_add(sum.len())
+            .is_some_and(|end| end <= self.slot_bytes / size_of::<T>());
+        assert!(is_inside, "a piece lies inside its slot");
+        let slots = (0..self.size).map(|rank| {
+            let slot = self.slot(rank, turn).cast::<T>().cast_const();
+            // SAFETY: the range was just found to be inside the slot.
+            unsafe { slot.add(first) }
+        });
         let slots: Vec<*const T> = slots.collect();
-        // SAFETY: each slot holds `sum.len()` numbers, which their ranks do not write now.
+        // SAFETY: each slot holds `sum.len()` numbers from there on, which their ranks do not write now.
         unsafe { T::add_up(&slots, sum) }
     }
 }

@@ -39,6 +39,9 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn prefetch<T>(_from: *const T) {}
+
+    #[inline(always)]
     fn add(self, other: Self) -> Self {
         self.zip(other, |a, b| a + b)
     }

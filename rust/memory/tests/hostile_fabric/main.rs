@@ -5,6 +5,8 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod fabric;
+#[path = "../pool_properties/soak.rs"]
+mod soak;
 mod world;
 
 use proptest::prelude::*;
@@ -97,6 +99,16 @@ proptest! {
     ) {
         run(seed, &ops);
     }
+}
+
+#[test]
+#[ignore = "takes minutes: make soak"]
+fn a_million_steps() {
+    let histories = prop::collection::vec(any_op(), 1..300);
+    soak::run_histories(histories, |number, ops| {
+        run(number, &ops);
+        ops.len()
+    });
 }
 
 /// The property above says little if the random runs stay on the easy paths.

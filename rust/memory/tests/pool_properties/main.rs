@@ -9,6 +9,7 @@
 
 mod blocks;
 mod model;
+mod soak;
 
 use proptest::{prelude::*, sample::Index, strategy::ValueTree, test_runner::TestRunner};
 
@@ -156,6 +157,16 @@ proptest! {
     ) {
         run(block_bytes, slabs, &ops);
     }
+}
+
+#[test]
+#[ignore = "takes minutes: make soak"]
+fn a_million_steps() {
+    let slabs = 1_u32..4;
+    soak::run_histories((slabs, any_ops()), |_, (slabs, ops)| {
+        run(40_000, slabs, &ops);
+        ops.len()
+    });
 }
 
 /// The property above says little if the random runs stay on the easy paths.

@@ -8,11 +8,11 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use orchestra_kernels::{
-    Attention, AttentionConfig, AttentionError, Rule, StepArrays, attention::Tensors,
+    Attention, AttentionConfig, AttentionError, Element, Rule, StepArrays, attention::Tensors,
 };
 use pyo3::prelude::*;
 
-use super::Dtype;
+use super::{Dtype, with_numbers};
 use crate::errors::Failure;
 
 impl From<AttentionError> for Failure {
@@ -113,35 +113,45 @@ impl PagedAttention {
             return Err(Failure::invalid("layer", message).into());
         };
         let threads = self.threads.load(Ordering::Relaxed);
-        py.detach(|| match self.dtype {
-            Dtype::Float32 => {
-                let tensors = Tensors {
-                    query: query_ptr as *const f32,
-                    query_stride,
-                    key_value: key_value_ptr as *const f32,
-                    key_value_stride,
-                    cache: *cache as *mut f32,
-                    output: output_ptr as *mut f32,
-                };
-                // SAFETY: the caller says that these are tensors of the step and of the cache, in these numbers, and
-                // leaves them alone until the call returns: the contract of `_core.pyi`.
-                unsafe { self.inner.forward_f32(rule, &tensors, threads) }
-            }
-            Dtype::Bfloat16 => {
-                let tensors = Tensors {
-                    query: query_ptr as *const u16,
-                    query_stride,
-                    key_value: key_value_ptr as *const u16,
-                    key_value_stride,
-                    cache: *cache as *mut u16,
-                    output: output_ptr as *mut u16,
-                };
-                // SAFETY: as above.
-                unsafe { self.inner.forward_bf16(rule, &tensors, threads) }
-            }
-        });
+        let tensors = [
+            query_ptr,
+            query_stride,
+            key_value_ptr,
+            key_value_stride,
+            *cache,
+            output_ptr,
+        ];
+        py.detach(|| with_numbers!(self.dtype, attend(&self.inner, rule, tensors, threads)));
         Ok(())
     }
+}
+
+/// # Safety
+/// As `Attention::forward`.
+unsafe fn attend<E: Element>(
+    attention: &Attention,
+    rule: &Rule,
+    tensors: [usize; 6],
+    threads: u32,
+) {
+    let [
+        query,
+        query_stride,
+        key_value,
+        key_value_stride,
+        cache,
+        output,
+    ] = tensors;
+    let tensors = Tensors {
+        query: query as *const E,
+        query_stride,
+        key_value: key_value as *const E,
+        key_value_stride,
+        cache: cache as *mut E,
+        output: output as *mut E,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { attention.forward(rule, &tensors, threads) }
 }
 
 /// The numbers of a plan's array; what is left over at the end of a damaged one is for `prepare` to miss.

@@ -103,6 +103,56 @@ impl SharedGroup {
         Ok(ended.map_err(Failure::from)?)
     }
 
+    /// Adds up the numbers of a tensor over all ranks, each of which takes its share of the sums.
+    fn reduce_scatter(
+        &self,
+        py: Python<'_>,
+        data_ptr: usize,
+        numel: usize,
+        dtype: &str,
+        share_ptr: usize,
+    ) -> PyResult<()> {
+        let dtype = Dtype::read(dtype)?;
+        let share = numel / self.inner.size();
+        let ended = py.detach(|| match dtype {
+            // SAFETY: the caller says that there are `numel` numbers of this kind at `data_ptr` and one for each rank of
+            // them at `share_ptr`, other memory; and leaves both alone until the call returns: the contract of
+            // `_core.pyi`.
+            Dtype::Float32 => unsafe {
+                let numbers = &*view::<f32>(data_ptr, numel);
+                self.inner
+                    .reduce_scatter(numbers, view::<f32>(share_ptr, share))
+            },
+            // SAFETY: as above.
+            Dtype::Bfloat16 => unsafe {
+                let numbers = &*view::<u16>(data_ptr, numel);
+                self.inner
+                    .reduce_scatter(numbers, view::<u16>(share_ptr, share))
+            },
+        });
+        Ok(ended.map_err(Failure::from)?)
+    }
+
+    /// Puts the bytes of all ranks one behind the other, on every rank.
+    fn all_gather(
+        &self,
+        py: Python<'_>,
+        data_ptr: usize,
+        num_bytes: usize,
+        joined_ptr: usize,
+    ) -> PyResult<()> {
+        let joined_bytes = num_bytes * self.inner.size();
+        let ended = py.detach(|| {
+            // SAFETY: as in `gather_columns`, but that every rank has memory for all.
+            let (part, joined) = unsafe {
+                let joined = view::<u8>(joined_ptr, joined_bytes);
+                (&*view::<u8>(data_ptr, num_bytes), joined)
+            };
+            self.inner.all_gather(part, joined)
+        });
+        Ok(ended.map_err(Failure::from)?)
+    }
+
     /// Ends every collective of every rank, now and from now on.
     fn abort(&self) {
         self.inner.abort();

@@ -11,7 +11,10 @@ use std::{
 use orchestra_core::scheduler::{self as core, PlacementId, ReservationId, Scheduler, TicketId};
 use pyo3::{prelude::*, types::PyTuple};
 
-use super::shared::{Outcome, Shared, State};
+use super::{
+    moves::{HeldMoves, KvFetch, KvSplit},
+    shared::{Outcome, Shared, State},
+};
 
 /// A reservation with the names that Python sees, made under the lock that made the decision.
 pub(super) struct HeldReservation {
@@ -19,6 +22,7 @@ pub(super) struct HeldReservation {
     worker: String,
     num_cached_tokens: u32,
     num_blocks: u32,
+    moves: HeldMoves,
 }
 
 impl HeldReservation {
@@ -29,6 +33,7 @@ impl HeldReservation {
             worker: spec.map(|spec| spec.name.clone()).unwrap_or_default(),
             num_cached_tokens: reservation.num_cached_tokens,
             num_blocks: reservation.num_blocks,
+            moves: HeldMoves::new(scheduler, &reservation),
         }
     }
 }
@@ -119,8 +124,11 @@ impl Reservation {
     }
 
     fn give_back(&self) -> impl FnOnce(&mut State) -> bool + Send + use<> {
-        let id = self.held.id;
-        move |state| state.scheduler.release(id)
+        let (id, helper) = (self.held.id, self.held.moves.helper);
+        move |state| {
+            release_helper(state, helper);
+            state.scheduler.release(id)
+        }
     }
 
     pub(super) fn take_back(&self) -> VecDeque<Outcome> {
@@ -154,6 +162,45 @@ impl Reservation {
         self.held.num_blocks
     }
 
+    /// What the worker should read from another one.
+    #[getter]
+    fn fetch(&self) -> Option<KvFetch> {
+        self.held.moves.fetch.clone()
+    }
+
+    /// Who should compute the prompt for the worker.
+    #[getter]
+    fn split(&self) -> Option<KvSplit> {
+        self.held.moves.split.clone()
+    }
+
+    /// How long the worker should wait for either before it computes for itself, seconds.
+    #[getter]
+    fn move_wait_s(&self) -> f64 {
+        self.held.moves.wait.as_secs_f64()
+    }
+
+    /// Tells what came of the fetch, before `prefill_done`. `False` where none was to be made.
+    fn fetch_done(&self, py: Python<'_>, num_tokens: u32) -> bool {
+        let id = self.held.id;
+        let shared = &self.lease.shared;
+        let now = shared.now();
+        shared.change(py, |state| state.scheduler.fetch_done(id, num_tokens, now))
+    }
+
+    /// Tells that the helper has computed its part, and gives its room back. `False` where it has none.
+    fn split_done(&self, py: Python<'_>) -> bool {
+        let Some(helper) = self.held.moves.helper else {
+            return false;
+        };
+        let shared = &self.lease.shared;
+        let now = shared.now();
+        shared.change(py, |state| {
+            state.scheduler.prefill_done(helper, now);
+            state.scheduler.release(helper)
+        })
+    }
+
     /// Tells that the prompt is computed: its tokens no longer queue on the worker.
     fn prefill_done(&self, py: Python<'_>) -> bool {
         let id = self.held.id;
@@ -164,8 +211,9 @@ impl Reservation {
 
     /// Gives the room back and settles what the tenant is charged. `False` where it is gone already.
     fn finish(&self, py: Python<'_>, num_output_tokens: u32) -> bool {
-        let id = self.held.id;
+        let (id, helper) = (self.held.id, self.held.moves.helper);
         self.lease.release(py, move |state| {
+            release_helper(state, helper);
             state.scheduler.finish(id, num_output_tokens)
         })
     }
@@ -194,6 +242,13 @@ impl Reservation {
         format!(
             "Reservation(worker={worker:?}, num_cached_tokens={num_cached_tokens}, num_blocks={num_blocks})"
         )
+    }
+}
+
+/// Gives back the room for a prompt that is computed for another worker; it may be gone already.
+fn release_helper(state: &mut State, helper: Option<ReservationId>) {
+    if let Some(helper) = helper {
+        state.scheduler.release(helper);
     }
 }
 

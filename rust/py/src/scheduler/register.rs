@@ -3,7 +3,8 @@
 use orchestra_core::{
     BlockHash, block_hashes,
     scheduler::{
-        self as core, KvFeed, KvSource, Lora, SchedulerError, WorkerId, WorkerLoad, WorkerSpec,
+        self as core, KvExchange, KvFeed, KvSource, Lora, SchedulerError, WorkerId, WorkerLoad,
+        WorkerRole, WorkerSpec,
     },
     step::KvEvent,
 };
@@ -29,11 +30,31 @@ struct WorkerSpecArg {
     taints: Names,
     slo_classes: Names,
     max_loras: u32,
+    kv_exchange: Option<KvExchangeArg>,
+    role: String,
 }
 
-impl From<WorkerSpecArg> for WorkerSpec {
-    fn from(spec: WorkerSpecArg) -> Self {
-        Self {
+/// What blocks of two workers have in common that can exchange them, from any object that has these attributes.
+#[derive(FromPyObject)]
+struct KvExchangeArg {
+    layout: String,
+    bytes_per_block: u64,
+}
+
+impl TryFrom<WorkerSpecArg> for WorkerSpec {
+    type Error = Failure;
+
+    fn try_from(spec: WorkerSpecArg) -> Result<Self, Failure> {
+        let role = match spec.role.as_str() {
+            "both" => WorkerRole::Both,
+            "prefill" => WorkerRole::Prefill,
+            "decode" => WorkerRole::Decode,
+            _ => {
+                let message = "role must be both, prefill or decode";
+                return Err(Failure::invalid("role", message));
+            }
+        };
+        Ok(Self {
             name: spec.name,
             model: spec.model,
             weights_epoch: spec.weights_epoch,
@@ -45,8 +66,13 @@ impl From<WorkerSpecArg> for WorkerSpec {
             slo_classes: spec.slo_classes.0,
             max_loras: spec.max_loras,
             kv_source: KvSource::Reported,
+            kv_exchange: spec.kv_exchange.map(|exchange| KvExchange {
+                layout: exchange.layout,
+                bytes_per_block: exchange.bytes_per_block,
+            }),
+            role,
             ..Self::default()
-        }
+        })
     }
 }
 
@@ -54,7 +80,7 @@ impl From<WorkerSpecArg> for WorkerSpec {
 impl Scheduler {
     /// Registers a worker with an empty prefix cache and no load.
     fn add_worker(&self, py: Python<'_>, spec: WorkerSpecArg) -> PyResult<()> {
-        let spec = WorkerSpec::from(spec);
+        let spec = WorkerSpec::try_from(spec)?;
         let added = self
             .shared
             .change(py, |state| state.scheduler.add_worker(spec));

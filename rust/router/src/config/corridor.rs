@@ -37,6 +37,14 @@ pub struct CorridorConfig {
     /// Refuse a request at once whose first token is predicted to come too late for it.
     #[arg(long, env = "ORCHESTRA_REFUSE_HOPELESS")]
     pub refuse_hopeless: bool,
+    /// The longest that a worker waits for KV that another one holds, before it computes for itself; at most 60s.
+    #[arg(long, value_name = "TIME", env = "ORCHESTRA_FETCH_WAIT_MAX")]
+    #[arg(default_value_t = Self::default().fetch_wait_max)]
+    pub fetch_wait_max: Span,
+    /// The longest that a worker waits for KV that another one is to compute for it; at most 60s.
+    #[arg(long, value_name = "TIME", env = "ORCHESTRA_SPLIT_WAIT_MAX")]
+    #[arg(default_value_t = Self::default().split_wait_max)]
+    pub split_wait_max: Span,
 }
 
 impl Default for CorridorConfig {
@@ -51,6 +59,8 @@ impl Default for CorridorConfig {
             max_replays: limits.max_replays,
             replay_wait: Span(limits.replay_wait),
             refuse_hopeless: limits.refuse_hopeless,
+            fetch_wait_max: Span(limits.fetch_wait_max),
+            split_wait_max: Span(limits.split_wait_max),
         }
     }
 }
@@ -67,6 +77,8 @@ impl CorridorConfig {
             max_replays: self.max_replays,
             replay_wait: self.replay_wait.0,
             refuse_hopeless: self.refuse_hopeless,
+            fetch_wait_max: self.fetch_wait_max.0,
+            split_wait_max: self.split_wait_max.0,
         }
     }
 }

@@ -52,6 +52,7 @@ fn all_issues_are_reported_at_once() {
     config.listen.max_body_size = ByteSize(0);
     config.listen.header_timeout = Span(Duration::ZERO);
     config.corridor.max_concurrent_requests = 0;
+    config.corridor.split_wait_max = Span(Duration::from_secs(61));
     config.log.filter = "a=b=c".to_owned();
     config.api_keys = vec!["".parse().unwrap()];
     let keys: Vec<_> = config
@@ -65,6 +66,7 @@ fn all_issues_are_reported_at_once() {
         "max_connections",
         "max_body_size",
         "header_timeout",
+        "split_wait_max",
         "max_concurrent_requests",
         "api_key",
         "log",

@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 
 use super::{
     Placement, Workers,
-    queue::{Reserved, ToMove},
+    queue::{MoveFrom, Reserved, ToMove},
     session::Session,
     sink::Sink,
 };
@@ -25,13 +25,6 @@ use crate::{
     metrics::{KvMoveMetrics, MoveKind, MoveOutcome},
     observe::KvMove,
 };
-
-/// How long a worker waits for blocks that exist. Moving what fits into one worker takes seconds at most, and who waited
-/// in vain still has to compute.
-const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long it waits for blocks that another one has yet to compute, behind what is queued there. A helper that fails,
-/// dies or hangs ends the wait at once, so this is for one that stays and does nothing.
-const SPLIT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Workers tell transfers apart by number, also where several routers make them: so each router begins elsewhere.
 pub(super) fn first_transfer_id() -> u64 {
@@ -45,6 +38,9 @@ pub(crate) struct Giver {
     /// Room there for a prompt that it is to compute; `None` where it holds the blocks.
     reserved: Option<Reserved>,
     num_blocks: u32,
+    /// How long the sequence's worker waits. A giver that fails, dies or hangs ends the wait at once; this is for one that
+    /// stays and does nothing.
+    wait: Duration,
     transfer_id: u64,
     metrics: KvMoveMetrics,
 }
@@ -52,9 +48,9 @@ pub(crate) struct Giver {
 impl Giver {
     /// Resolves who is to give. `None` where that one has gone: the sequence's worker computes for itself.
     pub(super) fn find(workers: &Workers, moves: ToMove) -> Option<Self> {
-        let (worker, reserved, num_blocks) = match moves {
-            ToMove::Fetch(fetch) => (fetch.source, None, fetch.num_blocks),
-            ToMove::Prefill(reserved, num_blocks) => {
+        let (worker, reserved, num_blocks) = match moves.from {
+            MoveFrom::Fetch(fetch) => (fetch.source, None, fetch.num_blocks),
+            MoveFrom::Prefill(reserved, num_blocks) => {
                 (reserved.worker(), Some(*reserved), num_blocks)
             }
         };
@@ -63,6 +59,7 @@ impl Giver {
             session: session?,
             reserved,
             num_blocks,
+            wait: moves.wait,
             transfer_id: workers.next_transfer.fetch_add(1, Ordering::Relaxed),
             metrics: workers.kv_moves.clone(),
         })
@@ -87,15 +84,12 @@ impl Giver {
             session: giver,
             reserved,
             num_blocks,
+            wait,
             transfer_id,
             metrics,
         } = self;
         let (from, to) = (giver.kv.as_ref()?, session.kv.as_ref()?);
-        let timeout = match kind {
-            MoveKind::Fetch => FETCH_TIMEOUT,
-            MoveKind::Split => SPLIT_TIMEOUT,
-        };
-        let timeout_ms = timeout.as_millis() as u32;
+        let timeout_ms = u32::try_from(wait.as_millis()).unwrap_or(u32::MAX).max(1);
         let helper = match reserved {
             None => None,
             Some(reserved) => {

@@ -76,7 +76,14 @@ pub(crate) struct Reserved {
 }
 
 /// KV that is to come to the worker from another one.
-pub(crate) enum ToMove {
+pub(crate) struct ToMove {
+    pub(crate) from: MoveFrom,
+    /// How long the worker waits for it.
+    pub(crate) wait: Duration,
+}
+
+/// Where it comes from.
+pub(crate) enum MoveFrom {
     /// From who holds it.
     Fetch(Fetch),
     /// From who is to compute so many blocks of the prompt, with the room for that.
@@ -95,11 +102,15 @@ impl Reserved {
         };
         let prefill = reservation.prefill.map(|part| {
             let helper = Box::new(on(part.id, part.worker));
-            ToMove::Prefill(helper, part.num_blocks)
+            MoveFrom::Prefill(helper, part.num_blocks)
         });
         let mut reserved = on(reservation.id, reservation.worker);
         reserved.predicted_cached_tokens = reservation.num_cached_tokens;
-        reserved.to_move = prefill.or(reservation.fetch.map(ToMove::Fetch));
+        let from = prefill.or(reservation.fetch.map(MoveFrom::Fetch));
+        reserved.to_move = from.map(|from| ToMove {
+            from,
+            wait: reservation.move_wait,
+        });
         reserved
     }
 

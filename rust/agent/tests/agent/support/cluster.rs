@@ -47,10 +47,14 @@ impl Deref for Member {
 /// Where messages to each worker go in, by name.
 type Doors = Arc<Mutex<Vec<(String, Arc<SessionSender>)>>>;
 
+/// Sees who sends what to another worker, before that gets it.
+type Look = Box<dyn FnMut(&str, &PeerMessage) + Send>;
+
 /// Some workers.
 pub(crate) struct Cluster {
     pub(crate) members: Vec<Member>,
     doors: Doors,
+    look: Arc<Mutex<Look>>,
     /// Messages between workers are lost.
     pub(crate) is_deaf: Arc<AtomicBool>,
 }
@@ -60,6 +64,7 @@ impl Cluster {
         let mut cluster = Self {
             members: Vec::new(),
             doors: Doors::default(),
+            look: Arc::new(Mutex::new(Box::new(|_, _| {}))),
             is_deaf: Arc::new(AtomicBool::new(false)),
         };
         for (number, &transport) in transports.iter().enumerate() {
@@ -79,6 +84,11 @@ impl Cluster {
         self.members.push(Member { engine, line });
     }
 
+    /// From now on `look` sees the messages between workers.
+    pub(crate) fn look(&self, look: impl FnMut(&str, &PeerMessage) + Send + 'static) {
+        *self.look.lock() = Box::new(look);
+    }
+
     /// Takes in the worker that dials this router.
     pub(crate) fn attach(&self, mut router: FakeRouter) -> Line {
         let (mut session, hello) = router.welcome();
@@ -87,13 +97,17 @@ impl Cluster {
         self.doors.lock().push((name.clone(), Arc::clone(&down)));
         let (sender, outputs) = mpsc::channel();
         let (doors, is_deaf) = (Arc::clone(&self.doors), Arc::clone(&self.is_deaf));
+        let look = Arc::clone(&self.look);
         let load = Arc::new(Mutex::new(LoadReport::default()));
         let last_load = Arc::clone(&load);
         thread::spawn(move || {
             while let Some(message) = session.try_next() {
                 match message {
-                    Up::ToPeer(message) if !is_deaf.load(Ordering::SeqCst) => {
-                        hand_on(&doors, &name, message);
+                    Up::ToPeer(message) => {
+                        (*look.lock())(&name, &message);
+                        if !is_deaf.load(Ordering::SeqCst) {
+                            hand_on(&doors, &name, message);
+                        }
                     }
                     Up::Load(report) => *last_load.lock() = report,
                     other => {

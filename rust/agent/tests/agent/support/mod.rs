@@ -13,7 +13,7 @@ use orchestra_core::step::StepSchedulerConfig;
 
 pub(crate) use cluster::{Cluster, Line};
 pub(crate) use engine::{Engine, execute};
-pub(crate) use kv_engine::{KvEngine, LAYERS, kv_pool, reference};
+pub(crate) use kv_engine::{KvEngine, LAYERS, kv_pool, kv_pool_with, reference};
 pub(crate) use messages::{VOCAB_SIZE, abort, collect, drawn_token, outputs_of, start};
 pub(crate) use router::{FakeRouter, Session};
 
@@ -57,9 +57,20 @@ pub(crate) fn config(address: std::net::SocketAddr) -> AgentConfig {
 
 /// Waits until `condition` holds.
 pub(crate) fn eventually(what: &str, condition: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    assert!(
+        happens_within(PATIENCE, condition),
+        "never happened: {what}"
+    );
+}
+
+/// Whether `condition` holds before this time is over.
+pub(crate) fn happens_within(time: Duration, condition: impl Fn() -> bool) -> bool {
+    let deadline = Instant::now() + time;
     while !condition() {
-        assert!(Instant::now() < deadline, "never happened: {what}");
+        if Instant::now() >= deadline {
+            return false;
+        }
         std::thread::sleep(Duration::from_millis(1));
     }
+    true
 }

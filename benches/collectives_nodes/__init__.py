@@ -1,0 +1,1 @@
+"""All-reduce between nodes: by node against flat, over a link of limited rate."""

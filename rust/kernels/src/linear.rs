@@ -1,0 +1,182 @@
+//! Linear layers on the CPU: `y = x · Wᵀ + b`, for a row or for thousands.
+//!
+//! The weights are laid out once: panels of 16 outputs, and in each, input after input, the 16 weights of that input. A
+//! call is cut into blocks of rows and panels, each computed by one thread, which takes the next one when it is done
+//! (the blocking of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008, less the copy of
+//! the rows: they are few).
+//!
+//! An output is a sum over the inputs in their order, with one fused multiply-add each, in `f32`. Neither the other rows
+//! of the step nor the threads change a bit of it: one row alone gives what it gives among thousands.
+
+#![expect(unsafe_code, reason = "sees the memory of tensors")]
+
+mod tile;
+
+use self::tile::Scratch;
+use crate::{element::Element, error::LinearError, pages::Pages, pool::share, simd::Portable};
+
+/// Outputs of a panel.
+const PANEL: usize = 16;
+/// Panels of a block, at most: their sums stay in the first cache.
+const PANELS: usize = 4;
+/// Rows of a block, at most: their inputs stay in the second cache.
+const ROWS: usize = 48;
+/// Most inputs or outputs of a layer.
+const SIZE_MAX: usize = 1 << 24;
+
+/// Rows to compute: `n` of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<E> {
+    /// `[n, inputs]`
+    pub input: *const E,
+    /// Numbers from one row's inputs to the next one's.
+    pub input_stride: usize,
+    /// `[n, outputs]`, without gaps.
+    pub output: *mut E,
+    /// `n`.
+    pub count: usize,
+}
+
+/// A linear layer, its weights laid out for the kernel.
+pub struct Linear<E> {
+    outputs: usize,
+    inputs: usize,
+    /// `[panels, inputs, PANEL]`; what is left of the last panel is zeros.
+    weights: Pages<E>,
+    /// `[panels * PANEL]`
+    bias: Vec<f32>,
+    has_avx2: bool,
+}
+
+/// What the threads of one call share.
+struct Call<'a, E> {
+    layer: &'a Linear<E>,
+    rows: Rows<E>,
+}
+
+// SAFETY: threads read the same inputs and weights, and each writes its own blocks of the output.
+unsafe impl<E: Element> Sync for Call<'_, E> {}
+
+/// What one thread computes at a time.
+#[derive(Clone, Copy, Debug)]
+struct Block {
+    /// Its rows: the first, and how many.
+    rows: (usize, usize),
+    /// Its panels: the first, and how many.
+    panels: (usize, usize),
+}
+
+impl<E: Element> Linear<E> {
+    /// Copies the weights.
+    ///
+    /// # Safety
+    /// `weight` is the address of `outputs * inputs` numbers, output after output, and `bias` of `outputs`; nobody writes
+    /// them before this returns.
+    pub unsafe fn new(
+        (outputs, inputs): (usize, usize),
+        weight: *const E,
+        bias: Option<*const E>,
+    ) -> Result<Self, LinearError> {
+        for (field, size) in [("outputs", outputs), ("inputs", inputs)] {
+            if size == 0 || size > SIZE_MAX {
+                let reason = "is not from 1 to 16777216";
+                return Err(LinearError::InvalidShape { field, reason });
+            }
+        }
+        let panels = outputs.div_ceil(PANEL);
+        let mut weights = Pages::zeroed(panels * inputs * PANEL)?;
+        for (panel, target) in weights
+            .as_mut_slice()
+            .chunks_exact_mut(inputs * PANEL)
+            .enumerate()
+        {
+            for column in 0..PANEL.min(outputs - panel * PANEL) {
+                for input in 0..inputs {
+                    let from = (panel * PANEL + column) * inputs + input;
+                    // SAFETY: the caller's promise.
+                    target[input * PANEL + column] = unsafe { weight.add(from).read() };
+                }
+            }
+        }
+        let mut sums = vec![0.0; panels * PANEL];
+        if let Some(bias) = bias {
+            for (at, sum) in sums[..outputs].iter_mut().enumerate() {
+                // SAFETY: the caller's promise.
+                *sum = unsafe { bias.add(at).read() }.widen();
+            }
+        }
+        #[cfg(target_arch = "x86_64")]
+        let has_avx2 = crate::simd::avx2::is_here();
+        #[cfg(not(target_arch = "x86_64"))]
+        let has_avx2 = false;
+        Ok(Self {
+            outputs,
+            inputs,
+            weights,
+            bias: sums,
+            has_avx2,
+        })
+    }
+
+    /// The same without what only some processors have: the twin that others are compared with.
+    #[must_use]
+    pub fn into_portable(self) -> Self {
+        Self {
+            has_avx2: false,
+            ..self
+        }
+    }
+
+    /// Outputs and inputs.
+    pub const fn shape(&self) -> (usize, usize) {
+        (self.outputs, self.inputs)
+    }
+
+    /// Computes some rows, on up to `threads` threads.
+    ///
+    /// # Safety
+    /// The addresses are of tensors of the shapes that [`Rows`] says, aligned for their numbers. Until the call returns
+    /// nobody writes the inputs, and nobody reads or writes the outputs.
+    pub unsafe fn forward(&self, rows: &Rows<E>, threads: u32) {
+        let call = Call {
+            layer: self,
+            rows: *rows,
+        };
+        let (panels, count) = (self.outputs.div_ceil(PANEL), rows.count);
+        // Enough pieces for every thread to have some, few enough that a row's inputs are read for several panels.
+        let pieces = 4 * threads.max(1) as usize;
+        let wide = (panels / pieces).clamp(1, PANELS);
+        let (across, down) = (panels.div_ceil(wide), count.div_ceil(ROWS));
+        // Only where panels are few do several threads share one: its weights come from memory, for each of them.
+        let parts = pieces.div_ceil(across).min(down);
+        share(across * parts, threads, Scratch::new, |scratch, index| {
+            let (panel, part) = (index / parts * wide, index % parts);
+            let panels = (panel, wide.min(panels - panel));
+            for row in down * part / parts..down * (part + 1) / parts {
+                let first = count * row / down;
+                let rows = (first, count * (row + 1) / down - first);
+                self.compute(&call, &Block { rows, panels }, scratch);
+            }
+        });
+    }
+
+    /// Computes one block, which no other thread does.
+    fn compute(&self, call: &Call<'_, E>, block: &Block, scratch: &mut Scratch) {
+        #[cfg(target_arch = "x86_64")]
+        if self.has_avx2 {
+            // SAFETY: the processor has it; the rest is the promise of who called `forward`.
+            return unsafe { compute_avx2(call, block, scratch) };
+        }
+        // SAFETY: the promise of who called `forward`.
+        unsafe { tile::compute::<Portable, E>(call, block, scratch) }
+    }
+}
+
+/// # Safety
+/// As `tile::compute`, on a processor with AVX2 and fused multiply-add.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn compute_avx2<E: Element>(call: &Call<'_, E>, block: &Block, scratch: &mut Scratch) {
+    // SAFETY: the caller's promise.
+    unsafe { tile::compute::<crate::simd::avx2::Avx2, E>(call, block, scratch) }
+}

@@ -1,0 +1,251 @@
+//! One block: some rows times some panels.
+//!
+//! The sums of a tile, one to six rows by one to four panels, stay in registers while it runs along a stretch of the
+//! inputs. Between stretches they lie in memory as they are, so that a sum has one order however it is cut.
+
+#![expect(
+    unsafe_code,
+    reason = "reads tensors, and writes what other threads write beside"
+)]
+#![expect(
+    clippy::inline_always,
+    reason = "becomes part of a kernel for each kind of processor"
+)]
+
+use super::{Block, Call, PANEL, PANELS, ROWS};
+use crate::{
+    element::Element,
+    simd::{LANES, Lanes},
+};
+
+/// Inputs of a stretch: a panel's weights for so many stay in the first cache.
+const STRETCH: usize = 256;
+/// Rows of a tile, at most: with a panel they fill the registers.
+const TILE: usize = 6;
+/// Numbers of a page: addresses so far apart share a place in the first cache.
+const PAGE: usize = 1024;
+const HALVES: usize = PANEL / LANES;
+
+/// What a thread needs beside the tensors.
+pub(super) struct Scratch {
+    /// `[ROWS, PANELS * PANEL]`
+    sums: Vec<f32>,
+    /// `[ROWS, inputs]`, where the tensor has them in other numbers.
+    inputs: Vec<f32>,
+}
+
+impl Scratch {
+    pub(super) fn new() -> Self {
+        Self {
+            sums: vec![0.0; ROWS * PANELS * PANEL],
+            inputs: Vec::new(),
+        }
+    }
+}
+
+/// Where a tile begins.
+#[derive(Clone, Copy)]
+struct Tile<E> {
+    /// Of the first row: the stretch's first input.
+    input: *const f32,
+    input_stride: usize,
+    /// Of the first panel: the stretch's first input.
+    weights: *const E,
+    /// Numbers from one panel to the next.
+    panel_stride: usize,
+    /// Inputs of the stretch.
+    len: usize,
+    /// Which of how many tiles of the stretch this is.
+    turn: (usize, usize),
+}
+
+/// Computes a block.
+///
+/// # Safety
+/// The pointers of `call` are what `Linear::forward` says, and no other thread computes this block.
+#[inline(always)]
+pub(super) unsafe fn compute<L: Lanes, E: Element>(
+    call: &Call<'_, E>,
+    block: &Block,
+    scratch: &mut Scratch,
+) {
+    let Scratch { sums, inputs: room } = scratch;
+    let (first, count) = block.rows;
+    // SAFETY: the caller's promise: the block's rows are there.
+    let (input, input_stride) = unsafe { inputs(call, first, count, room) };
+    let width = block.panels.1 * PANEL;
+    let bias = &call.layer.bias[block.panels.0 * PANEL..][..width];
+    for row in 0..count {
+        sums[row * PANELS * PANEL..][..width].copy_from_slice(bias);
+    }
+    let mut panel = 0;
+    while panel < block.panels.1 {
+        // Few rows take several panels at a time: there have to be enough sums to wait for none.
+        let left = block.panels.1 - panel;
+        let together = match count {
+            1 if left >= 4 => 4,
+            1..=3 if left >= 2 => 2,
+            _ => 1,
+        };
+        let size = call.layer.inputs;
+        for start in (0..size).step_by(STRETCH) {
+            let at = (block.panels.0 + panel) * size + start;
+            let stretch = Tile {
+                // SAFETY: the stretch begins inside each row and inside each panel.
+                input: unsafe { input.add(start) },
+                input_stride,
+                // SAFETY: as above.
+                weights: unsafe { call.layer.weights.as_ptr().add(at * PANEL) },
+                panel_stride: size * PANEL,
+                len: STRETCH.min(size - start),
+                turn: (0, count.div_ceil(TILE)),
+            };
+            // SAFETY: the block's rows and panels are there.
+            unsafe { add_stretch::<L, E>(&stretch, count, together, &mut sums[panel * PANEL..]) };
+        }
+        panel += together;
+    }
+    // SAFETY: the caller's promise.
+    unsafe { store(call, block, sums) };
+}
+
+/// Where the block's inputs are as `f32`, and how far apart the rows are.
+#[inline(always)]
+unsafe fn inputs<E: Element>(
+    call: &Call<'_, E>,
+    first: usize,
+    count: usize,
+    room: &mut Vec<f32>,
+) -> (*const f32, usize) {
+    let size = call.layer.inputs;
+    // SAFETY: the caller's promise.
+    let from = unsafe { call.rows.input.add(first * call.rows.input_stride) };
+    let given = call.rows.input_stride;
+    // Rows that lie multiples of a page apart push each other out of the first cache.
+    let is_crowded = count > 1 && given.is_multiple_of(PAGE);
+    if let Some(here) = E::as_floats(from).filter(|_| !is_crowded) {
+        return (here, given);
+    }
+    let stride = size.next_multiple_of(PAGE) + PAGE / 4;
+    room.resize(ROWS * stride, 0.0);
+    for row in 0..count {
+        for at in 0..size {
+            // SAFETY: the caller's promise.
+            room[row * stride + at] = unsafe { from.add(row * given + at).read() }.widen();
+        }
+    }
+    (room.as_ptr(), stride)
+}
+
+/// Adds a stretch of the inputs to the sums of all rows in some panels, tile by tile.
+#[inline(always)]
+unsafe fn add_stretch<L: Lanes, E: Element>(
+    stretch: &Tile<E>,
+    rows: usize,
+    panels: usize,
+    sums: &mut [f32],
+) {
+    let tiles = stretch.turn.1;
+    for tile in 0..tiles {
+        let row = rows * tile / tiles;
+        let count = rows * (tile + 1) / tiles - row;
+        // SAFETY: the tile is inside the block.
+        unsafe {
+            let at = Tile {
+                input: stretch.input.add(row * stretch.input_stride),
+                turn: (tile, tiles),
+                ..*stretch
+            };
+            let sums = sums.as_mut_ptr().add(row * PANELS * PANEL);
+            match (count, panels) {
+                (1, 4) => add_tile::<L, E, 1, 4>(&at, sums),
+                (1, 2) => add_tile::<L, E, 1, 2>(&at, sums),
+                (2, 2) => add_tile::<L, E, 2, 2>(&at, sums),
+                (3, 2) => add_tile::<L, E, 3, 2>(&at, sums),
+                (1, _) => add_tile::<L, E, 1, 1>(&at, sums),
+                (2, _) => add_tile::<L, E, 2, 1>(&at, sums),
+                (3, _) => add_tile::<L, E, 3, 1>(&at, sums),
+                (4, _) => add_tile::<L, E, 4, 1>(&at, sums),
+                (5, _) => add_tile::<L, E, 5, 1>(&at, sums),
+                _ => add_tile::<L, E, 6, 1>(&at, sums),
+            }
+        }
+    }
+}
+
+/// Adds a stretch to `M` rows of sums in `P` panels.
+///
+/// # Safety
+/// The rows, the panels and the sums are there, from where the tile begins on.
+#[inline(always)]
+unsafe fn add_tile<L: Lanes, E: Element, const M: usize, const P: usize>(
+    tile: &Tile<E>,
+    sums: *mut f32,
+) {
+    let place =
+        |row: usize, panel: usize, half: usize| (row * PANELS + panel) * PANEL + half * LANES;
+    let mut parts = [[[L::splat(0.0); HALVES]; P]; M];
+    for (row, parts) in parts.iter_mut().enumerate() {
+        for (panel, parts) in parts.iter_mut().enumerate() {
+            for (half, part) in parts.iter_mut().enumerate() {
+                // SAFETY: the caller's promise.
+                *part = unsafe { L::load(sums.add(place(row, panel, half))) };
+            }
+        }
+    }
+    // Each tile asks for its share of the next stretch, so that memory is read while the tiles multiply, and across the
+    // borders of pages, where the processor's own prefetching ends.
+    let (mut wait, every) = tile.turn;
+    for at in 0..tile.len {
+        if wait == 0 {
+            wait = every;
+            for panel in 0..P {
+                let next = panel * tile.panel_stride + (at + STRETCH) * PANEL;
+                L::prefetch(tile.weights.wrapping_add(next));
+            }
+        }
+        wait -= 1;
+        let mut weights = [[L::splat(0.0); HALVES]; P];
+        for (panel, weights) in weights.iter_mut().enumerate() {
+            for (half, weight) in weights.iter_mut().enumerate() {
+                let from = panel * tile.panel_stride + at * PANEL + half * LANES;
+                // SAFETY: the caller's promise.
+                *weight = unsafe { E::load::<L>(tile.weights.add(from)) };
+            }
+        }
+        for (row, parts) in parts.iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            let input = L::splat(unsafe { *tile.input.add(row * tile.input_stride + at) });
+            for (parts, weights) in parts.iter_mut().zip(weights) {
+                for (part, weight) in parts.iter_mut().zip(weights) {
+                    *part = input.mul_add(weight, *part);
+                }
+            }
+        }
+    }
+    for (row, parts) in parts.into_iter().enumerate() {
+        for (panel, parts) in parts.into_iter().enumerate() {
+            for (half, part) in parts.into_iter().enumerate() {
+                // SAFETY: the caller's promise.
+                unsafe { part.store(sums.add(place(row, panel, half))) };
+            }
+        }
+    }
+}
+
+/// Rounds the sums into the output.
+#[inline(always)]
+unsafe fn store<E: Element>(call: &Call<'_, E>, block: &Block, sums: &[f32]) {
+    let outputs = call.layer.outputs;
+    let start = block.panels.0 * PANEL;
+    let width = (block.panels.1 * PANEL).min(outputs - start);
+    let (first, count) = block.rows;
+    for row in 0..count {
+        let from = &sums[row * PANELS * PANEL..][..width];
+        for (at, sum) in from.iter().enumerate() {
+            let place = (first + row) * outputs + start + at;
+            // SAFETY: inside the output, and this block's alone.
+            unsafe { call.rows.output.add(place).write(E::narrow(*sum)) };
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! What a layer does to each row by itself: norms, gates, rotations.
+//!
+//! Torch makes several passes over the rows for each of these, and each pass is a call, which for the few rows of a
+//! decode step costs more than the numbers do. Here each is one pass. A row's result depends on that row alone, to the
+//! bit.
+
+#![expect(unsafe_code, reason = "sees the memory of tensors")]
+
+mod each;
+
+use crate::{element::Element, pool::share, simd::Portable};
+
+/// Numbers that one thread takes at a time. Fewer in all are left to the caller: waking others costs more.
+const SHARE: usize = 32 << 10;
+
+/// Rows to normalise, in groups: the heads of a token, or one row by itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Norm<E> {
+    /// `[count, groups, size]`, the groups without gaps. With an addend it receives the sum.
+    pub input: *mut E,
+    /// Numbers from one token's rows to the next one's.
+    pub input_stride: usize,
+    /// `[count, groups, size]`, without gaps: is added to the input first, and the sum rounded.
+    pub addend: Option<*const E>,
+    /// `[groups, size]`
+    pub weight: *const f32,
+    /// `[count, groups, size]`, the groups without gaps; may be the input.
+    pub output: *mut E,
+    /// Numbers from one token's rows to the next one's.
+    pub output_stride: usize,
+    /// Tokens.
+    pub count: usize,
+    /// Rows of a token.
+    pub groups: usize,
+    /// Numbers of a row.
+    pub size: usize,
+    /// Added to the mean of the squares.
+    pub epsilon: f32,
+}
+
+/// What bends the gates of an MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x / (1 + e^-x)`
+    Silu,
+    /// `x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`
+    GeluTanh,
+}
+
+/// Rows whose first half gates the second.
+#[derive(Clone, Copy, Debug)]
+pub struct Gate<E> {
+    /// `[count, 2 * size]`, without gaps.
+    pub input: *const E,
+    /// `[count, size]`, without gaps.
+    pub output: *mut E,
+    /// Rows.
+    pub count: usize,
+    /// Numbers of an output row.
+    pub size: usize,
+    /// Of the first half.
+    pub activation: Activation,
+}
+
+/// Rows of heads to rotate in place.
+#[derive(Clone, Copy, Debug)]
+pub struct Rotation<E> {
+    /// `[count, heads, size]`, the heads without gaps; neighbours are pairs.
+    pub heads: *mut E,
+    /// Numbers from one row's first head to the next one's.
+    pub stride: usize,
+    /// `[count, size / 2, 2]`: what each pair, as a complex number, is multiplied by.
+    pub angles: *const f32,
+    /// Rows.
+    pub count: usize,
+    /// Heads of a row.
+    pub num_heads: usize,
+    /// Numbers of a head.
+    pub size: usize,
+}
+
+/// Something done to one row at a time.
+///
+/// # Safety
+/// Of `row`: it is one of the rows, and no other thread has it.
+trait Work: Sync {
+    /// How many, and numbers of each.
+    fn shape(&self) -> (usize, usize);
+    /// Computes one, with vectors of this kind.
+    unsafe fn row<L: crate::simd::Lanes>(&self, row: usize);
+}
+
+macro_rules! shared_by_threads {
+    ($($name:ident),*) => { $(
+        // SAFETY: threads read the same weights, and each reads and writes rows that no other has.
+        unsafe impl<E: Element> Sync for $name<E> {}
+    )* };
+}
+shared_by_threads!(Norm, Gate, Rotation);
+
+/// Normalises: `y = x / sqrt(mean(x^2) + epsilon) * weight` (Zhang and Sennrich, 2019), sums and weight in `f32`.
+///
+/// # Safety
+/// The addresses are of tensors of the shapes that [`Norm`] says, aligned for their numbers, which nobody else touches
+/// until the call returns; the weight may be read.
+pub unsafe fn rms_norm<E: Element>(norm: &Norm<E>, threads: u32) {
+    // SAFETY: the caller's promise.
+    unsafe { run(norm, threads) }
+}
+
+/// Multiplies the second half of each row by its bent first half, in `f32`.
+///
+/// # Safety
+/// As [`rms_norm`], with the shapes of [`Gate`].
+pub unsafe fn gate<E: Element>(gate: &Gate<E>, threads: u32) {
+    // SAFETY: the caller's promise.
+    unsafe { run(gate, threads) }
+}
+
+/// Rotates pairs, in `f32`.
+///
+/// # Safety
+/// As [`rms_norm`], with the shapes of [`Rotation`].
+pub unsafe fn rotate<E: Element>(rotation: &Rotation<E>, threads: u32) {
+    // SAFETY: the caller's promise.
+    unsafe { run(rotation, threads) }
+}
+
+/// # Safety
+/// The tensors are as the kind of work wants them.
+unsafe fn run<W: Work>(work: &W, threads: u32) {
+    let (count, size) = work.shape();
+    let together = (SHARE / size.max(1)).max(1);
+    let parts = count.div_ceil(together);
+    share(
+        parts,
+        threads,
+        || (),
+        |(), part| {
+            let rows = part * together..count.min((part + 1) * together);
+            #[cfg(target_arch = "x86_64")]
+            if crate::simd::avx2::is_here() {
+                // SAFETY: the processor has it; each row is computed once.
+                return unsafe { rows_avx2(work, rows) };
+            }
+            for row in rows {
+                // SAFETY: each row is computed once.
+                unsafe { work.row::<Portable>(row) };
+            }
+        },
+    );
+}
+
+/// # Safety
+/// As `Work::row`, on a processor with AVX2 and fused multiply-add.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn rows_avx2<W: Work>(work: &W, rows: std::ops::Range<usize>) {
+    for row in rows {
+        // SAFETY: the caller's promise.
+        unsafe { work.row::<crate::simd::avx2::Avx2>(row) };
+    }
+}

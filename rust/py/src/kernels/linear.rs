@@ -1,0 +1,101 @@
+//! Linear layers.
+
+#![expect(
+    unsafe_code,
+    reason = "sees the memory of tensors, whose addresses Python gives"
+)]
+
+use orchestra_kernels::linear::Rows;
+use pyo3::prelude::*;
+
+use super::Dtype;
+use crate::errors::Failure;
+
+/// A linear layer on the CPU, its weights laid out for the kernel.
+#[pyclass(frozen, module = "orchestra._core")]
+pub(crate) struct Linear {
+    inner: Inner,
+}
+
+enum Inner {
+    Float32(orchestra_kernels::Linear<f32>),
+    Bfloat16(orchestra_kernels::Linear<u16>),
+}
+
+#[pymethods]
+impl Linear {
+    #[new]
+    #[pyo3(signature = (shape, dtype, weight_ptr, bias_ptr = None, *, portable = false))]
+    fn new(
+        py: Python<'_>,
+        shape: (usize, usize),
+        dtype: &str,
+        weight_ptr: usize,
+        bias_ptr: Option<usize>,
+        portable: bool,
+    ) -> PyResult<Self> {
+        let dtype = Dtype::read(dtype)?;
+        let inner = py.detach(|| match dtype {
+            // SAFETY: the caller says that a weight of this shape lies there, and a bias: the contract of `_core.pyi`.
+            Dtype::Float32 => {
+                unsafe { load(shape, (weight_ptr, bias_ptr), portable) }.map(Inner::Float32)
+            }
+            // SAFETY: as above.
+            Dtype::Bfloat16 => {
+                unsafe { load(shape, (weight_ptr, bias_ptr), portable) }.map(Inner::Bfloat16)
+            }
+        })?;
+        Ok(Self { inner })
+    }
+
+    /// Computes some rows.
+    fn forward(
+        &self,
+        py: Python<'_>,
+        count: usize,
+        input: (usize, usize),
+        output_ptr: usize,
+        threads: u32,
+    ) {
+        py.detach(|| {
+            // SAFETY: the caller says that these are tensors of these rows, in the layer's numbers, and leaves them alone
+            // until the call returns: the contract of `_core.pyi`.
+            unsafe {
+                match &self.inner {
+                    Inner::Float32(layer) => {
+                        layer.forward(&rows(count, input, output_ptr), threads);
+                    }
+                    Inner::Bfloat16(layer) => {
+                        layer.forward(&rows(count, input, output_ptr), threads);
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// # Safety
+/// As `orchestra_kernels::Linear::new`.
+unsafe fn load<E: orchestra_kernels::Element>(
+    shape: (usize, usize),
+    (weight, bias): (usize, Option<usize>),
+    is_portable: bool,
+) -> Result<orchestra_kernels::Linear<E>, Failure> {
+    let bias = bias.map(|address| address as *const E);
+    // SAFETY: the caller's promise.
+    let layer = unsafe { orchestra_kernels::Linear::new(shape, weight as *const E, bias) }?;
+    Ok(if is_portable {
+        layer.into_portable()
+    } else {
+        layer
+    })
+}
+
+fn rows<E>(count: usize, (input, input_stride): (usize, usize), output: usize) -> Rows<E> {
+    Rows {
+        input: input as *const E,
+        input_stride,
+        output: output as *mut E,
+        count,
+    }
+}

@@ -1,0 +1,153 @@
+//! Norms, gates and rotations.
+
+#![expect(
+    unsafe_code,
+    reason = "sees the memory of tensors, whose addresses Python gives"
+)]
+#![expect(
+    clippy::too_many_arguments,
+    reason = "tensors, each an address and where its rows lie; several calls for each layer of each step"
+)]
+
+use orchestra_kernels::{
+    Element,
+    rows::{self, Activation, Gate, Norm, Rotation},
+};
+use pyo3::prelude::*;
+
+use super::{Dtype, with_numbers};
+use crate::errors::Failure;
+
+/// Normalises rows by the root of their mean square.
+#[pyfunction]
+pub(crate) fn rms_norm(
+    py: Python<'_>,
+    dtype: &str,
+    shape: (usize, usize, usize),
+    input: (usize, usize),
+    addend_ptr: Option<usize>,
+    weight: (usize, f32),
+    output: (usize, usize),
+    threads: u32,
+) -> PyResult<()> {
+    let dtype = Dtype::read(dtype)?;
+    py.detach(|| {
+        with_numbers!(
+            dtype,
+            normalise(shape, input, addend_ptr, weight, output, threads)
+        );
+    });
+    Ok(())
+}
+
+/// # Safety
+/// As `rows::rms_norm`.
+unsafe fn normalise<E: Element>(
+    (count, groups, size): (usize, usize, usize),
+    (input, input_stride): (usize, usize),
+    addend: Option<usize>,
+    (weight, epsilon): (usize, f32),
+    (output, output_stride): (usize, usize),
+    threads: u32,
+) {
+    let norm = Norm {
+        input: input as *mut E,
+        input_stride,
+        addend: addend.map(|address| address as *const E),
+        weight: weight as *const f32,
+        output: output as *mut E,
+        output_stride,
+        count,
+        groups,
+        size,
+        epsilon,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { rows::rms_norm(&norm, threads) }
+}
+
+/// Multiplies the second half of each row by its bent first half.
+#[pyfunction]
+pub(crate) fn gate(
+    py: Python<'_>,
+    dtype: &str,
+    shape: (usize, usize),
+    activation: &str,
+    input_ptr: usize,
+    output_ptr: usize,
+    threads: u32,
+) -> PyResult<()> {
+    let dtype = Dtype::read(dtype)?;
+    let activation = match activation {
+        "silu" => Activation::Silu,
+        "gelu_pytorch_tanh" => Activation::GeluTanh,
+        _ => {
+            let message = format!("activation: {activation} is neither silu nor gelu_pytorch_tanh");
+            return Err(Failure::invalid("activation", message).into());
+        }
+    };
+    py.detach(|| {
+        with_numbers!(
+            dtype,
+            bend(shape, activation, input_ptr, output_ptr, threads)
+        );
+    });
+    Ok(())
+}
+
+/// # Safety
+/// As `rows::gate`.
+unsafe fn bend<E: Element>(
+    (count, size): (usize, usize),
+    activation: Activation,
+    input: usize,
+    output: usize,
+    threads: u32,
+) {
+    let gate = Gate {
+        input: input as *const E,
+        output: output as *mut E,
+        count,
+        size,
+        activation,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { rows::gate(&gate, threads) }
+}
+
+/// Rotates pairs of neighbours in place.
+#[pyfunction]
+pub(crate) fn rotate(
+    py: Python<'_>,
+    dtype: &str,
+    shape: (usize, usize, usize),
+    heads: (usize, usize),
+    angles_ptr: usize,
+    threads: u32,
+) -> PyResult<()> {
+    let dtype = Dtype::read(dtype)?;
+    py.detach(|| {
+        with_numbers!(dtype, turn(shape, heads, angles_ptr, threads));
+    });
+    Ok(())
+}
+
+/// # Safety
+/// As `rows::rotate`.
+unsafe fn turn<E: Element>(
+    (count, num_heads, size): (usize, usize, usize),
+    (heads, stride): (usize, usize),
+    angles: usize,
+    threads: u32,
+) {
+    let rotation = Rotation {
+        heads: heads as *mut E,
+        stride,
+        angles: angles as *const f32,
+        count,
+        num_heads,
+        size,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { rows::rotate(&rotation, threads) }
+}
