@@ -17,7 +17,8 @@ RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust proto -type f)
 # What the tests of faults and the router bench start.
 PROGRAMS := target/release/orchestra-router
 PROTOS := orchestra/v1/types.proto orchestra/v1/inference.proto
-LINT_GATES := check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-docs check-tidy
+RUST_LINTS := check-fmt check-clippy
+PYTHON_LINTS := check-ruff check-mypy check-stubs check-proto check-docs check-tidy
 
 # Coverage counters for libFuzzer. For our target alone, so that build scripts link without it.
 HOST = $(shell rustc -vV | sed -n 's/^host: //p')
@@ -36,14 +37,12 @@ setup: $(VENV)/.installed $(EXTENSION) ## Install the pinned dependencies into .
 serve: setup ## Serve the demonstration model (MODEL=path for another, ARGS='--tp 2 …' for options)
 	$(VENV)/bin/orchestra serve $(MODEL) $(ARGS)
 
-# First what does not wait for each other: pip loads and unpacks while cargo compiles.
-test: ## Run every gate: lints, Rust tests, Python tests; shows all failures, then a summary
-	@$(MAKE) --no-print-directory -j 3 $(VENV)/.installed $(PROGRAMS) $(ETCD)
-	@$(MAKE) --no-print-directory setup
-	@.ci/gates $(LINT_GATES) check-rust-tests check-python-tests check-tests
+# Two lanes: what cargo checks and compiles in debug builds fills the time in which the other's processes wait.
+test: $(ETCD) ## Run every gate: lints, Rust tests, Python tests; shows all failures, then a summary
+	@.ci/gates $(RUST_LINTS) check-rust-tests + build $(PYTHON_LINTS) check-python-tests check-tests
 
-lint: setup ## Run the gates that execute no product code: format, clippy, ruff, mypy, stubs, drift, tidy
-	@.ci/gates $(LINT_GATES)
+lint: ## Run the gates that execute no product code: format, clippy, ruff, mypy, stubs, drift, tidy
+	@.ci/gates $(RUST_LINTS) + setup $(PYTHON_LINTS)
 
 bench: setup ## Measure serving on this machine; benches/README.md says how to read the table
 	$(PY) -m benches.serving $(ARGS)
@@ -102,13 +101,18 @@ clean: ## Remove what the other targets made (.venv, target, caches)
 
 # === gates: one each, run by .ci/gates ===
 
-.PHONY: check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-docs check-tidy check-rust-tests check-python-tests check-tests
+.PHONY: build check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-docs check-tidy check-rust-tests check-python-tests check-tests
+
+# All that tests start. First what does not wait for each other: pip loads and unpacks while cargo compiles.
+build:
+	@$(MAKE) --no-print-directory -j 2 $(VENV)/.installed $(PROGRAMS)
+	@$(MAKE) --no-print-directory setup
 
 check-fmt:
 	cargo fmt --all --check
 
 check-clippy:
-	cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
+	nice -n 10 cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
 
 check-ruff:
 	$(PY) -m ruff check
@@ -131,7 +135,9 @@ check-docs:
 check-tidy:
 	$(PY) -m pytest -q tests/test_tidy.py
 
+# What the other lane runs has deadlines, compilers have none.
 check-rust-tests:
+	nice -n 10 cargo test --workspace --locked --quiet --no-run
 	cargo test --workspace --locked --quiet --no-fail-fast
 
 # These compute, on one or two threads each; those of check-tests wait for each other's processes, and share nothing well.
