@@ -18,7 +18,6 @@ from orchestra.worker.context_parallel import (
     part_of,
     rows_of,
 )
-from orchestra.worker.linear import has_avx512
 from orchestra.worker.plan import StepPlan
 from tests.checkpoints import FAMILIES
 from tests.worker.conftest import Checkpoints, MakeRank, Reference
@@ -103,7 +102,6 @@ def logits_of_a_life(runner: Together) -> Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.skipif(has_avx512(), reason="torch's kernels multiply, in an order of their own")
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [

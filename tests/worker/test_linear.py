@@ -3,24 +3,7 @@
 import pytest
 import torch
 
-from orchestra.worker import linear
-from orchestra.worker.linear import (
-    CpuLinear,
-    DenseLinear,
-    PackedLinear,
-    has_packed_bf16,
-    make_linear,
-)
-
-
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, 32, 100])
-def test_packed_weights_compute_the_same(rows: int, has_bias: bool) -> None:
-    # fp32, which oneDNN packs on any CPU: what differs in bf16 is its kernel, not our call.
-    weight, x = torch.randn(40, 24), torch.randn(rows, 24)
-    bias = torch.randn(40) if has_bias else None
-    expected = DenseLinear(weight, bias)(x)
-    torch.testing.assert_close(PackedLinear(weight, bias)(x), expected, atol=1e-5, rtol=1e-4)
+from orchestra.worker.linear import CpuLinear, DenseLinear, make_linear
 
 
 @pytest.mark.parametrize("portable", [False, True])
@@ -42,30 +25,16 @@ def test_our_kernels_take_inputs_that_lie_apart() -> None:
     torch.testing.assert_close(CpuLinear(weight, None)(x), x @ weight.T, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("has_wide", "has_bf16", "kinds"),
-    [
-        (False, False, [CpuLinear, CpuLinear]),
-        (True, False, [DenseLinear, DenseLinear]),
-        (True, True, [DenseLinear, PackedLinear]),
-    ],
-)
-def test_the_fastest_kernels_are_chosen(
-    monkeypatch: pytest.MonkeyPatch, has_wide: bool, has_bf16: bool, kinds: list[type]
-) -> None:
-    monkeypatch.setattr(linear, "has_avx512", lambda: has_wide)
-    monkeypatch.setattr(linear, "has_packed_bf16", lambda: has_bf16)
-    # Making one needs a processor that has it.
-    monkeypatch.setattr(PackedLinear, "__init__", lambda *_args: None)
-    for dtype, kind in zip([torch.float32, torch.bfloat16], kinds, strict=True):
-        assert type(make_linear(torch.zeros(4, 4, dtype=dtype), None)) is kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_kernels_are_as_exact_as_torchs(dtype: torch.dtype) -> None:
+    weight, x = torch.randn(64, 1024), torch.randn(9, 1024)
+    exact = x.to(dtype).double() @ weight.to(dtype).double().T
+    layers = [layer(weight.to(dtype), None) for layer in (DenseLinear, CpuLinear)]
+    dense, ours = [(layer(x.to(dtype)).double() - exact).abs().mean() for layer in layers]
+    assert ours <= 1.5 * dense
+
+
+def test_other_numbers_are_torchs() -> None:
     assert type(make_linear(torch.zeros(4, 4, dtype=torch.float16), None)) is DenseLinear
-
-
-@pytest.mark.skipif(not has_packed_bf16(), reason="this CPU has no bf16 kernels of oneDNN")
-def test_packed_bf16_is_as_exact_as_dense() -> None:
-    weight, x = torch.randn(64, 128), torch.randn(9, 128)
-    expected = x @ weight.T
-    layers = [layer(weight.bfloat16(), None) for layer in (DenseLinear, PackedLinear)]
-    dense, packed = [(layer(x.bfloat16()).float() - expected).abs().mean() for layer in layers]
-    assert packed <= 1.1 * dense
+    assert type(make_linear(torch.zeros(4, 4, dtype=torch.bfloat16), None)) is CpuLinear
+    assert type(make_linear(torch.zeros(4, 4), None)) is CpuLinear

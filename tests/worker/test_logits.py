@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from orchestra.worker import attention_layout
 from orchestra.worker.assembly import Rank
-from orchestra.worker.linear import has_avx512
 from tests.checkpoints import FAMILIES, KINDS, MAX_POSITIONS, make_checkpoint
 from tests.worker.conftest import MakeRank, Reference
 from tests.worker.plans import PlanBuilder
@@ -258,7 +257,6 @@ def test_bfloat16_stays_close(kind: str, make_rank: MakeRank, reference: Referen
     assert_bfloat16_is_close(kind, make_rank, reference)
 
 
-@pytest.mark.skipif(has_avx512(), reason="torch's kernels multiply, in an order of their own")
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     # Latent attention is torch's matrix products, whose sums in fp32 depend on how many rows there are.

@@ -13,7 +13,7 @@ from torch import Tensor
 from orchestra.worker.attention import AttentionBackend
 from orchestra.worker.latent_config import LatentConfig
 from orchestra.worker.layers import LoadContext, Op, RMSNorm
-from orchestra.worker.linear import make_linear
+from orchestra.worker.linear import make_head_linears, make_linear
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.rotary import rotate
 from orchestra.worker.sharding import Span
@@ -30,7 +30,7 @@ class LatentAttention:
         inputs: maps `[T, H]` to queries (or what they are made from), `c` and the shared key, side by side.
         queries: maps the first part of that to this rank's query heads; None: it is them.
         kv_norm: normalises `c`.
-        up: `[heads, nope_dim, kv_rank]` and `[heads, kv_rank, v_dim]`: `W_uk`, and `W_uv` transposed.
+        up: maps each head's `nope_dim` to `kv_rank` by `W_ukᵀ`, and `kv_rank` to `v_dim` by `W_uv`.
         shape: of the parts.
     """
 
@@ -40,7 +40,7 @@ class LatentAttention:
         inputs: Op,
         queries: Op | None,
         kv_norm: RMSNorm,
-        up: tuple[Tensor, Tensor],
+        up: tuple[Op, Op],
         shape: LatentConfig,
     ) -> None:
         self.index = index
@@ -87,7 +87,7 @@ class LatentAttention:
         key_up, value_up = torch.split(
             up.view(-1, width, shape.kv_rank), [shape.nope_dim, shape.v_dim], dim=1
         )
-        parts = key_up.contiguous(), value_up.transpose(1, 2).contiguous()
+        parts = make_head_linears(key_up.transpose(1, 2)), make_head_linears(value_up)
         index = context.cache_index(index, config)
         return cls(index, inputs, queries, kv_norm, parts, shape)
 
@@ -105,8 +105,7 @@ class LatentAttention:
         # Both are laid out as | rotated | compressed |.
         query = hidden.new_empty(tokens, queries.shape[1], shape.cached_dim)
         query[..., : shape.rope_dim] = queries[..., shape.nope_dim :]
-        raised = torch.bmm(queries[..., : shape.nope_dim].transpose(0, 1), self._key_up)
-        query[..., shape.rope_dim :] = raised.transpose(0, 1)
+        query[..., shape.rope_dim :] = self._key_up(queries[..., : shape.nope_dim])
         key_value = hidden.new_empty(tokens, 2, shape.cached_dim)
         key = key_value[:, :1]
         key[:, 0, : shape.rope_dim] = shared
@@ -115,5 +114,4 @@ class LatentAttention:
         rotate(key[..., : shape.rope_dim], rotations)
         key_value[:, 1:] = key
         attended = attention.forward(self.index, query, key_value).view(query.shape)
-        sums = attended[..., shape.rope_dim :].transpose(0, 1)
-        return torch.bmm(sums, self._value_up).transpose(0, 1).reshape(tokens, -1)
+        return self._value_up(attended[..., shape.rope_dim :]).reshape(tokens, -1)

@@ -9,9 +9,6 @@ from torch.nn import functional as F  # noqa: N812 (torch's own customary name)
 from orchestra import _core
 from orchestra.worker.row_kernels import KERNEL_DTYPES
 
-# Rows that oneDNN lays a packed weight out for: a decode batch. Prefill is as fast with it as with any other.
-PACKED_FOR_ROWS = 32
-
 
 class DenseLinear:
     """`x @ weight.T + bias`."""
@@ -23,20 +20,6 @@ class DenseLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """Maps `[n, in]` to `[n, out]`."""
         return F.linear(x, self._weight, self._bias)
-
-
-class PackedLinear:
-    """The same, the weight laid out once as oneDNN's kernels want it: twice as fast for decode batches in bf16."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
-        self._bias = bias
-        self._compute = torch.ops.mkldnn._linear_pointwise.default
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Maps `[n, in]` to `[n, out]`."""
-        y: Tensor = self._compute(x, self._weight, self._bias, "none", [], "")
-        return y
 
 
 class CpuLinear:
@@ -70,24 +53,44 @@ class CpuLinear:
         return y
 
 
+class HeadLinears:
+    """A linear layer of its own for each head.
+
+    Args:
+        weight: `[heads, out, in]`.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._heads = [make_linear(head, None) for head in weight]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Maps `[n, heads, in]` to `[n, heads, out]`."""
+        return torch.stack([head(x[:, at]) for at, head in enumerate(self._heads)], dim=1)
+
+
+class DenseHeadLinears:
+    """The same, in one product of torch's."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight.transpose(1, 2).contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Maps `[n, heads, in]` to `[n, heads, out]`."""
+        return torch.bmm(x.transpose(0, 1), self._weight).transpose(0, 1)
+
+
+def make_head_linears(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Linear layers for heads, `[heads, out, in]`, by the rule of `make_linear`."""
+    if weight.device.type == "cpu" and weight.dtype in KERNEL_DTYPES:
+        return HeadLinears(weight)
+    return DenseHeadLinears(weight)
+
+
 def make_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """The fastest linear layer for where the weight (`[out, in]`) lives and what its numbers are."""
-    if weight.device.type != "cpu" or weight.dtype not in KERNEL_DTYPES:
-        return DenseLinear(weight, bias)
-    if has_avx512():
-        # Twice as wide as our kernels, which are written for AVX2.
-        is_packed = weight.dtype == torch.bfloat16 and has_packed_bf16()
-        return PackedLinear(weight, bias) if is_packed else DenseLinear(weight, bias)
-    return CpuLinear(weight, bias)
+    """The linear layer for where the weight (`[out, in]`) lives and what its numbers are.
 
-
-def has_avx512() -> bool:
-    """Whether torch's own kernels have wider vectors here than ours."""
-    return "AVX512" in torch.backends.cpu.get_cpu_capability()
-
-
-def has_packed_bf16() -> bool:
-    """Whether this build of torch and this processor have oneDNN's bf16 kernels."""
-    operators = torch.ops.mkldnn
-    has_operators = hasattr(operators, "_reorder_linear_weight")
-    return has_operators and bool(operators._is_mkldnn_bf16_supported())
+    On the CPU never torch's: what oneDNN gives for a row depends on how many others there are.
+    """
+    if weight.device.type == "cpu" and weight.dtype in KERNEL_DTYPES:
+        return CpuLinear(weight, bias)
+    return DenseLinear(weight, bias)

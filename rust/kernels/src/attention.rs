@@ -23,7 +23,7 @@ use crate::{
     element::Element,
     error::AttentionError,
     pool::share,
-    simd::{LANES, Portable},
+    simd::{Kind, LANES, Portable, Processor},
 };
 
 /// Cached tokens that a row takes at a time, at multiples of it.
@@ -137,7 +137,7 @@ unsafe impl<E: Element> Sync for Layer<'_, E> {}
 /// Paged attention of one rank: remembers the step between its layers.
 pub struct Attention {
     config: AttentionConfig,
-    has_avx2: bool,
+    processor: Processor,
     step: RwLock<Step>,
 }
 
@@ -145,21 +145,17 @@ impl Attention {
     /// For these shapes, on what this processor has.
     pub fn new(config: AttentionConfig) -> Result<Self, AttentionError> {
         config.check()?;
-        #[cfg(target_arch = "x86_64")]
-        let has_avx2 = crate::simd::avx2::is_here();
-        #[cfg(not(target_arch = "x86_64"))]
-        let has_avx2 = false;
         Ok(Self {
             config,
-            has_avx2,
+            processor: Processor::here(),
             step: RwLock::default(),
         })
     }
 
-    /// The same without what only some processors have: the twin that others are compared with.
-    pub fn portable(config: AttentionConfig) -> Result<Self, AttentionError> {
-        let has_avx2 = false;
-        Self::new(config).map(|new| Self { has_avx2, ..new })
+    /// The same by the twin for another kind of processor.
+    #[must_use]
+    pub fn on(self, processor: Processor) -> Self {
+        Self { processor, ..self }
     }
 
     /// Checks a step's arrays and lays it out; called once, before its first layer.
@@ -194,13 +190,16 @@ impl Attention {
         let begin = || Scratch::new(ROWS.max(self.config.group()), self.config.head_dim);
         share(step.tiles.len(), threads, begin, |scratch, index| {
             let tile = &step.tiles[index];
-            #[cfg(target_arch = "x86_64")]
-            if self.has_avx2 {
-                // SAFETY: the processor has it; the rest is the caller's promise, and each tile is computed once.
-                return unsafe { attend_avx2(&layer, tile, scratch) };
+            // SAFETY: the processor is of that kind; the rest is the caller's promise, and each tile is computed once.
+            unsafe {
+                match self.processor.kind() {
+                    #[cfg(target_arch = "x86_64")]
+                    Kind::Avx512 => attend_avx512(&layer, tile, scratch),
+                    #[cfg(target_arch = "x86_64")]
+                    Kind::Avx2 => attend_avx2(&layer, tile, scratch),
+                    Kind::Portable => tile::attend::<[Portable; 2], E>(&layer, tile, scratch),
+                }
             }
-            // SAFETY: the caller's promise, and each tile is computed once.
-            unsafe { tile::attend::<Portable, E>(&layer, tile, scratch) }
         });
     }
 }
@@ -211,7 +210,16 @@ impl Attention {
 #[target_feature(enable = "avx2,fma")]
 unsafe fn attend_avx2<E: Element>(layer: &Layer<'_, E>, tile: &Tile, scratch: &mut Scratch) {
     // SAFETY: the caller's promise.
-    unsafe { tile::attend::<crate::simd::avx2::Avx2, E>(layer, tile, scratch) }
+    unsafe { tile::attend::<[crate::simd::Avx2; 2], E>(layer, tile, scratch) }
+}
+
+/// # Safety
+/// As `tile::attend`, on a processor with AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")]
+unsafe fn attend_avx512<E: Element>(layer: &Layer<'_, E>, tile: &Tile, scratch: &mut Scratch) {
+    // SAFETY: the caller's promise.
+    unsafe { tile::attend::<crate::simd::Avx512, E>(layer, tile, scratch) }
 }
 
 /// Copies a token's keys and values to its slot.

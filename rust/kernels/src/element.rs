@@ -6,15 +6,15 @@
     reason = "becomes part of a kernel for each kind of processor"
 )]
 
-use crate::simd::Lanes;
+use crate::simd::Vector;
 
 /// A kind of number.
 pub trait Element: Copy + Send + Sync + 'static {
-    /// Reads eight.
+    /// Reads as many as the vector has.
     ///
     /// # Safety
     /// They are there.
-    unsafe fn load<L: Lanes>(from: *const Self) -> L;
+    unsafe fn load<V: Vector>(from: *const Self) -> V;
     /// The same address, where these already are `f32`.
     fn as_floats(from: *const Self) -> Option<*const f32>;
     /// Where `count` numbers are as `f32`: here, or in `room`, into which they are copied.
@@ -40,9 +40,9 @@ pub trait Element: Copy + Send + Sync + 'static {
 
 impl Element for f32 {
     #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const Self) -> L {
+    unsafe fn load<V: Vector>(from: *const Self) -> V {
         // SAFETY: the caller's promise.
-        unsafe { L::load(from) }
+        unsafe { V::load(from) }
     }
 
     #[inline(always)]
@@ -63,9 +63,9 @@ impl Element for f32 {
 
 impl Element for u16 {
     #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const Self) -> L {
+    unsafe fn load<V: Vector>(from: *const Self) -> V {
         // SAFETY: the caller's promise.
-        unsafe { L::load_bf16(from) }
+        unsafe { V::load_bf16(from) }
     }
 
     #[inline(always)]

@@ -1,7 +1,7 @@
 //! What the CPU ranks of a worker compute and say to each other, where torch is too slow.
 //!
 //! Reading order: [`error`] and [`bf16`] are shared words; [`group`] are the collectives of ranks on one machine, over
-//! shared memory; [`attention`] is paged attention, [`linear`] the layers with weights and [`rows`] what comes between
+//! shared memory; [`attention`] is paged attention, [`linear`] and [`pairs`] the layers with weights and [`rows`] what comes between
 //! them, over [`simd`] for vectors and [`pool`] for threads.
 //!
 //! Everything here gives the same bits on every call with the same numbers, whatever else runs: sums have a fixed
@@ -19,6 +19,7 @@ pub mod error;
 pub mod group;
 pub mod linear;
 mod pages;
+pub mod pairs;
 pub mod pool;
 pub mod rows;
 mod simd;
@@ -28,3 +29,5 @@ pub use element::Element;
 pub use error::{AttentionError, GroupError, LinearError};
 pub use group::{GroupConfig, SharedGroup};
 pub use linear::Linear;
+pub use pairs::PairLinear;
+pub use simd::Processor;

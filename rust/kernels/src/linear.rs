@@ -13,7 +13,13 @@
 mod tile;
 
 use self::tile::Scratch;
-use crate::{element::Element, error::LinearError, pages::Pages, pool::share, simd::Portable};
+use crate::{
+    element::Element,
+    error::LinearError,
+    pages::Pages,
+    pool::share,
+    simd::{Kind, Portable, Processor},
+};
 
 /// Outputs of a panel.
 const PANEL: usize = 16;
@@ -45,7 +51,7 @@ pub struct Linear<E> {
     weights: Pages<E>,
     /// `[panels * PANEL]`
     bias: Vec<f32>,
-    has_avx2: bool,
+    processor: Processor,
 }
 
 /// What the threads of one call share.
@@ -66,6 +72,17 @@ struct Block {
     panels: (usize, usize),
 }
 
+/// Refuses sizes out of range.
+pub(crate) fn check_shape(outputs: usize, inputs: usize) -> Result<(), LinearError> {
+    for (field, size) in [("outputs", outputs), ("inputs", inputs)] {
+        if size == 0 || size > SIZE_MAX {
+            let reason = "is not from 1 to 16777216";
+            return Err(LinearError::InvalidShape { field, reason });
+        }
+    }
+    Ok(())
+}
+
 impl<E: Element> Linear<E> {
     /// Copies the weights.
     ///
@@ -77,12 +94,7 @@ impl<E: Element> Linear<E> {
         weight: *const E,
         bias: Option<*const E>,
     ) -> Result<Self, LinearError> {
-        for (field, size) in [("outputs", outputs), ("inputs", inputs)] {
-            if size == 0 || size > SIZE_MAX {
-                let reason = "is not from 1 to 16777216";
-                return Err(LinearError::InvalidShape { field, reason });
-            }
-        }
+        check_shape(outputs, inputs)?;
         let panels = outputs.div_ceil(PANEL);
         let mut weights = Pages::zeroed(panels * inputs * PANEL)?;
         for (panel, target) in weights
@@ -105,26 +117,19 @@ impl<E: Element> Linear<E> {
                 *sum = unsafe { bias.add(at).read() }.widen();
             }
         }
-        #[cfg(target_arch = "x86_64")]
-        let has_avx2 = crate::simd::avx2::is_here();
-        #[cfg(not(target_arch = "x86_64"))]
-        let has_avx2 = false;
         Ok(Self {
             outputs,
             inputs,
             weights,
             bias: sums,
-            has_avx2,
+            processor: Processor::here(),
         })
     }
 
-    /// The same without what only some processors have: the twin that others are compared with.
+    /// The same by the twin for another kind of processor.
     #[must_use]
-    pub fn into_portable(self) -> Self {
-        Self {
-            has_avx2: false,
-            ..self
-        }
+    pub fn on(self, processor: Processor) -> Self {
+        Self { processor, ..self }
     }
 
     /// Outputs and inputs.
@@ -162,13 +167,16 @@ impl<E: Element> Linear<E> {
 
     /// Computes one block, which no other thread does.
     fn compute(&self, call: &Call<'_, E>, block: &Block, scratch: &mut Scratch) {
-        #[cfg(target_arch = "x86_64")]
-        if self.has_avx2 {
-            // SAFETY: the processor has it; the rest is the promise of who called `forward`.
-            return unsafe { compute_avx2(call, block, scratch) };
+        // SAFETY: the processor is of that kind; the rest is the promise of who called `forward`.
+        unsafe {
+            match self.processor.kind() {
+                #[cfg(target_arch = "x86_64")]
+                Kind::Avx512 => compute_avx512(call, block, scratch),
+                #[cfg(target_arch = "x86_64")]
+                Kind::Avx2 => compute_avx2(call, block, scratch),
+                Kind::Portable => tile::compute::<[Portable; 2], E>(call, block, scratch),
+            }
         }
-        // SAFETY: the promise of who called `forward`.
-        unsafe { tile::compute::<Portable, E>(call, block, scratch) }
     }
 }
 
@@ -178,5 +186,14 @@ impl<E: Element> Linear<E> {
 #[target_feature(enable = "avx2,fma")]
 unsafe fn compute_avx2<E: Element>(call: &Call<'_, E>, block: &Block, scratch: &mut Scratch) {
     // SAFETY: the caller's promise.
-    unsafe { tile::compute::<crate::simd::avx2::Avx2, E>(call, block, scratch) }
+    unsafe { tile::compute::<[crate::simd::Avx2; 2], E>(call, block, scratch) }
+}
+
+/// # Safety
+/// As `tile::compute`, on a processor with AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")]
+unsafe fn compute_avx512<E: Element>(call: &Call<'_, E>, block: &Block, scratch: &mut Scratch) {
+    // SAFETY: the caller's promise.
+    unsafe { tile::compute::<crate::simd::Avx512, E>(call, block, scratch) }
 }

@@ -139,7 +139,7 @@ unsafe fn run<W: Work>(work: &W, threads: u32) {
         |(), part| {
             let rows = part * together..count.min((part + 1) * together);
             #[cfg(target_arch = "x86_64")]
-            if crate::simd::avx2::is_here() {
+            if crate::simd::Processor::here() != crate::simd::Processor::PORTABLE {
                 // SAFETY: the processor has it; each row is computed once.
                 return unsafe { rows_avx2(work, rows) };
             }
@@ -158,6 +158,6 @@ unsafe fn run<W: Work>(work: &W, threads: u32) {
 unsafe fn rows_avx2<W: Work>(work: &W, rows: std::ops::Range<usize>) {
     for row in rows {
         // SAFETY: the caller's promise.
-        unsafe { work.row::<crate::simd::avx2::Avx2>(row) };
+        unsafe { work.row::<crate::simd::Avx2>(row) };
     }
 }

@@ -1,8 +1,8 @@
-//! Eight numbers at a time: one body for every kind of processor.
+//! Eight or sixteen numbers at a time: one body for every kind of processor.
 //!
-//! A kernel is written once over [`Lanes`]. For AVX2 it is compiled with fused multiply-add, elsewhere with what the
-//! compiler makes of plain arrays. Both do the same operations in the same order; a fused one rounds once instead of
-//! twice, so the twins differ in the last bits, and are never compared for equality.
+//! A kernel is written once over [`Lanes`] or [`Wide`]. For AVX2 and AVX-512 it is compiled with fused multiply-add,
+//! elsewhere with what the compiler makes of plain arrays. A fused one rounds once instead of twice, and sixteen numbers
+//! are added up in another order than eight, so the twins differ in the last bits, and are never compared for equality.
 
 #![expect(
     unsafe_code,
@@ -14,45 +14,68 @@
 )]
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) mod avx2;
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod portable;
+mod processor;
 
 pub(crate) use self::portable::Portable;
+pub(crate) use self::processor::Kind;
+pub use self::processor::Processor;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use self::{avx2::Avx2, avx512::Avx512};
 
 /// Numbers in a [`Lanes`].
 pub(crate) const LANES: usize = 8;
 
-/// Eight `f32`.
+/// Some `f32`.
 ///
-/// All methods are inlined into the kernel, which alone says for which processor it is compiled.
-pub trait Lanes: Copy {
-    /// The same number eight times.
+/// All methods of vectors are inlined into the kernel, which alone says for which processor it is compiled.
+pub trait Vector: Copy {
+    /// How many.
+    const LEN: usize;
+    /// The same number in all places.
     fn splat(value: f32) -> Self;
-    /// Reads eight numbers, at any alignment.
+    /// Reads numbers, at any alignment.
     ///
     /// # Safety
     /// They are there.
     unsafe fn load(from: *const f32) -> Self;
-    /// Writes eight numbers, at any alignment.
+    /// Writes numbers, at any alignment.
     ///
     /// # Safety
     /// There is room for them.
     unsafe fn store(self, to: *mut f32);
-    /// Reads eight bf16.
+    /// Reads bf16.
     ///
     /// # Safety
     /// They are there.
     unsafe fn load_bf16(from: *const u16) -> Self;
     /// Says that what lies at an address is wanted soon. The address may be any.
     fn prefetch<T>(from: *const T);
-    /// Sums, number by number.
-    fn add(self, other: Self) -> Self;
     /// Products, number by number.
     fn mul(self, other: Self) -> Self;
-    /// Quotients, number by number.
-    fn div(self, other: Self) -> Self;
     /// `self * factor + term`.
     fn mul_add(self, factor: Self, term: Self) -> Self;
+}
+
+/// Sixteen `f32`: one register, or two of [`Lanes`].
+pub(crate) trait Wide: Vector {
+    /// Eight of them.
+    type Half: Lanes;
+    /// Whether it is one register, of which there are then 32.
+    const IS_ONE: bool;
+    /// The first eight and the last eight.
+    fn halves(self) -> (Self::Half, Self::Half);
+}
+
+/// Eight `f32`.
+pub trait Lanes: Vector {
+    /// Sums, number by number.
+    fn add(self, other: Self) -> Self;
+    /// Quotients, number by number.
+    fn div(self, other: Self) -> Self;
     /// The larger of each two; `other`'s where one is NaN.
     fn max(self, other: Self) -> Self;
     /// The smaller of each two; `other`'s where one is NaN.
@@ -113,6 +136,64 @@ pub trait Lanes: Copy {
     fn tanh(self) -> Self {
         let twice = self.add(self).exp().add(Self::splat(1.0));
         Self::splat(1.0).add(Self::splat(-2.0).div(twice))
+    }
+}
+
+impl<L: Lanes> Vector for [L; 2] {
+    const LEN: usize = 2 * LANES;
+
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        [L::splat(value); 2]
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { [L::load(from), L::load(from.add(LANES))] }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self[0].store(to);
+            self[1].store(to.add(LANES));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { [L::load_bf16(from), L::load_bf16(from.add(LANES))] }
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(from: *const T) {
+        L::prefetch(from);
+    }
+
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        [self[0].mul(other[0]), self[1].mul(other[1])]
+    }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, term: Self) -> Self {
+        [
+            self[0].mul_add(factor[0], term[0]),
+            self[1].mul_add(factor[1], term[1]),
+        ]
+    }
+}
+
+impl<L: Lanes> Wide for [L; 2] {
+    type Half = L;
+    const IS_ONE: bool = false;
+
+    #[inline(always)]
+    fn halves(self) -> (L, L) {
+        (self[0], self[1])
     }
 }
 

@@ -3,7 +3,9 @@
 
 #![expect(unsafe_code, reason = "hands tensors over")]
 
-use orchestra_kernels::{Attention, AttentionConfig, Rule, StepArrays, attention::Tensors};
+use orchestra_kernels::{
+    Attention, AttentionConfig, Processor, Rule, StepArrays, attention::Tensors,
+};
 
 const CONFIG: AttentionConfig = AttentionConfig {
     num_heads: 2,
@@ -151,4 +153,52 @@ fn a_refused_step_leaves_the_one_before() {
     // Block 2 has the keys of the new sequence first, then its values.
     assert_eq!(cache[2 * 128..][..8], key_value[16..24]);
     assert_eq!(cache[2 * 128 + 64 + 2 * 8..][..8], key_value[56..64]);
+}
+
+/// What a token that sees 40 others gets, on a processor of that kind; heads of `head_dim`.
+fn attended(processor: Processor, head_dim: usize) -> Vec<f32> {
+    let config = AttentionConfig {
+        num_heads: 6,
+        num_kv_heads: 2,
+        head_dim,
+        num_blocks: 6,
+        ..CONFIG
+    };
+    let attention = Attention::new(config).unwrap().on(processor);
+    let wave = |number: usize| (number as f32 * 0.37).sin();
+    let mut cache: Vec<f32> = (0..6 * 2 * 2 * 8 * head_dim).map(wave).collect();
+    let query: Vec<f32> = (7..7 + 6 * head_dim).map(wave).collect();
+    let key_value: Vec<f32> = (3..3 + 4 * head_dim).map(wave).collect();
+    let step = StepArrays {
+        slot_mapping: &[8],
+        query_start: &[0, 1],
+        context_lens: &[41],
+        block_tables: &[5, 0, 3, 2, 4, 1],
+    };
+    attention.prepare(&step).unwrap();
+    let mut output = vec![f32::NAN; query.len()];
+    let tensors = Tensors {
+        query: query.as_ptr(),
+        query_stride: query.len(),
+        key_value: key_value.as_ptr(),
+        key_value_stride: key_value.len(),
+        cache: cache.as_mut_ptr(),
+        output: output.as_mut_ptr(),
+    };
+    // SAFETY: the vectors have the sizes of the configuration and of one token.
+    unsafe { attention.forward(&Rule::default(), &tensors, 1) };
+    output
+}
+
+#[test]
+fn every_kind_of_processor_gives_the_same_but_for_rounding() {
+    // With numbers left over behind the last sixteen, and without; several vectors of sums, and one.
+    for head_dim in [8, 16, 24, 64, 72, 128, 200] {
+        let plain = attended(Processor::PORTABLE, head_dim);
+        for processor in Processor::all_here() {
+            for (number, exact) in attended(processor, head_dim).iter().zip(&plain) {
+                assert!((number - exact).abs() < 1e-5, "{processor:?} {head_dim}");
+            }
+        }
+    }
 }

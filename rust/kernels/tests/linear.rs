@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "hands tensors over")]
 #![expect(clippy::unwrap_used, reason = "a test fails where it unwraps")]
 
-use orchestra_kernels::{Element, Linear, LinearError, bf16, linear::Rows};
+use orchestra_kernels::{Element, Linear, LinearError, Processor, bf16, linear::Rows};
 use proptest::prelude::*;
 
 /// What `rows` of `inputs` numbers give, which may lie `stride` apart.
@@ -52,6 +52,19 @@ fn bits(numbers: &[f32]) -> Vec<u32> {
     numbers.iter().map(|number| number.to_bits()).collect()
 }
 
+/// What each twin gives, the portable one first, and the layer on the fastest.
+fn on_every_processor<E: Element, T>(
+    mut kernel: Linear<E>,
+    run: impl Fn(&Linear<E>) -> T,
+) -> (Vec<(Processor, T)>, Linear<E>) {
+    let mut results = Vec::new();
+    for processor in Processor::all_here() {
+        kernel = kernel.on(processor);
+        results.push((processor, run(&kernel)));
+    }
+    (results, kernel)
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
@@ -67,17 +80,22 @@ proptest! {
         let stride = inputs + gap;
         let input = numbers(seed ^ 7, count * stride);
         let kernel = layer((outputs, inputs), &weight, Some(&bias));
-        let got = forward(&kernel, &input, stride, count);
-        let twin = forward(&kernel.into_portable(), &input, stride, count);
-        for (row, (got, twin)) in got.chunks(outputs).zip(twin.chunks(outputs)).enumerate() {
+        let (twins, kernel) = on_every_processor(kernel, |kernel| forward(kernel, &input, stride, count));
+        for row in 0..count {
             let input = &input[row * stride..][..inputs];
             for output in 0..outputs {
                 let weights = &weight[output * inputs..][..inputs];
                 let product = |(a, b): (&f32, &f32)| f64::from(*a) * f64::from(*b);
                 let sum = input.iter().zip(weights).map(product).sum::<f64>() + f64::from(bias[output]);
-                prop_assert!((f64::from(got[output]) - sum).abs() < 2e-4, "{row} {output}");
-                prop_assert!((f64::from(twin[output]) - sum).abs() < 2e-4, "{row} {output}");
+                for (processor, got) in &twins {
+                    let got = f64::from(got[row * outputs + output]);
+                    prop_assert!((got - sum).abs() < 2e-4, "{processor:?} {row} {output}");
+                }
             }
+        }
+        // Those that round once for each product do the same in the same order.
+        for (processor, got) in &twins[1..] {
+            prop_assert_eq!(bits(got), bits(&forward(&kernel, &input, stride, count)), "{:?}", processor);
         }
     }
 

@@ -18,13 +18,10 @@
 use super::{CHUNK, Layer, step::Tile};
 use crate::{
     element::Element,
-    simd::{LANES, Lanes},
+    simd::{LANES, Lanes, Vector, Wide},
 };
 
 const GROUPS: usize = CHUNK / LANES;
-/// Sums of values that are kept in registers at a time.
-const WIDE: usize = 8;
-
 /// What a thread needs beside the tensors.
 pub(super) struct Scratch {
     /// `[rows, head_dim]`
@@ -60,7 +57,7 @@ struct Chunk {
 /// # Safety
 /// The pointers of `layer` are what `Attention::forward` says, and no other thread computes this tile.
 #[inline(always)]
-pub(super) unsafe fn attend<L: Lanes, T: Element>(
+pub(super) unsafe fn attend<W: Wide, T: Element>(
     layer: &Layer<'_, T>,
     tile: &Tile,
     scratch: &mut Scratch,
@@ -68,7 +65,7 @@ pub(super) unsafe fn attend<L: Lanes, T: Element>(
     let (group, size) = (layer.config.group(), layer.config.head_dim);
     let rows = tile.tokens as usize * group;
     // SAFETY: the caller's promise.
-    unsafe { load_queries::<L, T>(layer, tile, &mut scratch.query[..rows * size]) };
+    unsafe { load_queries::<W::Half, T>(layer, tile, &mut scratch.query[..rows * size]) };
     scratch.sums[..rows * size].fill(0.0);
     scratch.softmax[..rows].fill((f32::NEG_INFINITY, 0.0));
     let first_seen = tile.seen as usize;
@@ -103,9 +100,9 @@ pub(super) unsafe fn attend<L: Lanes, T: Element>(
                 unsafe {
                     let rows = (query, sums, softmax);
                     match together {
-                        4 => take::<L, T, 4>(layer, rows, &chunk, (low, high)),
-                        2 => take::<L, T, 2>(layer, rows, &chunk, (low, high)),
-                        _ => take::<L, T, 1>(layer, rows, &chunk, (low, high)),
+                        4 => take::<W, T, 4>(layer, rows, &chunk, (low, high)),
+                        2 => take::<W, T, 2>(layer, rows, &chunk, (low, high)),
+                        _ => take::<W, T, 1>(layer, rows, &chunk, (low, high)),
                     }
                 }
             }
@@ -177,36 +174,37 @@ unsafe fn gather<T: Element>(
 /// Takes a chunk into the sums of `R` rows that see the same of it. Each row's own sums are the same for every `R`; several
 /// at a time read keys and values once for all.
 #[inline(always)]
-unsafe fn take<L: Lanes, T: Element, const R: usize>(
+unsafe fn take<W: Wide, T: Element, const R: usize>(
     layer: &Layer<'_, T>,
     (query, sums, softmax): (&[f32], &mut [f32], &mut [(f32, f32)]),
     chunk: &Chunk,
     (low, high): (usize, usize),
 ) {
     // SAFETY: the caller's promise.
-    let mut weights = unsafe { scores::<L, T, R>(layer, query, chunk, (low, high)) };
-    let mut kept = [L::splat(1.0); R];
+    let mut weights = unsafe { scores::<W, T, R>(layer, query, chunk, (low, high)) };
+    let mut kept = [1.0; R];
     for (row, weights) in weights.iter_mut().enumerate() {
-        kept[row] = weigh::<L>(weights, &mut softmax[row]);
+        kept[row] = weigh::<W::Half>(weights, &mut softmax[row]);
     }
     let size = sums.len() / R;
     let mut start = 0;
+    // As many sums at a time as there are registers for.
     // SAFETY: each call stays inside the rows, and inside those of the groups that `low..high` touches.
     unsafe {
-        while R == 1 && start + WIDE * LANES <= size {
-            add_values::<L, R, WIDE>(&weights, chunk, (low, high), (sums, start), &kept);
-            start += WIDE * LANES;
+        while (W::IS_ONE || R == 1) && start + 4 * W::LEN <= size {
+            add_values::<W, R, 4>(&weights, chunk, (low, high), (sums, start), &kept);
+            start += 4 * W::LEN;
         }
-        while R <= 2 && start + WIDE / 2 * LANES <= size {
-            add_values::<L, R, { WIDE / 2 }>(&weights, chunk, (low, high), (sums, start), &kept);
-            start += WIDE / 2 * LANES;
+        while (W::IS_ONE || R <= 2) && start + 2 * W::LEN <= size {
+            add_values::<W, R, 2>(&weights, chunk, (low, high), (sums, start), &kept);
+            start += 2 * W::LEN;
         }
-        while start + WIDE / 4 * LANES <= size {
-            add_values::<L, R, { WIDE / 4 }>(&weights, chunk, (low, high), (sums, start), &kept);
-            start += WIDE / 4 * LANES;
+        while start + W::LEN <= size {
+            add_values::<W, R, 1>(&weights, chunk, (low, high), (sums, start), &kept);
+            start += W::LEN;
         }
         while start < size {
-            add_values::<L, R, 1>(&weights, chunk, (low, high), (sums, start), &kept);
+            add_values::<W::Half, R, 1>(&weights, chunk, (low, high), (sums, start), &kept);
             start += LANES;
         }
     }
@@ -214,7 +212,7 @@ unsafe fn take<L: Lanes, T: Element, const R: usize>(
 
 /// The scores of `R` rows with a chunk's tokens; minus infinity for those that they do not see.
 #[inline(always)]
-unsafe fn scores<L: Lanes, T: Element, const R: usize>(
+unsafe fn scores<W: Wide, T: Element, const R: usize>(
     layer: &Layer<'_, T>,
     query: &[f32],
     chunk: &Chunk,
@@ -227,25 +225,24 @@ unsafe fn scores<L: Lanes, T: Element, const R: usize>(
     for first in (low / LANES * LANES..high).step_by(tokens) {
         // SAFETY: the group has eight rows, see `gather`.
         let keys = unsafe { chunk.keys[first / LANES].add(first % LANES * size) };
-        let mut products = [L::splat(0.0); LANES];
-        for at in (0..size).step_by(LANES) {
-            let mut queries = [L::splat(0.0); R];
-            for (row, part) in queries.iter_mut().enumerate() {
-                // SAFETY: `at` is inside each row.
-                *part = unsafe { L::load(query.as_ptr().add(row * size + at)) };
-            }
-            for token in 0..tokens {
-                // SAFETY: as above.
-                let key = unsafe { L::load(keys.add(token * size + at)) };
-                for (row, part) in queries.iter().enumerate() {
-                    let product = &mut products[row * tokens + token];
-                    *product = part.mul_add(key, *product);
+        let mut products = [W::Half::splat(0.0); LANES];
+        let broad = if W::IS_ONE { size / W::LEN * W::LEN } else { 0 };
+        // SAFETY: the ranges are inside each row, and the rows inside the group.
+        unsafe {
+            if broad > 0 {
+                let mut sums = [W::splat(0.0); LANES];
+                add_products::<W, R>((query, keys), (0, broad), &mut sums);
+                for (product, sum) in products.iter_mut().zip(sums) {
+                    let (low, high) = sum.halves();
+                    *product = low.add(high);
                 }
             }
+            add_products::<W::Half, R>((query, keys), (broad, size), &mut products);
         }
-        let mut bent = L::sums(products).mul(L::splat(layer.scale));
+        let mut bent = W::Half::sums(products).mul(W::Half::splat(layer.scale));
         if let Some(cap) = layer.rule.soft_cap {
-            bent = bent.mul(L::splat(1.0 / cap)).tanh().mul(L::splat(cap));
+            let part = bent.mul(W::Half::splat(1.0 / cap));
+            bent = part.tanh().mul(W::Half::splat(cap));
         }
         let mut numbers = [0.0; LANES];
         // SAFETY: the array has room for eight.
@@ -262,9 +259,35 @@ unsafe fn scores<L: Lanes, T: Element, const R: usize>(
     scores
 }
 
+/// Adds the products of some numbers, `begin` to `end`, of `R` rows with those of `LANES / R` keys.
+#[inline(always)]
+unsafe fn add_products<V: Vector, const R: usize>(
+    (query, keys): (&[f32], *const f32),
+    (begin, end): (usize, usize),
+    products: &mut [V; LANES],
+) {
+    let size = query.len() / R;
+    let tokens = LANES / R;
+    for at in (begin..end).step_by(V::LEN) {
+        let mut queries = [V::splat(0.0); R];
+        for (row, part) in queries.iter_mut().enumerate() {
+            // SAFETY: `at` is inside each row.
+            *part = unsafe { V::load(query.as_ptr().add(row * size + at)) };
+        }
+        for token in 0..tokens {
+            // SAFETY: the caller's promise.
+            let key = unsafe { V::load(keys.add(token * size + at)) };
+            for (row, part) in queries.iter().enumerate() {
+                let product = &mut products[row * tokens + token];
+                *product = part.mul_add(key, *product);
+            }
+        }
+    }
+}
+
 /// Makes weights of a row's scores, relative to its largest score so far; returns what its sums so far are multiplied by.
 #[inline(always)]
-fn weigh<L: Lanes>(scores: &mut [f32; CHUNK], softmax: &mut (f32, f32)) -> L {
+fn weigh<L: Lanes>(scores: &mut [f32; CHUNK], softmax: &mut (f32, f32)) -> f32 {
     let (largest, weight) = *softmax;
     let mut each = [L::splat(0.0); GROUPS];
     for (group, each) in each.iter_mut().enumerate() {
@@ -284,43 +307,43 @@ fn weigh<L: Lanes>(scores: &mut [f32; CHUNK], softmax: &mut (f32, f32)) -> L {
         weights = weights.add(each);
     }
     let kept = if now > largest {
-        L::splat(largest - now).exp()
+        L::splat(largest - now).exp().largest()
     } else {
-        L::splat(1.0)
+        1.0
     };
-    *softmax = (now, weight * kept.largest() + weights.sum());
+    *softmax = (now, weight * kept + weights.sum());
     kept
 }
 
-/// Adds `N` times eight numbers of each value that `R` rows see, in the order of the tokens.
+/// Adds `N` vectors of each value that `R` rows see, in the order of the tokens.
 #[inline(always)]
-unsafe fn add_values<L: Lanes, const R: usize, const N: usize>(
+unsafe fn add_values<V: Vector, const R: usize, const N: usize>(
     weights: &[[f32; CHUNK]; R],
     chunk: &Chunk,
     (low, high): (usize, usize),
     (sums, start): (&mut [f32], usize),
-    kept: &[L; R],
+    kept: &[f32; R],
 ) {
     let size = sums.len() / R;
-    let mut parts = [[L::splat(0.0); N]; R];
+    let mut parts = [[V::splat(0.0); N]; R];
     for (row, parts) in parts.iter_mut().enumerate() {
         for (index, part) in parts.iter_mut().enumerate() {
-            let at = row * size + start + index * LANES;
-            // SAFETY: the caller's promise: `N` times eight numbers are there, from `start` on, of each row.
-            *part = unsafe { L::load(sums.as_ptr().add(at)) }.mul(kept[row]);
+            let at = row * size + start + index * V::LEN;
+            // SAFETY: the caller's promise: `N` vectors are there, from `start` on, of each row.
+            *part = unsafe { V::load(sums.as_ptr().add(at)) }.mul(V::splat(kept[row]));
         }
     }
     for token in low..high {
-        let mut weight = [L::splat(0.0); R];
+        let mut weight = [V::splat(0.0); R];
         for (weight, weights) in weight.iter_mut().zip(weights) {
-            *weight = L::splat(weights[token]);
+            *weight = V::splat(weights[token]);
         }
         // SAFETY: the group has eight rows of `size` numbers, see `gather`.
         let values = unsafe { chunk.values[token / LANES].add(token % LANES * size + start) };
-        let mut value = [L::splat(0.0); N];
+        let mut value = [V::splat(0.0); N];
         for (index, value) in value.iter_mut().enumerate() {
             // SAFETY: as above.
-            *value = unsafe { L::load(values.add(index * LANES)) };
+            *value = unsafe { V::load(values.add(index * V::LEN)) };
         }
         for (parts, weight) in parts.iter_mut().zip(weight) {
             for (part, value) in parts.iter_mut().zip(value) {
@@ -330,7 +353,7 @@ unsafe fn add_values<L: Lanes, const R: usize, const N: usize>(
     }
     for (row, parts) in parts.into_iter().enumerate() {
         for (index, part) in parts.into_iter().enumerate() {
-            let at = row * size + start + index * LANES;
+            let at = row * size + start + index * V::LEN;
             // SAFETY: as at the top.
             unsafe { part.store(sums.as_mut_ptr().add(at)) };
         }

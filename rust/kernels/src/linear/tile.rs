@@ -13,10 +13,7 @@
 )]
 
 use super::{Block, Call, PANEL, PANELS, ROWS};
-use crate::{
-    element::Element,
-    simd::{LANES, Lanes},
-};
+use crate::{element::Element, simd::Wide};
 
 /// Inputs of a stretch: a panel's weights for so many stay in the first cache.
 const STRETCH: usize = 256;
@@ -24,7 +21,6 @@ const STRETCH: usize = 256;
 const TILE: usize = 6;
 /// Numbers of a page: addresses so far apart share a place in the first cache.
 const PAGE: usize = 1024;
-const HALVES: usize = PANEL / LANES;
 
 /// What a thread needs beside the tensors.
 pub(super) struct Scratch {
@@ -64,7 +60,7 @@ struct Tile<E> {
 /// # Safety
 /// The pointers of `call` are what `Linear::forward` says, and no other thread computes this block.
 #[inline(always)]
-pub(super) unsafe fn compute<L: Lanes, E: Element>(
+pub(super) unsafe fn compute<W: Wide, E: Element>(
     call: &Call<'_, E>,
     block: &Block,
     scratch: &mut Scratch,
@@ -83,7 +79,7 @@ pub(super) unsafe fn compute<L: Lanes, E: Element>(
         // Few rows take several panels at a time: there have to be enough sums to wait for none.
         let left = block.panels.1 - panel;
         let together = match count {
-            1 if left >= 4 => 4,
+            _ if left >= 4 && (W::IS_ONE || count == 1) => 4,
             1..=3 if left >= 2 => 2,
             _ => 1,
         };
@@ -101,7 +97,7 @@ pub(super) unsafe fn compute<L: Lanes, E: Element>(
                 turn: (0, count.div_ceil(TILE)),
             };
             // SAFETY: the block's rows and panels are there.
-            unsafe { add_stretch::<L, E>(&stretch, count, together, &mut sums[panel * PANEL..]) };
+            unsafe { add_stretch::<W, E>(&stretch, count, together, &mut sums[panel * PANEL..]) };
         }
         panel += together;
     }
@@ -139,7 +135,7 @@ unsafe fn inputs<E: Element>(
 
 /// Adds a stretch of the inputs to the sums of all rows in some panels, tile by tile.
 #[inline(always)]
-unsafe fn add_stretch<L: Lanes, E: Element>(
+unsafe fn add_stretch<W: Wide, E: Element>(
     stretch: &Tile<E>,
     rows: usize,
     panels: usize,
@@ -157,18 +153,41 @@ unsafe fn add_stretch<L: Lanes, E: Element>(
                 ..*stretch
             };
             let sums = sums.as_mut_ptr().add(row * PANELS * PANEL);
-            match (count, panels) {
-                (1, 4) => add_tile::<L, E, 1, 4>(&at, sums),
-                (1, 2) => add_tile::<L, E, 1, 2>(&at, sums),
-                (2, 2) => add_tile::<L, E, 2, 2>(&at, sums),
-                (3, 2) => add_tile::<L, E, 3, 2>(&at, sums),
-                (1, _) => add_tile::<L, E, 1, 1>(&at, sums),
-                (2, _) => add_tile::<L, E, 2, 1>(&at, sums),
-                (3, _) => add_tile::<L, E, 3, 1>(&at, sums),
-                (4, _) => add_tile::<L, E, 4, 1>(&at, sums),
-                (5, _) => add_tile::<L, E, 5, 1>(&at, sums),
-                _ => add_tile::<L, E, 6, 1>(&at, sums),
+            if W::IS_ONE && panels == 4 {
+                add_broad_tile::<W, E>(&at, count, sums);
+                continue;
             }
+            match (count, panels) {
+                (1, 4) => add_tile::<W, E, 1, 4>(&at, sums),
+                (1, 2) => add_tile::<W, E, 1, 2>(&at, sums),
+                (2, 2) => add_tile::<W, E, 2, 2>(&at, sums),
+                (3, 2) => add_tile::<W, E, 3, 2>(&at, sums),
+                (1, _) => add_tile::<W, E, 1, 1>(&at, sums),
+                (2, _) => add_tile::<W, E, 2, 1>(&at, sums),
+                (3, _) => add_tile::<W, E, 3, 1>(&at, sums),
+                (4, _) => add_tile::<W, E, 4, 1>(&at, sums),
+                (5, _) => add_tile::<W, E, 5, 1>(&at, sums),
+                _ => add_tile::<W, E, 6, 1>(&at, sums),
+            }
+        }
+    }
+}
+
+/// Adds a stretch to rows of sums in four panels, where there are registers for so many.
+///
+/// # Safety
+/// As `add_tile`.
+#[inline(always)]
+unsafe fn add_broad_tile<W: Wide, E: Element>(tile: &Tile<E>, rows: usize, sums: *mut f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match rows {
+            1 => add_tile::<W, E, 1, 4>(tile, sums),
+            2 => add_tile::<W, E, 2, 4>(tile, sums),
+            3 => add_tile::<W, E, 3, 4>(tile, sums),
+            4 => add_tile::<W, E, 4, 4>(tile, sums),
+            5 => add_tile::<W, E, 5, 4>(tile, sums),
+            _ => add_tile::<W, E, 6, 4>(tile, sums),
         }
     }
 }
@@ -178,19 +197,16 @@ unsafe fn add_stretch<L: Lanes, E: Element>(
 /// # Safety
 /// The rows, the panels and the sums are there, from where the tile begins on.
 #[inline(always)]
-unsafe fn add_tile<L: Lanes, E: Element, const M: usize, const P: usize>(
+unsafe fn add_tile<W: Wide, E: Element, const M: usize, const P: usize>(
     tile: &Tile<E>,
     sums: *mut f32,
 ) {
-    let place =
-        |row: usize, panel: usize, half: usize| (row * PANELS + panel) * PANEL + half * LANES;
-    let mut parts = [[[L::splat(0.0); HALVES]; P]; M];
+    let place = |row: usize, panel: usize| (row * PANELS + panel) * PANEL;
+    let mut parts = [[W::splat(0.0); P]; M];
     for (row, parts) in parts.iter_mut().enumerate() {
-        for (panel, parts) in parts.iter_mut().enumerate() {
-            for (half, part) in parts.iter_mut().enumerate() {
-                // SAFETY: the caller's promise.
-                *part = unsafe { L::load(sums.add(place(row, panel, half))) };
-            }
+        for (panel, part) in parts.iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            *part = unsafe { W::load(sums.add(place(row, panel))) };
         }
     }
     // Each tile asks for its share of the next stretch, so that memory is read while the tiles multiply, and across the
@@ -201,34 +217,28 @@ unsafe fn add_tile<L: Lanes, E: Element, const M: usize, const P: usize>(
             wait = every;
             for panel in 0..P {
                 let next = panel * tile.panel_stride + (at + STRETCH) * PANEL;
-                L::prefetch(tile.weights.wrapping_add(next));
+                W::prefetch(tile.weights.wrapping_add(next));
             }
         }
         wait -= 1;
-        let mut weights = [[L::splat(0.0); HALVES]; P];
-        for (panel, weights) in weights.iter_mut().enumerate() {
-            for (half, weight) in weights.iter_mut().enumerate() {
-                let from = panel * tile.panel_stride + at * PANEL + half * LANES;
-                // SAFETY: the caller's promise.
-                *weight = unsafe { E::load::<L>(tile.weights.add(from)) };
-            }
+        let mut weights = [W::splat(0.0); P];
+        for (panel, weight) in weights.iter_mut().enumerate() {
+            let from = panel * tile.panel_stride + at * PANEL;
+            // SAFETY: the caller's promise.
+            *weight = unsafe { E::load::<W>(tile.weights.add(from)) };
         }
         for (row, parts) in parts.iter_mut().enumerate() {
             // SAFETY: the caller's promise.
-            let input = L::splat(unsafe { *tile.input.add(row * tile.input_stride + at) });
-            for (parts, weights) in parts.iter_mut().zip(weights) {
-                for (part, weight) in parts.iter_mut().zip(weights) {
-                    *part = input.mul_add(weight, *part);
-                }
+            let input = W::splat(unsafe { *tile.input.add(row * tile.input_stride + at) });
+            for (part, weight) in parts.iter_mut().zip(weights) {
+                *part = input.mul_add(weight, *part);
             }
         }
     }
     for (row, parts) in parts.into_iter().enumerate() {
-        for (panel, parts) in parts.into_iter().enumerate() {
-            for (half, part) in parts.into_iter().enumerate() {
-                // SAFETY: the caller's promise.
-                unsafe { part.store(sums.add(place(row, panel, half))) };
-            }
+        for (panel, part) in parts.into_iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { part.store(sums.add(place(row, panel))) };
         }
     }
 }

@@ -1,7 +1,7 @@
 //! AVX2 with fused multiply-add: x86-64 since 2013.
 //!
 //! The methods are inlined into kernels that are compiled for such a processor (`#[target_feature]`), and those run
-//! where [`is_here`] has found one: that is the argument of each block below.
+//! where `is_here` has found one: that is the argument of each block below.
 
 #![expect(
     unsafe_code,
@@ -25,18 +25,27 @@ use std::arch::x86_64::{
     _mm256_storeu_ps,
 };
 
-use super::{LANES, Lanes};
+use super::{LANES, Lanes, Vector};
 
 /// One register.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2(__m256);
 
 /// Whether this processor has what `Avx2` is made of.
-pub(crate) fn is_here() -> bool {
+pub(super) fn is_here() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
 }
 
-impl Lanes for Avx2 {
+impl Avx2 {
+    #[inline(always)]
+    pub(super) const fn of(numbers: __m256) -> Self {
+        Self(numbers)
+    }
+}
+
+impl Vector for Avx2 {
+    const LEN: usize = LANES;
+
     #[inline(always)]
     fn splat(value: f32) -> Self {
         Self(unsafe { _mm256_set1_ps(value) })
@@ -67,23 +76,25 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn add(self, other: Self) -> Self {
-        Self(unsafe { _mm256_add_ps(self.0, other.0) })
-    }
-
-    #[inline(always)]
     fn mul(self, other: Self) -> Self {
         Self(unsafe { _mm256_mul_ps(self.0, other.0) })
     }
 
     #[inline(always)]
-    fn div(self, other: Self) -> Self {
-        Self(unsafe { _mm256_div_ps(self.0, other.0) })
+    fn mul_add(self, factor: Self, term: Self) -> Self {
+        Self(unsafe { _mm256_fmadd_ps(self.0, factor.0, term.0) })
+    }
+}
+
+impl Lanes for Avx2 {
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Self(unsafe { _mm256_add_ps(self.0, other.0) })
     }
 
     #[inline(always)]
-    fn mul_add(self, factor: Self, term: Self) -> Self {
-        Self(unsafe { _mm256_fmadd_ps(self.0, factor.0, term.0) })
+    fn div(self, other: Self) -> Self {
+        Self(unsafe { _mm256_div_ps(self.0, other.0) })
     }
 
     #[inline(always)]

@@ -1,6 +1,6 @@
 //! Plain arrays, for processors that no other twin is written for.
 
-use super::{LANES, Lanes};
+use super::{LANES, Lanes, Vector};
 
 /// Eight numbers, one by one.
 #[derive(Clone, Copy)]
@@ -13,7 +13,9 @@ impl Portable {
     }
 }
 
-impl Lanes for Portable {
+impl Vector for Portable {
+    const LEN: usize = LANES;
+
     #[inline(always)]
     fn splat(value: f32) -> Self {
         Self([value; LANES])
@@ -42,24 +44,26 @@ impl Lanes for Portable {
     fn prefetch<T>(_from: *const T) {}
 
     #[inline(always)]
-    fn add(self, other: Self) -> Self {
-        self.zip(other, |a, b| a + b)
-    }
-
-    #[inline(always)]
     fn mul(self, other: Self) -> Self {
         self.zip(other, |a, b| a * b)
-    }
-
-    #[inline(always)]
-    fn div(self, other: Self) -> Self {
-        self.zip(other, |a, b| a / b)
     }
 
     #[inline(always)]
     fn mul_add(self, factor: Self, term: Self) -> Self {
         // Not `f32::mul_add`: without the instruction that is a call of the C library for each number.
         self.mul(factor).add(term)
+    }
+}
+
+impl Lanes for Portable {
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        self.zip(other, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        self.zip(other, |a, b| a / b)
     }
 
     #[inline(always)]

@@ -8,7 +8,8 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use orchestra_kernels::{
-    Attention, AttentionConfig, AttentionError, Element, Rule, StepArrays, attention::Tensors,
+    Attention, AttentionConfig, AttentionError, Element, Processor, Rule, StepArrays,
+    attention::Tensors,
 };
 use pyo3::prelude::*;
 
@@ -51,11 +52,7 @@ impl PagedAttention {
             block_size,
             num_blocks,
         };
-        let make = if portable {
-            Attention::portable
-        } else {
-            Attention::new
-        };
+        let attention = Attention::new(config).map_err(Failure::from)?;
         let layer = |(cache, window, scale, soft_cap)| {
             let rule = Rule {
                 window,
@@ -65,7 +62,11 @@ impl PagedAttention {
             (cache, rule)
         };
         Ok(Self {
-            inner: make(config).map_err(Failure::from)?,
+            inner: if portable {
+                attention.on(Processor::PORTABLE)
+            } else {
+                attention
+            },
             dtype: Dtype::read(dtype)?,
             layers: layers.into_iter().map(layer).collect(),
             threads: AtomicU32::new(1),

@@ -5,7 +5,7 @@
     reason = "sees the memory of tensors, whose addresses Python gives"
 )]
 
-use orchestra_kernels::linear::Rows;
+use orchestra_kernels::{PairLinear, Processor, linear::Rows, pairs::Unit};
 use pyo3::prelude::*;
 
 use super::Dtype;
@@ -20,6 +20,7 @@ pub(crate) struct Linear {
 enum Inner {
     Float32(orchestra_kernels::Linear<f32>),
     Bfloat16(orchestra_kernels::Linear<u16>),
+    Pairs(PairLinear),
 }
 
 #[pymethods]
@@ -41,9 +42,17 @@ impl Linear {
                 unsafe { load(shape, (weight_ptr, bias_ptr), portable) }.map(Inner::Float32)
             }
             // SAFETY: as above.
-            Dtype::Bfloat16 => {
-                unsafe { load(shape, (weight_ptr, bias_ptr), portable) }.map(Inner::Bfloat16)
-            }
+            Dtype::Bfloat16 => match Unit::here().filter(|_| !portable) {
+                Some(unit) => {
+                    let bias = bias_ptr.map(|address| address as *const u16);
+                    let made =
+                        unsafe { PairLinear::new(unit, shape, weight_ptr as *const u16, bias) };
+                    made.map(Inner::Pairs).map_err(Failure::from)
+                }
+                None => {
+                    unsafe { load(shape, (weight_ptr, bias_ptr), portable) }.map(Inner::Bfloat16)
+                }
+            },
         })?;
         Ok(Self { inner })
     }
@@ -68,6 +77,7 @@ impl Linear {
                     Inner::Bfloat16(layer) => {
                         layer.forward(&rows(count, input, output_ptr), threads);
                     }
+                    Inner::Pairs(layer) => layer.forward(&rows(count, input, output_ptr), threads),
                 }
             }
         });
@@ -85,7 +95,7 @@ unsafe fn load<E: orchestra_kernels::Element>(
     // SAFETY: the caller's promise.
     let layer = unsafe { orchestra_kernels::Linear::new(shape, weight as *const E, bias) }?;
     Ok(if is_portable {
-        layer.into_portable()
+        layer.on(Processor::PORTABLE)
     } else {
         layer
     })
