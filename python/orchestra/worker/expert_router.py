@@ -40,7 +40,7 @@ class ExpertRouter:
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The weights (in the numbers of `x`) and numbers of each token's experts, both `[T, per_token]`."""
         logits = self._linear(x.float())
-        scores = logits.sigmoid() if self.config.is_sigmoid else logits.softmax(-1)
+        scores = _sigmoid(logits) if self.config.is_sigmoid else logits.softmax(-1)
         for_choice = scores if self._bias is None else scores + self._bias
         if self.config.num_groups > 1:
             for_choice = self._keep_best_groups(for_choice)
@@ -59,3 +59,12 @@ class ExpertRouter:
         kept = worth.topk(self.config.groups_per_token, dim=-1).indices
         is_out = torch.ones_like(worth, dtype=torch.bool).scatter_(1, kept, value=False)
         return grouped.masked_fill(is_out.unsqueeze(-1), float("-inf")).flatten(1)
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """`1 / (1 + e^-x)`, as a softmax over `x` and 0: each number for itself.
+
+    The last bit of `torch.sigmoid` on the CPU depends on where in the tensor a number stands: it computes whole vectors
+    in one way, and what is left in another.
+    """
+    return torch.stack([x, torch.zeros_like(x)], dim=-1).softmax(-1)[..., 0]
