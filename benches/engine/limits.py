@@ -27,6 +27,16 @@ class Limits:
     flop_per_s: float
     """A large matrix product in the engine's dtype, by the faster of torch's and ours."""
 
+    def __str__(self) -> str:
+        """Both, for people."""
+        return f"reads {self.bytes_per_s / 1e9:.1f} GB/s, multiplies {self.flop_per_s / 1e9:.0f} GFLOP/s"
+
+    def at_least(self, other: Limits) -> Limits:
+        """The higher of each: what was reached once is possible."""
+        return Limits(
+            max(self.bytes_per_s, other.bytes_per_s), max(self.flop_per_s, other.flop_per_s)
+        )
+
     def tokens_per_s(self, model: ModelSize, batch: int, prompt: int, output: int) -> float:
         """Output tokens per second that no engine can pass, attention not counted (roofline of Williams et al., 2009).
 

@@ -25,6 +25,9 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 # Short enough that a signal or a lost rank is noticed at once, long enough to sleep between requests.
 IDLE_WAIT_MS = 200
+# Prompts get at least this share of a step's tokens, one in so many, whatever `--tpot-target-ms` says: behind a long
+# context a token costs many times what it costs at the beginning, so it is little.
+MIN_PREFILL_SHARE = 16
 
 logger = logging.getLogger("orchestra.worker")
 
@@ -363,6 +366,7 @@ def agent_config(config: WorkerConfig, rank: Rank) -> dict[str, Any]:
             "max_steps_in_flight": config.stage.count,
             "max_prefill_chunk": config.max_prefill_chunk,
             "tpot_target_us": config.tpot_target_ms * 1000,
+            "min_prefill_tokens": max(1, rank.step_tokens // MIN_PREFILL_SHARE),
             "enable_prefix_cache": config.enable_prefix_cache,
             "eos_token_ids": list(rank.model_config.eos_token_ids),
         },
