@@ -17,8 +17,8 @@ STREAMS = 16
 PROMPT, OUTPUT = 32, 160
 LONG_PROMPT = 4000
 EVERY_S = 1.0
-# How long a step may last, as a multiple of the undisturbed median.
-TARGET = 1.6
+# How long a step may last, as a multiple of the undisturbed median: some steps last longer than they should.
+TARGET = 1.3
 
 
 def measure(checkpoint: Path, dtype: str, repeats: int) -> str:
@@ -34,7 +34,9 @@ def measure(checkpoint: Path, dtype: str, repeats: int) -> str:
     """
     flags = ["--dtype", dtype, "--max-model-len", "8192", "--max-num-seqs", "64"]
     with serving(checkpoint, flags) as server:
-        undisturbed = statistics.median(asyncio.run(_gaps(server, 0, is_disturbed=False)))
+        # The first of the two warms up.
+        runs = [asyncio.run(_gaps(server, run, is_disturbed=False)) for run in range(2)]
+        undisturbed = statistics.median(runs[1])
     target = max(1, round(TARGET * undisturbed * 1e3))
     gaps: dict[bool, list[list[float]]] = {False: [], True: []}
     with serving(checkpoint, [*flags, "--tpot-target-ms", str(target)]) as server:

@@ -200,6 +200,7 @@ def test_run_from_flags_to_a_signal(
         "max_model_len": 128,
         "max_prefill_chunk": 0,
         "tpot_target_us": 0,
+        "min_prefill_tokens": 16,
         "max_steps_in_flight": 1,
         "enable_prefix_cache": True,
         "eos_token_ids": [1],
