@@ -283,8 +283,8 @@ mod tests {
     #[test]
     fn the_avx2_twin_is_right() {
         if avx2::is_here() {
-            check_functions::<avx2::Avx2>();
-            check_sums::<avx2::Avx2>();
+            check_functions::<Avx2>();
+            check_sums::<Avx2>();
         }
     }
 }

@@ -2,6 +2,7 @@
 //! the textbook's in `tests/worker/test_attention.py`.
 
 #![expect(unsafe_code, reason = "hands tensors over")]
+#![expect(clippy::unwrap_used, reason = "a test fails where it unwraps")]
 
 use orchestra_kernels::{
     Attention, AttentionConfig, Processor, Rule, StepArrays, attention::Tensors,
