@@ -1,7 +1,4 @@
-//! Layers in pairs beside sums in `f64`, and the promise that nothing else in the call changes a bit of a row.
-
-#![expect(unsafe_code, reason = "hands tensors over")]
-#![expect(clippy::unwrap_used, reason = "a test fails where it unwraps")]
+//! The same of layers in pairs, on everything that multiplies pairs here.
 
 use orchestra_kernels::{LinearError, PairLinear, bf16, linear::Rows, pairs::Unit};
 use proptest::prelude::*;
@@ -29,14 +26,7 @@ fn layer(unit: Unit, shape: (usize, usize), weight: &[u16], bias: Option<&[u16]>
 
 /// Numbers from -1 to 1, the same for the same seed.
 fn numbers(seed: u64, count: usize) -> Vec<u16> {
-    let mut state = seed | 1;
-    let draw = || {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
-        bf16::narrow((state >> 40) as f32 / (1 << 23) as f32 - 1.0)
-    };
-    std::iter::repeat_with(draw).take(count).collect()
+    super::narrow(&super::numbers(seed, count))
 }
 
 proptest! {

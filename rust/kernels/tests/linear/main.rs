@@ -3,6 +3,8 @@
 #![expect(unsafe_code, reason = "hands tensors over")]
 #![expect(clippy::unwrap_used, reason = "a test fails where it unwraps")]
 
+mod pairs;
+
 use orchestra_kernels::{Element, Linear, LinearError, Processor, bf16, linear::Rows};
 use proptest::prelude::*;
 
