@@ -7,6 +7,7 @@ mod ledger;
 mod metadata;
 pub mod nixl;
 pub mod shm;
+mod spans;
 pub mod tcp;
 mod watch;
 
