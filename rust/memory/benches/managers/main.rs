@@ -1,5 +1,6 @@
 //! Managers, pools and their peers, each figure beside what physics or the kernel sets as its limit here:
-//! `cargo bench -p orchestra-memory --bench managers -- [pools|registrations|slabs|defragment|peers …]`.
+//! `cargo bench -p orchestra-memory --bench managers -- [pools|registrations|slabs|defragment|foreground|
+//! peers …]`.
 
 #![expect(
     clippy::unwrap_used,
@@ -10,12 +11,19 @@
 
 mod churned;
 mod defragment;
+mod foreground;
 mod node;
 mod peers;
 mod pools;
 mod registrations;
 mod slabs;
 
+#[path = "../transfers/limits.rs"]
+#[allow(
+    dead_code,
+    reason = "shared with the bench of transfers, which uses more of it"
+)]
+mod limits;
 #[path = "../../tests/registrations/owners.rs"]
 #[allow(dead_code, reason = "shared with the tests, which use more of it")]
 mod owners;
@@ -53,11 +61,12 @@ fn main() {
     }
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     println!("load {}", load.trim_end());
-    let parts: [(&str, fn()); 5] = [
+    let parts: [(&str, fn()); 6] = [
         ("pools", pools::measure),
         ("registrations", registrations::measure),
         ("slabs", slabs::measure),
         ("defragment", defragment::measure),
+        ("foreground", foreground::measure),
         ("peers", peers::measure),
     ];
     for (name, measure) in parts {
