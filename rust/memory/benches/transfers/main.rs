@@ -96,9 +96,10 @@ impl Two {
             .transport
             .post(direction, THEM, segments, notification)
             .unwrap();
+        let mut naps = rig::Naps::new();
         loop {
             match self.transport.poll(id) {
-                Progress::Pending => drop(rig::turn(&*self.transport, Duration::from_millis(1))),
+                Progress::Pending => drop(naps.turn(&*self.transport)),
                 Progress::Done => break,
                 Progress::Failed(error) => panic!("{error}"),
             }
