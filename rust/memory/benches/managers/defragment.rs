@@ -58,32 +58,34 @@ fn segments(set: &BlockSet, block_bytes: u64) -> Vec<Segment> {
     set.extents().into_iter().map(segment).collect()
 }
 
-/// GB/s of putting each set, and of the limit for the same bytes in one piece, in turns; the middle ones.
+/// GB/s of putting sets as they lay before and as they lie now, and of the limit for the same bytes in one piece; in
+/// turns, so that what else the machine does falls on all of them. The middle ones.
 fn speeds(
     transport: &dyn Transport,
     limit: &mut Limit,
-    sets: &[BlockSet],
-    block_bytes: u64,
-) -> [f64; 2] {
-    let bytes = u64::from(BLOCKS) * block_bytes;
+    plans: [&[Vec<Segment>]; 2],
+    bytes: u64,
+) -> [f64; 3] {
     let together = [Segment {
         len: bytes,
         ..Segment::default()
     }];
-    let mut taken = [const { Vec::new() }; 2];
+    let mut taken = [const { Vec::new() }; 3];
     for round in 0..ROUNDS {
-        let segments = segments(&sets[round % sets.len()], block_bytes);
-        let started = Instant::now();
-        let id = transport
-            .post(Direction::Put, THEM, &segments, None)
-            .unwrap();
-        let mut naps = rig::Naps::new();
-        while transport.poll(id) == Progress::Pending {
-            naps.turn(transport);
+        for (plan, taken) in plans.iter().zip(&mut taken) {
+            let started = Instant::now();
+            let segments = &plan[round % plan.len()];
+            let id = transport
+                .post(Direction::Put, THEM, segments, None)
+                .unwrap();
+            let mut naps = rig::Naps::new();
+            while transport.poll(id) == Progress::Pending {
+                naps.turn(transport);
+            }
+            taken.push(started.elapsed().as_secs_f64());
+            let _ = transport.release(id);
         }
-        taken[0].push(started.elapsed().as_secs_f64());
-        let _ = transport.release(id);
-        taken[1].push(limit.run(Direction::Put, &together));
+        taken[2].push(limit.run(Direction::Put, &together));
     }
     taken.map(|seconds| bytes as f64 / median(seconds) / 1e9)
 }
@@ -129,27 +131,30 @@ fn transfers(kind: &str) {
         let ours = rig::to_hex(&transport.local_metadata().unwrap());
         assert_eq!(peer.ask(&format!("connect 9 {ours}")), "Ok(())");
         let sets = scattered(&pool);
-        let runs = |sets: &[BlockSet]| {
-            let descriptors: usize = sets.iter().map(|set| set.extents().len()).sum();
+        let plan = || -> Vec<_> { sets.iter().map(|set| segments(set, block_bytes)).collect() };
+        let blocks = |plan: &[Vec<Segment>]| {
+            let descriptors: usize = plan.iter().map(Vec::len).sum();
             (SETS * BLOCKS as usize) as f64 / descriptors as f64
         };
         let remote_base = peer.ask("base 0").parse().unwrap();
         let mut limit = limits::of(kind, &slab, peer.child.id(), remote_base);
-        let blocks_before = runs(&sets);
-        let [before, limit_before] = speeds(&*transport, &mut limit, &sets, block_bytes);
+        let scattered = plan();
         let copied = defragment(&pool);
-        let blocks_after = runs(&sets);
-        let [after, limit_after] = speeds(&*transport, &mut limit, &sets, block_bytes);
+        let joined = plan();
+        // The bytes of the old places are still there for a transport, which knows nothing of blocks.
+        let (plans, bytes) = ([&*scattered, &*joined], u64::from(BLOCKS) * block_bytes);
+        let [before, after, most] = speeds(&*transport, &mut limit, plans, bytes);
         println!(
-            "defragment: {kind} {} KiB: blocks a descriptor {blocks_before:.1} -> {blocks_after:.1}, put {before:.2} -> \
-             {after:.2} GB/s = {:.1}x; {:.2} and {:.2} of {} in one piece ({limit_before:.2} and {limit_after:.2}), which \
-             is {:.1}x at most; moved at {:.1} GB/s",
+            "defragment: {kind} {} KiB: blocks a descriptor {:.1} -> {:.1}, put {before:.2} -> {after:.2} GB/s = {:.2}x; \
+             {} in one piece {most:.2}: {:.2} -> {:.2} of it, so {:.1}x at most; moved at {:.1} GB/s",
             block_bytes >> 10,
+            blocks(&scattered),
+            blocks(&joined),
             after / before,
-            before / limit_before,
-            after / limit_after,
             limit.name(),
-            limit_before / before,
+            before / most,
+            after / most,
+            most / before,
             copied / 1e9,
         );
     }

@@ -114,7 +114,9 @@ fn churn(pool: &Arc<Pool>, is_over: &AtomicBool) {
         if growing.is_empty() {
             growing = (0..8).map(|_| pool.allocate(1).unwrap()).collect();
         } else {
-            growing.iter_mut().for_each(|set| set.extend(1).unwrap());
+            for set in &mut growing {
+                set.extend(1).unwrap();
+            }
         }
         let len = growing[0].len();
         for set in &growing {

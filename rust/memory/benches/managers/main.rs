@@ -1,6 +1,6 @@
 //! Managers, pools and their peers, each figure beside what physics or the kernel sets as its limit here:
 //! `cargo bench -p orchestra-memory --bench managers -- [pools|registrations|slabs|defragment|foreground|
-//! peers …]`.
+//! peers …] [shm|tcp|nixl …]`.
 
 #![expect(
     clippy::unwrap_used,
@@ -43,22 +43,32 @@ fn percentile(values: &mut [f64], share: f64) -> f64 {
     values[((values.len() - 1) as f64 * share) as usize]
 }
 
+const KINDS: [&str; 3] = ["shm", "tcp", "nixl"];
+
+/// The parts and the transports that the command line asks for.
+fn asked() -> Vec<String> {
+    let arguments = std::env::args().skip(1);
+    arguments.filter(|argument| argument != "--bench").collect()
+}
+
+/// Those that are asked for and can be had; where none is asked for, all that can be had.
 fn transports() -> impl Iterator<Item = &'static str> {
-    ["shm", "tcp", "nixl"]
+    let asked = asked();
+    let is_asked = move |kind: &str| asked.iter().any(|asked| asked == kind);
+    let are_all = !KINDS.iter().any(|kind| is_asked(kind));
+    KINDS
         .into_iter()
-        .filter(|kind| rig::is_installed(kind))
+        .filter(move |kind| (are_all || is_asked(kind)) && rig::is_installed(kind))
 }
 
 fn main() {
-    let asked: Vec<String> = std::env::args()
-        .skip(1)
-        .filter(|argument| argument != "--bench")
-        .collect();
+    let mut asked = asked();
     if let [first, kind] = asked.as_slice()
         && first == node::PEER
     {
         return node::serve(kind);
     }
+    asked.retain(|asked| !KINDS.contains(&asked.as_str()));
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     println!("load {}", load.trim_end());
     let parts: [(&str, fn()); 6] = [
