@@ -77,7 +77,7 @@ miri: ## Run the memory crate's unit tests under miri, those that map nothing (n
 		--skip slab:: --skip pool:: --skip dlpack:: --skip map:: --skip a_table_comes_back --skip the_index_is
 
 rdma-vm: setup ## Run the memory's NIXL tests over real verbs, in a QEMU guest with a soft RDMA card (Debian; 120 MB below target/)
-	$(PY) -m tests.rdma_vm
+	$(PY) -m tests.rdma_vm $(ARGS)
 
 vllm: ## Run the test against a running vLLM: ORCHESTRA_TEST_VLLM="URL EVENTS REPLAY MODEL_FILES", block size 32, topic kv
 	cargo test --locked -p orchestra-router --lib a_real_vllm -- --ignored

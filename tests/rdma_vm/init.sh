@@ -40,11 +40,17 @@ ln -sf /usr/lib/x86_64-linux-gnu/libibverbs.so.1 "$VERBS_OF_WHEEL"
 echo "@begin $(uname -r)"
 sent=$(counter sent_pkts)
 ulimit -l unlimited
-"$TRANSPORTS" nixl --test-threads 1 --color never
-echo "@transports $?"
-echo "@packets $(($(counter sent_pkts) - sent))"
-ORCHESTRA_TEST_VERBS=1 "$MEMLOCK" --test-threads 1 --color never
-echo "@memlock $?"
+if [ -n "$MANAGERS" ]; then
+  "$MANAGERS" --bench defragment nixl
+  echo "@managers $?"
+  echo "@packets $(($(counter sent_pkts) - sent))"
+else
+  "$TRANSPORTS" nixl --test-threads 1 --color never
+  echo "@transports $?"
+  echo "@packets $(($(counter sent_pkts) - sent))"
+  ORCHESTRA_TEST_VERBS=1 "$MEMLOCK" --test-threads 1 --color never
+  echo "@memlock $?"
+fi
 echo "@end $(cut -d ' ' -f 1 /proc/uptime)"
 RUN
 cp /settings /tree/tmp/settings

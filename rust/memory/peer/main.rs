@@ -49,8 +49,9 @@ fn main() {
             }
         }
     });
+    let mut naps = rig::Naps::new();
     loop {
-        rig::turn(&*peer.transport, Duration::from_millis(1));
+        naps.turn(&*peer.transport);
         match commands.try_recv() {
             Ok(line) if line == "sleep" => match commands.recv_timeout(PATIENCE) {
                 // No progress until the next line: a peer whose processor is elsewhere.

@@ -90,6 +90,29 @@ pub(crate) fn turn(transport: &dyn Transport, nap: Duration) -> usize {
     moved
 }
 
+/// Naps of a progress loop where nothing moves: short after something has, and longer each time, as a driver's are.
+pub(crate) struct Naps(Duration);
+
+impl Naps {
+    const MIN: Duration = Duration::from_micros(50);
+    const MAX: Duration = Duration::from_millis(5);
+
+    pub(crate) const fn new() -> Self {
+        Self(Self::MIN)
+    }
+
+    /// A [`turn`] with the next nap.
+    pub(crate) fn turn(&mut self, transport: &dyn Transport) -> usize {
+        let moved = turn(transport, self.0);
+        self.0 = if moved > 0 {
+            Self::MIN
+        } else {
+            Self::MAX.min(2 * self.0)
+        };
+        moved
+    }
+}
+
 pub(crate) fn to_hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |mut text, byte| {
         write!(text, "{byte:02x}").unwrap();

@@ -10,16 +10,23 @@ use orchestra_core::Time;
 use crate::{
     error::MemoryError,
     fragmentation::Fragmentation,
-    pool::{BlockHandle, Cursor, Pool},
+    pool::{BlockHandle, Cursor, Move, Pool},
     transport::SlabId,
 };
+
+/// What is copied before anybody is asked whether transfers wait: some 20 µs.
+const SLICE_BYTES: u64 = 128 << 10;
+/// How long searches rest that have looked at everything for nothing.
+const RETRY_EVERY: Duration = Duration::from_millis(20);
+/// How long a move waits for transfers to end before it is given up, and its target free again.
+const HELD_MAX: Duration = Duration::from_millis(50);
 
 /// When and how fast blocks are moved.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DefragmentConfig {
     /// Bytes copied per second: about 5 % of what the machine copies.
     pub bytes_per_second: u64,
-    /// Bytes moved at once: short enough that nobody notices, 0.2 ms at 10 GB/s.
+    /// Bytes that move together, to neighbouring places. Transfers do not wait for all of them: they are copied in slices.
     pub unit_bytes: u64,
     /// The score above which moving starts.
     pub start_above: f64,
@@ -60,6 +67,7 @@ pub struct Defragmenter {
     pool: Arc<Pool>,
     config: DefragmentConfig,
     cursor: Cursor,
+    woken: Time,
     draining: Option<SlabId>,
     scores: Fragmentation,
     looked: Option<Time>,
@@ -67,6 +75,9 @@ pub struct Defragmenter {
     /// Bytes that may be copied now.
     tokens: u64,
     refilled: Option<Time>,
+    /// The move under way, and when it began.
+    moving: Option<(Move, Time)>,
+    copied_bytes: u64,
 }
 
 impl Defragmenter {
@@ -89,12 +100,15 @@ impl Defragmenter {
             pool,
             config,
             cursor: Cursor::default(),
+            woken: Time::ZERO,
             draining: None,
             scores: Fragmentation::default(),
             looked: None,
             is_running: false,
             tokens: 0,
             refilled: None,
+            moving: None,
+            copied_bytes: 0,
         })
     }
 
@@ -110,30 +124,34 @@ impl Defragmenter {
         &self.scores
     }
 
-    /// Moves what the budget allows since the last step; nothing while transfers want the memory's bandwidth.
-    pub fn step(&mut self, now: Time, is_busy: bool) -> DefragmentReport {
+    /// Bytes that it has copied so far.
+    pub const fn copied_bytes(&self) -> u64 {
+        self.copied_bytes
+    }
+
+    /// Moves what the budget allows since the last step; nothing while transfers want the memory's bandwidth, which is
+    /// asked again after every slice.
+    pub fn step(&mut self, now: Time, is_busy: impl Fn() -> bool) -> DefragmentReport {
         let mut report = DefragmentReport::default();
-        if is_busy {
-            // What was not spent while others were busy is not made up for.
+        if is_busy() {
+            // Nothing is earned meanwhile. What was earned before stays: else steady traffic would leave nothing to spend.
             self.refilled = Some(now);
-            self.tokens = 0;
+            self.moving
+                .take_if(|(_, began)| now.since(*began) >= HELD_MAX);
             return report;
         }
         self.refill(now);
         self.look(now);
-        let unit = self.unit_blocks();
-        while self.is_running || self.draining.is_some() {
-            let affordable = (self.tokens / self.pool.config().block_bytes) as u32;
-            let max = unit.min(affordable);
-            // Small moves at the end of a budget would scatter what one large one joins.
-            if max < unit || !self.move_some(max, &mut report) {
-                break;
-            }
+        if now.since(self.woken) >= RETRY_EVERY {
+            self.woken = now;
+            self.cursor.wake();
         }
+        while self.begin(now) && self.carry_on(&is_busy, &mut report) {}
         if self.draining.is_some_and(|slab| self.pool.is_drained(slab)) {
             self.draining = None;
         }
-        report.is_running = self.is_running || self.draining.is_some();
+        self.copied_bytes += report.copied_bytes;
+        report.is_running = self.is_running || self.draining.is_some() || self.moving.is_some();
         report
     }
 
@@ -170,24 +188,53 @@ impl Defragmenter {
         self.is_running = worst > self.config.start_above - slack;
     }
 
-    /// Makes one move; `false` where nothing is worth it, or nothing can move.
-    fn move_some(&mut self, max: u32, report: &mut DefragmentReport) -> bool {
-        let Some(handles) = self.pick(max) else {
+    /// Whether there is a move under way, or one that is worth it and can be paid for.
+    fn begin(&mut self, now: Time) -> bool {
+        if self.moving.is_some() {
+            return true;
+        }
+        let block_bytes = self.pool.config().block_bytes;
+        let unit = self.unit_blocks();
+        // Small moves at the end of a budget would scatter what one large one joins.
+        let can_pay = self.tokens / block_bytes >= u64::from(unit);
+        if !can_pay || !(self.is_running || self.draining.is_some()) {
+            return false;
+        }
+        let picked = self.pick(unit);
+        let begun = picked.and_then(|handles| self.pool.begin_move(&handles));
+        let Some(moving) = begun else {
             return false;
         };
-        let bytes = handles.len() as u64 * self.pool.config().block_bytes;
-        let Some(moving) = self.pool.begin_move(&handles) else {
+        self.tokens -= moving.len() as u64 * block_bytes;
+        self.moving = Some((moving, now));
+        true
+    }
+
+    /// Copies slice after slice until the move is over; `false` where transfers came first, or nothing can move.
+    fn carry_on(&mut self, is_busy: impl Fn() -> bool, report: &mut DefragmentReport) -> bool {
+        let Some((mut moving, began)) = self.moving.take() else {
             return false;
         };
-        self.tokens -= bytes;
-        report.copied_bytes += bytes;
-        let moved = match moving.copy() {
-            Ok(()) => moving.commit(),
-            Err(_) => 0,
-        };
+        loop {
+            let left = moving.left();
+            if moving.copy_some(SLICE_BYTES).is_err() {
+                report.lost_blocks += moving.len();
+                return false;
+            }
+            report.copied_bytes += left - moving.left();
+            if moving.left() == 0 {
+                break;
+            }
+            if is_busy() {
+                self.moving = Some((moving, began));
+                return false;
+            }
+        }
+        let blocks = moving.len();
+        let moved = moving.commit();
         report.moved_blocks += moved;
-        report.lost_blocks += handles.len() - moved;
-        moved > 0
+        report.lost_blocks += blocks - moved;
+        moved > 0 && !is_busy()
     }
 
     fn pick(&mut self, max: u32) -> Option<Vec<BlockHandle>> {

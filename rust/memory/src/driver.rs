@@ -114,6 +114,12 @@ impl Driver {
         self.ring();
     }
 
+    /// Bytes that were copied to keep pools in long runs.
+    pub fn defragmented_bytes(&self) -> u64 {
+        let defragmenters = self.shared.defragmenters.lock();
+        defragmenters.iter().map(Defragmenter::copied_bytes).sum()
+    }
+
     /// Whether [`Self::close`] was called.
     pub fn is_closed(&self) -> bool {
         self.shared.is_closed.load(Ordering::Acquire)
@@ -176,7 +182,12 @@ impl Shared {
         if defragmenters.is_empty() {
             return None;
         }
-        let (now, is_busy) = (self.now(), self.manager.is_busy());
+        let now = self.now();
+        let is_busy = || {
+            // Whoever has just been woken often waits for this processor: else it would until all slices are copied.
+            thread::yield_now();
+            self.manager.is_busy()
+        };
         let mut is_running = false;
         for defragmenter in defragmenters.iter_mut() {
             is_running |= defragmenter.step(now, is_busy).is_running;

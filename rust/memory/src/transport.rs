@@ -7,6 +7,7 @@ mod ledger;
 mod metadata;
 pub mod nixl;
 pub mod shm;
+mod spans;
 pub mod tcp;
 mod watch;
 
@@ -40,7 +41,7 @@ pub enum Direction {
 }
 
 /// `len` bytes between an offset of a local slab and one of a peer's slab.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Segment {
     /// The slab on this side.
     pub local_slab: SlabId,

@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{sync::Arc, time::Duration};
+use std::{cell::Cell, sync::Arc, time::Duration};
 
 use orchestra_core::Time;
 use orchestra_memory::{
@@ -83,14 +83,14 @@ fn scattered_sequences_are_joined_within_the_budget_and_keep_their_bytes() {
     let start = Time(1_000_000);
     for ms in 0..200 {
         let now = start + Duration::from_millis(ms);
-        copied += defragmenter.step(now, false).copied_bytes;
+        copied += defragmenter.step(now, || false).copied_bytes;
         let earned = ms * config().bytes_per_second / 1000;
         assert!(copied <= earned, "{copied} bytes after {ms} ms");
         pool.check_integrity();
     }
     assert!(
         !defragmenter
-            .step(start + Duration::from_secs(1), false)
+            .step(start + Duration::from_secs(1), || false)
             .is_running
     );
     let after = pool.fragmentation();
@@ -107,15 +107,65 @@ fn nothing_moves_while_transfers_are_busy_or_where_nothing_is_gained() {
     let sets = interleaved(&pool, 4, 16);
     let mut defragmenter = Defragmenter::new(Arc::clone(&pool), config()).unwrap();
     for ms in 0..50 {
-        let report = defragmenter.step(Time(ms * 1000), true);
+        let report = defragmenter.step(Time(ms * 1000), || true);
         assert_eq!(report.copied_bytes, 0);
     }
     // What was not spent is not made up for.
-    assert_eq!(defragmenter.step(Time(50_000), false).copied_bytes, 0);
+    assert_eq!(defragmenter.step(Time(50_000), || false).copied_bytes, 0);
     drop(sets);
     let _whole = pool.allocate(64).unwrap();
     for ms in 200..400 {
-        assert_eq!(defragmenter.step(Time(ms * 1000), false).copied_bytes, 0);
+        assert_eq!(defragmenter.step(Time(ms * 1000), || false).copied_bytes, 0);
+    }
+}
+
+/// A defragmenter in the middle of moving 64 blocks, because a transfer came after the first half.
+fn interrupted(pool: &Arc<Pool>) -> Defragmenter {
+    let config = DefragmentConfig {
+        unit_bytes: 64 * BLOCK_BYTES,
+        ..config()
+    };
+    let mut defragmenter = Defragmenter::new(Arc::clone(pool), config).unwrap();
+    defragmenter.step(Time(0), || false);
+    let asked = Cell::new(0);
+    let report = defragmenter.step(Time(10_000), || asked.replace(asked.get() + 1) > 0);
+    let half = 32 * BLOCK_BYTES;
+    assert_eq!((report.copied_bytes, report.moved_blocks), (half, 0));
+    assert!(report.is_running);
+    assert_eq!(pool.stats().in_state(BlockState::Migrating), 64);
+    defragmenter
+}
+
+#[test]
+fn a_move_makes_way_for_transfers_and_goes_on_after_them() {
+    let pool = pool(1);
+    let sets = interleaved(&pool, 3, 64);
+    let mut defragmenter = interrupted(&pool);
+    assert_eq!(
+        defragmenter.step(Time(11_000), || true).copied_bytes,
+        0,
+        "it waits while they last"
+    );
+    let report = defragmenter.step(Time(12_000), || false);
+    assert!(report.moved_blocks >= 64, "{report:?}");
+    pool.check_integrity();
+    for (tag, set) in (1..).zip(&sets) {
+        check(set, tag);
+    }
+}
+
+#[test]
+fn a_move_that_transfers_hold_up_for_long_is_given_up() {
+    let pool = pool(1);
+    let sets = interleaved(&pool, 3, 64);
+    let mut defragmenter = interrupted(&pool);
+    defragmenter.step(Time(100_000), || true);
+    let stats = pool.stats();
+    let left = [BlockState::Migrating, BlockState::Reserved].map(|state| stats.in_state(state));
+    assert_eq!(left, [0, 0]);
+    pool.check_integrity();
+    for (tag, set) in (1..).zip(&sets) {
+        check(set, tag);
     }
 }
 
@@ -130,10 +180,10 @@ fn pinned_blocks_stay_where_they_are() {
         .collect();
     let mut defragmenter = Defragmenter::new(Arc::clone(&pool), config()).unwrap();
     for ms in 0..50 {
-        assert_eq!(defragmenter.step(Time(ms * 1000), false).copied_bytes, 0);
+        assert_eq!(defragmenter.step(Time(ms * 1000), || false).copied_bytes, 0);
     }
     drop(pins);
-    assert!((50..100).any(|ms| defragmenter.step(Time(ms * 1000), false).moved_blocks > 0));
+    assert!((50..100).any(|ms| defragmenter.step(Time(ms * 1000), || false).moved_blocks > 0));
 }
 
 #[test]
@@ -156,7 +206,7 @@ fn walls_between_free_runs_go_when_long_runs_are_asked_for() {
     assert!(pool.fragmentation().alloc_p90 > 0.9);
     let mut defragmenter = Defragmenter::new(Arc::clone(&pool), config()).unwrap();
     for ms in 0..2000 {
-        defragmenter.step(Time(ms * 1000), false);
+        defragmenter.step(Time(ms * 1000), || false);
     }
     let after = pool.fragmentation();
     assert!(
@@ -178,12 +228,12 @@ fn a_drained_slab_can_be_taken_out_and_no_sooner() {
     defragmenter.drain(slab).unwrap();
     assert_eq!(pool.take_out(slab).map(drop), Err(MemoryError::InUse));
     for ms in 0..100 {
-        assert!(defragmenter.step(Time(ms * 1000), false).is_running);
+        assert!(defragmenter.step(Time(ms * 1000), || false).is_running);
     }
     assert!(!pool.is_drained(slab), "a pinned block stays");
     drop(pin);
     for ms in 100..200 {
-        defragmenter.step(Time(ms * 1000), false);
+        defragmenter.step(Time(ms * 1000), || false);
     }
     assert!(pool.is_drained(slab));
     let taken = pool.take_out(slab).unwrap();

@@ -17,19 +17,25 @@ fn small_writes(node: &Node, peer: &mut Peer, kind: &str) {
     let grant = peer.grant(node, 1);
     let set = node.sealed(1);
     let chime = Chime::new().unwrap();
-    let micros = (0..500).map(|at| {
-        let started = Instant::now();
-        wait(&node.put(&set, &grant), &chime);
-        let taken = started.elapsed().as_secs_f64() * 1e6;
-        if at % 100 == 0 {
-            peer.ask("take");
-        }
-        taken
-    });
+    let mut micros = |times: usize, pause: Duration| {
+        let put = |at| {
+            thread::sleep(pause);
+            let started = Instant::now();
+            wait(&node.put(&set, &grant), &chime);
+            let taken = started.elapsed().as_secs_f64() * 1e6;
+            if at % 100 == 0 {
+                peer.ask("take");
+            }
+            taken
+        };
+        median((0..times).map(put).collect())
+    };
     println!(
-        "peers: {kind}: one block of {} KiB with its notification, from call to woken caller: median {:.0} us",
+        "peers: {kind}: one block of {} KiB with its notification, from call to woken caller: median {:.0} us, each after \
+         50 ms of silence {:.0} us",
         BLOCK_BYTES >> 10,
-        median(micros.collect()),
+        micros(500, Duration::ZERO),
+        micros(50, Duration::from_millis(50)),
     );
 }
 

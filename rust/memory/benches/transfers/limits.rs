@@ -13,7 +13,7 @@ use std::{
     time::Instant,
 };
 
-use orchestra_memory::{Segment, Slab};
+use orchestra_memory::{Direction, Segment, Slab};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::rig;
@@ -21,7 +21,7 @@ use crate::rig;
 pub(crate) enum Limit {
     /// Within this process, between two slabs.
     Copy(Arc<Slab>, Arc<Slab>),
-    /// `process_vm_writev` into the peer.
+    /// `process_vm_writev` into the peer, and `process_vm_readv` out of it.
     KernelCopy {
         slab: Arc<Slab>,
         process: i32,
@@ -68,21 +68,25 @@ impl Limit {
     pub(crate) const fn name(&self) -> &'static str {
         match self {
             Self::Copy(..) => "memcpy",
-            Self::KernelCopy { .. } => "process_vm_writev",
+            Self::KernelCopy { .. } => "the kernel's copy",
             Self::Socket(..) => "a plain socket",
         }
     }
 
-    /// Moves as many bytes, from and to places as far apart; seconds.
-    pub(crate) fn run(&mut self, segments: &[Segment]) -> f64 {
+    /// Moves as many bytes the same way, from and to places as far apart; seconds.
+    pub(crate) fn run(&mut self, direction: Direction, segments: &[Segment]) -> f64 {
         let started = Instant::now();
         match self {
-            Self::Copy(from, to) => {
+            Self::Copy(ours, theirs) => {
                 for part in segments {
                     // SAFETY: the bench's segments lie inside both slabs, which are two mappings.
                     unsafe {
-                        let from = from.as_ptr().add(part.local_offset as usize);
-                        let to = to.as_ptr().add(part.remote_offset as usize);
+                        let ours = ours.as_ptr().add(part.local_offset as usize);
+                        let theirs = theirs.as_ptr().add(part.remote_offset as usize);
+                        let (from, to) = match direction {
+                            Direction::Put => (ours, theirs),
+                            Direction::Get => (theirs, ours),
+                        };
                         std::ptr::copy_nonoverlapping(from, to, part.len as usize);
                     }
                 }
@@ -97,19 +101,22 @@ impl Limit {
                     iov_len: len as usize,
                 };
                 let base = slab.as_ptr().addr();
-                let from: Vec<_> = segments
+                let ours: Vec<_> = segments
                     .iter()
                     .map(|part| vector(base + part.local_offset as usize, part.len))
                     .collect();
-                let to: Vec<_> = segments
+                let theirs: Vec<_> = segments
                     .iter()
                     .map(|part| vector(*remote_base + part.remote_offset as usize, part.len))
                     .collect();
                 let count = segments.len() as libc::c_ulong;
-                // SAFETY: the vectors lie inside the slabs of this process and of the peer.
-                let moved = unsafe {
-                    libc::process_vm_writev(*process, from.as_ptr(), count, to.as_ptr(), count, 0)
+                let call = match direction {
+                    Direction::Put => libc::process_vm_writev,
+                    Direction::Get => libc::process_vm_readv,
                 };
+                // SAFETY: the vectors lie inside the slabs of this process and of the peer.
+                let moved =
+                    unsafe { call(*process, ours.as_ptr(), count, theirs.as_ptr(), count, 0) };
                 let bytes: u64 = segments.iter().map(|part| part.len).sum();
                 assert_eq!(moved, bytes as isize, "the kernel copied everything");
             }

@@ -1,6 +1,6 @@
-//! Puts and gets of 256 blocks between two processes, each beside the limit that physics sets here, in the same
-//! rounds: a copy within the process for `shm`, the kernel's copy between processes for `nixl`, a plain socket for
-//! `tcp`.
+//! Puts and gets of 256 blocks between two processes, each beside the limit that physics sets here, the same way and in
+//! the same rounds: a copy within the process for `shm`, the kernel's copy between processes for `nixl`, a plain socket
+//! for `tcp`.
 //!
 //! `cargo bench -p orchestra-memory --bench transfers -- [shm|tcp|nixl …]`. GB/s as median (best).
 
@@ -96,9 +96,10 @@ impl Two {
             .transport
             .post(direction, THEM, segments, notification)
             .unwrap();
+        let mut naps = rig::Naps::new();
         loop {
             match self.transport.poll(id) {
-                Progress::Pending => drop(rig::turn(&*self.transport, Duration::from_millis(1))),
+                Progress::Pending => drop(naps.turn(&*self.transport)),
                 Progress::Done => break,
                 Progress::Failed(error) => panic!("{error}"),
             }
@@ -136,6 +137,17 @@ fn median_and_best(mut seconds: Vec<f64>, bytes: u64) -> (f64, f64) {
     (speed(seconds[seconds.len() / 2]), speed(seconds[0]))
 }
 
+fn beside(name: &str, ours: (f64, f64), limit: (f64, f64)) -> String {
+    format!(
+        "{name} {:6.2} ({:6.2}) limit {:6.2} ({:6.2}) = {:4.2}x",
+        ours.0,
+        ours.1,
+        limit.0,
+        limit.1,
+        ours.0 / limit.0
+    )
+}
+
 fn load() -> String {
     std::fs::read_to_string("/proc/loadavg")
         .unwrap_or_default()
@@ -154,40 +166,56 @@ fn measure(kind: &str) {
     for len in [4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20] {
         for is_scattered in [false, true] {
             let segments = blocks(len, is_scattered);
-            let [mut limits, mut puts, mut gets] = [const { Vec::new() }; 3];
+            let mut taken = [const { Vec::new() }; 4];
             // A round of small blocks is over in 50 us: more of them, for a median that means something.
-            for _ in 0..if len > 64 << 10 { 9 } else { 51 } {
-                limits.push(limit.run(&segments));
-                puts.push(two.run(Direction::Put, &segments, None));
-                gets.push(two.run(Direction::Get, &segments, None));
+            for _ in 0..if len > 64 << 10 { 21 } else { 51 } {
+                // There and back each time, so that every copy finds its bytes where the one before it left them.
+                let both = [Direction::Put, Direction::Get];
+                let limits = both.map(|direction| limit.run(direction, &segments));
+                let ours = both.map(|direction| two.run(direction, &segments, None));
+                for (all, one) in taken.iter_mut().zip(limits.into_iter().chain(ours)) {
+                    all.push(one);
+                }
             }
-            let bytes = BLOCKS * len;
-            let [limit, put, get] =
-                [limits, puts, gets].map(|seconds| median_and_best(seconds, bytes));
+            let [limit_put, limit_get, put, get] =
+                taken.map(|seconds| median_and_best(seconds, BLOCKS * len));
             println!(
-                "{kind} {:>5} KiB {:<10} limit {:6.2} ({:6.2})  put {:6.2} ({:6.2}) = {:4.2}x  get {:6.2} ({:6.2}) = {:4.2}x",
+                "{kind} {:>5} KiB {:<10} {}  {}",
                 len >> 10,
                 if is_scattered {
                     "scattered"
                 } else {
                     "contiguous"
                 },
-                limit.0,
-                limit.1,
-                put.0,
-                put.1,
-                put.0 / limit.0,
-                get.0,
-                get.1,
-                get.0 / limit.0,
+                beside("put", put, limit_put),
+                beside("get", get, limit_get),
             );
         }
     }
+    rounds(kind, &two, &mut limit);
     small_writes(kind, &two);
     idle(kind, &two);
     let Two { mut peer, .. } = two;
     let _ = peer.child.kill();
     let _ = peer.child.wait();
+}
+
+/// What a round costs beside its bytes, which are next to none here.
+fn rounds(kind: &str, two: &Two, limit: &mut limits::Limit) {
+    let segments = blocks(64, true);
+    let [mut limits, mut puts] = [const { Vec::new() }; 2];
+    for _ in 0..501 {
+        limits.push(limit.run(Direction::Put, &segments));
+        puts.push(two.run(Direction::Put, &segments, None));
+    }
+    let [limit, put] = [limits, puts].map(|mut seconds| {
+        seconds.sort_unstable_by(f64::total_cmp);
+        seconds[seconds.len() / 2] * 1e6
+    });
+    println!(
+        "{kind} put of 256 blocks of 64 bytes, scattered: limit {limit:.2} us, put {put:.2} us = {:.1} ns a block more",
+        (put - limit) * 1e3 / BLOCKS as f64,
+    );
 }
 
 fn small_writes(kind: &str, two: &Two) {

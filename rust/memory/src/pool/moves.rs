@@ -12,6 +12,8 @@ pub struct Move {
     /// Emptied by the commit.
     from: Vec<BlockHandle>,
     to: Extent,
+    /// Bytes that are where they go, from the first block on.
+    copied: u64,
 }
 
 impl Pool {
@@ -43,6 +45,7 @@ impl Pool {
             pool: Arc::clone(self),
             from: handles.to_vec(),
             to,
+            copied: 0,
         })
     }
 
@@ -87,11 +90,32 @@ impl Pool {
 }
 
 impl Move {
-    /// Copies the bytes, neighbours at once. Takes no lock.
-    pub fn copy(&self) -> Result<(), MemoryError> {
+    /// How many blocks.
+    pub const fn len(&self) -> usize {
+        self.from.len()
+    }
+
+    /// Whether there is no block to move; never true before it is committed.
+    pub const fn is_empty(&self) -> bool {
+        self.from.is_empty()
+    }
+
+    /// Bytes that are not copied yet.
+    pub fn left(&self) -> u64 {
+        self.from.len() as u64 * self.pool.config.block_bytes - self.copied
+    }
+
+    /// Copies all that is left. Takes no lock.
+    pub fn copy(&mut self) -> Result<(), MemoryError> {
+        self.copy_some(self.left())
+    }
+
+    /// Copies at most so many bytes of what is left, neighbours at once. Takes no lock.
+    pub fn copy_some(&mut self, most: u64) -> Result<(), MemoryError> {
         let block_bytes = self.pool.config.block_bytes;
-        let mut at = 0;
-        while at < self.from.len() {
+        let end = self.copied + most.min(self.left());
+        while self.copied < end {
+            let at = (self.copied / block_bytes) as usize;
             let first = self.from[at].slot;
             let mut run = Extent {
                 start: first,
@@ -107,15 +131,20 @@ impl Move {
             let (Some((from, offset)), Some((to, to_offset))) = (source, target) else {
                 return Err(MemoryError::StaleHandle);
             };
-            let len = u64::from(run.len) * block_bytes;
-            from.copy_to(offset, &to, to_offset, len)?;
-            at += run.len as usize;
+            let skip = self.copied % block_bytes;
+            let len = (u64::from(run.len) * block_bytes - skip).min(end - self.copied);
+            from.copy_to(offset + skip, &to, to_offset + skip, len)?;
+            self.copied += len;
         }
         Ok(())
     }
 
-    /// Makes the copies the blocks, each for itself. Returns how many moved; the others stay where they are.
+    /// Makes the copies the blocks, each for itself. Returns how many moved; the others stay where they are, and all do
+    /// where not every byte is copied.
     pub fn commit(mut self) -> usize {
+        if self.left() > 0 {
+            return 0;
+        }
         let pool = Arc::clone(&self.pool);
         let mut state = pool.state.lock();
         let epoch = state.epochs.advance();

@@ -15,11 +15,22 @@ use crate::{
 /// Blocks that one search looks at.
 const SCAN_BLOCKS: usize = 4096;
 
-/// Where the searches go on: each goes round its sets or slots.
+/// Where the searches go on: each goes round its sets or slots, and rests when it has been round for nothing.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Cursor {
     set: usize,
     slot: u32,
+    /// Sets and slots that were looked at since something was found.
+    barren_sets: usize,
+    barren_slots: u32,
+}
+
+impl Cursor {
+    /// The pool is another than it was: looking may be worth it again.
+    pub(crate) const fn wake(&mut self) {
+        self.barren_sets = 0;
+        self.barren_slots = 0;
+    }
 }
 
 impl Pool {
@@ -29,13 +40,14 @@ impl Pool {
         let state = self.state.lock();
         let window = max.min(state.runs.largest()) as usize;
         let num_sets = state.sets.num_sets();
-        if window < 2 || num_sets == 0 {
+        if window < 2 || num_sets == 0 || cursor.barren_sets >= num_sets {
             return None;
         }
         let mut best: Option<(usize, usize, Vec<u32>)> = None;
-        let mut scanned = 0;
+        let (mut scanned, mut slots) = (0, Vec::new());
         for _ in 0..num_sets {
-            let slots = state.sets.nth(cursor.set % num_sets);
+            slots.clear();
+            slots.extend(state.sets.nth(cursor.set % num_sets));
             for part in slots.chunks(window) {
                 let Some(descriptors) = self.descriptors_to_join(part) else {
                     continue;
@@ -48,14 +60,28 @@ impl Pool {
                 if gain > 0 && is_best {
                     best = Some((gain, part.len(), part.to_vec()));
                 }
+                // None can save more than a descriptor for each block but the first, in as many blocks as may move.
+                if gain + 1 == window {
+                    return self.found(cursor, best);
+                }
             }
             cursor.set = (cursor.set + 1) % num_sets;
+            cursor.barren_sets += 1;
             scanned += slots.len();
             if scanned >= SCAN_BLOCKS {
                 break;
             }
         }
+        self.found(cursor, best)
+    }
+
+    fn found(
+        &self,
+        cursor: &mut Cursor,
+        best: Option<(usize, usize, Vec<u32>)>,
+    ) -> Option<Vec<BlockHandle>> {
         let (_, _, slots) = best?;
+        cursor.barren_sets = 0;
         slots.into_iter().map(|slot| self.handle_of(slot)).collect()
     }
 
@@ -78,6 +104,9 @@ impl Pool {
     pub(crate) fn pick_wall(&self, cursor: &mut Cursor, max: u32) -> Option<Vec<BlockHandle>> {
         let state = self.state.lock();
         let num_slots = state.draining.len() as u32 * self.config.slots_per_slab();
+        if cursor.barren_slots >= num_slots {
+            return None;
+        }
         let mut best: Option<(u64, Extent)> = None;
         let mut scanned = 0;
         while scanned < SCAN_BLOCKS as u32 && scanned < num_slots {
@@ -95,8 +124,11 @@ impl Pool {
                 best = Some((gain, wall));
             }
         }
-        cursor.slot = (cursor.slot + scanned) % num_slots.max(1);
-        self.handles_of(best?.1)
+        cursor.slot = (cursor.slot + scanned) % num_slots;
+        cursor.barren_slots += scanned;
+        let (_, wall) = best?;
+        cursor.barren_slots = 0;
+        self.handles_of(wall)
     }
 
     /// Blocks of a slab that is being drained, as many neighbours as can move together.

@@ -128,9 +128,9 @@ impl Sets {
     }
 
     /// The blocks of one of them, without those that are gone.
-    pub(crate) fn nth(&self, index: usize) -> Vec<u32> {
+    pub(crate) fn nth(&self, index: usize) -> impl Iterator<Item = u32> {
         let slots = self.slots[index].iter().copied();
-        slots.filter(|&slot| slot != GONE).collect()
+        slots.filter(|&slot| slot != GONE)
     }
 
     /// The set that lists a slot, and the number there.

@@ -5,7 +5,10 @@ use std::{collections::VecDeque, sync::Arc};
 
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use super::metadata::{Identity, KnownSlab, SLABS_MAX};
+use super::{
+    metadata::{Identity, KnownSlab, SLABS_MAX},
+    spans::{Span, Spans},
+};
 use crate::{
     error::{MemoryError, TransferError},
     slab::Slab,
@@ -26,16 +29,6 @@ const READY_MAX: usize = 1024;
 const HELD_MAX: usize = 64;
 /// Peers that were sent away and may not come back on old metadata; the oldest are forgotten.
 const REVOKED_MAX: usize = 4096;
-
-/// A segment whose slabs were looked up. Holds its local slab, which therefore stays mapped.
-#[derive(Clone, Debug)]
-pub(super) struct Span {
-    pub(super) local: Arc<Slab>,
-    pub(super) local_offset: u64,
-    pub(super) remote: KnownSlab,
-    pub(super) remote_offset: u64,
-    pub(super) len: u64,
-}
 
 /// The slabs of this process.
 #[derive(Default)]
@@ -90,39 +83,33 @@ impl LocalSlabs {
         &self,
         segments: &[Segment],
         remote: &RemoteSlabs,
-    ) -> Result<Vec<Span>, TransferError> {
+    ) -> Result<Spans, TransferError> {
         if segments.len() > SEGMENTS_MAX {
             return Err(refused(format!(
                 "{} segments, at most {SEGMENTS_MAX} in one transfer",
                 segments.len()
             )));
         }
-        let mut spans = Vec::with_capacity(segments.len());
-        let mut pair = None;
-        for segment in segments {
-            let names = (segment.local_slab, segment.remote_slab);
-            // Blocks of one transfer mostly lie in the same two slabs.
-            let (local, known) = match pair {
-                Some((same, local, known)) if same == names => (local, known),
-                _ => {
-                    let local = self.0.get(&names.0).ok_or(TransferError::OutOfBounds)?;
-                    let known = remote.0.get(&names.1).ok_or(TransferError::OutOfBounds)?;
-                    pair = Some((names, local, known));
-                    (local, known)
-                }
+        let mut spans = Spans::with_capacity(segments.len());
+        let names = |segment: &Segment| (segment.local_slab, segment.remote_slab);
+        for same in segments.chunk_by(|one, next| names(one) == names(next)) {
+            let (local, known) = names(&same[0]);
+            let local = self.0.get(&local).ok_or(TransferError::OutOfBounds)?;
+            let known = remote.0.get(&known).ok_or(TransferError::OutOfBounds)?;
+            let (local_len, remote_len) = (local.len(), known.len);
+            let is_inside = |segment: &Segment| {
+                fits(segment.local_offset, segment.len, local_len)
+                    && fits(segment.remote_offset, segment.len, remote_len)
             };
-            let is_inside = fits(segment.local_offset, segment.len, local.len())
-                && fits(segment.remote_offset, segment.len, known.len);
-            if !is_inside {
+            if !same.iter().all(is_inside) {
                 return Err(TransferError::OutOfBounds);
             }
-            spans.push(Span {
-                local: Arc::clone(local),
+            let span = |segment: &Segment| Span {
                 local_offset: segment.local_offset,
-                remote: *known,
                 remote_offset: segment.remote_offset,
                 len: segment.len,
-            });
+            };
+            spans.push(local, known, same.iter().map(span));
         }
         Ok(spans)
     }

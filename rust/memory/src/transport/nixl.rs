@@ -27,10 +27,9 @@ use self::{
 };
 use super::{
     Direction, Notification, PeerId, Progress, Quiet, Segment, SlabId, TransferId, Transport,
-    ledger::{
-        Inbox, LocalSlabs, RemoteSlabs, Roster, Span, Transfers, check_notification, refused,
-    },
+    ledger::{Inbox, LocalSlabs, RemoteSlabs, Roster, Transfers, check_notification, refused},
     metadata::{AccessKey, Identity, Metadata, draw_identity},
+    spans::{Pair, Span, Spans},
 };
 use crate::{
     error::{MemoryError, TransferError},
@@ -89,7 +88,7 @@ struct Peer {
 struct Running {
     peer: PeerId,
     request: Request,
-    spans: Vec<Span>,
+    spans: Spans,
 }
 
 impl NixlTransport {
@@ -198,9 +197,8 @@ impl State {
 
     /// Forgets a transfer that may go on moving bytes.
     fn abandon(&mut self, running: Running) {
-        for span in &running.spans {
-            self.haunted
-                .insert(span.local.id(), Arc::clone(&span.local));
+        for local in running.spans.locals() {
+            self.haunted.insert(local.id(), Arc::clone(local));
         }
         self.agent.release(running.request);
     }
@@ -233,8 +231,9 @@ impl Transport for NixlTransport {
     fn deregister(&self, slab: SlabId) -> Result<(), MemoryError> {
         let mut guard = self.state.lock();
         let state = &mut *guard;
-        let mut spans = state.running.values().flat_map(|running| &running.spans);
-        if spans.any(|span| span.local.id() == slab) {
+        let running = state.running.values();
+        let mut locals = running.flat_map(|running| running.spans.locals());
+        if locals.any(|local| local.id() == slab) {
             return Err(MemoryError::InUse);
         }
         let slab = state.slabs.remove(slab)?;
@@ -404,17 +403,17 @@ impl Transport for NixlTransport {
 }
 
 /// Where a span lies on both sides, by address.
-fn extents(span: &Span) -> (Extent, Extent) {
+fn extents((pair, span): (&Pair, &Span)) -> (Extent, Extent) {
     let ours = Extent {
-        address: memory_of(&span.local).address + span.local_offset,
+        address: memory_of(&pair.local).address + span.local_offset,
         len: span.len,
-        tier: span.local.tier(),
+        tier: pair.local.tier(),
     };
     let theirs = Extent {
         // Wraps only where the peer lied about its base, and then names memory that it never registered.
-        address: span.remote.base.wrapping_add(span.remote_offset),
+        address: pair.remote.base.wrapping_add(span.remote_offset),
         len: span.len,
-        tier: span.remote.tier,
+        tier: pair.remote.tier,
     };
     (ours, theirs)
 }

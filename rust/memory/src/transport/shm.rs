@@ -258,7 +258,7 @@ impl Transport for ShmTransport {
     fn deregister(&self, slab: SlabId) -> Result<(), MemoryError> {
         let mut state = self.state.lock();
         let mut jobs = state.callees.values().flat_map(|callee| &callee.jobs);
-        if jobs.any(|job| job.spans.iter().any(|span| span.local.id() == slab)) {
+        if jobs.any(|job| job.spans.locals().any(|local| local.id() == slab)) {
             return Err(MemoryError::InUse);
         }
         state.slabs.remove(slab).map(drop)

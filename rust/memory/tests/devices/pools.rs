@@ -91,7 +91,7 @@ fn a_pool_on_a_device_is_moved_viewed_and_never_touched_by_the_processor() {
             at % 2 == 0
         });
         let handles: Vec<_> = sets.iter().map(|set| set.handle(0).unwrap()).collect();
-        let moving = pool.begin_move(&handles).unwrap();
+        let mut moving = pool.begin_move(&handles).unwrap();
         moving.copy().unwrap();
         assert_eq!(moving.commit(), sets.len());
         for (at, set) in sets.iter().enumerate() {

@@ -238,7 +238,7 @@ impl Model {
                 .all(|(_, block)| block.is_sealed && !self.is_held(block.handle.slot));
         let begun = self.pool.begin_move(&handles);
         assert_eq!(begun.is_some(), can_move);
-        let Some(moving) = begun else { return };
+        let Some(mut moving) = begun else { return };
         moving.copy().unwrap();
         let (first, block) = blocks[0];
         match during {

@@ -134,12 +134,13 @@ impl Two {
         mut ready: impl FnMut(&dyn Transport) -> Option<T>,
     ) -> T {
         let deadline = Instant::now() + PATIENCE;
+        let mut naps = rig::Naps::new();
         loop {
             if let Some(value) = ready(&*self.transport) {
                 return value;
             }
             assert!(Instant::now() < deadline, "not in time: {what}");
-            rig::turn(&*self.transport, Duration::from_millis(1));
+            naps.turn(&*self.transport);
         }
     }
 

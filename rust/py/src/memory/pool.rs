@@ -88,11 +88,11 @@ fn defragment(pool: &Arc<Pool>, max_bytes: u64) -> Result<usize, Failure> {
     };
     let mut defragmenter = Defragmenter::new(Arc::clone(pool), config)?;
     let (mut now, mut left, mut moved) = (Time::ZERO, max_bytes, 0);
-    defragmenter.step(now, false);
+    defragmenter.step(now, || false);
     // A step copies two units at most.
     while left >= 2 * config.unit_bytes {
         now = now + Duration::from_secs(1);
-        let report = defragmenter.step(now, false);
+        let report = defragmenter.step(now, || false);
         moved += report.moved_blocks;
         if report.copied_bytes == 0 {
             break;

@@ -20,8 +20,9 @@ use crate::{
     error::{MemoryError, TransferError},
     transport::{
         Direction, Progress, SlabId, TransferId,
-        ledger::{RemoteSlabs, Span},
+        ledger::RemoteSlabs,
         metadata::{AccessKey, Identity, Metadata},
+        spans::Spans,
         watch::{Token, Watch},
     },
 };
@@ -33,7 +34,7 @@ const SLICE_BYTES: u64 = 1 << 20;
 pub(super) struct Job {
     pub(super) id: TransferId,
     pub(super) direction: Direction,
-    pub(super) spans: Vec<Span>,
+    pub(super) spans: Spans,
     pub(super) notification: Option<Vec<u8>>,
     /// The first span that is not copied yet, and how many of its bytes are.
     next: usize,
@@ -44,7 +45,7 @@ impl Job {
     pub(super) const fn new(
         id: TransferId,
         direction: Direction,
-        spans: Vec<Span>,
+        spans: Spans,
         notification: Option<Vec<u8>>,
     ) -> Self {
         Self {
@@ -55,6 +56,38 @@ impl Job {
             next: 0,
             copied: 0,
         }
+    }
+}
+
+impl Job {
+    /// Copies at most as many bytes between the two slabs that are next; how many it copied.
+    fn copy(&mut self, map: &RemoteSlab, most: u64) -> u64 {
+        let Some((pair, spans)) = self.spans.rest(self.next) else {
+            return 0;
+        };
+        let copier = map.beside(&pair.local);
+        let mut left = most;
+        for span in spans {
+            let len = left.min(span.len - self.copied);
+            let (theirs, ours) = (span.remote_offset, span.local_offset);
+            copier.copy(
+                self.direction,
+                theirs + self.copied,
+                ours + self.copied,
+                len,
+            );
+            left -= len;
+            self.copied += len;
+            if self.copied < span.len {
+                break;
+            }
+            self.next += 1;
+            self.copied = 0;
+            if left == 0 {
+                break;
+            }
+        }
+        most - left
     }
 }
 
@@ -174,37 +207,20 @@ impl Callee {
             return Step::Idle;
         };
         let mut left = SLICE_BYTES;
-        let mut at_hand: Option<(SlabId, &RemoteSlab)> = None;
         while left > 0
-            && let Some(span) = job.spans.get(job.next)
+            && let Some((pair, _)) = job.spans.rest(job.next)
         {
-            let slab = span.remote.id;
-            let map = match at_hand {
-                Some((same, map)) if same == slab => map,
-                _ => {
-                    let Some(map) = self.maps.get(&slab) else {
-                        if self.missing.contains(&slab) {
-                            return self.end(Progress::Failed(TransferError::OutOfBounds));
-                        }
-                        return if left < SLICE_BYTES {
-                            Step::Moved
-                        } else {
-                            Step::Idle
-                        };
-                    };
-                    at_hand = Some((slab, map));
-                    map
+            let Some(map) = self.maps.get(&pair.remote.id) else {
+                if self.missing.contains(&pair.remote.id) {
+                    return self.end(Progress::Failed(TransferError::OutOfBounds));
                 }
+                return if left < SLICE_BYTES {
+                    Step::Moved
+                } else {
+                    Step::Idle
+                };
             };
-            let len = left.min(span.len - job.copied);
-            let ours = (&*span.local, span.local_offset + job.copied);
-            map.copy(job.direction, span.remote_offset + job.copied, ours, len);
-            left -= len;
-            job.copied += len;
-            if job.copied == span.len {
-                job.next += 1;
-                job.copied = 0;
-            }
+            left -= job.copy(map, left);
         }
         if job.next < job.spans.len() {
             return Step::Moved;

@@ -10,6 +10,7 @@
 )]
 
 use std::{
+    marker::PhantomData,
     os::fd::OwnedFd,
     ptr::{self, NonNull},
 };
@@ -65,22 +66,46 @@ impl RemoteSlab {
         Ok(Self { base, len })
     }
 
-    /// Copies `len` bytes between `offset` here and `local_offset` of a slab of ours.
-    pub(super) fn copy(&self, direction: Direction, offset: u64, local: (&Slab, u64), len: u64) {
-        let (local, local_offset) = local;
-        let inside = fits(offset, len, self.len as u64)
-            && fits(local_offset, len, local.len())
-            && local.tier().is_host();
+    /// This slab beside one of ours, to copy between them.
+    pub(super) fn beside<'a>(&'a self, local: &'a Slab) -> Copier<'a> {
+        Copier {
+            theirs: self,
+            ours: local.as_ptr(),
+            // What the processor cannot reach has no bytes to copy.
+            our_len: if local.tier().is_host() {
+                local.len()
+            } else {
+                0
+            },
+            local: PhantomData,
+        }
+    }
+}
+
+/// A peer's slab and one of ours.
+pub(super) struct Copier<'a> {
+    theirs: &'a RemoteSlab,
+    ours: *mut u8,
+    our_len: u64,
+    /// Lives as long as `ours` is used.
+    local: PhantomData<&'a Slab>,
+}
+
+impl Copier<'_> {
+    /// Copies `len` bytes between an offset of theirs and one of ours.
+    #[inline]
+    pub(super) fn copy(&self, direction: Direction, theirs: u64, ours: u64, len: u64) {
+        let inside = fits(theirs, len, self.theirs.len as u64) && fits(ours, len, self.our_len);
         debug_assert!(inside, "segments are checked when they are posted");
         if !inside {
             return;
         }
-        // SAFETY: both ranges were just found to lie inside mappings, which live as long as `self` and
-        // `local`. They do not overlap: two mappings have different addresses, even where a process maps its own
-        // slab. Other processes may write the same bytes meanwhile; nothing here depends on their values.
+        // SAFETY: both ranges were just found to lie inside mappings, which live as long as `self`. They do not overlap:
+        // two mappings have different addresses, even where a process maps its own slab. Other processes may write the
+        // same bytes meanwhile; nothing here depends on their values.
         unsafe {
-            let theirs = self.base.as_ptr().add(offset as usize);
-            let ours = local.as_ptr().add(local_offset as usize);
+            let theirs = self.theirs.base.as_ptr().add(theirs as usize);
+            let ours = self.ours.add(ours as usize);
             let (from, to) = match direction {
                 Direction::Put => (ours, theirs),
                 Direction::Get => (theirs, ours),

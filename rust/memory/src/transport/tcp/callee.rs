@@ -25,8 +25,9 @@ use crate::{
     error::{MemoryError, TransferError},
     transport::{
         Direction, Progress, SlabId, TransferId,
-        ledger::{RemoteSlabs, Span},
+        ledger::RemoteSlabs,
         metadata::{Identity, Metadata},
+        spans::Spans,
         watch::{Token, Watch},
     },
 };
@@ -131,7 +132,7 @@ impl Callee {
         watch: &Watch,
         id: TransferId,
         direction: Direction,
-        spans: &[Span],
+        spans: &Spans,
         notification: Option<&[u8]>,
     ) {
         let (kind, waiting, now) = match direction {

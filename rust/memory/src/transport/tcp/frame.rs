@@ -7,8 +7,9 @@ use crate::{
     slab::Slab,
     transport::{
         SlabId, TransferId,
-        ledger::{NOTIFICATION_BYTES_MAX, SEGMENTS_MAX, Span},
+        ledger::{NOTIFICATION_BYTES_MAX, SEGMENTS_MAX},
         metadata::Fields,
+        spans::{Pair, Span, Spans},
     },
 };
 
@@ -129,8 +130,9 @@ impl Cursor {
         }
     }
 
-    pub(super) fn of_spans(spans: &[Span]) -> Self {
-        let local = |span: &Span| (Arc::clone(&span.local), span.local_offset, span.len);
+    pub(super) fn of_spans(spans: &Spans) -> Self {
+        let local =
+            |(pair, span): (&Pair, &Span)| (Arc::clone(&pair.local), span.local_offset, span.len);
         Self::new(spans.iter().map(local).collect())
     }
 
@@ -219,7 +221,7 @@ impl Outgoing {
     pub(super) fn transfer(
         kind: Kind,
         id: TransferId,
-        spans: &[Span],
+        spans: &Spans,
         notification: Option<&[u8]>,
     ) -> Self {
         let body = (kind == Kind::Put).then(|| Cursor::of_spans(spans));
@@ -233,8 +235,8 @@ impl Outgoing {
         };
         let mut head = header.encode();
         head.reserve_exact(header.table_bytes());
-        for span in spans {
-            head.extend(span.remote.id.0.to_le_bytes());
+        for (pair, span) in spans.iter() {
+            head.extend(pair.remote.id.0.to_le_bytes());
             head.extend(span.remote_offset.to_le_bytes());
             head.extend(span.len.to_le_bytes());
         }
@@ -367,13 +369,13 @@ mod tests {
             tier: crate::Tier::Dram,
         };
         let span = Span {
-            local: slab,
             local_offset: 3,
-            remote,
             remote_offset: 77,
             len: 1000,
         };
-        let frame = Outgoing::transfer(Kind::Put, TransferId(6), &[span], Some(b"hi"));
+        let mut spans = Spans::default();
+        spans.push(&slab, &remote, std::iter::once(span));
+        let frame = Outgoing::transfer(Kind::Put, TransferId(6), &spans, Some(b"hi"));
         let header = Header::decode(frame.head[..HEADER_BYTES].try_into().unwrap()).unwrap();
         assert_eq!(header.payload, 1000);
         let table = read_table(&header, &frame.head[HEADER_BYTES..]);
