@@ -45,7 +45,7 @@ if [ -n "$MANAGERS" ]; then
   echo "@managers $?"
   echo "@packets $(($(counter sent_pkts) - sent))"
 else
-  "$TRANSPORTS" nixl --test-threads 1 --color never
+  ORCHESTRA_TEST_VERBS=1 "$TRANSPORTS" nixl --test-threads 1 --color never
   echo "@transports $?"
   echo "@packets $(($(counter sent_pkts) - sent))"
   ORCHESTRA_TEST_VERBS=1 "$MEMLOCK" --test-threads 1 --color never

@@ -2,6 +2,10 @@
 //! line each, one line back. Ends with its input.
 
 #![expect(
+    unsafe_code,
+    reason = "maps over its own memory, which the crate has no way to do"
+)]
+#![expect(
     clippy::unwrap_used,
     clippy::panic,
     reason = "a program of the tests: what goes wrong here must fail them"
@@ -19,6 +23,7 @@ use std::{
 };
 
 use orchestra_memory::{Direction, PeerId, Progress, Segment, Slab, SlabId, Transport};
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 
 /// How long a command that waits for the other side waits.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -84,6 +89,13 @@ impl Peer {
             "disconnect" => format!("{:?}", self.transport.disconnect(PeerId(number(1)))),
             "deregister" => format!("{:?}", self.transport.deregister(SlabId(number(1) as u32))),
             "base" => self.slabs[number(1) as usize].as_ptr().addr().to_string(),
+            "crc" => {
+                let mut bytes = vec![0; number(3) as usize];
+                let slab = &self.slabs[number(1) as usize];
+                slab.read(number(2), &mut bytes).unwrap();
+                rig::crc32(&bytes).to_string()
+            }
+            "map-over" => self.map_over(number(1) as usize),
             "fill" => {
                 let bytes = rig::pattern(number(4), number(3) as usize);
                 self.slabs[number(1) as usize]
@@ -96,6 +108,21 @@ impl Peer {
             "put" => self.put(&words[1..]),
             other => panic!("no command is called {other}"),
         }
+    }
+
+    /// Other pages at a slab's address, under its registration.
+    fn map_over(&self, slab: usize) -> String {
+        let slab = &self.slabs[slab];
+        // SAFETY: the range is the slab's own mapping, and the new one can be read and written like it.
+        let mapped = unsafe {
+            mmap_anonymous(
+                slab.as_ptr().cast(),
+                slab.len() as usize,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::FIXED,
+            )
+        };
+        format!("{:?}", mapped.map(drop))
     }
 
     fn holds(&self, words: &[&str]) -> String {

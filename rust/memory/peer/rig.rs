@@ -68,6 +68,14 @@ pub(crate) fn pattern(seed: u64, len: usize) -> Vec<u8> {
         .collect()
 }
 
+/// The checksum of Ethernet (IEEE 802.3).
+pub(crate) fn crc32(bytes: &[u8]) -> u32 {
+    let step = |sum: u32, _| (sum >> 1) ^ (0xedb8_8320 & (sum & 1).wrapping_neg());
+    !bytes.iter().fold(u32::MAX, |sum, byte| {
+        (0..8).fold(sum ^ u32::from(*byte), step)
+    })
+}
+
 /// Whether a slab holds the pattern.
 pub(crate) fn holds(slab: &Slab, offset: u64, len: usize, seed: u64) -> bool {
     let mut bytes = vec![0; len];
