@@ -8,7 +8,11 @@
 
 mod each;
 
-use crate::{element::Element, pool::share, simd::Portable};
+use crate::{
+    element::Element,
+    pool::share,
+    simd::{Kind, Portable, Processor},
+};
 
 /// Numbers that one thread takes at a time. Fewer in all are left to the caller: waking others costs more.
 const SHARE: usize = 32 << 10;
@@ -132,20 +136,20 @@ unsafe fn run<W: Work>(work: &W, threads: u32) {
     let (count, size) = work.shape();
     let together = (SHARE / size.max(1)).max(1);
     let parts = count.div_ceil(together);
+    let processor = Processor::here();
     share(
         parts,
         threads,
         || (),
         |(), part| {
             let rows = part * together..count.min((part + 1) * together);
-            #[cfg(target_arch = "x86_64")]
-            if crate::simd::Processor::here() != crate::simd::Processor::PORTABLE {
-                // SAFETY: the processor has it; each row is computed once.
-                return unsafe { rows_avx2(work, rows) };
-            }
-            for row in rows {
-                // SAFETY: each row is computed once.
-                unsafe { work.row::<Portable>(row) };
+            // SAFETY: the processor is of that kind; each row is computed once.
+            unsafe {
+                match processor.kind() {
+                    #[cfg(target_arch = "x86_64")]
+                    Kind::Avx512 | Kind::Avx2 => rows_avx2(work, rows),
+                    Kind::Portable => rows.for_each(|row| work.row::<Portable>(row)),
+                }
             }
         },
     );
