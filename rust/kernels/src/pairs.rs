@@ -2,42 +2,41 @@
 //!
 //! Such a processor adds two products of bf16 to an `f32` at a time: sixteen outputs with AVX-512 BF16, tiles of sixteen
 //! rows by sixteen outputs with AMX. The weights are laid out once, for both in the same way: panels of 16 outputs, and in
-//! each, pair of inputs after pair, the 16 pairs of weights. Two panels and all of their inputs are computed by one
-//! thread, for the rows of a call 32 at a time.
+//! each, pair of inputs after pair, the 16 pairs of weights. A thread takes some panels at a time, for the rows of a call
+//! 32 after 32, and of these as many inputs at a time as the first cache has room for with two panels.
 //!
 //! An output is a sum over the pairs in their order. As in [`linear`](crate::linear), neither the other rows of the step
 //! nor the threads change a bit of it. oneDNN's own kernels for such processors do not promise that, and do not do it.
 
 #![expect(unsafe_code, reason = "sees the memory of tensors")]
-#![expect(
-    clippy::inline_always,
-    reason = "becomes part of what is compiled for such a processor"
-)]
 
 mod dot;
+mod packed;
 mod tiles;
 
 use std::{ops::Range, ptr};
 
+use self::packed::{Packed, Room};
 use crate::{
     bf16, error::LinearError, linear::Rows, linear::check_shape, pages::Pages, pool::share,
 };
 
 /// Outputs of a panel.
 const PANEL: usize = 16;
-/// Outputs that are computed together.
-const WIDTH: usize = 2 * PANEL;
+/// Panels that a thread takes at a time. Read side by side, they come from memory a third faster than one after the other.
+const PANELS: usize = 4;
+/// Outputs that a thread takes at a time.
+const WIDTH: usize = PANELS * PANEL;
 /// Rows that are computed together.
 const HEIGHT: usize = 32;
 /// What numbers of inputs are filled up to, with zeros: a tile has so many.
 const DEPTH: usize = 32;
-
-/// Columns of blocks that rows are laid out for at a time, at most.
-const COLUMNS: usize = 4;
-/// Numbers: rows so far apart, or a multiple of it, share few places in the first cache.
-const CROWDING: usize = 512;
-/// So many rows have room there anyway.
-const FEW: usize = 8;
+/// So many rows are no more than a tile, and read where they are.
+const FEW: usize = 16;
+/// Inputs, in `DEPTH`s, of which two panels fit the first cache.
+const STRETCH: usize = 16;
+/// Times `PANELS` that a thread takes at a time, at most: its rows are read once for all of them.
+const WIDE: usize = 4;
 
 /// What multiplies: this processor has it, for there is no other way to have one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +75,7 @@ impl Unit {
 pub struct PairLinear {
     outputs: usize,
     inputs: usize,
-    /// `[panels, depth / 2, PANEL, 2]`, an even number of panels; zeros where there is no weight.
+    /// `[panels, depth / 2, PANEL, 2]`, a multiple of `PANELS` panels; zeros where there is no weight.
     weights: Pages<u16>,
     /// `[panels * PANEL]`
     bias: Vec<f32>,
@@ -85,33 +84,53 @@ pub struct PairLinear {
 
 /// What a thread needs beside the tensors.
 struct Scratch {
-    /// `[HEIGHT, WIDTH]`
+    /// `[HEIGHT, PANELS]`
     sums: Sums,
-    /// `[HEIGHT, depth]`, where rows have to be filled up.
-    rows: Vec<u16>,
+    tiles: tiles::Tiles,
 }
 
-/// Sums of a block, at the border of a cache line.
-#[repr(align(64))]
-struct Sums([[f32; WIDTH]; HEIGHT]);
+struct Sums([PanelSums; HEIGHT * PANELS]);
 
-/// A block to multiply: up to `HEIGHT` rows with two panels.
+impl Default for Scratch {
+    fn default() -> Self {
+        Self {
+            sums: Sums([PanelSums([0.0; PANEL]); HEIGHT * PANELS]),
+            tiles: tiles::Tiles::default(),
+        }
+    }
+}
+
+/// Sums of a row with a panel: a cache line.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct PanelSums([f32; PANEL]);
+
+/// A block to multiply: up to `HEIGHT` rows with some panels.
 struct Block {
-    /// `[count, depth]`
+    /// The first row's first numbers.
     rows: *const u16,
     /// Numbers from one row to the next.
-    stride: usize,
+    row_stride: usize,
+    /// Numbers from `DEPTH` inputs of a row to its next.
+    step_stride: usize,
     count: usize,
-    /// Of the first panel; the second lies behind it.
+    /// Of the first panel.
     weights: *const u16,
-    /// Inputs, filled up: a multiple of `DEPTH`.
-    depth: usize,
+    /// Numbers from one panel to the next.
+    panel_stride: usize,
+    /// Two, or where rows are few, `PANELS`.
+    panels: usize,
+    /// Inputs to multiply, in `DEPTH`s.
+    steps: usize,
+    /// `[HEIGHT, PANELS]`: what the products are added to, of these panels first.
+    sums: *mut PanelSums,
 }
 
 /// What the threads of one call share.
 struct Call<'a> {
     layer: &'a PairLinear,
-    rows: Rows<u16>,
+    rows: Packed,
+    output: *mut u16,
 }
 
 // SAFETY: threads read the same inputs and weights, and each writes its own blocks of the output.
@@ -130,7 +149,7 @@ impl PairLinear {
         bias: Option<*const u16>,
     ) -> Result<Self, LinearError> {
         check_shape(outputs, inputs)?;
-        let panels = 2 * outputs.div_ceil(WIDTH);
+        let panels = PANELS * outputs.div_ceil(WIDTH);
         let depth = inputs.next_multiple_of(DEPTH);
         let mut weights = Pages::zeroed(panels * depth * PANEL)?;
         for (panel, target) in weights
@@ -174,113 +193,145 @@ impl PairLinear {
     /// The addresses are of tensors of the shapes that [`Rows`] says, aligned for their numbers. Until the call returns
     /// nobody writes the inputs, and nobody reads or writes the outputs.
     pub unsafe fn forward(&self, rows: &Rows<u16>, threads: u32) {
+        // SAFETY: the caller's promise.
+        packed::with_room(|room| unsafe { self.forward_with(room, rows, threads) });
+    }
+
+    /// # Safety
+    /// As `forward`.
+    unsafe fn forward_with(&self, room: &mut Room, rows: &Rows<u16>, threads: u32) {
         let call = Call {
             layer: self,
-            rows: *rows,
+            // SAFETY: the caller's promise.
+            rows: unsafe { Packed::new(room, rows, self.inputs, threads) },
+            output: rows.output,
         };
         let (columns, down) = (self.outputs.div_ceil(WIDTH), rows.count.div_ceil(HEIGHT));
-        // Enough pieces for every thread to have some, few enough that rows are laid out for several columns.
         let pieces = 4 * threads.max(1) as usize;
-        let wide = (columns / pieces).clamp(1, COLUMNS);
+        let wide = (columns / pieces).clamp(1, WIDE);
         let across = columns.div_ceil(wide);
         // Only where columns are few do several threads share one: its weights come from memory, for each of them.
         let parts = pieces.div_ceil(across).min(down);
-        let begin = || Scratch {
-            sums: Sums([[0.0; WIDTH]; HEIGHT]),
-            rows: Vec::new(),
-        };
-        share(across * parts, threads, begin, |scratch, index| {
-            let (column, part) = (index / parts * wide, index % parts);
-            let columns = column..columns.min(column + wide);
-            for block in down * part / parts..down * (part + 1) / parts {
-                let first = block * HEIGHT;
-                let count = HEIGHT.min(call.rows.count - first);
-                // SAFETY: the processor has the unit; the caller's promise; and each block is computed once.
-                unsafe { call.compute((first, count), columns.clone(), scratch) }
-            }
-        });
+        share(
+            across * parts,
+            threads,
+            Scratch::default,
+            |scratch, index| {
+                let (column, part) = (index / parts * wide, index % parts);
+                let columns = column..columns.min(column + wide);
+                for block in down * part / parts..down * (part + 1) / parts {
+                    for column in columns.clone() {
+                        // SAFETY: the processor has the unit; the caller's promise; and each block is computed once.
+                        unsafe { call.compute(block, column, scratch) }
+                    }
+                }
+            },
+        );
     }
 }
 
 impl Call<'_> {
-    /// Computes some rows of the columns.
+    /// Computes a block.
     ///
     /// # Safety
     /// As `PairLinear::forward`, and no other thread computes this block.
     #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx512f,avx512bf16"))]
-    unsafe fn compute(&self, rows: (usize, usize), columns: Range<usize>, scratch: &mut Scratch) {
-        let layer = self.layer;
-        let depth = layer.inputs.next_multiple_of(DEPTH);
-        // SAFETY: the rows are the call's.
-        let (from, stride) = unsafe { self.laid_out(rows, &mut scratch.rows) };
+    unsafe fn compute(&self, row: usize, column: usize, scratch: &mut Scratch) {
+        let steps = self.layer.inputs.div_ceil(DEPTH);
+        // Where a tile holds all rows, their weights come from memory, and best from many places at once.
+        let (panels, stretch) = match self.rows.count {
+            0..=FEW => (PANELS, steps),
+            _ => (2, STRETCH),
+        };
         let sums = &mut scratch.sums.0;
-        for column in columns {
-            let block = Block {
-                rows: from,
-                stride,
-                count: rows.1,
-                // SAFETY: the layer has an even number of panels.
-                weights: unsafe { layer.weights.as_ptr().add(column * WIDTH * depth) },
-                depth,
-            };
-            // SAFETY: the processor has the unit; rows and weights are there.
-            unsafe {
-                match layer.unit.0 {
-                    Kind::Dot => dot::multiply(&block, sums),
-                    Kind::Tiles => tiles::multiply(&block, sums),
+        let bias = self.layer.bias[column * WIDTH..][..WIDTH].as_chunks().0;
+        for sums in sums.chunks_exact_mut(PANELS) {
+            for (sums, bias) in sums.iter_mut().zip(bias) {
+                sums.0 = *bias;
+            }
+        }
+        for first in (0..steps).step_by(stretch) {
+            let steps = first..steps.min(first + stretch);
+            for panel in (0..PANELS).step_by(panels) {
+                let panels = column * PANELS + panel..column * PANELS + panel + panels;
+                let block = self.block(row, panels, steps.clone(), &mut sums[panel..]);
+                // SAFETY: the processor has the unit; rows and weights are there.
+                unsafe {
+                    match self.layer.unit.0 {
+                        Kind::Dot => dot::multiply(&block),
+                        Kind::Tiles => scratch.tiles.multiply(&block),
+                    }
                 }
-                self.store(rows, column, sums);
             }
         }
+        // SAFETY: the processor has the unit; and no other thread computes this block.
+        unsafe { self.store(row * HEIGHT, column * WIDTH, sums) };
     }
 
-    /// Where rows begin that have `depth` numbers, and how far apart they are: here, or in `room`, with zeros behind.
-    #[inline(always)]
-    unsafe fn laid_out(
+    /// Some inputs of a block of rows, to multiply with some panels.
+    fn block(
         &self,
-        (first, count): (usize, usize),
-        room: &mut Vec<u16>,
-    ) -> (*const u16, usize) {
-        let (size, given) = (self.layer.inputs, self.rows.input_stride);
-        // SAFETY: the caller's promise.
-        let from = unsafe { self.rows.input.add(first * given) };
-        // Rows that lie a multiple of this apart push each other out of the first cache.
-        let is_crowded = count > FEW && given.is_multiple_of(CROWDING);
-        if size.is_multiple_of(DEPTH) && !is_crowded {
-            return (from, given);
+        index: usize,
+        panels: Range<usize>,
+        steps: Range<usize>,
+        sums: &mut [PanelSums],
+    ) -> Block {
+        let panel_stride = self.layer.inputs.next_multiple_of(DEPTH) * PANEL;
+        let place = panels.start * panel_stride + steps.start * DEPTH * PANEL;
+        let rows = &self.rows;
+        Block {
+            rows: rows
+                .block(index)
+                .wrapping_add(steps.start * rows.step_stride),
+            row_stride: rows.row_stride,
+            step_stride: rows.step_stride,
+            count: HEIGHT.min(rows.count - index * HEIGHT),
+            weights: self.layer.weights.as_ptr().wrapping_add(place),
+            panel_stride,
+            panels: panels.len(),
+            steps: steps.len(),
+            sums: sums.as_mut_ptr(),
         }
-        let stride = size.next_multiple_of(CROWDING) + DEPTH;
-        room.resize(HEIGHT * stride, 0);
-        for (row, target) in room.chunks_exact_mut(stride).take(count).enumerate() {
-            // SAFETY: the caller's promise, and a row of the room is longer.
-            unsafe { ptr::copy_nonoverlapping(from.add(row * given), target.as_mut_ptr(), size) };
-        }
-        (room.as_ptr(), stride)
     }
 
-    /// Adds the bias to the sums of a block and rounds them into the output.
-    #[inline(always)]
-    unsafe fn store(
-        &self,
-        (first, count): (usize, usize),
-        column: usize,
-        sums: &[[f32; WIDTH]; HEIGHT],
-    ) {
+    /// Rounds the sums of a block into the output.
+    ///
+    /// # Safety
+    /// The processor has the unit, and no other thread computes this block.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn store(&self, first: usize, start: usize, sums: &[PanelSums]) {
+        use std::arch::x86_64::{
+            __m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_loadu_ps, _mm512_storeu_si512,
+        };
+
         let outputs = self.layer.outputs;
-        let start = column * WIDTH;
-        let bias = &self.layer.bias[start..][..WIDTH];
-        for (row, sums) in sums[..count].iter().enumerate() {
-            let mut numbers = [0_u16; WIDTH];
-            for ((number, sum), bias) in numbers.iter_mut().zip(sums).zip(bias) {
-                *number = bf16::narrow(sum + bias);
-            }
-            let place = (first + row) * outputs + start;
-            let width = WIDTH.min(outputs - start);
-            // SAFETY: inside the output, and this block's alone.
+        let width = WIDTH.min(outputs - start);
+        let mut part = [0; WIDTH];
+        for (row, sums) in (first..self.rows.count).zip(sums.chunks_exact(PANELS)) {
+            // SAFETY: inside the output, and this block's alone; what does not fit there goes through `part`.
             unsafe {
-                let to = self.rows.output.add(place);
-                ptr::copy_nonoverlapping(numbers.as_ptr(), to, width);
+                let place = self.output.add(row * outputs + start);
+                let to = if width == WIDTH {
+                    place
+                } else {
+                    part.as_mut_ptr()
+                };
+                for at in (0..PANELS).step_by(2) {
+                    let low = _mm512_loadu_ps(sums[at].0.as_ptr());
+                    let high = _mm512_loadu_ps(sums[at + 1].0.as_ptr());
+                    let rounded = _mm512_cvtne2ps_pbh(high, low);
+                    let bits = std::mem::transmute::<__m512bh, __m512i>(rounded);
+                    _mm512_storeu_si512(to.add(at * PANEL).cast(), bits);
+                }
+                if width < WIDTH {
+                    ptr::copy_nonoverlapping(part.as_ptr(), place, width);
+                }
             }
         }
     }
+
+    /// There is no such processor.
+    #[cfg(not(target_arch = "x86_64"))]
+    unsafe fn store(&self, _first: usize, _start: usize, _sums: &[PanelSums]) {}
 }

@@ -1,15 +1,17 @@
 //! Pairs by AMX: tiles of sixteen rows by sixteen outputs (Intel's manual of instruction set extensions, chapter 3).
 //!
 //! Written as assembly, because the instructions have no stable names in Rust, and each block of it whole, because what
-//! tile registers hold is not the compiler's to keep between two. A block configures the tiles it uses, and releases
-//! them: other libraries of the process use them too.
+//! tile registers hold is not the compiler's to keep between two. Their configuration is the thread's, and stays: setting
+//! it takes as long as a tenth of a block.
 
 #![expect(
     unsafe_code,
     reason = "reads tensors, by instructions that only some processors have"
 )]
 
-use super::{Block, HEIGHT, WIDTH};
+use super::Block;
+#[cfg(target_arch = "x86_64")]
+use super::PANELS;
 
 /// Rows of a tile.
 #[cfg(target_arch = "x86_64")]
@@ -17,6 +19,19 @@ const ROWS: usize = 16;
 /// Bytes of a tile's row.
 #[cfg(target_arch = "x86_64")]
 const ROW_BYTES: usize = 64;
+
+/// Asks for the tiles of these panels that are multiplied four steps from here: more of them are on their way than the
+/// processor finds out by itself, a sixth of the time of a decode step.
+#[cfg(target_arch = "x86_64")]
+macro_rules! fetch_ahead {
+    ($($panel:literal),+) => {
+        concat!(
+            ".irp line, 0, 64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960\n",
+            $("prefetcht0 [{", $panel, "} + 4096 + \\line]\n",)+
+            ".endr"
+        )
+    };
+}
 
 /// Whether this processor has them and the kernel lets this process use them, which it has to ask for once.
 pub(super) fn is_here() -> bool {
@@ -77,52 +92,85 @@ struct TileConfig {
     rows: [u8; 16],
 }
 
+/// The tile registers of this thread, while they are configured: other libraries of the process use them too.
+#[derive(Debug, Default)]
+pub(super) struct Tiles {
+    /// Rows of the block that they are configured for.
+    count: Option<usize>,
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        #[cfg(target_arch = "x86_64")]
+        if self.count.is_some() {
+            // SAFETY: they were configured, so they are here.
+            unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) }
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
-impl TileConfig {
-    /// Tiles 0 and 1 are the sums of the upper rows, 2 and 3 of the lower; 4 and 5 their inputs, 6 and 7 the weights.
-    fn of(upper: usize, lower: usize) -> Self {
-        let (upper, lower) = (upper as u8, lower as u8);
+impl Tiles {
+    /// Adds the products of a block to its sums.
+    ///
+    /// # Safety
+    /// Rows and weights are there, and so is what [`is_here`] asks for.
+    pub(super) unsafe fn multiply(&mut self, block: &Block) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if self.count != Some(block.count) {
+                self.configure(block);
+            }
+            if block.panels == PANELS {
+                multiply_one(block);
+            } else {
+                multiply_two(block);
+            }
+        }
+    }
+
+    /// Of two tiles of rows: 0 and 1 are the sums of the upper rows, 2 and 3 of the lower; 4 and 5 their inputs, 6 and 7
+    /// the weights. Of one: 0 to 3 are its sums, 4 its inputs, 5 to 7 weights.
+    unsafe fn configure(&mut self, block: &Block) {
+        let first = block.count.min(ROWS) as u8;
+        let second = block.count.saturating_sub(ROWS) as u8;
         let mut rows = [0; 16];
-        rows[..8].copy_from_slice(&[upper, upper, lower, lower, upper, lower, 16, 16]);
-        let row_bytes = rows.map(|rows| if rows > 0 { ROW_BYTES as u16 } else { 0 });
-        Self {
+        rows[..8].copy_from_slice(&if block.panels == PANELS {
+            [first, first, first, first, first, 16, 16, 16]
+        } else {
+            // There is no tile without rows; this one reads what the room has there.
+            let second = second.max(1);
+            [first, first, second, second, first, second, 16, 16]
+        });
+        let config = TileConfig {
             palette: 1,
             start_row: 0,
             reserved: [0; 14],
-            row_bytes,
+            row_bytes: rows.map(|rows| if rows > 0 { ROW_BYTES as u16 } else { 0 }),
             rows,
+        };
+        // SAFETY: the caller's promise: the processor has tiles, and these are a configuration of its only palette.
+        unsafe {
+            std::arch::asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly));
         }
+        self.count = Some(block.count);
     }
 }
 
+/// Two tiles of rows with two panels.
+///
 /// # Safety
-/// Rows and weights are there, and so is what [`is_here`] asks for.
+/// As [`Tiles::multiply`], the tiles configured for the block.
 #[cfg(target_arch = "x86_64")]
-pub(super) unsafe fn multiply(block: &Block, sums: &mut [[f32; WIDTH]; HEIGHT]) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        if block.count > ROWS {
-            multiply_two(block, sums);
-        } else {
-            multiply_one(block, sums);
-        }
-    }
-}
-
-/// Two tiles of rows.
-#[cfg(target_arch = "x86_64")]
-unsafe fn multiply_two(block: &Block, sums: &mut [[f32; WIDTH]; HEIGHT]) {
-    let config = TileConfig::of(ROWS, block.count - ROWS);
-    let panel_bytes = block.depth * ROW_BYTES / 2;
-    // SAFETY: each tile is read where the caller has rows and weights, and written where `sums` has room: 16 rows of each
-    // are `WIDTH` numbers apart.
+unsafe fn multiply_two(block: &Block) {
+    // SAFETY: each tile is read where the caller has rows and weights, and read and written where there are sums: two of
+    // each row.
     unsafe {
         std::arch::asm!(
-            "ldtilecfg [{config}]",
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
+            "tileloadd tmm0, [{sums} + {sums_line}]",
+            "tileloadd tmm1, [{sums} + {sums_line} + 64]",
+            "tileloadd tmm2, [{sums_low} + {sums_line}]",
+            "tileloadd tmm3, [{sums_low} + {sums_line} + 64]",
             "2:",
             "tileloadd tmm6, [{weights} + {line}]",
             "tileloadd tmm4, [{upper} + {stride}]",
@@ -132,8 +180,9 @@ unsafe fn multiply_two(block: &Block, sums: &mut [[f32; WIDTH]; HEIGHT]) {
             "tdpbf16ps tmm1, tmm4, tmm7",
             "tdpbf16ps tmm2, tmm5, tmm6",
             "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {upper}, 64",
-            "add {lower}, 64",
+            fetch_ahead!("weights", "second"),
+            "add {upper}, {step}",
+            "add {lower}, {step}",
             "add {weights}, 1024",
             "add {second}, 1024",
             "dec {steps}",
@@ -142,62 +191,75 @@ unsafe fn multiply_two(block: &Block, sums: &mut [[f32; WIDTH]; HEIGHT]) {
             "tilestored [{sums} + {sums_line} + 64], tmm1",
             "tilestored [{sums_low} + {sums_line}], tmm2",
             "tilestored [{sums_low} + {sums_line} + 64], tmm3",
-            "tilerelease",
-            config = in(reg) &raw const config,
             upper = inout(reg) block.rows => _,
-            lower = inout(reg) block.rows.add(ROWS * block.stride) => _,
+            lower = inout(reg) block.rows.add(ROWS * block.row_stride) => _,
             weights = inout(reg) block.weights => _,
-            second = inout(reg) block.weights.byte_add(panel_bytes) => _,
-            steps = inout(reg) block.depth / super::DEPTH => _,
+            second = inout(reg) block.weights.add(block.panel_stride) => _,
+            steps = inout(reg) block.steps => _,
             line = in(reg) ROW_BYTES,
-            stride = in(reg) 2 * block.stride,
-            sums = in(reg) sums.as_mut_ptr(),
-            sums_low = in(reg) sums.as_mut_ptr().add(ROWS),
-            sums_line = in(reg) size_of::<[f32; WIDTH]>(),
+            stride = in(reg) 2 * block.row_stride,
+            step = in(reg) 2 * block.step_stride,
+            sums = in(reg) block.sums,
+            sums_low = in(reg) block.sums.add(PANELS * ROWS),
+            sums_line = in(reg) PANELS * ROW_BYTES,
             options(nostack),
         );
     }
 }
 
-/// One tile of rows.
+/// One tile of rows with all panels of a thread.
+///
+/// # Safety
+/// As [`multiply_two`].
 #[cfg(target_arch = "x86_64")]
-unsafe fn multiply_one(block: &Block, sums: &mut [[f32; WIDTH]; HEIGHT]) {
-    let config = TileConfig::of(block.count, 0);
-    let panel_bytes = block.depth * ROW_BYTES / 2;
-    // SAFETY: as in `multiply_two`.
+unsafe fn multiply_one(block: &Block) {
+    // SAFETY: as in `multiply_two`, with `PANELS` sums of each row.
     unsafe {
         std::arch::asm!(
-            "ldtilecfg [{config}]",
-            "tilezero tmm0",
-            "tilezero tmm1",
+            "tileloadd tmm0, [{sums} + {sums_line}]",
+            "tileloadd tmm1, [{sums} + {sums_line} + 64]",
+            "tileloadd tmm2, [{sums} + {sums_line} + 128]",
+            "tileloadd tmm3, [{sums} + {sums_line} + 192]",
             "2:",
-            "tileloadd tmm4, [{upper} + {stride}]",
-            "tileloadd tmm6, [{weights} + {line}]",
-            "tileloadd tmm7, [{second} + {line}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "add {upper}, 64",
+            "tileloadd tmm4, [{rows} + {stride}]",
+            "tileloadd tmm5, [{weights} + {line}]",
+            "tileloadd tmm6, [{second} + {line}]",
+            "tileloadd tmm7, [{third} + {line}]",
+            "tdpbf16ps tmm0, tmm4, tmm5",
+            "tileloadd tmm5, [{fourth} + {line}]",
+            "tdpbf16ps tmm1, tmm4, tmm6",
+            "tdpbf16ps tmm2, tmm4, tmm7",
+            "tdpbf16ps tmm3, tmm4, tmm5",
+            fetch_ahead!("weights", "second", "third", "fourth"),
+            "add {rows}, {step}",
             "add {weights}, 1024",
             "add {second}, 1024",
+            "add {third}, 1024",
+            "add {fourth}, 1024",
             "dec {steps}",
             "jnz 2b",
             "tilestored [{sums} + {sums_line}], tmm0",
             "tilestored [{sums} + {sums_line} + 64], tmm1",
-            "tilerelease",
-            config = in(reg) &raw const config,
-            upper = inout(reg) block.rows => _,
+            "tilestored [{sums} + {sums_line} + 128], tmm2",
+            "tilestored [{sums} + {sums_line} + 192], tmm3",
+            rows = inout(reg) block.rows => _,
             weights = inout(reg) block.weights => _,
-            second = inout(reg) block.weights.byte_add(panel_bytes) => _,
-            steps = inout(reg) block.depth / super::DEPTH => _,
+            second = inout(reg) block.weights.add(block.panel_stride) => _,
+            third = inout(reg) block.weights.add(2 * block.panel_stride) => _,
+            fourth = inout(reg) block.weights.add(3 * block.panel_stride) => _,
+            steps = inout(reg) block.steps => _,
             line = in(reg) ROW_BYTES,
-            stride = in(reg) 2 * block.stride,
-            sums = in(reg) sums.as_mut_ptr(),
-            sums_line = in(reg) size_of::<[f32; WIDTH]>(),
+            stride = in(reg) 2 * block.row_stride,
+            step = in(reg) 2 * block.step_stride,
+            sums = in(reg) block.sums,
+            sums_line = in(reg) PANELS * ROW_BYTES,
             options(nostack),
         );
     }
 }
 
-/// There is no such processor.
 #[cfg(not(target_arch = "x86_64"))]
-pub(super) unsafe fn multiply(_block: &Block, _sums: &mut [[f32; WIDTH]; HEIGHT]) {}
+impl Tiles {
+    /// There is no such processor.
+    pub(super) unsafe fn multiply(&mut self, _block: &Block) {}
+}
