@@ -7,9 +7,13 @@
 
 #![expect(unsafe_code, reason = "sees the memory of tensors")]
 
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 mod step;
 mod tile;
 
+#[cfg(target_arch = "x86_64")]
+use std::any::TypeId;
 use std::ptr;
 
 use parking_lot::RwLock;
@@ -134,10 +138,22 @@ struct Layer<'a, E> {
 // the output; and before that, with nobody reading, its tokens' places of the cache.
 unsafe impl<E: Element> Sync for Layer<'_, E> {}
 
+impl<E: Element> Layer<'_, E> {
+    /// The same, where its numbers are bf16.
+    #[cfg(target_arch = "x86_64")]
+    fn as_bf16(&self) -> Option<&Layer<'_, u16>> {
+        let is_bf16 = TypeId::of::<E>() == TypeId::of::<u16>();
+        // SAFETY: it is a layer of these numbers.
+        is_bf16.then(|| unsafe { &*ptr::from_ref(self).cast::<Layer<'_, u16>>() })
+    }
+}
+
 /// Paged attention of one rank: remembers the step between its layers.
 pub struct Attention {
     config: AttentionConfig,
     processor: Processor,
+    /// Whether bf16 is computed in pairs.
+    in_pairs: bool,
     step: RwLock<Step>,
 }
 
@@ -148,19 +164,36 @@ impl Attention {
         Ok(Self {
             config,
             processor: Processor::here(),
+            #[cfg(target_arch = "x86_64")]
+            in_pairs: pairs::fits(&config),
+            #[cfg(not(target_arch = "x86_64"))]
+            in_pairs: false,
             step: RwLock::default(),
         })
     }
 
-    /// The same by the twin for another kind of processor.
+    /// The same by the twin for another kind of processor, without what multiplies pairs.
     #[must_use]
     pub fn on(self, processor: Processor) -> Self {
-        Self { processor, ..self }
+        Self {
+            processor,
+            in_pairs: false,
+            ..self
+        }
+    }
+
+    /// Rows of a tile, where a token has fewer.
+    const fn rows(&self) -> usize {
+        #[cfg(target_arch = "x86_64")]
+        if self.in_pairs {
+            return pairs::ROWS;
+        }
+        ROWS
     }
 
     /// Checks a step's arrays and lays it out; called once, before its first layer.
     pub fn prepare(&self, arrays: &StepArrays<'_>) -> Result<(), AttentionError> {
-        *self.step.write() = Step::new(arrays, &self.config)?;
+        *self.step.write() = Step::new(arrays, &self.config, self.rows())?;
         Ok(())
     }
 
@@ -187,7 +220,19 @@ impl Attention {
         // SAFETY: the caller's promise; each token has a slot of its own.
         let write = |(): &mut (), token| unsafe { write_token(&layer, token) };
         share(step.num_tokens, writers, || (), write);
-        let begin = || Scratch::new(ROWS.max(self.config.group()), self.config.head_dim);
+        let rows = self.rows().max(self.config.group());
+        #[cfg(target_arch = "x86_64")]
+        if self.in_pairs
+            && let Some(layer) = layer.as_bf16()
+        {
+            let begin = || pairs::Scratch::new(rows, self.config.head_dim);
+            share(step.tiles.len(), threads, begin, |scratch, index| {
+                // SAFETY: the processor can; the rest is the caller's promise, and each tile is computed once.
+                unsafe { pairs::attend(layer, &step.tiles[index], scratch) }
+            });
+            return;
+        }
+        let begin = || Scratch::new(rows, self.config.head_dim);
         share(step.tiles.len(), threads, begin, |scratch, index| {
             let tile = &step.tiles[index];
             // SAFETY: the processor is of that kind; the rest is the caller's promise, and each tile is computed once.

@@ -12,7 +12,7 @@
 
 mod dot;
 mod packed;
-mod tiles;
+pub(crate) mod tiles;
 
 use std::{ops::Range, ptr};
 
@@ -22,15 +22,15 @@ use crate::{
 };
 
 /// Outputs of a panel.
-const PANEL: usize = 16;
+pub(crate) const PANEL: usize = 16;
 /// Panels that a thread takes at a time. Read side by side, they come from memory a third faster than one after the other.
 const PANELS: usize = 4;
 /// Outputs that a thread takes at a time.
 const WIDTH: usize = PANELS * PANEL;
 /// Rows that are computed together.
-const HEIGHT: usize = 32;
+pub(crate) const HEIGHT: usize = 32;
 /// What numbers of inputs are filled up to, with zeros: a tile has so many.
-const DEPTH: usize = 32;
+pub(crate) const DEPTH: usize = 32;
 /// So many rows are no more than a tile, and read where they are.
 const FEW: usize = 16;
 /// Inputs, in `DEPTH`s, of which two panels fit the first cache.
@@ -103,27 +103,32 @@ impl Default for Scratch {
 /// Sums of a row with a panel: a cache line.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-struct PanelSums([f32; PANEL]);
+pub(crate) struct PanelSums(pub(crate) [f32; PANEL]);
 
 /// A block to multiply: up to `HEIGHT` rows with some panels.
-struct Block {
+pub(crate) struct Block {
     /// The first row's first numbers.
-    rows: *const u16,
+    pub(crate) rows: *const u16,
+    /// Those of the row after the first half of `HEIGHT`.
+    pub(crate) lower_rows: *const u16,
     /// Numbers from one row to the next.
-    row_stride: usize,
+    pub(crate) row_stride: usize,
     /// Numbers from `DEPTH` inputs of a row to its next.
-    step_stride: usize,
-    count: usize,
+    pub(crate) step_stride: usize,
+    pub(crate) count: usize,
     /// Of the first panel.
-    weights: *const u16,
+    pub(crate) weights: *const u16,
     /// Numbers from one panel to the next.
-    panel_stride: usize,
+    pub(crate) panel_stride: usize,
     /// Two, or where rows are few, `PANELS`.
-    panels: usize,
+    pub(crate) panels: usize,
+    pub(crate) kind: tiles::Kind,
     /// Inputs to multiply, in `DEPTH`s.
-    steps: usize,
-    /// `[HEIGHT, PANELS]`: what the products are added to, of these panels first.
-    sums: *mut PanelSums,
+    pub(crate) steps: usize,
+    /// Of the first row with the first panel, which the products are added to; those with the other panels follow.
+    pub(crate) sums: *mut PanelSums,
+    /// From one row's to the next one's.
+    pub(crate) sums_stride: usize,
 }
 
 /// What the threads of one call share.
@@ -279,18 +284,22 @@ impl Call<'_> {
         let panel_stride = self.layer.inputs.next_multiple_of(DEPTH) * PANEL;
         let place = panels.start * panel_stride + steps.start * DEPTH * PANEL;
         let rows = &self.rows;
+        let start = rows
+            .block(index)
+            .wrapping_add(steps.start * rows.step_stride);
         Block {
-            rows: rows
-                .block(index)
-                .wrapping_add(steps.start * rows.step_stride),
+            rows: start,
+            lower_rows: start.wrapping_add(HEIGHT / 2 * rows.row_stride),
             row_stride: rows.row_stride,
             step_stride: rows.step_stride,
             count: HEIGHT.min(rows.count - index * HEIGHT),
             weights: self.layer.weights.as_ptr().wrapping_add(place),
             panel_stride,
             panels: panels.len(),
+            kind: tiles::Kind::Streamed,
             steps: steps.len(),
             sums: sums.as_mut_ptr(),
+            sums_stride: PANELS,
         }
     }
 

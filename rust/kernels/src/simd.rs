@@ -70,8 +70,8 @@ pub(crate) trait Wide: Vector {
     fn halves(self) -> (Self::Half, Self::Half);
 }
 
-/// Eight `f32`.
-pub trait Lanes: Vector {
+/// What goes from number to number.
+pub trait Arithmetic: Vector {
     /// Sums, number by number.
     fn add(self, other: Self) -> Self;
     /// Quotients, number by number.
@@ -82,31 +82,10 @@ pub trait Lanes: Vector {
     fn min(self, other: Self) -> Self;
     /// The nearest whole numbers, ties to even.
     fn round(self) -> Self;
-    /// `2^self` of whole numbers from -126 to 127.
-    fn exp2_whole(self) -> Self;
+    /// `self * 2^whole`, of whole numbers from -126 to 127.
+    fn times_exp2(self, whole: Self) -> Self;
     /// `value`, but 0 where `self` is below `bound`.
     fn zero_below(self, value: Self, bound: f32) -> Self;
-    /// The sum of each of eight: `((0+1)+(2+3)) + ((4+5)+(6+7))` of each.
-    fn sums(all: [Self; LANES]) -> Self;
-
-    /// The sum of all eight, in the order of `sums`.
-    #[inline(always)]
-    fn sum(self) -> f32 {
-        let mut numbers = [0.0_f32; LANES];
-        // SAFETY: the array has room for eight.
-        unsafe { self.store(numbers.as_mut_ptr()) };
-        let pair = |at: usize| numbers[at] + numbers[at + 1];
-        (pair(0) + pair(2)) + (pair(4) + pair(6))
-    }
-
-    /// The largest of all eight.
-    #[inline(always)]
-    fn largest(self) -> f32 {
-        let mut numbers = [0.0_f32; LANES];
-        // SAFETY: the array has room for eight.
-        unsafe { self.store(numbers.as_mut_ptr()) };
-        numbers.into_iter().fold(f32::NEG_INFINITY, f32::max)
-    }
 
     /// `e^self`, within two units in the last place; 0 below -87. As in the Cephes library (`expf`): a power of two
     /// times a polynomial in what is left, which is at most `ln 2 / 2`.
@@ -128,7 +107,7 @@ pub trait Lanes: Vector {
             sum = sum.mul_add(rest, Self::splat(coefficient));
         }
         let power = rest.mul(rest).mul_add(sum, rest).add(Self::splat(1.0));
-        self.zero_below(power.mul(whole.exp2_whole()), EXP_MIN)
+        self.zero_below(power.times_exp2(whole), EXP_MIN)
     }
 
     /// `tanh(self)`, within 1e-7.
@@ -136,6 +115,31 @@ pub trait Lanes: Vector {
     fn tanh(self) -> Self {
         let twice = self.add(self).exp().add(Self::splat(1.0));
         Self::splat(1.0).add(Self::splat(-2.0).div(twice))
+    }
+}
+
+/// Eight `f32`.
+pub trait Lanes: Arithmetic {
+    /// The sum of each of eight: `((0+1)+(2+3)) + ((4+5)+(6+7))` of each.
+    fn sums(all: [Self; LANES]) -> Self;
+
+    /// The sum of all eight, in the order of `sums`.
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        let mut numbers = [0.0_f32; LANES];
+        // SAFETY: the array has room for eight.
+        unsafe { self.store(numbers.as_mut_ptr()) };
+        let pair = |at: usize| numbers[at] + numbers[at + 1];
+        (pair(0) + pair(2)) + (pair(4) + pair(6))
+    }
+
+    /// The largest of all eight.
+    #[inline(always)]
+    fn largest(self) -> f32 {
+        let mut numbers = [0.0_f32; LANES];
+        // SAFETY: the array has room for eight.
+        unsafe { self.store(numbers.as_mut_ptr()) };
+        numbers.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
 }
 

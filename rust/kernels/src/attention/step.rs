@@ -2,7 +2,7 @@
 
 use crate::error::AttentionError;
 
-use super::{AttentionConfig, ROWS};
+use super::AttentionConfig;
 
 /// The arrays of a step, as the plan has them. `T` tokens of `S` sequences, sequence after sequence.
 #[derive(Clone, Copy, Debug)]
@@ -41,9 +41,12 @@ pub(super) struct Step {
 
 impl Step {
     /// Reads the arrays of a step; whatever is wrong with them, nothing has changed.
+    ///
+    /// A tile has `rows` rows, where a token has fewer.
     pub(super) fn new(
         arrays: &StepArrays<'_>,
         config: &AttentionConfig,
+        rows: usize,
     ) -> Result<Self, AttentionError> {
         let sequences = arrays.context_lens.len();
         let num_tokens = arrays.slot_mapping.len();
@@ -86,23 +89,28 @@ impl Step {
                     "is shorter than a context",
                 ));
             }
-            step.cut(sequence as u32, (first, end), context, config);
+            let most = (rows / config.group()).max(1) as u32;
+            step.cut(sequence as u32, (first, end), (context, most), config);
         }
         Ok(step)
     }
 
-    /// Adds the tiles of a sequence: as many tokens as make `ROWS` rows, one at least.
-    fn cut(&mut self, sequence: u32, rows: (u32, u32), context: u32, config: &AttentionConfig) {
-        let (first, end) = rows;
-        let most = (ROWS / config.group()).max(1) as u32;
-        for start in (first..end).step_by(most as usize) {
-            let tokens = most.min(end - start);
-            for kv_head in 0..config.num_kv_heads as u32 {
+    /// Adds the tiles of a sequence, of at most so many tokens: those of one KV head together, so that what is read of
+    /// the cache is read again while it is near.
+    fn cut(
+        &mut self,
+        sequence: u32,
+        (first, end): (u32, u32),
+        (context, most): (u32, u32),
+        config: &AttentionConfig,
+    ) {
+        for kv_head in 0..config.num_kv_heads as u32 {
+            for start in (first..end).step_by(most as usize) {
                 self.tiles.push(Tile {
                     sequence,
                     kv_head,
                     first: start,
-                    tokens,
+                    tokens: most.min(end - start),
                     seen: context - (end - start) + 1,
                 });
             }

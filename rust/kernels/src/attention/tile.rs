@@ -18,7 +18,7 @@
 use super::{CHUNK, Layer, step::Tile};
 use crate::{
     element::Element,
-    simd::{LANES, Lanes, Vector, Wide},
+    simd::{Arithmetic, LANES, Lanes, Vector, Wide},
 };
 
 const GROUPS: usize = CHUNK / LANES;

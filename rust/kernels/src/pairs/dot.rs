@@ -62,16 +62,16 @@ unsafe fn multiply_tile<const M: usize>(block: &Block, first: usize, panel: usiz
         _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps,
     };
 
-    use super::{DEPTH, PANEL, PANELS};
+    use super::{DEPTH, PANEL};
 
     // SAFETY: both are 64 bytes that may hold anything.
     let pairs = |bits: __m512i| unsafe { std::mem::transmute::<__m512i, __m512bh>(bits) };
-    let sums = block.sums.wrapping_add(first * PANELS + panel);
+    let sums = block.sums.wrapping_add(first * block.sums_stride + panel);
     let mut parts = [[_mm512_setzero_ps(); 2]; M];
     for (row, parts) in parts.iter_mut().enumerate() {
         for (panel, part) in parts.iter_mut().enumerate() {
             // SAFETY: the block has sums of each row and panel.
-            *part = unsafe { _mm512_loadu_ps(sums.add(row * PANELS + panel).cast()) };
+            *part = unsafe { _mm512_loadu_ps(sums.add(row * block.sums_stride + panel).cast()) };
         }
     }
     for at in (0..block.steps * DEPTH).step_by(2) {
@@ -96,7 +96,7 @@ unsafe fn multiply_tile<const M: usize>(block: &Block, first: usize, panel: usiz
     for (row, parts) in parts.into_iter().enumerate() {
         for (panel, part) in parts.into_iter().enumerate() {
             // SAFETY: as above.
-            unsafe { _mm512_storeu_ps(sums.add(row * PANELS + panel).cast(), part) };
+            unsafe { _mm512_storeu_ps(sums.add(row * block.sums_stride + panel).cast(), part) };
         }
     }
 }

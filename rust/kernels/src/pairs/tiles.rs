@@ -34,7 +34,7 @@ macro_rules! fetch_ahead {
 }
 
 /// Whether this processor has them and the kernel lets this process use them, which it has to ask for once.
-pub(super) fn is_here() -> bool {
+pub(crate) fn is_here() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
         use std::sync::OnceLock;
@@ -81,6 +81,17 @@ fn ask_for_tiles() -> bool {
     }
 }
 
+/// Where a block comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Its weights from memory, one behind the other; its sums are those so far.
+    Streamed,
+    /// Its weights from a cache; its sums are those so far.
+    Near,
+    /// Its weights from a cache; it begins with zeros.
+    Fresh,
+}
+
 /// What `ldtilecfg` reads.
 #[cfg(target_arch = "x86_64")]
 #[repr(C, align(64))]
@@ -92,17 +103,19 @@ struct TileConfig {
     rows: [u8; 16],
 }
 
+/// Rows of each tile, and bytes of such a row.
+pub(crate) type Shapes = [(u8, u8); 8];
+
 /// The tile registers of this thread, while they are configured: other libraries of the process use them too.
 #[derive(Debug, Default)]
-pub(super) struct Tiles {
-    /// Rows of the block that they are configured for.
-    count: Option<usize>,
+pub(crate) struct Tiles {
+    shapes: Option<Shapes>,
 }
 
 impl Drop for Tiles {
     fn drop(&mut self) {
         #[cfg(target_arch = "x86_64")]
-        if self.count.is_some() {
+        if self.shapes.is_some() {
             // SAFETY: they were configured, so they are here.
             unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) }
         }
@@ -111,50 +124,110 @@ impl Drop for Tiles {
 
 #[cfg(target_arch = "x86_64")]
 impl Tiles {
-    /// Adds the products of a block to its sums.
+    /// Gives the tiles these shapes.
     ///
     /// # Safety
-    /// Rows and weights are there, and so is what [`is_here`] asks for.
-    pub(super) unsafe fn multiply(&mut self, block: &Block) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            if self.count != Some(block.count) {
-                self.configure(block);
-            }
-            if block.panels == PANELS {
-                multiply_one(block);
-            } else {
-                multiply_two(block);
-            }
+    /// What [`is_here`] asks for is here; no tile has more than 16 rows of 64 bytes.
+    pub(crate) unsafe fn configure(&mut self, shapes: Shapes) {
+        if self.shapes == Some(shapes) {
+            return;
         }
-    }
-
-    /// Of two tiles of rows: 0 and 1 are the sums of the upper rows, 2 and 3 of the lower; 4 and 5 their inputs, 6 and 7
-    /// the weights. Of one: 0 to 3 are its sums, 4 its inputs, 5 to 7 weights.
-    unsafe fn configure(&mut self, block: &Block) {
-        let first = block.count.min(ROWS) as u8;
-        let second = block.count.saturating_sub(ROWS) as u8;
-        let mut rows = [0; 16];
-        rows[..8].copy_from_slice(&if block.panels == PANELS {
-            [first, first, first, first, first, 16, 16, 16]
-        } else {
-            // There is no tile without rows; this one reads what the room has there.
-            let second = second.max(1);
-            [first, first, second, second, first, second, 16, 16]
-        });
-        let config = TileConfig {
+        let mut config = TileConfig {
             palette: 1,
             start_row: 0,
             reserved: [0; 14],
-            row_bytes: rows.map(|rows| if rows > 0 { ROW_BYTES as u16 } else { 0 }),
-            rows,
+            row_bytes: [0; 16],
+            rows: [0; 16],
         };
+        for (tile, (rows, row_bytes)) in shapes.into_iter().enumerate() {
+            config.rows[tile] = rows;
+            config.row_bytes[tile] = row_bytes.into();
+        }
         // SAFETY: the caller's promise: the processor has tiles, and these are a configuration of its only palette.
         unsafe {
             std::arch::asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly));
         }
-        self.count = Some(block.count);
+        self.shapes = Some(shapes);
     }
+
+    /// Adds the products of a block to its sums.
+    ///
+    /// # Safety
+    /// Rows and weights are there, and so is what [`is_here`] asks for.
+    pub(crate) unsafe fn multiply(&mut self, block: &Block) {
+        let shape = |rows: usize| (rows as u8, ROW_BYTES as u8);
+        let (first, whole) = (shape(block.count.min(ROWS)), shape(ROWS));
+        // SAFETY: the caller's promise.
+        unsafe {
+            if block.panels == PANELS {
+                // Tiles 0 to 3 are the sums, 4 the inputs, 5 to 7 weights.
+                self.configure([first, first, first, first, first, whole, whole, whole]);
+                multiply_one(block);
+            } else {
+                // 0 and 1 are the sums of the upper rows, 2 and 3 of the lower; 4 and 5 their inputs, 6 and 7 the weights.
+                // There is no tile without rows: this one reads what the room has there.
+                let second = shape(block.count.saturating_sub(ROWS).max(1));
+                let shapes = [first, first, second, second, first, second, whole, whole];
+                self.configure(shapes);
+                multiply_two(block);
+            }
+        }
+    }
+}
+
+/// The sums of two tiles of rows with two panels.
+#[cfg(target_arch = "x86_64")]
+macro_rules! load_sums {
+    () => {
+        concat!(
+            "tileloadd tmm0, [{sums} + {sums_line}]\n",
+            "tileloadd tmm1, [{sums} + {sums_line} + 64]\n",
+            "tileloadd tmm2, [{sums_low} + {sums_line}]\n",
+            "tileloadd tmm3, [{sums_low} + {sums_line} + 64]"
+        )
+    };
+}
+
+/// Two tiles of rows with two panels of a block: what it begins with, and what each step does besides.
+#[cfg(target_arch = "x86_64")]
+macro_rules! multiply_two {
+    ($block:expr, $begin:expr $(, $besides:expr)?) => {
+        std::arch::asm!(
+            $begin,
+            "2:",
+            "tileloadd tmm6, [{weights} + {line}]",
+            "tileloadd tmm4, [{upper} + {stride}]",
+            "tileloadd tmm7, [{second} + {line}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm5, [{lower} + {stride}]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            $($besides,)?
+            "add {upper}, {step}",
+            "add {lower}, {step}",
+            "add {weights}, 1024",
+            "add {second}, 1024",
+            "dec {steps}",
+            "jnz 2b",
+            "tilestored [{sums} + {sums_line}], tmm0",
+            "tilestored [{sums} + {sums_line} + 64], tmm1",
+            "tilestored [{sums_low} + {sums_line}], tmm2",
+            "tilestored [{sums_low} + {sums_line} + 64], tmm3",
+            upper = inout(reg) $block.rows => _,
+            lower = inout(reg) $block.lower_rows => _,
+            weights = inout(reg) $block.weights => _,
+            second = inout(reg) $block.weights.add($block.panel_stride) => _,
+            steps = inout(reg) $block.steps => _,
+            line = in(reg) ROW_BYTES,
+            stride = in(reg) 2 * $block.row_stride,
+            step = in(reg) 2 * $block.step_stride,
+            sums = in(reg) $block.sums,
+            sums_low = in(reg) $block.sums.add(ROWS * $block.sums_stride),
+            sums_line = in(reg) $block.sums_stride * ROW_BYTES,
+            options(nostack),
+        )
+    };
 }
 
 /// Two tiles of rows with two panels.
@@ -166,44 +239,16 @@ unsafe fn multiply_two(block: &Block) {
     // SAFETY: each tile is read where the caller has rows and weights, and read and written where there are sums: two of
     // each row.
     unsafe {
-        std::arch::asm!(
-            "tileloadd tmm0, [{sums} + {sums_line}]",
-            "tileloadd tmm1, [{sums} + {sums_line} + 64]",
-            "tileloadd tmm2, [{sums_low} + {sums_line}]",
-            "tileloadd tmm3, [{sums_low} + {sums_line} + 64]",
-            "2:",
-            "tileloadd tmm6, [{weights} + {line}]",
-            "tileloadd tmm4, [{upper} + {stride}]",
-            "tileloadd tmm7, [{second} + {line}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm5, [{lower} + {stride}]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            fetch_ahead!("weights", "second"),
-            "add {upper}, {step}",
-            "add {lower}, {step}",
-            "add {weights}, 1024",
-            "add {second}, 1024",
-            "dec {steps}",
-            "jnz 2b",
-            "tilestored [{sums} + {sums_line}], tmm0",
-            "tilestored [{sums} + {sums_line} + 64], tmm1",
-            "tilestored [{sums_low} + {sums_line}], tmm2",
-            "tilestored [{sums_low} + {sums_line} + 64], tmm3",
-            upper = inout(reg) block.rows => _,
-            lower = inout(reg) block.rows.add(ROWS * block.row_stride) => _,
-            weights = inout(reg) block.weights => _,
-            second = inout(reg) block.weights.add(block.panel_stride) => _,
-            steps = inout(reg) block.steps => _,
-            line = in(reg) ROW_BYTES,
-            stride = in(reg) 2 * block.row_stride,
-            step = in(reg) 2 * block.step_stride,
-            sums = in(reg) block.sums,
-            sums_low = in(reg) block.sums.add(PANELS * ROWS),
-            sums_line = in(reg) PANELS * ROW_BYTES,
-            options(nostack),
-        );
+        match block.kind {
+            Kind::Streamed => {
+                multiply_two!(block, load_sums!(), fetch_ahead!("weights", "second"));
+            }
+            Kind::Near => multiply_two!(block, load_sums!()),
+            Kind::Fresh => multiply_two!(
+                block,
+                "tilezero tmm0\ntilezero tmm1\ntilezero tmm2\ntilezero tmm3"
+            ),
+        }
     }
 }
 
@@ -252,7 +297,7 @@ unsafe fn multiply_one(block: &Block) {
             stride = in(reg) 2 * block.row_stride,
             step = in(reg) 2 * block.step_stride,
             sums = in(reg) block.sums,
-            sums_line = in(reg) PANELS * ROW_BYTES,
+            sums_line = in(reg) block.sums_stride * ROW_BYTES,
             options(nostack),
         );
     }
@@ -261,5 +306,5 @@ unsafe fn multiply_one(block: &Block) {
 #[cfg(not(target_arch = "x86_64"))]
 impl Tiles {
     /// There is no such processor.
-    pub(super) unsafe fn multiply(&mut self, _block: &Block) {}
+    pub(crate) unsafe fn multiply(&mut self, _block: &Block) {}
 }

@@ -25,7 +25,7 @@ use std::arch::x86_64::{
     _mm256_storeu_ps,
 };
 
-use super::{LANES, Lanes, Vector};
+use super::{Arithmetic, LANES, Lanes, Vector};
 
 /// One register.
 #[derive(Clone, Copy)]
@@ -86,7 +86,7 @@ impl Vector for Avx2 {
     }
 }
 
-impl Lanes for Avx2 {
+impl Arithmetic for Avx2 {
     #[inline(always)]
     fn add(self, other: Self) -> Self {
         Self(unsafe { _mm256_add_ps(self.0, other.0) })
@@ -114,10 +114,13 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn exp2_whole(self) -> Self {
+    fn times_exp2(self, whole: Self) -> Self {
         Self(unsafe {
-            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(self.0), _mm256_set1_epi32(127));
-            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
+            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole.0), _mm256_set1_epi32(127));
+            _mm256_mul_ps(
+                self.0,
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent)),
+            )
         })
     }
 
@@ -128,7 +131,9 @@ impl Lanes for Avx2 {
             _mm256_andnot_ps(is_below, value.0)
         })
     }
+}
 
+impl Lanes for Avx2 {
     #[inline(always)]
     fn sums(all: [Self; LANES]) -> Self {
         Self(unsafe {

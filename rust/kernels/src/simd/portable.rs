@@ -1,6 +1,6 @@
 //! Plain arrays, for processors that no other twin is written for.
 
-use super::{LANES, Lanes, Vector};
+use super::{Arithmetic, LANES, Lanes, Vector};
 
 /// Eight numbers, one by one.
 #[derive(Clone, Copy)]
@@ -55,7 +55,7 @@ impl Vector for Portable {
     }
 }
 
-impl Lanes for Portable {
+impl Arithmetic for Portable {
     #[inline(always)]
     fn add(self, other: Self) -> Self {
         self.zip(other, |a, b| a + b)
@@ -84,18 +84,19 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    fn exp2_whole(self) -> Self {
-        Self(
-            self.0
-                .map(|n| f32::from_bits(((n as i32 + 127) as u32) << 23)),
-        )
+    fn times_exp2(self, whole: Self) -> Self {
+        self.zip(whole, |value, n| {
+            value * f32::from_bits(((n as i32 + 127) as u32) << 23)
+        })
     }
 
     #[inline(always)]
     fn zero_below(self, value: Self, bound: f32) -> Self {
         self.zip(value, |x, value| if x < bound { 0.0 } else { value })
     }
+}
 
+impl Lanes for Portable {
     #[inline(always)]
     fn sums(all: [Self; LANES]) -> Self {
         Self(all.map(Lanes::sum))

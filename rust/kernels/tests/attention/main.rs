@@ -4,8 +4,10 @@
 #![expect(unsafe_code, reason = "hands tensors over")]
 #![expect(clippy::unwrap_used, reason = "a test fails where it unwraps")]
 
+mod pairs;
+
 use orchestra_kernels::{
-    Attention, AttentionConfig, Processor, Rule, StepArrays, attention::Tensors,
+    Attention, AttentionConfig, Processor, Rule, StepArrays, attention::Tensors, bf16,
 };
 
 const CONFIG: AttentionConfig = AttentionConfig {
@@ -202,4 +204,17 @@ fn every_kind_of_processor_gives_the_same_but_for_rounding() {
             }
         }
     }
+}
+
+/// Numbers of bf16 from -1 to 1, the same for the same seed (`xorshift64*`, Vigna, 2016).
+fn numbers(seed: u64, count: usize) -> Vec<u16> {
+    let mut state = seed | 1;
+    let mut next = || {
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        let bits = state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 40;
+        bits as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..count).map(|_| bf16::narrow(next())).collect()
 }
