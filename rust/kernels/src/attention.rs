@@ -227,8 +227,9 @@ impl Attention {
         {
             let begin = || pairs::Scratch::new(rows, self.config.head_dim);
             share(step.tiles.len(), threads, begin, |scratch, index| {
+                let next = step.tiles.get(index + threads as usize);
                 // SAFETY: the processor can; the rest is the caller's promise, and each tile is computed once.
-                unsafe { pairs::attend(layer, &step.tiles[index], scratch) }
+                unsafe { pairs::attend(layer, (&step.tiles[index], next), scratch) }
             });
             return;
         }

@@ -14,18 +14,13 @@
 )]
 
 mod few;
+mod layout;
 mod softmax;
 
-use std::{
-    arch::x86_64::{
-        __m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps,
-        _mm512_permutexvar_epi16, _mm512_set1_ps, _mm512_setzero_si512, _mm512_storeu_si512,
-        _mm512_unpackhi_epi16, _mm512_unpacklo_epi16,
-    },
-    ptr,
+use self::{
+    layout::{fetch, load_chunk, load_queries, store_output},
+    softmax::{Bend, FEW_ROWS, Seen},
 };
-
-use self::softmax::{Bend, FEW_ROWS, Seen};
 use super::{AttentionConfig, Layer, step::Tile};
 use crate::pairs::{Block, DEPTH, HEIGHT, PANEL, PanelSums, tiles};
 
@@ -94,13 +89,17 @@ impl Scratch {
     }
 }
 
-/// Computes a tile.
+/// Computes a tile, and asks for what the one needs that this thread will most likely have next.
 ///
 /// # Safety
 /// The pointers of `layer` are what `Attention::forward` says, no other thread computes this tile, and [`fits`] has said
 /// yes.
 #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512bf16,avx2,fma")]
-pub(super) unsafe fn attend(layer: &Layer<'_, u16>, tile: &Tile, scratch: &mut Scratch) {
+pub(super) unsafe fn attend(
+    layer: &Layer<'_, u16>,
+    (tile, next): (&Tile, Option<&Tile>),
+    scratch: &mut Scratch,
+) {
     let group = layer.config.group();
     let rows = tile.tokens as usize * group;
     let panel_pairs = rows.div_ceil(HEIGHT);
@@ -125,6 +124,13 @@ pub(super) unsafe fn attend(layer: &Layer<'_, u16>, tile: &Tile, scratch: &mut S
         };
         // SAFETY: the caller's promise; rows come in pairs of panels.
         unsafe {
+            if chunk.end < last_seen {
+                fetch(layer, tile, start + CHUNK, last_seen);
+            } else if let Some(next) = next {
+                let first = next.seen as usize;
+                let lowest = layer.rule.first_seen(first) / CHUNK * CHUNK;
+                fetch(layer, next, lowest, first + next.tokens as usize - 1);
+            }
             let keys = load_chunk(layer, tile, &chunk, &mut scratch.values);
             if rows <= PANEL {
                 few::score(&chunk, keys, (rows, layer.config.head_dim), scratch);
@@ -272,134 +278,5 @@ unsafe fn add_values(layer: &Layer<'_, u16>, pair: usize, scratch: &mut Scratch)
         };
         // SAFETY: weights and values are there, and so are tiles.
         unsafe { scratch.tiles.multiply(&block) };
-    }
-}
-
-/// Lays out the queries of a tile, two numbers of each side by side; zeros where there is no row.
-///
-/// # Safety
-/// As [`attend`].
-unsafe fn load_queries(layer: &Layer<'_, u16>, tile: &Tile, queries: &mut [Line]) {
-    let (group, size) = (layer.config.group(), layer.config.head_dim);
-    let rows = tile.tokens as usize * group;
-    let lines = rows.div_ceil(HEIGHT) * 2 * size / 2;
-    queries[..lines].fill(Line([0; DEPTH]));
-    for row in 0..rows {
-        let token = tile.first as usize + row / group;
-        let head = tile.kv_head as usize * group + row % group;
-        let lines = &mut queries[row / PANEL * size / 2..];
-        let place = 2 * (row % PANEL);
-        for (pair, line) in lines[..size / 2].iter_mut().enumerate() {
-            // SAFETY: token and head are the step's and the rank's, so this is inside the queries.
-            unsafe {
-                let from = layer
-                    .tensors
-                    .query
-                    .add(token * layer.tensors.query_stride + head * size);
-                let numbers = from.add(2 * pair).cast::<[u16; 2]>().read_unaligned();
-                line.0[place..place + 2].copy_from_slice(&numbers);
-            }
-        }
-    }
-}
-
-/// Lays out the values of a chunk, two tokens side by side, and says where its keys begin: each 16 of them. Values that no
-/// row sees become zeros, for nothing is known of what lies there.
-///
-/// # Safety
-/// As [`attend`].
-#[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512bf16,avx2,fma")]
-unsafe fn load_chunk(
-    layer: &Layer<'_, u16>,
-    tile: &Tile,
-    chunk: &Chunk,
-    values: &mut [Line],
-) -> [*const u16; GROUPS] {
-    let config = layer.config;
-    let (size, block_size) = (config.head_dim, config.block_size);
-    let mut keys = [ptr::null(); GROUPS];
-    for group in 0..GROUPS {
-        let position = chunk.start + group * GROUP;
-        if position >= chunk.end {
-            // Nobody sees what lies there: any keys will do.
-            keys[group] = keys[0];
-            for panel in values.chunks_exact_mut(CHUNK / 2) {
-                panel[group * GROUP / 2..][..GROUP / 2].fill(Line([0; DEPTH]));
-            }
-            continue;
-        }
-        let block = layer.step.block(tile.sequence, position, block_size);
-        let run = |kind: usize| {
-            let run = (2 * block + kind) * config.num_kv_heads + tile.kv_head as usize;
-            let place = run * block_size + position % block_size;
-            // Inside the cache: block ids were checked, and blocks hold multiples of 16 tokens.
-            layer.tensors.cache.wrapping_add(place * size).cast_const()
-        };
-        keys[group] = run(0);
-        let from = run(1);
-        for pair in 0..GROUP / 2 {
-            let token = 2 * pair;
-            let is_seen = |token: usize| (chunk.lowest..chunk.end).contains(&(position + token));
-            let is_seen = [is_seen(token), is_seen(token + 1)];
-            for part in 0..size / DEPTH {
-                // SAFETY: sixteen tokens lie there, and each panel of values has a line for every two.
-                unsafe {
-                    let numbers = [0, 1].map(|next: usize| {
-                        if is_seen[next] {
-                            let at = (token + next) * size + part * DEPTH;
-                            _mm512_loadu_si512(from.add(at).cast())
-                        } else {
-                            _mm512_setzero_si512()
-                        }
-                    });
-                    let line = part * CHUNK + group * GROUP / 2 + pair;
-                    let low = _mm512_unpacklo_epi16(numbers[0], numbers[1]);
-                    let high = _mm512_unpackhi_epi16(numbers[0], numbers[1]);
-                    _mm512_storeu_si512(values.as_mut_ptr().add(line).cast(), low);
-                    _mm512_storeu_si512(values.as_mut_ptr().add(line + CHUNK / 2).cast(), high);
-                }
-            }
-        }
-    }
-    keys
-}
-
-/// Divides the sums and writes them where the heads of each token are side by side.
-///
-/// # Safety
-/// As [`attend`].
-#[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512bf16,avx2,fma")]
-unsafe fn store_output(layer: &Layer<'_, u16>, tile: &Tile, scratch: &Scratch) {
-    // Where each number of a `DEPTH` lies in two panels of sums: see `Scratch::values`.
-    const PLACES: [u16; DEPTH] = {
-        let mut places = [0; DEPTH];
-        let mut at = 0;
-        while at < DEPTH {
-            let (eight, rest) = (at / 8, at % 8);
-            places[at] = (eight * 4 + rest % 4 + rest / 4 * PANEL) as u16;
-            at += 1;
-        }
-        places
-    };
-    let (group, size) = (layer.config.group(), layer.config.head_dim);
-    let rows = tile.tokens as usize * group;
-    let sums = scratch.sums.chunks_exact(size / PANEL);
-    for (row, (sums, total)) in sums.zip(&scratch.total).take(rows).enumerate() {
-        let token = tile.first as usize + row / group;
-        let head = tile.kv_head as usize * group + row % group;
-        let scale = _mm512_set1_ps(1.0 / total);
-        for (part, sums) in sums.chunks_exact(2).enumerate() {
-            // SAFETY: token and head are the step's and the rank's, so this is inside the output, and this tile's alone.
-            unsafe {
-                let low = _mm512_mul_ps(_mm512_loadu_ps(sums[0].0.as_ptr()), scale);
-                let high = _mm512_mul_ps(_mm512_loadu_ps(sums[1].0.as_ptr()), scale);
-                let rounded = _mm512_cvtne2ps_pbh(high, low);
-                let bits = std::mem::transmute::<__m512bh, __m512i>(rounded);
-                let places = _mm512_loadu_si512(PLACES.as_ptr().cast());
-                let place = (token * layer.config.num_heads + head) * size + part * DEPTH;
-                let to = layer.tensors.output.add(place).cast();
-                _mm512_storeu_si512(to, _mm512_permutexvar_epi16(places, bits));
-            }
-        }
     }
 }
