@@ -86,7 +86,7 @@ def main() -> None:
     heads = {"HEADS": 2 * KV_HEADS, "HEADS_PADDED": 2 * KV_HEADS, "BLOCK_SIZE": 16}
     row = {"GROUPS": 1, "SIZE": 4096, "SIZE_PADDED": 4096}
     rotated = {"COUNT": 40, "COUNT_PADDED": 64, "PAIRS": head_dim // 2, "PAIRS_PADDED": 64}
-    ranks = {"RANK": 1, "SIZE_PADDED": 8, "PROGRAMS": 64, "SLOT_BYTES": 65536, "BLOCK": 1024}
+    ranks = {"RANK": 1, "LANES": 8, "PROGRAMS": 64, "SLOT_BYTES": 65536, "BLOCK": 1024}
     ranks |= {"SIGNAL_BYTES": 2048, "LOOKS": 1024, "IS_INTERPRETED": False}
     special = {"HAS_WINDOW": True, "HAS_CAP": True}
     plain = {"HAS_WINDOW": False, "HAS_CAP": False}

@@ -145,7 +145,7 @@ class SymmetricGroup:
             *(count, cut.piece, cut.share, WAIT_TIMEOUT // timedelta(microseconds=1) * 1000),
             RANK=self.shard.rank,
             SIZE=size,
-            SIZE_PADDED=triton.next_power_of_2(size),
+            LANES=triton.next_power_of_2(size),
             PROGRAMS=PROGRAMS,
             SLOT_BYTES=SLOT_BYTES,
             SIGNAL_BYTES=self._signal_bytes,

@@ -26,7 +26,7 @@ def all_reduce(
     timeout_ns,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
-    SIZE_PADDED: tl.constexpr,
+    LANES: tl.constexpr,
     PROGRAMS: tl.constexpr,
     SLOT_BYTES: tl.constexpr,
     SIGNAL_BYTES: tl.constexpr,
@@ -51,7 +51,7 @@ def all_reduce(
         timeout_ns: of each wait; what was waited for in vain ends everything on this GPU.
         RANK: this one.
         SIZE: number of ranks.
-        SIZE_PADDED: the next power of two.
+        LANES: the power of two that is not less.
         PROGRAMS: most programs.
         SLOT_BYTES: of a slot.
         SIGNAL_BYTES: what signals take.
@@ -75,18 +75,7 @@ def all_reduce(
             is_there = place < length
             tl.store(own + place, tl.load(mine + place, mask=is_there), mask=is_there)
         if IS_SHARED:
-            _meet(
-                bases,
-                stop,
-                epoch + 1,
-                1,
-                timeout_ns,
-                RANK,
-                SIZE,
-                SIZE_PADDED,
-                LOOKS,
-                IS_INTERPRETED,
-            )
+            _meet(bases, stop, epoch + 1, 1, timeout_ns, RANK, SIZE, LANES, LOOKS, IS_INTERPRETED)
             # Nobody else reads this share of this slot before the next signal.
             end = tl.minimum((RANK + 1) * share, length)
             for start in range(RANK * share, end, BLOCK):
@@ -94,18 +83,7 @@ def all_reduce(
                 is_there = place < end
                 total = _add_up(bases, slot, numbers, place, is_there, SIZE)
                 tl.store(own + place, total, mask=is_there)
-            _meet(
-                bases,
-                stop,
-                epoch + 2,
-                1,
-                timeout_ns,
-                RANK,
-                SIZE,
-                SIZE_PADDED,
-                LOOKS,
-                IS_INTERPRETED,
-            )
+            _meet(bases, stop, epoch + 2, 1, timeout_ns, RANK, SIZE, LANES, LOOKS, IS_INTERPRETED)
             for rank in tl.static_range(SIZE):
                 theirs = _slot(bases, rank, slot, numbers)
                 end = tl.minimum((rank + 1) * share, length)
@@ -115,18 +93,7 @@ def all_reduce(
                     total = tl.load(theirs + place, mask=is_there)
                     tl.store(mine + place, total, mask=is_there)
         else:
-            _meet(
-                bases,
-                stop,
-                epoch + 2,
-                2,
-                timeout_ns,
-                RANK,
-                SIZE,
-                SIZE_PADDED,
-                LOOKS,
-                IS_INTERPRETED,
-            )
+            _meet(bases, stop, epoch + 2, 2, timeout_ns, RANK, SIZE, LANES, LOOKS, IS_INTERPRETED)
             for start in range(0, length, BLOCK):
                 place = start + elements
                 is_there = place < length
@@ -161,7 +128,7 @@ def _meet(
     timeout_ns,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
-    SIZE_PADDED: tl.constexpr,
+    LANES: tl.constexpr,
     LOOKS: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
@@ -175,12 +142,12 @@ def _meet(
         timeout_ns: as for `all_reduce`.
         RANK: this one.
         SIZE: number of ranks.
-        SIZE_PADDED: the next power of two.
+        LANES: the power of two that is not less.
         LOOKS: as for `all_reduce`.
         IS_INTERPRETED: as for `all_reduce`.
     """
     program = tl.program_id(0)
-    ranks = tl.arange(0, SIZE_PADDED)
+    ranks = tl.arange(0, LANES)
     is_other = (ranks < SIZE) & (ranks != RANK)
     others = tl.load(bases + ranks, mask=is_other, other=0) + 4 * (program * SIZE + RANK)
     heard = tl.load(bases + RANK) + 4 * (program * SIZE + ranks)
