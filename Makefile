@@ -88,6 +88,7 @@ gpu: setup ## Run the tests that need an NVIDIA GPU, then measure it (ARGS='--mo
 	$(PY) -m pytest tests/worker/test_attention_triton.py tests/worker/test_decode_graphs.py
 	$(PY) -m pytest -m gpu
 	$(PY) -m benches.gpu $(ARGS)
+	$(PY) -m benches.collectives --device cuda
 
 proto: $(VENV)/.installed ## Regenerate python/orchestra/v1 from proto/
 	$(call generate,python)

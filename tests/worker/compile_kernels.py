@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 from orchestra.worker import attention_triton_kernels as kernels
 from orchestra.worker import row_triton_kernels as rows
+from orchestra.worker import symmetric_triton_kernels as symmetric
 from orchestra.worker.attention_triton import Tuning
 from orchestra.worker.kv_cache import KvCacheSpec
 
@@ -27,9 +28,11 @@ POINTERS = {
     **dict.fromkeys(("output", "query", "layer", "key_value"), "numbers"),
     **dict.fromkeys(("x", "y", "addend", "out", "heads"), "numbers"),
     **dict.fromkeys(("sums", "stats", "weight", "rotations"), "fp32"),
+    "numbers": "numbers",
+    "bases": "i64",
 }
-SCALARS = {"scale": "fp32", "soft_cap": "fp32", "epsilon": "fp32"}
-INTEGERS = ("num_splits", "window")
+SCALARS = {"scale": "fp32", "soft_cap": "fp32", "epsilon": "fp32", "timeout_ns": "i64"}
+INTEGERS = ("num_splits", "window", "count", "piece", "share")
 
 
 def build(
@@ -83,6 +86,8 @@ def main() -> None:
     heads = {"HEADS": 2 * KV_HEADS, "HEADS_PADDED": 2 * KV_HEADS, "BLOCK_SIZE": 16}
     row = {"GROUPS": 1, "SIZE": 4096, "SIZE_PADDED": 4096}
     rotated = {"COUNT": 40, "COUNT_PADDED": 64, "PAIRS": head_dim // 2, "PAIRS_PADDED": 64}
+    ranks = {"RANK": 1, "LANES": 8, "PROGRAMS": 64, "SLOT_BYTES": 65536, "BLOCK": 1024}
+    ranks |= {"SIGNAL_BYTES": 2048, "LOOKS": 1024, "IS_INTERPRETED": False}
     special = {"HAS_WINDOW": True, "HAS_CAP": True}
     plain = {"HAS_WINDOW": False, "HAS_CAP": False}
     jobs: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {
@@ -93,6 +98,8 @@ def main() -> None:
         "rms_norm": (rows.rms_norm, {**row, "IS_ONE_WEIGHT": True, "HAS_ADDEND": True}, {}),
         "gate": (rows.gate, {"SIZE": 5632, "BLOCK": 1024, "IS_SILU": True}, {}),
         "rotate": (rows.rotate, rotated, {}),
+        "add_up": (symmetric.all_reduce, {**ranks, "SIZE": 2, "IS_SHARED": False}, {}),
+        "add_up_shares": (symmetric.all_reduce, {**ranks, "SIZE": 8, "IS_SHARED": True}, {}),
     }
     numbers = NUMBERS[dtype]
     done = {

@@ -2,7 +2,7 @@
 
 `python -m tests.worker.rank_process MODEL_DIR RANK SHARDS CONTEXTS STAGES RENDEZVOUS PLANS ANSWERS COLLECTIVES`:
 executes the messages in PLANS (a msgpack list) and, on rank 0, writes what it would commit to ANSWERS. COLLECTIVES are
-those of the worker's flag, or `nccl`, which means GPUs.
+those of the worker's flag; `nccl` and `nvlink` mean GPUs.
 """
 
 import sys
@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> None:
     model_dir, *numbers, rendezvous, plans, answers, collectives = arguments
     rank, size, contexts, stages = map(int, numbers)
     in_stage = contexts * size
-    is_cuda = collectives == "nccl"
+    is_cuda = collectives in ("nccl", "nvlink")
     config = WorkerConfig(
         model_dir=Path(model_dir),
         router="",
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> None:
         context=Shard(rank % in_stage // size, contexts),
         context_min_tokens=16,
         rendezvous=rendezvous,
-        collectives="auto" if is_cuda else collectives,
+        collectives=collectives,
         device="cuda" if is_cuda else "cpu",
         cuda_graphs="on" if is_cuda else "off",
         dtype="float32",

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
+from orchestra.worker import sampler as sampler_module
 from orchestra.worker.decode_graphs import CudaRecorder
 from orchestra.worker.parallel import ProcessGroup
+from orchestra.worker.plan import StepOutput
 from orchestra.worker.sampler import Sampler
 from orchestra.worker.sharding import Shard
 from tests.checkpoints import FAMILIES, KINDS
@@ -96,3 +98,42 @@ def test_gpu_draws_what_the_cpu_draws() -> None:
         slots = np.arange(8, dtype=np.int32)
         drawn.append(sampler.sample(logits.to(device), slots, slots, -1).token_ids.tolist())
     assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("top", [-1, 3])
+def test_a_draw_waits_for_nothing_before_its_results_are_fetched(
+    top: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cuda")
+    sampler = Sampler(5000, 8, device)
+    params = {"temperature": 0.8, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
+    biased = {"logit_bias_ids": [7], "logit_bias_values": [2.0]}
+    starts = [
+        *(sampling_start(slot, seed=slot, prompt_token_ids=[1], **params) for slot in range(5)),
+        sampling_start(5),
+        sampling_start(6, temperature=1.0, top_k=2000),
+        sampling_start(7, temperature=1.0, top_k=40, **biased),
+    ]
+    slots = np.arange(8, dtype=np.int32)
+    logits = torch.randn(8, 5000, device=device) * 8
+    waits = []
+    fetch = sampler_module._fetch
+
+    def fetch_aloud(packed: Tensor, num_alternatives: int) -> StepOutput:
+        waits.append(packed)
+        torch.cuda.set_sync_debug_mode("default")
+        output = fetch(packed, num_alternatives)
+        torch.cuda.set_sync_debug_mode("error")
+        return output
+
+    monkeypatch.setattr(sampler_module, "_fetch", fetch_aloud)
+    sampler.start(starts)
+    sampler.sample(logits, slots, slots, top)  # memory is taken, kernels are loaded
+    waits.clear()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sampler.start(starts[4:])
+        sampler.sample(logits, slots, slots + 1, top)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1

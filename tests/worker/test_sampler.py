@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from orchestra.worker import sampler as sampler_module
+from orchestra.worker import sampling
 from orchestra.worker.plan import StepOutput
 from orchestra.worker.sampler import Sampler
 from tests.worker.plans import sampling_start
@@ -189,3 +191,65 @@ def test_logprobs_have_the_size_that_was_asked_for(
     assert output.top_ids.size == output.top_logprobs.size == alternatives
     assert output.chosen_logprobs.dtype == output.top_logprobs.dtype == np.float32
     assert output.top_ids.dtype == output.token_ids.dtype == np.int32
+
+
+# === what candidates do not reach ===
+
+WIDE = 3000
+
+
+def wide_logits() -> Tensor:
+    """All but flat, and one row that is not: a nucleus of thousands beside one of a few."""
+    logits = torch.randn(3, WIDE, generator=torch.Generator().manual_seed(5)) * 0.1
+    logits[1] *= 60
+    return logits
+
+
+def wide_starts() -> list[Any]:
+    return [
+        sampling_start(0, temperature=1.0, top_p=0.95, seed=1),
+        sampling_start(1, temperature=1.0, top_p=0.9, seed=2),
+        sampling_start(2, temperature=1.0, top_k=2000, seed=3, repetition_penalty=1.3),
+    ]
+
+
+def test_a_nucleus_beyond_the_candidates_is_drawn_from_whole() -> None:
+    logits, slots = wide_logits(), np.arange(3, dtype=np.int32)
+    steps = range(40)
+    few, whole = Sampler(WIDE, 3, CPU), Sampler(WIDE, 3, CPU)
+    for sampler in (few, whole):
+        sampler.start(wide_starts())
+    outputs = [few.sample(logits, slots, slots + step, 2) for step in steps]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "CANDIDATES", WIDE)
+        expected = [whole.sample(logits, slots, slots + step, 2) for step in steps]
+    for actual, wanted in zip(outputs, expected, strict=True):
+        for name, values in vars(wanted).items():
+            assert np.array_equal(getattr(actual, name), values), name
+    probabilities = torch.softmax(logits, 1).sort(1, descending=True).values.cumsum(1)
+    assert (probabilities[:, sampling.CANDIDATES - 1] > 0.95).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("starts", "fetches"),
+    [
+        pytest.param(wide_starts()[1:], 1, id="as many as top-k asks for are ranked at once"),
+        pytest.param(wide_starts(), 2, id="a flat row is drawn again"),
+        pytest.param([sampling_start(0), wide_starts()[2]], 1, id="greedy beside top-k"),
+    ],
+)
+def test_results_come_in_one_piece(
+    starts: list[Any], fetches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler, fetched = Sampler(WIDE, 3, CPU), []
+    sampler.start(starts)
+    fetch = sampler_module._fetch
+
+    def count(packed: Tensor, num_alternatives: int) -> StepOutput:
+        fetched.append(packed.shape)
+        return fetch(packed, num_alternatives)
+
+    monkeypatch.setattr(sampler_module, "_fetch", count)
+    slots = np.array([start.slot for start in starts], np.int32)
+    sampler.sample(wide_logits()[slots], slots, slots, 3)
+    assert fetched == [(len(starts), 1 + 1 + 3 + 3)] * fetches

@@ -25,6 +25,7 @@ from orchestra.worker.assembly import Group, Place, Rank, build_rank
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.loader import WeightReader
 from orchestra.worker.model_config import ModelConfig
+from orchestra.worker.nvlink import obstacle
 from orchestra.worker.sharding import Shard, Stage
 from tests.checkpoints import FAMILIES
 from tests.worker.conftest import Checkpoints, Reference
@@ -316,6 +317,13 @@ def test_every_rank_reads_its_slices_only(
             marks=[
                 pytest.mark.gpu,
                 pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a GPU for each rank"),
+            ],
+        ),
+        pytest.param(
+            *("nvlink", (2, 1, 1)),
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(bool(obstacle([0, 1], regroups=False)), reason="NVLink"),
             ],
         ),
     ],

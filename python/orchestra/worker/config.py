@@ -63,7 +63,8 @@ class WorkerConfig:
     cuda_graphs: str = "auto"
     """Whether decode steps are recorded and replayed: `on`, `off`, or `auto`: on a GPU, where one rank computes."""
     collectives: str = "auto"
-    """What carries the sums of the ranks: `gloo`, `shm`, or `auto`: shared memory for CPU ranks of one node."""
+    """What carries the sums of the ranks: `gloo` or `shm` between CPUs, `nccl` or `nvlink` between GPUs, or `auto`:
+    memory that the ranks of a node share, where they can."""
     node: str = ""
     """What this rank's node is called, whose ranks are near each other; empty: by boot and PID namespace."""
     regroup_timeout_s: float = 0.0
@@ -276,9 +277,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
         ),
         add(
             "--collectives",
-            choices=["auto", "gloo", "shm"],
+            choices=["auto", "gloo", "shm", "nccl", "nvlink"],
             default=default.collectives,
-            help="between the CPU ranks of a model; auto: shared memory inside a node, gloo between nodes",
+            help="between the ranks of a model; auto: memory that a node shares (GPUs: over NVLink), else gloo, NCCL",
         ),
         add(
             "--block-size", type=integer(1), default=default.block_size, help="tokens per KV block"

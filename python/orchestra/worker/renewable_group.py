@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from orchestra.worker.parallel import Communicator
+from orchestra.worker.plan_channel import RankLostError
 from orchestra.worker.sharding import Shard
 
 
@@ -51,6 +52,7 @@ class RenewableGroup:
         self._num_collectives = 0
         self._num_steps = 0
         self._is_waiting = False
+        self._is_aborted = False
         self._round_began = 0.0
         self._group: AbortableCommunicator | None = join(generation)
 
@@ -67,10 +69,17 @@ class RenewableGroup:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Brackets a step, which is counted where it ends well."""
+        """Brackets a step, which is counted where it ends well.
+
+        Raises:
+            RankLostError: the group was aborted meanwhile. A GPU that was told so computes the step to its end, with
+                sums that are none, and where it replays recorded ones no collective is called that would say so.
+        """
         self._round_began = time.monotonic()
         self.slowest_round_s = 0.0
         yield
+        if self._is_aborted:
+            raise RankLostError("the group was aborted during the step")
         self._num_steps += 1
 
     def progress(self) -> Progress:
@@ -79,6 +88,8 @@ class RenewableGroup:
 
     def abort(self) -> None:
         """Ends the collectives of this rank, where the transport can; any thread may call it."""
+        # Said before any collective can end by it.
+        self._is_aborted = True
         group = self._group
         if group is not None:
             group.abort()
@@ -96,7 +107,7 @@ class RenewableGroup:
         """Forms the next group; the last one was left."""
         assert self._group is None
         self._num_collectives = self._num_steps = 0
-        self._is_waiting = False
+        self._is_waiting = self._is_aborted = False
         self._group = self._join(generation)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from orchestra.worker.kv_cache import PagedCache
 from orchestra.worker.models import Model
 from orchestra.worker.plan import NO_COPIES, StepOutput, StepPlan
 from orchestra.worker.sampler import Sampler
+from orchestra.worker.staging import send
 
 _EMPTY = StepOutput(
     token_ids=np.empty(0, np.int32),
@@ -84,7 +85,7 @@ class ModelRunner:
         self._attention.prepare(plan)
         inputs = np.concatenate([plan.token_ids, plan.positions, rows], dtype=np.int64)
         token_ids, positions, row_index = torch.split(
-            torch.from_numpy(inputs).to(self._device, non_blocking=True),
+            send(inputs, self._device),
             [tokens, tokens, len(rows)],
         )
         chosen = None if is_all else row_index

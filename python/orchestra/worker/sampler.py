@@ -1,4 +1,9 @@
-"""Draws the tokens of a step in one batch, with each sequence's parameters kept in its sampler slot."""
+"""Draws the tokens of a step in one batch, with each sequence's parameters kept in its sampler slot.
+
+A GPU is waited for once a step, when what was drawn comes to the host in one piece. So nothing on the way there may
+depend on numbers that it computes: how much is ranked is decided by the parameters, which the host has. Rows of which
+that turns out to be too little are drawn again.
+"""
 
 from collections.abc import Sequence
 
@@ -9,7 +14,11 @@ from torch import Tensor
 
 from orchestra.worker import sampling
 from orchestra.worker.plan import Float32Array, Int32Array, SequenceStart, StepOutput
+from orchestra.worker.staging import send
 from orchestra.worker.token_history import TokenHistory
+
+# Stands for the token of a row whose likeliest candidates do not reach its top-p.
+UNDECIDED = -1
 
 _NO_INTS = np.empty(0, np.int32)
 _NO_FLOATS = np.empty(0, np.float32)
@@ -72,13 +81,19 @@ class Sampler:
         edited = self._add_bias(logits, slots)
         edited = self._history.penalise(edited, slots)
         tokens = self._draw(edited, slots, positions)
+        output = _fetch(_pack(logits, tokens, num_top_logprobs), num_top_logprobs)
+        undecided = np.flatnonzero(output.token_ids == UNDECIDED)
+        if undecided.size:
+            rows = self._tensor(undecided)
+            tokens[rows] = self._draw_random(
+                edited[rows], slots[undecided], positions[undecided], ranks_all=True
+            )
+            output = _fetch(_pack(logits, tokens, num_top_logprobs), num_top_logprobs)
         self._history.append(slots, tokens)
-        token_ids = tokens.cpu().numpy().astype(np.int32)
-        if num_top_logprobs < 0:
-            return StepOutput(token_ids, _NO_FLOATS, _NO_INTS, _NO_FLOATS)
-        return _with_logprobs(logits, tokens, token_ids, num_top_logprobs)
+        return output
 
     def _draw(self, logits: Tensor, slots: Int32Array, positions: Int32Array) -> Tensor:
+        """One token per row, or `UNDECIDED`; `int64[N]`."""
         is_greedy = self._temperature[slots] < sampling.GREEDY_BELOW
         if is_greedy.all():
             return sampling.argmax(logits)
@@ -90,27 +105,52 @@ class Sampler:
         tokens[rows] = self._draw_random(logits[rows], slots[random], positions[random])
         return tokens
 
-    def _draw_random(self, logits: Tensor, slots: Int32Array, positions: Int32Array) -> Tensor:
+    def _draw_random(
+        self, logits: Tensor, slots: Int32Array, positions: Int32Array, *, ranks_all: bool = False
+    ) -> Tensor:
+        """As `_draw`; with `ranks_all` nothing stays undecided, and a GPU is waited for."""
         temperature = self._tensor(self._temperature[slots]).unsqueeze(1)
         probabilities = torch.softmax(logits / temperature, 1)
-        self._drop_unlikely(probabilities, slots)
+        is_undecided = self._drop_unlikely(probabilities, slots, ranks_all=ranks_all)
         numbers = sampling.uniforms(self._seed[slots], positions.astype(np.int64))
-        return sampling.draw(probabilities, self._tensor(numbers))
+        tokens = sampling.draw(probabilities, self._tensor(numbers))
+        return tokens if is_undecided is None else tokens.masked_fill_(is_undecided, UNDECIDED)
 
-    def _drop_unlikely(self, probabilities: Tensor, slots: Int32Array) -> None:
-        """Sets to 0 what top-k, top-p and min-p drop, in the rows that ask for one of them."""
+    def _drop_unlikely(
+        self, probabilities: Tensor, slots: Int32Array, *, ranks_all: bool
+    ) -> Tensor | None:
+        """Sets to 0 what top-k, top-p and min-p drop, in the rows that ask for one of them.
+
+        Returns:
+            Of which rows (`bool[N]`) more would have had to be ranked; None where there can be none.
+        """
         top_k, top_p, min_p = self._top_k[slots], self._top_p[slots], self._min_p[slots]
         is_ranked = (top_k < self._vocab_size) | (top_p < 1)
         if not (is_ranked | (min_p > 0)).any():
-            return
+            return None
+        is_undecided = None
         threshold = probabilities.amax(1, keepdim=True) * self._tensor(min_p).unsqueeze(1)
         if is_ranked.any():
             rows = self._tensor(np.flatnonzero(is_ranked))
-            ranked = sampling.rank_threshold(
-                probabilities[rows], self._tensor(top_k[is_ranked]), self._tensor(top_p[is_ranked])
-            )
+            k, p = self._tensor(top_k[is_ranked]), self._tensor(top_p[is_ranked])
+            if ranks_all:
+                ranked = sampling.rank_threshold(probabilities[rows], k, p)
+            else:
+                count = self._num_candidates(top_k[is_ranked])
+                ranked, is_found = sampling.threshold_among(probabilities[rows], k, p, count)
+                if top_k.max() > count:
+                    is_undecided = torch.zeros(len(slots), dtype=torch.bool, device=self._device)
+                    is_undecided[rows] = ~is_found
             threshold[rows] = torch.maximum(threshold[rows], ranked)
         probabilities.mul_(probabilities >= threshold)
+        return is_undecided
+
+    def _num_candidates(self, top_k: NDArray[np.int64]) -> int:
+        """How many tokens of each row to rank: all that any top-k asks for, for top-p alone what mostly is enough."""
+        is_bounded = top_k < self._vocab_size
+        count = int(top_k[is_bounded].max(initial=0))
+        usual = min(sampling.CANDIDATES, self._vocab_size)
+        return count if is_bounded.all() else max(count, usual)
 
     def _add_bias(self, logits: Tensor, slots: Int32Array) -> Tensor:
         """The logits with the biases of the slots that have some."""
@@ -124,20 +164,34 @@ class Sampler:
         return logits.index_put((row_index, token_index), values, accumulate=True)
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
-        # Not waited for: the array is read before the call returns, and the GPU may still be computing logits.
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        return send(array, self._device)
 
 
-def _with_logprobs(
-    logits: Tensor, tokens: Tensor, token_ids: Int32Array, num_alternatives: int
-) -> StepOutput:
-    """Adds the log-probabilities, which are of the model alone: before bias, penalties and temperature."""
-    logprobs = torch.log_softmax(logits, 1)
-    chosen = logprobs.gather(1, tokens.unsqueeze(1)).flatten()
-    top = logprobs.topk(num_alternatives, 1)
+def _pack(logits: Tensor, tokens: Tensor, num_alternatives: int) -> Tensor:
+    """What `_fetch` takes apart: tokens, and log-probabilities where they were asked for; `int32[N, ...]`.
+
+    These are of the model alone: before bias, penalties and temperature.
+    """
+    columns = [tokens.int().unsqueeze(1)]
+    if num_alternatives >= 0:
+        logprobs = torch.log_softmax(logits, 1)
+        top = logprobs.topk(num_alternatives, 1)
+        chosen = logprobs.gather(1, tokens.clamp(min=0).unsqueeze(1))
+        columns += [chosen.view(torch.int32), top.values.view(torch.int32), top.indices.int()]
+    return torch.cat(columns, 1)
+
+
+def _fetch(packed: Tensor, num_alternatives: int) -> StepOutput:
+    """Brings a step's results to the host: here a GPU is waited for."""
+    columns = packed.cpu().numpy()
+    token_ids = np.ascontiguousarray(columns[:, 0])
+    if num_alternatives < 0:
+        return StepOutput(token_ids, _NO_FLOATS, _NO_INTS, _NO_FLOATS)
+    end = 2 + num_alternatives
+    floats = np.ascontiguousarray(columns[:, 1:end]).view(np.float32)
     return StepOutput(
         token_ids,
-        chosen.cpu().numpy(),
-        top.indices.cpu().numpy().astype(np.int32),
-        top.values.cpu().numpy(),
+        np.ascontiguousarray(floats[:, 0]),
+        np.ascontiguousarray(columns[:, end:]),
+        np.ascontiguousarray(floats[:, 1:]),
     )

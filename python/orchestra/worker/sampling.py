@@ -73,12 +73,34 @@ def rank_threshold(probabilities: Tensor, top_k: Tensor, top_p: Tensor) -> Tenso
     """
     vocab = probabilities.shape[1]
     count = min(CANDIDATES, int(top_k.max()))
-    threshold, is_found = _threshold_among(probabilities, top_k, top_p, count)
+    threshold, is_found = threshold_among(probabilities, top_k, top_p, count)
     wide = torch.nonzero(~is_found).flatten()
     if wide.numel() and count < vocab:
-        found, _ = _threshold_among(probabilities[wide], top_k[wide], top_p[wide], vocab)
+        found, _ = threshold_among(probabilities[wide], top_k[wide], top_p[wide], vocab)
         threshold[wide] = found
     return threshold
+
+
+def threshold_among(
+    probabilities: Tensor, top_k: Tensor, top_p: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """`rank_threshold` by the `count` most likely tokens, and whether they were enough (`bool[N]`).
+
+    Unlike that function it waits for nothing that a GPU computes: it is for the caller to look.
+    """
+    vocab = probabilities.shape[1]
+    ranked = _largest(probabilities, count)
+    is_in_top_k = torch.arange(count, device=ranked.device) < top_k.unsqueeze(1)
+    reached = ranked.mul(is_in_top_k).cumsum(1, dtype=torch.float64)
+    keeps_all = top_k == vocab
+    total = torch.where(keeps_all, 1.0, reached[:, -1])
+    # A bound that is never reached where all are to be kept: the sum may round to less than 1.
+    bound = torch.where(top_p < 1, top_p * total, torch.inf)
+    # The first token is always kept; each further one while those before it have not reached the bound.
+    kept = 1 + torch.searchsorted(reached, bound.unsqueeze(1))
+    kept = torch.minimum(kept, top_k.clamp(max=count).unsqueeze(1))
+    is_found = (top_k <= count) | (keeps_all & (reached[:, -1] >= bound))
+    return ranked.gather(1, kept - 1), is_found
 
 
 def draw(probabilities: Tensor, numbers: Tensor) -> Tensor:
@@ -103,25 +125,6 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
     return x ^ (x >> _U64(31))
-
-
-def _threshold_among(
-    probabilities: Tensor, top_k: Tensor, top_p: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
-    """`rank_threshold` by the `count` most likely tokens, and whether they were enough (`bool[N]`)."""
-    vocab = probabilities.shape[1]
-    ranked = _largest(probabilities, count)
-    is_in_top_k = torch.arange(count, device=ranked.device) < top_k.unsqueeze(1)
-    reached = ranked.mul(is_in_top_k).cumsum(1, dtype=torch.float64)
-    keeps_all = top_k == vocab
-    total = torch.where(keeps_all, 1.0, reached[:, -1])
-    # A bound that is never reached where all are to be kept: the sum may round to less than 1.
-    bound = torch.where(top_p < 1, top_p * total, torch.inf)
-    # The first token is always kept; each further one while those before it have not reached the bound.
-    kept = 1 + torch.searchsorted(reached, bound.unsqueeze(1))
-    kept = torch.minimum(kept, top_k.clamp(max=count).unsqueeze(1))
-    is_found = (top_k <= count) | (keeps_all & (reached[:, -1] >= bound))
-    return ranked.gather(1, kept - 1), is_found
 
 
 def _largest(values: Tensor, count: int) -> Tensor:

@@ -84,6 +84,19 @@ class Staging:
         return [sent[start : start + length] for start, length in pairs]
 
 
+def send(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """Copies one array to the device, waiting for nothing: neither for the copy nor for what the device computes.
+
+    For what has no place in a step's own arrays. On a CPU nothing is copied: the tensor is the array's memory.
+    """
+    host = torch.from_numpy(array)
+    if device.type == "cuda":
+        # Out of pageable memory the driver may wait for the stream first. Torch keeps pinned pieces and uses one again
+        # when the copy out of it is done.
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
+
+
 def aligned(length: int) -> int:
     """So many numbers and what pads them to the beginning of the next array."""
     return -(-length // ALIGNED) * ALIGNED

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from orchestra.worker import sampling
 from orchestra.worker.plan import Int32Array, SequenceStart
+from orchestra.worker.staging import send
 
 _NO_ROW = -1
 
@@ -87,8 +88,7 @@ class TokenHistory:
         return self._tensor(token_ids.astype(np.int64))
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
-        # Not waited for: the array is read before the call returns, and the GPU may still be computing logits.
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        return send(array, self._device)
 
 
 def _grow(table: Tensor, rows: int) -> Tensor:
