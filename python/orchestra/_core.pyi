@@ -11,9 +11,11 @@ from orchestra._core_held import Ticket as Ticket
 from orchestra._core_kernels import Linear as Linear
 from orchestra._core_kernels import PagedAttention as PagedAttention
 from orchestra._core_kernels import SharedGroup as SharedGroup
+from orchestra._core_kernels import draw as draw
 from orchestra._core_kernels import gate as gate
 from orchestra._core_kernels import rms_norm as rms_norm
 from orchestra._core_kernels import rotate as rotate
+from orchestra._core_kernels import softmax as softmax
 from orchestra._core_memory import BlockPool as BlockPool
 from orchestra._core_memory import BlockSet as BlockSet
 from orchestra._core_memory import BlockView as BlockView
@@ -65,6 +67,7 @@ __all__ = [
     "__version__",
     "default_scheduler_config",
     "die_with_parent",
+    "draw",
     "error_codes",
     "gate",
     "init_logging",
@@ -72,6 +75,7 @@ __all__ = [
     "rms_norm",
     "rotate",
     "run_router",
+    "softmax",
 ]
 
 __version__: str

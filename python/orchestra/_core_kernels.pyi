@@ -266,3 +266,37 @@ def rotate(
     Raises:
         InvalidRequestError: The dtype is another.
     """
+
+def softmax(
+    shape: tuple[int, int],
+    logits_ptr: int,
+    temperatures_ptr: int,
+    probabilities_ptr: int,
+    threads: int,
+) -> None:
+    """Divides rows of logits by their temperatures and makes probabilities of them.
+
+    Args:
+        shape: Rows, numbers of a row.
+        logits_ptr: Address of `float32[rows, numbers]`, without gaps.
+        temperatures_ptr: Address of `float32[rows]`, above 0.
+        probabilities_ptr: Where `float32[rows, numbers]` goes.
+        threads: On how many to compute.
+    """
+
+def draw(
+    shape: tuple[int, int],
+    probabilities_ptr: int,
+    numbers_ptr: int,
+    tokens_ptr: int,
+    threads: int,
+) -> None:
+    """Inverts the distribution function of each row, in the order of the numbers.
+
+    Args:
+        shape: Rows, numbers of a row.
+        probabilities_ptr: Address of `float32[rows, numbers]`, without gaps, not necessarily of sum 1.
+        numbers_ptr: Address of `float64[rows]`, in [0, 1).
+        tokens_ptr: Where `int64[rows]` goes: never one of probability 0, unless all are or are no numbers.
+        threads: On how many to compute.
+    """

@@ -168,6 +168,35 @@ def test_draw_inverts_the_distribution() -> None:
     assert drawn == [1, 1, 3, 3, 4, 4]
 
 
+@given(st.integers(1, 5), st.integers(1, 2000), st.integers(0, 2**32))
+@settings(max_examples=100, deadline=None)
+def test_draw_finds_what_a_search_of_all_sums_finds(rows: int, vocab: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = torch.softmax(torch.randn(rows, vocab, generator=generator) * 4, 1)
+    probabilities.mul_(torch.rand(rows, vocab, generator=generator) > 0.3)
+    probabilities[:, -1] += 0.1
+    numbers = torch.rand(rows, dtype=torch.float64, generator=generator)
+    sums = probabilities.cumsum(1, dtype=torch.float64)
+    expected = torch.searchsorted(sums, numbers.unsqueeze(1) * sums[:, -1:], right=True)
+    # What the two add up in another order is less than the probability of hitting such a place.
+    assert sampling.draw(probabilities, numbers).tolist() == expected.flatten().tolist()
+
+
+@given(st.integers(1, 5), st.integers(1, 2000), st.floats(0.05, 20), st.integers(0, 2**32))
+@settings(max_examples=100, deadline=None)
+def test_softmax_agrees_with_torch(rows: int, vocab: int, temperature: float, seed: int) -> None:
+    logits = random_logits(rows, vocab, seed)
+    logits[:, ::3] = -torch.inf
+    logits[:, -1] = 1.0
+    temperatures = torch.linspace(temperature, 2 * temperature, rows)
+    expected = torch.softmax(logits.double() / temperatures.double().unsqueeze(1), 1)
+    probabilities = sampling.softmax(logits, temperatures)
+    torch.testing.assert_close(probabilities.double(), expected, rtol=1e-4, atol=1e-7)
+    assert (probabilities[logits == -torch.inf] == 0).all()
+    alone = sampling.softmax(logits[-1:], temperatures[-1:])
+    assert torch.equal(alone, probabilities[-1:])
+
+
 @given(st.integers(0, 2**32), st.floats(0, 1 - 2.0**-52))
 @settings(max_examples=50, deadline=None)
 def test_draw_never_takes_an_impossible_token(seed: int, number: float) -> None:

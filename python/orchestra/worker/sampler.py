@@ -109,8 +109,7 @@ class Sampler:
         self, logits: Tensor, slots: Int32Array, positions: Int32Array, *, ranks_all: bool = False
     ) -> Tensor:
         """As `_draw`; with `ranks_all` nothing stays undecided, and a GPU is waited for."""
-        temperature = self._tensor(self._temperature[slots]).unsqueeze(1)
-        probabilities = torch.softmax(logits / temperature, 1)
+        probabilities = sampling.softmax(logits, self._tensor(self._temperature[slots]))
         is_undecided = self._drop_unlikely(probabilities, slots, ranks_all=ranks_all)
         numbers = sampling.uniforms(self._seed[slots], positions.astype(np.int64))
         tokens = sampling.draw(probabilities, self._tensor(numbers))

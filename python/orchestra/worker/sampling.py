@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from orchestra import _core
+
 # Temperatures below this are greedy: dividing by them would overflow.
 GREEDY_BELOW = 1e-5
 # Tokens that top-k and top-p look at first. Rows that keep more are ranked whole.
@@ -103,6 +105,24 @@ def threshold_among(
     return ranked.gather(1, kept - 1), is_found
 
 
+def softmax(logits: Tensor, temperatures: Tensor) -> Tensor:
+    """Probabilities of logits that are divided by their row's temperature first.
+
+    Args:
+        logits: `float32[N, V]`.
+        temperatures: `float32[N]`, above 0.
+    """
+    if logits.device.type != "cpu":
+        return torch.softmax(logits / temperatures.unsqueeze(1), 1)
+    logits = logits.contiguous()
+    probabilities = torch.empty_like(logits)
+    _core.softmax(
+        *((logits.shape[0], logits.shape[1]), logits.data_ptr(), temperatures.data_ptr()),
+        *(probabilities.data_ptr(), torch.get_num_threads()),
+    )
+    return probabilities
+
+
 def draw(probabilities: Tensor, numbers: Tensor) -> Tensor:
     """Inverts the distribution function, tokens in the order of their ids.
 
@@ -113,6 +133,14 @@ def draw(probabilities: Tensor, numbers: Tensor) -> Tensor:
     Returns:
         `int64[N]` token ids, never one of probability 0.
     """
+    if probabilities.device.type == "cpu":
+        probabilities = probabilities.contiguous()
+        tokens = torch.empty(len(numbers), dtype=torch.int64)
+        _core.draw(
+            *((probabilities.shape[0], probabilities.shape[1]), probabilities.data_ptr()),
+            *(numbers.data_ptr(), tokens.data_ptr(), torch.get_num_threads()),
+        )
+        return tokens
     # In double precision: the sum of 100,000 small terms must not lose the last of them.
     cumulated = probabilities.cumsum(1, dtype=torch.float64)
     targets = numbers.unsqueeze(1) * cumulated[:, -1:]

@@ -1,4 +1,4 @@
-//! What a layer does to each row by itself: norms, gates, rotations.
+//! What a layer does to each row by itself: norms, gates, rotations; and what the sampler does: softmax, draws.
 //!
 //! Torch makes several passes over the rows for each of these, and each pass is a call, which for the few rows of a
 //! decode step costs more than the numbers do. Here each is one pass. A row's result depends on that row alone, to the
@@ -6,7 +6,10 @@
 
 #![expect(unsafe_code, reason = "sees the memory of tensors")]
 
+mod draws;
 mod each;
+
+pub use self::draws::{Draw, Softmax};
 
 use crate::{
     element::Element,
@@ -128,6 +131,25 @@ pub unsafe fn gate<E: Element>(gate: &Gate<E>, threads: u32) {
 pub unsafe fn rotate<E: Element>(rotation: &Rotation<E>, threads: u32) {
     // SAFETY: the caller's promise.
     unsafe { run(rotation, threads) }
+}
+
+/// Divides rows by their temperatures and makes probabilities of them, in `f32`.
+///
+/// # Safety
+/// As [`rms_norm`], with the shapes of [`Softmax`].
+pub unsafe fn softmax(softmax: &Softmax, threads: u32) {
+    // SAFETY: the caller's promise.
+    unsafe { run(softmax, threads) }
+}
+
+/// Draws from each row the first token with which the sum of probabilities passes its number's share of the total, in
+/// `f64`; never one of probability 0, but where all are, or are no numbers: then some token.
+///
+/// # Safety
+/// As [`rms_norm`], with the shapes of [`Draw`].
+pub unsafe fn draw(draw: &Draw, threads: u32) {
+    // SAFETY: the caller's promise.
+    unsafe { run(draw, threads) }
 }
 
 /// # Safety

@@ -12,7 +12,7 @@ pub(crate) use self::{
     attention::PagedAttention,
     group::SharedGroup,
     linear::Linear,
-    rows::{gate, rms_norm, rotate},
+    rows::{draw, gate, rms_norm, rotate, softmax},
 };
 use crate::errors::Failure;
 

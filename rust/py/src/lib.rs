@@ -30,7 +30,7 @@ mod _core {
     use super::{
         agent::Agent,
         errors::error_codes,
-        kernels::{Linear, PagedAttention, SharedGroup, gate, rms_norm, rotate},
+        kernels::{Linear, PagedAttention, SharedGroup, draw, gate, rms_norm, rotate, softmax},
         kv_pool::KvPool,
         memory::{
             BlockPool, BlockSet, BlockView, BufferManager, Chime, Grant, MemoryTransfer,

@@ -1,4 +1,4 @@
-//! Norms, gates and rotations.
+//! Norms, gates and rotations; softmax and draws.
 
 #![expect(
     unsafe_code,
@@ -11,7 +11,7 @@
 
 use orchestra_kernels::{
     Element,
-    rows::{self, Activation, Gate, Norm, Rotation},
+    rows::{self, Activation, Draw, Gate, Norm, Rotation, Softmax},
 };
 use pyo3::prelude::*;
 
@@ -150,4 +150,50 @@ unsafe fn turn<E: Element>(
     };
     // SAFETY: the caller's promise.
     unsafe { rows::rotate(&rotation, threads) }
+}
+
+/// Makes probabilities of logits.
+#[pyfunction]
+pub(crate) fn softmax(
+    py: Python<'_>,
+    shape: (usize, usize),
+    logits_ptr: usize,
+    temperatures_ptr: usize,
+    probabilities_ptr: usize,
+    threads: u32,
+) {
+    py.detach(|| {
+        let softmax = Softmax {
+            logits: logits_ptr as *const f32,
+            temperatures: temperatures_ptr as *const f32,
+            probabilities: probabilities_ptr as *mut f32,
+            count: shape.0,
+            size: shape.1,
+        };
+        // SAFETY: the caller says that tensors of these shapes lie there, and leaves them alone until this returns.
+        unsafe { rows::softmax(&softmax, threads) }
+    });
+}
+
+/// Draws a token from each row of probabilities.
+#[pyfunction]
+pub(crate) fn draw(
+    py: Python<'_>,
+    shape: (usize, usize),
+    probabilities_ptr: usize,
+    numbers_ptr: usize,
+    tokens_ptr: usize,
+    threads: u32,
+) {
+    py.detach(|| {
+        let draw = Draw {
+            probabilities: probabilities_ptr as *const f32,
+            numbers: numbers_ptr as *const f64,
+            tokens: tokens_ptr as *mut i64,
+            count: shape.0,
+            size: shape.1,
+        };
+        // SAFETY: as in `softmax`.
+        unsafe { rows::draw(&draw, threads) }
+    });
 }
