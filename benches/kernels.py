@@ -1,4 +1,4 @@
-"""`python -m benches.kernels`: attention over the paged cache and linear layers, by the CPU kernels and by torch.
+"""`python -m benches.kernels`: attention over the paged cache, linear layers, draws, by the CPU kernels and torch.
 
 Both compute the same in one process and take turns, so that what else happens on the machine falls on both. Prints
 tables of medians in milliseconds.
@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from orchestra.worker import sampling
 from orchestra.worker.attention import AttentionBackend, TorchPagedAttention
 from orchestra.worker.attention_cpu import CpuPagedAttention
 from orchestra.worker.kv_cache import KvCache, KvCacheSpec
@@ -34,6 +35,7 @@ LINEARS = [(3072, 512), (512, 1536), (32000, 512), (5632, 1024)]
 ROWS = (1, 8, 32, 128, 512)
 # More weights than a cache holds, as a model has.
 WEIGHT_BYTES = 96 << 20
+VOCABULARY = 32000
 BLOCK_SIZE = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -138,6 +140,7 @@ def main() -> None:
     with torch.inference_mode():
         print_attention(given.dtypes, given.repeats)
         print_linear(given.dtypes, max(3, given.repeats // 6))
+        print_draws(given.repeats)
 
 
 def print_attention(dtypes: Sequence[str], repeats: int) -> None:
@@ -174,6 +177,33 @@ def print_linear(dtypes: Sequence[str], repeats: int) -> None:
                     f" {torch_ms / own_ms:.1f} | {speeds[0]:.0f} | {speeds[1]:.1f} |",
                     flush=True,
                 )
+
+
+def draw(logits: torch.Tensor, temperatures: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """A token of each row, by the kernels."""
+    return sampling.draw(sampling.softmax(logits, temperatures), numbers)
+
+
+def draw_by_torch(
+    logits: torch.Tensor, temperatures: torch.Tensor, numbers: torch.Tensor
+) -> torch.Tensor:
+    """The same by torch."""
+    probabilities = torch.softmax(logits / temperatures.unsqueeze(1), 1)
+    sums = probabilities.cumsum(1, dtype=torch.float64)
+    return torch.searchsorted(sums, numbers.unsqueeze(1) * sums[:, -1:], right=True).squeeze(1)
+
+
+def print_draws(repeats: int) -> None:
+    """A row for each count of rows."""
+    print(f"\ndraws among {VOCABULARY} tokens, {torch.get_num_threads()} threads, ms, medians\n")
+    print("| rows | torch | kernels | ratio |\n|---|---|---|---|")
+    for rows in (1, 8, 32):
+        numbers = torch.rand(rows, dtype=torch.float64)
+        inputs = (torch.randn(rows, VOCABULARY) * 3, torch.ones(rows), numbers)
+        assert torch.equal(draw(*inputs), draw_by_torch(*inputs))
+        work = [partial(function, *inputs) for function in (draw_by_torch, draw)]
+        torch_ms, own_ms = take_turns(work, repeats)
+        print(f"| {rows} | {torch_ms:.2f} | {own_ms:.2f} | {torch_ms / own_ms:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

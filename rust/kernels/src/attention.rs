@@ -3,7 +3,7 @@
 //! The cache of a layer is `[blocks, 2, kv_heads, block_size, head_dim]`, keys before values. A call writes the new keys
 //! and values of a step there, then attends: each tile, some tokens of a sequence and the query heads of one KV head, is
 //! computed by one thread, which takes the next one when it is done. [`tile`] says why neither the threads nor the rest
-//! of the step change a bit of the result.
+//! of the step change a bit of the result. `pairs` does the same in bf16 where the processor multiplies tiles (AMX).
 
 #![expect(unsafe_code, reason = "sees the memory of tensors")]
 

@@ -1,8 +1,8 @@
 //! What the CPU ranks of a worker compute and say to each other, where torch is too slow.
 //!
 //! Reading order: [`error`] and [`bf16`] are shared words; [`group`] are the collectives of ranks on one machine, over
-//! shared memory; [`attention`] is paged attention, [`linear`] and [`pairs`] the layers with weights and [`rows`] what comes between
-//! them, over [`simd`] for vectors and [`pool`] for threads.
+//! shared memory; [`attention`] is paged attention, [`linear`] and [`pairs`] the layers with weights and [`rows`] what
+//! comes between them and after them, over [`simd`] for vectors and [`pool`] for threads.
 //!
 //! Everything here gives the same bits on every call with the same numbers, whatever else runs: sums have a fixed
 //! order, and no result depends on who came first.
