@@ -198,10 +198,25 @@ impl PairLinear {
     /// The addresses are of tensors of the shapes that [`Rows`] says, aligned for their numbers. Until the call returns
     /// nobody writes the inputs, and nobody reads or writes the outputs.
     pub unsafe fn forward(&self, rows: &Rows<u16>, threads: u32) {
-        // SAFETY: the caller's promise.
-        packed::with_room(|room| unsafe { self.forward_with(room, rows, threads) });
+        let most = packed::rows_at_most(self.inputs);
+        packed::with_room(|room| {
+            for first in (0..rows.count).step_by(most) {
+                // SAFETY: the caller's promise: these are some of its rows.
+                unsafe {
+                    let some = Rows {
+                        input: rows.input.add(first * rows.input_stride),
+                        output: rows.output.add(first * self.outputs),
+                        count: most.min(rows.count - first),
+                        ..*rows
+                    };
+                    self.forward_with(room, &some, threads);
+                }
+            }
+        });
     }
 
+    /// Computes as many rows as there is room for.
+    ///
     /// # Safety
     /// As `forward`.
     unsafe fn forward_with(&self, room: &mut Room, rows: &Rows<u16>, threads: u32) {

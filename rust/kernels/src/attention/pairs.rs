@@ -219,7 +219,8 @@ unsafe fn weigh(
     let seen = Seen {
         start: chunk.start as i32,
         tokens: scratch.seen[first..].as_ptr(),
-        window: layer.rule.window.map(|window| window as i32),
+        // One that is larger than any context is none.
+        window: layer.rule.window.and_then(|window| window.try_into().ok()),
     };
     let bend = Bend {
         scale: layer.scale,

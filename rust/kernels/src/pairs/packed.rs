@@ -14,13 +14,23 @@ use crate::{linear::Rows, pool::share};
 /// More bytes than that are copied by all threads: waking others costs more than fewer.
 const COPY_ALONE_BYTES: usize = 128 << 10;
 
+/// Memory for the rows of a call at most, where a block of them takes no more: longer calls read the weights several times.
+const ROOM_BYTES: usize = 16 << 20;
+
 thread_local! {
     /// Kept between calls: a step makes hundreds.
     static ROOM: RefCell<Room> = const { RefCell::new(Room(Vec::new())) };
 }
 
-/// Memory for the rows of a call, as long as the longest call of this thread needed.
+/// Memory for the rows of a call, as much as the longest call of this thread needed.
 pub(super) struct Room(Vec<Line>);
+
+/// How many rows of so many inputs there may be room for: whole blocks.
+pub(super) const fn rows_at_most(inputs: usize) -> usize {
+    let block_bytes = inputs.div_ceil(DEPTH) * HEIGHT * size_of::<Line>();
+    let blocks = ROOM_BYTES / block_bytes;
+    if blocks == 0 { HEIGHT } else { blocks * HEIGHT }
+}
 
 /// `DEPTH` numbers: a cache line, and a tile's row.
 #[derive(Clone, Copy)]

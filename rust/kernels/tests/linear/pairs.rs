@@ -85,6 +85,22 @@ proptest! {
 }
 
 #[test]
+fn more_rows_than_there_is_room_for_are_computed_in_turns() {
+    // 8,192 rows of 1,200 numbers are 20 MB.
+    let (outputs, inputs, count) = (3, 1200, 8192);
+    let weight = numbers(1, outputs * inputs);
+    let input = numbers(2, count * inputs);
+    for unit in Unit::all_here() {
+        let layer = layer(unit, (outputs, inputs), &weight, None);
+        let whole = forward(&layer, &input, inputs, count);
+        for row in [0, 6_000, 7_000, count - 1] {
+            let alone = forward(&layer, &input[row * inputs..], inputs, 1);
+            assert_eq!(whole[row * outputs..][..outputs], alone, "{row}");
+        }
+    }
+}
+
+#[test]
 fn sizes_out_of_range_are_refused_by_name() {
     let weight = [0_u16; 4];
     for unit in Unit::all_here() {
