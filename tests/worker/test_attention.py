@@ -15,6 +15,7 @@ from orchestra.worker import attention_layout
 from orchestra.worker.attention import AttentionBackend, TorchPagedAttention
 from orchestra.worker.attention_choice import make_attention
 from orchestra.worker.attention_cpu import CpuPagedAttention
+from orchestra.worker.attention_flashinfer import FlashInferPagedAttention
 from orchestra.worker.kv_cache import KvCache, KvCacheSpec
 from orchestra.worker.model_config import AttentionRule
 from tests.worker.plans import PlanBuilder
@@ -52,15 +53,48 @@ def textbook(query: Tensor, key: Tensor, value: Tensor, first: int, rule: Attent
     return torch.einsum("hqk,khd->qhd", weights, value)
 
 
+class FlashInferStandIn:
+    """In place of the library's wrapper, which needs a GPU: reads what it is given as the library's manual says."""
+
+    def __init__(self, workspace: Tensor) -> None:
+        assert workspace.dtype == torch.uint8
+
+    def plan(
+        self, starts: Tensor, page_starts: Tensor, pages: Tensor, last: Tensor, /, **options: Any
+    ) -> None:
+        assert {array.dtype for array in (starts, page_starts, pages, last)} == {torch.int32}
+        assert options["causal"]
+        assert options["disable_split_kv"]
+        self.arrays = [array.tolist() for array in (starts, page_starts, pages, last)]
+        self.options = options
+
+    def run(self, query: Tensor, cache: Tensor) -> Tensor:
+        starts, page_starts, pages, last = self.arrays
+        left, size = self.options["window_left"], self.options["page_size"]
+        window = None if left < 0 else left + 1
+        rule = AttentionRule(window, self.options["sm_scale"], self.options["logits_soft_cap"])
+        parts = []
+        for row in range(len(last)):
+            # [2, kv_heads, pages * page_size, head_dim], of which the last page may be filled in part.
+            read = cache[pages[page_starts[row] : page_starts[row + 1]]].permute(1, 2, 0, 3, 4)
+            length = read.shape[2] * size - size + last[row]
+            key, value = read.flatten(2, 3)[:, :, :length].transpose(1, 2)
+            own = query[starts[row] : starts[row + 1]]
+            parts.append(textbook(own, key, value, length - len(own), rule))
+        return torch.cat(parts)
+
+
 def make_backend(
     name: str, cache: KvCache, num_heads: int, rules: list[AttentionRule]
 ) -> AttentionBackend:
     if name == "torch":
         return TorchPagedAttention(cache, num_heads, CPU, rules)
+    if name == "flashinfer":
+        return FlashInferPagedAttention(cache, num_heads, CPU, rules, FlashInferStandIn)
     return CpuPagedAttention(cache, num_heads, rules, portable=name == "portable")
 
 
-@pytest.mark.parametrize("name", ["torch", "cpu", "portable"])
+@pytest.mark.parametrize("name", ["torch", "cpu", "portable", "flashinfer"])
 @given(
     batch=sequences,
     kv_heads=st.integers(1, 3),
@@ -270,3 +304,5 @@ def test_kernels_are_chosen_where_they_can_compute() -> None:
     with pytest.raises(ConfigError, match="multiples of 8") as raised:
         chosen("cpu", 12)
     assert raised.value.key == "attention"
+    with pytest.raises(ConfigError, match=r"flashinfer (is not installed|needs an NVIDIA GPU)"):
+        chosen("flashinfer", 64)

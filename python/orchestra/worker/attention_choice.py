@@ -6,18 +6,19 @@ from collections.abc import Sequence
 import torch
 
 from orchestra.errors import ConfigError
-from orchestra.worker import attention_cpu
+from orchestra.worker import attention_cpu, attention_flashinfer
 from orchestra.worker.attention import AttentionBackend, TorchPagedAttention
 from orchestra.worker.attention_cpu import CpuPagedAttention
+from orchestra.worker.attention_flashinfer import FlashInferPagedAttention
 from orchestra.worker.kv_cache import KvCacheSpec, PagedCache
 from orchestra.worker.model_config import AttentionRule
 
 
 def choose_attention(name: str, spec: KvCacheSpec, device: torch.device) -> str:
-    """The backend that `--attention` means here: `torch`, `cpu` or `triton`.
+    """The backend that `--attention` means here: `torch`, `cpu`, `triton` or `flashinfer`.
 
     Args:
-        name: one of them, or `auto`: the kernels for the device where they can compute, else torch.
+        name: one of them, or `auto`: our kernels for the device where they can compute, else torch.
         spec: of this rank's cache.
         device: of the tensors.
 
@@ -29,7 +30,7 @@ def choose_attention(name: str, spec: KvCacheSpec, device: torch.device) -> str:
     kernels = name
     if name == "auto":
         kernels = "cpu" if device.type == "cpu" else "triton"
-    obstacle = _cpu_obstacle(spec, device) if kernels == "cpu" else _triton_obstacle(spec, device)
+    obstacle = _OBSTACLES[kernels](spec, device)
     if obstacle is None:
         return kernels
     if name != "auto":
@@ -64,6 +65,8 @@ def make_attention(
         from orchestra.worker.attention_triton import TritonPagedAttention
 
         return TritonPagedAttention(cache, num_heads, device, rules)
+    if chosen == "flashinfer":
+        return FlashInferPagedAttention(cache, num_heads, device, rules)
     return TorchPagedAttention(cache, num_heads, device, rules)
 
 
@@ -80,3 +83,10 @@ def _triton_obstacle(spec: KvCacheSpec, device: torch.device) -> str | None:
 
     reason = attention_triton.obstacle(spec, device)
     return None if reason is None else f"cannot compute here: {reason}"
+
+
+_OBSTACLES = {
+    "cpu": _cpu_obstacle,
+    "triton": _triton_obstacle,
+    "flashinfer": attention_flashinfer.obstacle,
+}

@@ -265,7 +265,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
         ),
         add(
             "--attention",
-            choices=["auto", "torch", "cpu", "triton"],
+            choices=["auto", "torch", "cpu", "triton", "flashinfer"],
             default=default.attention,
             help="what attends over the cache; auto: kernels of our own, triton on a GPU; torch where they cannot",
         ),
