@@ -36,12 +36,16 @@ pub(super) const ROWS: usize = 64;
 
 /// Whether this processor can, and these shapes fit: a tile takes 32 numbers of a key, and 16 tokens of a block.
 pub(super) fn fits(config: &AttentionConfig) -> bool {
-    tiles::is_here()
-        && config.head_dim.is_multiple_of(DEPTH)
+    config.head_dim.is_multiple_of(DEPTH)
         && config.block_size.is_multiple_of(GROUP)
-        && is_x86_feature_detected!("avx512bw")
+        && tiles::is_here()
+        && is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512bf16")
 }
 
 /// What a thread needs beside the tensors.
