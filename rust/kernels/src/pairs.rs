@@ -85,20 +85,23 @@ pub struct PairLinear {
 /// What a thread needs beside the tensors.
 struct Scratch {
     /// `[HEIGHT, PANELS]`
-    sums: Sums,
+    sums: [PanelSums; HEIGHT * PANELS],
     tiles: tiles::Tiles,
 }
-
-struct Sums([PanelSums; HEIGHT * PANELS]);
 
 impl Default for Scratch {
     fn default() -> Self {
         Self {
-            sums: Sums([PanelSums([0.0; PANEL]); HEIGHT * PANELS]),
+            sums: [PanelSums([0.0; PANEL]); HEIGHT * PANELS],
             tiles: tiles::Tiles::default(),
         }
     }
 }
+
+/// `DEPTH` numbers: a cache line, and a tile's row.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(crate) struct Line(pub(crate) [u16; DEPTH]);
 
 /// Sums of a row with a panel: a cache line.
 #[derive(Clone, Copy)]
@@ -263,7 +266,7 @@ impl Call<'_> {
             0..=FEW => (PANELS, steps),
             _ => (2, STRETCH),
         };
-        let sums = &mut scratch.sums.0;
+        let sums = &mut scratch.sums;
         let bias = self.layer.bias[column * WIDTH..][..WIDTH].as_chunks().0;
         for sums in sums.chunks_exact_mut(PANELS) {
             for (sums, bias) in sums.iter_mut().zip(bias) {

@@ -22,7 +22,7 @@ use self::{
     softmax::{Bend, FEW_ROWS, Seen},
 };
 use super::{AttentionConfig, Layer, step::Tile};
-use crate::pairs::{Block, DEPTH, HEIGHT, PANEL, PanelSums, tiles};
+use crate::pairs::{Block, DEPTH, HEIGHT, Line, PANEL, PanelSums, tiles};
 
 /// Tokens whose keys are a tile.
 const GROUP: usize = HEIGHT / 2;
@@ -69,11 +69,6 @@ pub(super) struct Scratch {
     total: Vec<f32>,
     tiles: tiles::Tiles,
 }
-
-/// 32 numbers of bf16, where a tile's row begins.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Line([u16; DEPTH]);
 
 impl Scratch {
     pub(super) fn new(rows: usize, head_dim: usize) -> Self {

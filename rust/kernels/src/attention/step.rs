@@ -29,6 +29,14 @@ pub(super) struct Tile {
     pub(super) seen: u32,
 }
 
+impl Tile {
+    /// The token and the query head of one of its rows, of which each token has `group`.
+    pub(super) const fn place(&self, row: usize, group: usize) -> (usize, usize) {
+        let head = self.kv_head as usize * group + row % group;
+        (self.first as usize + row / group, head)
+    }
+}
+
 /// A step whose every index is inside what it points into.
 #[derive(Debug, Default)]
 pub(super) struct Step {

@@ -117,8 +117,7 @@ pub(super) unsafe fn attend<W: Wide, T: Element>(
 unsafe fn load_queries<L: Lanes, T: Element>(layer: &Layer<'_, T>, tile: &Tile, rows: &mut [f32]) {
     let (group, size) = (layer.config.group(), layer.config.head_dim);
     for (row, target) in rows.chunks_exact_mut(size).enumerate() {
-        let token = tile.first as usize + row / group;
-        let head = tile.kv_head as usize * group + row % group;
+        let (token, head) = tile.place(row, group);
         for at in (0..size).step_by(LANES) {
             // SAFETY: token and head are the step's and the rank's, so this is inside the queries.
             unsafe {
@@ -371,8 +370,7 @@ unsafe fn store_output<T: Element>(
     let (group, size) = (layer.config.group(), layer.config.head_dim);
     let rows = tile.tokens as usize * group;
     for (row, (sums, (_, weight))) in sums.chunks_exact(size).zip(softmax).take(rows).enumerate() {
-        let token = tile.first as usize + row / group;
-        let head = tile.kv_head as usize * group + row % group;
+        let (token, head) = tile.place(row, group);
         let scale = 1.0 / weight;
         for (at, sum) in sums.iter().enumerate() {
             let place = (token * layer.config.num_heads + head) * size + at;

@@ -8,7 +8,7 @@
 
 use std::{cell::RefCell, ptr};
 
-use super::{DEPTH, FEW, HEIGHT};
+use super::{DEPTH, FEW, HEIGHT, Line};
 use crate::{linear::Rows, pool::share};
 
 /// More bytes than that are copied by all threads: waking others costs more than fewer.
@@ -31,11 +31,6 @@ pub(super) const fn rows_at_most(inputs: usize) -> usize {
     let blocks = ROOM_BYTES / block_bytes;
     if blocks == 0 { HEIGHT } else { blocks * HEIGHT }
 }
-
-/// `DEPTH` numbers: a cache line, and a tile's row.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Line([u16; DEPTH]);
 
 /// Calls `work` with the room of this thread.
 pub(super) fn with_room(work: impl FnOnce(&mut Room)) {

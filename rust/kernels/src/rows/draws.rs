@@ -118,19 +118,21 @@ impl Work for Draw {
         };
         let total: f64 = probabilities.chunks(BLOCK).map(block_sum).sum();
         let target = number * total;
+        // The last block that can be drawn from is taken where sums rounded to less than the target; without any, the first.
+        let (mut chosen, mut left) = (0, target);
         let mut before = 0.0;
-        // The last token that can be drawn is taken where sums rounded to less than the target; without any, some token.
-        let mut drawn = 0;
         for (at, block) in probabilities.chunks(BLOCK).enumerate() {
             let sum = block_sum(block);
             if sum > 0.0 {
-                drawn = at * BLOCK + place(block, target - before);
+                (chosen, left) = (at * BLOCK, target - before);
             }
             before += sum;
             if before > target {
                 break;
             }
         }
+        let end = self.size.min(chosen + BLOCK);
+        let drawn = chosen + place(&probabilities[chosen..end], left);
         // SAFETY: as above, and this thread's alone.
         unsafe { *self.tokens.add(row) = drawn as i64 };
     }

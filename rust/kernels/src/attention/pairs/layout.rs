@@ -30,8 +30,7 @@ pub(super) unsafe fn load_queries(layer: &Layer<'_, u16>, tile: &Tile, queries: 
     let lines = rows.div_ceil(HEIGHT) * 2 * size / 2;
     queries[..lines].fill(Line([0; DEPTH]));
     for row in 0..rows {
-        let token = tile.first as usize + row / group;
-        let head = tile.kv_head as usize * group + row % group;
+        let (token, head) = tile.place(row, group);
         let lines = &mut queries[row / PANEL * size / 2..];
         let place = 2 * (row % PANEL);
         for (pair, line) in lines[..size / 2].iter_mut().enumerate() {
@@ -152,8 +151,7 @@ pub(super) unsafe fn store_output(layer: &Layer<'_, u16>, tile: &Tile, scratch: 
     let rows = tile.tokens as usize * group;
     let sums = scratch.sums.chunks_exact(size / PANEL);
     for (row, (sums, total)) in sums.zip(&scratch.total).take(rows).enumerate() {
-        let token = tile.first as usize + row / group;
-        let head = tile.kv_head as usize * group + row % group;
+        let (token, head) = tile.place(row, group);
         let scale = _mm512_set1_ps(1.0 / total);
         for (part, sums) in sums.chunks_exact(2).enumerate() {
             // SAFETY: token and head are the step's and the rank's, so this is inside the output, and this tile's alone.

@@ -174,7 +174,7 @@ pub(super) unsafe fn weigh_rows(
         }
         let lowered = Avx512::splat(now).lowered();
         let each = bent.map(|bent| bent.add(lowered).exp());
-        let factor = first(Avx512::splat(largest).add(lowered).exp());
+        let factor = _mm512_cvtss_f32(Avx512::splat(largest).add(lowered).exp().0);
         // SAFETY: the caller's promise.
         unsafe {
             *kept = factor;
@@ -217,12 +217,6 @@ fn sum(weights: [Avx512; CHUNK / PANEL]) -> f32 {
     }
     let pairs = _mm_hadd_ps(sums, sums);
     _mm_cvtss_f32(_mm_hadd_ps(pairs, pairs))
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn first(numbers: Avx512) -> f32 {
-    _mm512_cvtss_f32(numbers.0)
 }
 
 /// Sixteen weights of one token and of the next, rounded: those of a row side by side.
