@@ -8,10 +8,14 @@ from orchestra._core_held import KvSplit as KvSplit
 from orchestra._core_held import Placement as Placement
 from orchestra._core_held import Reservation as Reservation
 from orchestra._core_held import Ticket as Ticket
+from orchestra._core_kernels import KernelProgram as KernelProgram
 from orchestra._core_kernels import Linear as Linear
 from orchestra._core_kernels import PagedAttention as PagedAttention
 from orchestra._core_kernels import SharedGroup as SharedGroup
+from orchestra._core_kernels import add as add
+from orchestra._core_kernels import begin_recording as begin_recording
 from orchestra._core_kernels import draw as draw
+from orchestra._core_kernels import end_recording as end_recording
 from orchestra._core_kernels import gate as gate
 from orchestra._core_kernels import rms_norm as rms_norm
 from orchestra._core_kernels import rotate as rotate
@@ -48,6 +52,7 @@ __all__ = [
     "BufferManager",
     "Chime",
     "Grant",
+    "KernelProgram",
     "KvFetch",
     "KvPool",
     "KvSplit",
@@ -65,9 +70,12 @@ __all__ = [
     "Transfer",
     "TransferOptions",
     "__version__",
+    "add",
+    "begin_recording",
     "default_scheduler_config",
     "die_with_parent",
     "draw",
+    "end_recording",
     "error_codes",
     "gate",
     "init_logging",

@@ -8,6 +8,36 @@ from collections.abc import Sequence
 from typing import final
 
 @final
+class KernelProgram:
+    """Calls of kernels, noted by `begin_recording`, in their order.
+
+    It knows the tensors' addresses only: whoever runs it has to keep them.
+    """
+
+    def run(self, rows: int) -> None:
+        """Makes the calls for the first `rows` rows of their tensors, at most as many as they were noted for.
+
+        Raises:
+            InvalidRequestError: There are more rows.
+        """
+
+    def __len__(self) -> int:
+        """Calls."""
+
+def begin_recording(rows: int) -> None:
+    """From now on this thread notes calls of kernels instead of making them.
+
+    These are `rms_norm`, `gate`, `add`, `rotate`, `Linear.forward` and `PagedAttention.forward`. Each is of `rows`
+    rows, or raises `InvalidRequestError`; attention is of those of the step that is prepared when the call is made.
+
+    Raises:
+        InvalidRequestError: The thread does so already.
+    """
+
+def end_recording() -> KernelProgram:
+    """Ends that; returns what was noted."""
+
+@final
 class PagedAttention:
     """Attention over the paged KV cache of one rank, on torch's own OpenMP threads where there are some.
 
@@ -245,6 +275,26 @@ def gate(
 
     Raises:
         InvalidRequestError: The dtype or the activation is another.
+    """
+
+def add(
+    dtype: str,
+    shape: tuple[int, int],
+    target_ptr: int,
+    addend_ptr: int,
+    threads: int,
+) -> None:
+    """Adds rows to rows, computed in `float32`.
+
+    Args:
+        dtype: `float32` or `bfloat16`.
+        shape: Rows, numbers of a row.
+        target_ptr: Address of the rows, without gaps; they become the sums.
+        addend_ptr: Address of as many others, without gaps.
+        threads: On how many to compute.
+
+    Raises:
+        InvalidRequestError: The dtype is another.
     """
 
 def rotate(

@@ -275,7 +275,7 @@ def test_bits_do_not_depend_on_company_or_cuts(kind: str, dtype: str, make_rank:
             if builder.sequences["a"].num_computed == len(builder.sequences["a"].tokens):
                 assert computed is not None
                 row = plan.sample_slots.tolist().index(builder.sequences["a"].slot)
-                rows.append(computed[row])
+                rows.append(computed[row].clone())
                 builder.append("a", 7)
         return torch.stack(rows)
 

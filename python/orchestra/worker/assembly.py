@@ -39,6 +39,7 @@ from orchestra.worker.models.decoder import Decoder
 from orchestra.worker.parallel import Communicator, SingleRank, rendezvous
 from orchestra.worker.plan import PlanReader
 from orchestra.worker.plan_channel import Follower, Leader, RankLostError
+from orchestra.worker.recorded_decoder import RECORDED_ROWS, recorded
 from orchestra.worker.renewable_group import AbortableCommunicator, RenewableGroup
 from orchestra.worker.runner import ModelRunner, warm_up_plan
 from orchestra.worker.runner_choice import ModelShape, load_hf, read_model_config
@@ -248,6 +249,7 @@ def build_rank(
         if is_recorded:
             graphs = make_graphs(config, model, attention, max_model_len, place.device)
         if group.context is None:
+            model = recorded(model, attention) if config.record_steps == "auto" else model
             return ModelRunner(model, cache, attention, sampler, place.device, graphs)
         division = ContextAttention(
             *(attention, cache, group.context, config.context), config.context_min_tokens
@@ -440,6 +442,7 @@ def step_bytes(
         heads += 4 * spec.num_kv_heads * spec.head_dim
     per_token = 4 * shape.hidden_size + 3 * shape.mlp_width + heads
     per_sample = 16 * shape.vocab_size
-    numbers = config.step_tokens(device_type) * per_token + config.max_num_seqs * per_sample
+    tokens = config.step_tokens(device_type) + (RECORDED_ROWS if device_type == "cpu" else 0)
+    numbers = tokens * per_token + config.max_num_seqs * per_sample
     attention = workspace_bytes(spec, config.max_num_seqs, longest)
     return numbers * torch.float32.itemsize + attention + LIBRARY_BYTES

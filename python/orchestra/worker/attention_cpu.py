@@ -62,6 +62,11 @@ class CpuPagedAttention:
         """See `AttentionBackend`."""
         self._listener = listener
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody hears of each layer of the step that was prepared last."""
+        return self._watched_step is not None and self._listener is not None
+
     def prepare(self, plan: StepPlan) -> None:
         """Hands the plan's arrays over.
 

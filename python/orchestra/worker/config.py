@@ -62,6 +62,8 @@ class WorkerConfig:
     """What attends over the cache: `torch`, `cpu`, `triton`, or `auto`: the device's kernels where they can compute."""
     cuda_graphs: str = "auto"
     """Whether decode steps are recorded and replayed: `on`, `off`, or `auto`: on a GPU, where one rank computes."""
+    record_steps: str = "auto"
+    """Whether a CPU runs steps of few tokens from a recording of their kernels: `off`, or `auto`: where it can."""
     collectives: str = "auto"
     """What carries the sums of the ranks: `gloo` or `shm` between CPUs, `nccl` or `nvlink` between GPUs, or `auto`:
     memory that the ranks of a node share, where they can."""
@@ -274,6 +276,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
             choices=["auto", "on", "off"],
             default=default.cuda_graphs,
             help="replay recorded decode steps on a GPU; auto: where the worker has one rank and triton attends",
+        ),
+        add(
+            "--record-steps",
+            choices=["auto", "off"],
+            default=default.record_steps,
+            help="run steps of few tokens from a recording of their kernels, on a CPU, where the model can be recorded",
         ),
         add(
             "--collectives",

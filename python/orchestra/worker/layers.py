@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own customary name)
 
-from orchestra.worker import row_kernels
+from orchestra.worker import recording, row_kernels
 from orchestra.worker.linear import make_linear
 from orchestra.worker.loader import WeightReader, empty_weight
 from orchestra.worker.model_config import ModelConfig
@@ -143,7 +143,7 @@ class RowParallel:
         """Maps this rank's `[T, columns]` to the group's `[T, out]`."""
         y = self._linear(x)
         if self._is_shared:
-            self._communicator.all_reduce(y)
+            recording.all_reduce(self._communicator, y)
         return y
 
 
@@ -249,9 +249,13 @@ class VocabHead:
         self._vocab = vocab
         self._communicator = communicator
 
-    def __call__(self, hidden: Tensor) -> Tensor | None:
-        """Maps `[N, H]` to `[N, vocab]` on rank 0, to None elsewhere."""
-        logits = self._communicator.gather_columns(self._linear(hidden))
+    def project(self, hidden: Tensor) -> Tensor:
+        """Maps `[N, H]` to this rank's columns, `[N, rows]`."""
+        return self._linear(hidden)
+
+    def join(self, part: Tensor) -> Tensor | None:
+        """Maps the ranks' columns to `[N, vocab]` on rank 0, to None elsewhere."""
+        logits = self._communicator.gather_columns(part)
         if logits is None:
             return None
         if self._soft_cap is not None:

@@ -73,6 +73,17 @@ def gate(x: Tensor, activation: str) -> Tensor:
     return y
 
 
+def add_(x: Tensor, addend: Tensor) -> Tensor:
+    """Adds `addend` to `x`, both `[T, size]`, in place; returns `x`."""
+    if x.device.type != "cpu" or x.dtype not in KERNEL_DTYPES or not _are_whole(x, addend):
+        return x.add_(addend)
+    _core.add(
+        *(KERNEL_DTYPES[x.dtype], (x.shape[0], x.shape[1])),
+        *(x.data_ptr(), addend.data_ptr(), torch.get_num_threads()),
+    )
+    return x
+
+
 def rotate(heads: Tensor, rotations: Tensor) -> None:
     """Rotates in place.
 
@@ -96,6 +107,10 @@ def rotate(heads: Tensor, rotations: Tensor) -> None:
 def has_whole_heads(x: Tensor) -> bool:
     """Whether the heads of a token of `[T, heads, size]` are one run of numbers."""
     return x.stride(1) == x.shape[2] or x.shape[1] == 1
+
+
+def _are_whole(x: Tensor, addend: Tensor) -> bool:
+    return x.is_contiguous() and addend.is_contiguous() and addend.dtype == x.dtype
 
 
 @cache

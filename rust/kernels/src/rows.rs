@@ -86,6 +86,19 @@ pub struct Rotation<E> {
     pub size: usize,
 }
 
+/// Rows to which others are added.
+#[derive(Clone, Copy, Debug)]
+pub struct Sum<E> {
+    /// `[count, size]`, without gaps.
+    pub target: *mut E,
+    /// `[count, size]`, without gaps; other memory.
+    pub addend: *const E,
+    /// Rows.
+    pub count: usize,
+    /// Numbers of a row.
+    pub size: usize,
+}
+
 /// Something done to one row at a time.
 ///
 /// # Safety
@@ -103,7 +116,7 @@ macro_rules! shared_by_threads {
         unsafe impl<E: Element> Sync for $name<E> {}
     )* };
 }
-shared_by_threads!(Norm, Gate, Rotation);
+shared_by_threads!(Norm, Gate, Rotation, Sum);
 
 /// Normalises: `y = x / sqrt(mean(x^2) + epsilon) * weight` (Zhang and Sennrich, 2019), sums and weight in `f32`.
 ///
@@ -131,6 +144,15 @@ pub unsafe fn gate<E: Element>(gate: &Gate<E>, threads: u32) {
 pub unsafe fn rotate<E: Element>(rotation: &Rotation<E>, threads: u32) {
     // SAFETY: the caller's promise.
     unsafe { run(rotation, threads) }
+}
+
+/// Adds, in `f32`, and rounds.
+///
+/// # Safety
+/// As [`rms_norm`], with the shapes of [`Sum`].
+pub unsafe fn add<E: Element>(sum: &Sum<E>, threads: u32) {
+    // SAFETY: the caller's promise.
+    unsafe { run(sum, threads) }
 }
 
 /// Divides rows by their temperatures and makes probabilities of them, in `f32`.

@@ -3,6 +3,7 @@
 mod attention;
 mod group;
 mod linear;
+mod recording;
 mod rows;
 
 use orchestra_core::{ErrorCode, config::ConfigIssue};
@@ -12,7 +13,8 @@ pub(crate) use self::{
     attention::PagedAttention,
     group::SharedGroup,
     linear::Linear,
-    rows::{draw, gate, rms_norm, rotate, softmax},
+    recording::{KernelProgram, begin_recording, end_recording},
+    rows::{add, draw, gate, rms_norm, rotate, softmax},
 };
 use crate::errors::Failure;
 

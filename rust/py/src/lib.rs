@@ -30,7 +30,10 @@ mod _core {
     use super::{
         agent::Agent,
         errors::error_codes,
-        kernels::{Linear, PagedAttention, SharedGroup, draw, gate, rms_norm, rotate, softmax},
+        kernels::{
+            KernelProgram, Linear, PagedAttention, SharedGroup, add, begin_recording, draw,
+            end_recording, gate, rms_norm, rotate, softmax,
+        },
         kv_pool::KvPool,
         memory::{
             BlockPool, BlockSet, BlockView, BufferManager, Chime, Grant, MemoryTransfer,

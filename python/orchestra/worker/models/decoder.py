@@ -51,6 +51,9 @@ class Layer(Protocol):
         ...
 
 
+Rotations = dict[RotaryTable, Tensor]
+"""How the tokens of a step are turned, by each of a model's tables."""
+
 LoadLayer = Callable[[LoadContext, int, ModelConfig], Layer]
 """Loads `model.layers.<index>`."""
 
@@ -172,21 +175,49 @@ class Decoder:
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, rows: Tensor | None
     ) -> Tensor | None:
         """Runs one step; see `models.Model`."""
-        hidden = self._entry(token_ids)
-        rotations = {table: table(positions) for table in set(self._rotaries)}
-        for layer, table in zip(self._layers[:-1], self._rotaries[:-1], strict=True):
-            hidden = layer.finish(hidden, layer.attend(hidden, rotations[table], attention))
-        # Every token leaves its KV in the last layer too, but only those that are sampled go further.
-        last = self._layers[-1]
-        attended = last.attend(hidden, rotations[self._rotaries[-1]], attention)
-        if not isinstance(self._after, Head):
-            self._after.send(last.finish(hidden, attended))
-            return None
-        if rows is not None:
+        hidden, rotations = self.enter(token_ids, positions)
+        hidden, attended = self.attend(hidden, rotations, attention)
+        if rows is not None and self.is_last:
             if rows.shape[0] == 0:
                 return None
             hidden, attended = hidden.index_select(0, rows), attended.index_select(0, rows)
-        return self._after(last.finish(hidden, attended))
+        return self.leave(self.finish(hidden, attended))
+
+    # The four parts of a step, of which the two in the middle are kernels and sums over the ranks alone.
+
+    def enter(self, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, Rotations]:
+        """What goes into the layers: `[T, H]`, and how their heads are turned."""
+        hidden = self._entry(token_ids)
+        return hidden, {table: table(positions) for table in set(self._rotaries)}
+
+    def attend(
+        self, hidden: Tensor, rotations: Rotations, attention: AttentionBackend
+    ) -> tuple[Tensor, Tensor]:
+        """All layers up to the last one's attention: its input `[T, H]`, and `[T, heads * head_dim]`.
+
+        Every token leaves its KV in the last layer too, but only those that are sampled need go further.
+        """
+        for layer, table in zip(self._layers[:-1], self._rotaries[:-1], strict=True):
+            hidden = layer.finish(hidden, layer.attend(hidden, rotations[table], attention))
+        attended = self._layers[-1].attend(hidden, rotations[self._rotaries[-1]], attention)
+        return hidden, attended
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The rest, for any of the tokens: `[N, H]`, or of the last stage this rank's columns of the logits."""
+        finished = self._layers[-1].finish(hidden, attended)
+        return self._after.project(finished) if isinstance(self._after, Head) else finished
+
+    def leave(self, finished: Tensor) -> Tensor | None:
+        """Hands that on: to the next stage, or to the rank that draws, where it is the logits."""
+        if isinstance(self._after, Head):
+            return self._after.join(finished)
+        self._after.send(finished)
+        return None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether logits come out."""
+        return isinstance(self._after, Head)
 
 
 class Head:
@@ -210,9 +241,13 @@ class Head:
             weight = load_vocab_rows(context, name, vocab, hidden)
         return cls(norm, VocabHead(weight, vocab, context.communicator, config.logit_soft_cap))
 
-    def __call__(self, hidden: Tensor) -> Tensor | None:
-        """Maps `[N, H]` to `[N, vocab]` on the stage's first rank, to None elsewhere."""
-        return self._head(self._norm(hidden))
+    def project(self, hidden: Tensor) -> Tensor:
+        """Maps `[N, H]` to this rank's columns of the logits."""
+        return self._head.project(self._norm(hidden))
+
+    def join(self, part: Tensor) -> Tensor | None:
+        """Maps the ranks' columns to `[N, vocab]` on the stage's first rank, to None elsewhere."""
+        return self._head.join(part)
 
 
 class FormerStage:

@@ -9,6 +9,7 @@ from orchestra.worker.experts import ExpertNames, SparseMLP
 from orchestra.worker.latent_attention import LatentAttention
 from orchestra.worker.layers import GatedMLP, LoadContext, Op, RMSNorm, RowParallel
 from orchestra.worker.model_config import ModelConfig
+from orchestra.worker.row_kernels import add_
 
 _EXPERTS = ExpertNames(gate="gate_proj", up="up_proj", down="down_proj")
 
@@ -55,4 +56,4 @@ class DeepseekLayer:
         """See `decoder.Layer`."""
         total = self.output(attended)
         normalised = self.mlp_norm.after_sum(total, hidden)
-        return self.mlp(normalised).add_(total)
+        return add_(self.mlp(normalised), total)

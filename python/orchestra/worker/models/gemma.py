@@ -11,6 +11,7 @@ from torch import Tensor
 from orchestra.worker.attention import AttentionBackend
 from orchestra.worker.layers import GatedMLP, LoadContext, RMSNorm, RowParallel
 from orchestra.worker.model_config import ModelConfig
+from orchestra.worker.row_kernels import add_
 from orchestra.worker.self_attention import SelfAttention, load_output
 
 
@@ -52,4 +53,4 @@ class GemmaLayer:
         """See `decoder.Layer`."""
         total = self.output_norm(self.output(attended))
         normalised = self.mlp_norm.after_sum(total, hidden)
-        return self.mlp_output_norm(self.mlp(normalised)).add_(total)
+        return add_(self.mlp_output_norm(self.mlp(normalised)), total)

@@ -7,6 +7,7 @@ from torch import Tensor
 from orchestra.worker.attention import AttentionBackend
 from orchestra.worker.layers import GatedMLP, LoadContext, Op, RMSNorm, RowParallel
 from orchestra.worker.model_config import ModelConfig
+from orchestra.worker.row_kernels import add_
 from orchestra.worker.self_attention import SelfAttention, load_output
 
 
@@ -46,4 +47,4 @@ class LlamaLayer:
         """See `decoder.Layer`."""
         total = self.output(attended)
         normalised = self.mlp_norm.after_sum(total, hidden)
-        return self.mlp(normalised).add_(total)
+        return add_(self.mlp(normalised), total)

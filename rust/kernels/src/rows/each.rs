@@ -10,7 +10,7 @@
     reason = "becomes part of a kernel for each kind of processor"
 )]
 
-use super::{Activation, Gate, Norm, Rotation, Work};
+use super::{Activation, Gate, Norm, Rotation, Sum, Work};
 use crate::{
     element::Element,
     simd::{LANES, Lanes},
@@ -135,6 +135,26 @@ impl Activation {
                 let inner = cube.mul_add(L::splat(0.044_715), x);
                 let bent = inner.mul(L::splat(0.797_884_6)).tanh();
                 x.mul(L::splat(0.5)).mul(bent.add(one))
+            }
+        }
+    }
+}
+
+impl<E: Element> Work for Sum<E> {
+    fn shape(&self) -> (usize, usize) {
+        (self.count, self.size)
+    }
+
+    #[inline(always)]
+    unsafe fn row<L: Lanes>(&self, row: usize) {
+        for at in (0..self.size).step_by(LANES) {
+            let left = self.size - at;
+            // SAFETY: the row is there, in both, and so many are left of it.
+            unsafe {
+                let target = self.target.add(row * self.size + at);
+                let addend = self.addend.add(row * self.size + at);
+                let sum = load::<L, E>(target, left).add(load::<L, E>(addend, left));
+                store(sum, target, left);
             }
         }
     }

@@ -5,7 +5,10 @@
     reason = "sees the memory of tensors, whose addresses Python gives"
 )]
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU32, Ordering},
+};
 
 use orchestra_kernels::{
     Attention, AttentionConfig, AttentionError, Element, Processor, Rule, StepArrays,
@@ -13,7 +16,7 @@ use orchestra_kernels::{
 };
 use pyo3::prelude::*;
 
-use super::{Dtype, with_numbers};
+use super::{Dtype, recording::call_or_note_prepared, with_numbers};
 use crate::errors::Failure;
 
 impl From<AttentionError> for Failure {
@@ -28,7 +31,11 @@ type LayerRow = (usize, Option<usize>, Option<f32>, Option<f32>);
 /// Paged attention of one rank, on the CPU.
 #[pyclass(frozen, module = "orchestra._core")]
 pub(crate) struct PagedAttention {
-    inner: Attention,
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    attention: Attention,
     dtype: Dtype,
     layers: Vec<(usize, Rule)>,
     threads: AtomicU32,
@@ -61,8 +68,8 @@ impl PagedAttention {
             };
             (cache, rule)
         };
-        Ok(Self {
-            inner: if portable {
+        let inner = Inner {
+            attention: if portable {
                 attention.on(Processor::PORTABLE)
             } else {
                 attention
@@ -70,6 +77,9 @@ impl PagedAttention {
             dtype: Dtype::read(dtype)?,
             layers: layers.into_iter().map(layer).collect(),
             threads: AtomicU32::new(1),
+        };
+        Ok(Self {
+            inner: Arc::new(inner),
         })
     }
 
@@ -82,7 +92,7 @@ impl PagedAttention {
         block_tables: &[u8],
         threads: u32,
     ) -> PyResult<()> {
-        self.threads.store(threads, Ordering::Relaxed);
+        self.inner.threads.store(threads, Ordering::Relaxed);
         let arrays = [slot_mapping, query_start, context_lens, block_tables].map(int32);
         let [slot_mapping, query_start, context_lens, block_tables] = &arrays;
         let arrays = StepArrays {
@@ -91,7 +101,11 @@ impl PagedAttention {
             context_lens,
             block_tables,
         };
-        Ok(self.inner.prepare(&arrays).map_err(Failure::from)?)
+        Ok(self
+            .inner
+            .attention
+            .prepare(&arrays)
+            .map_err(Failure::from)?)
     }
 
     /// Writes a layer's new KV to the cache and attends over it.
@@ -109,11 +123,10 @@ impl PagedAttention {
         key_value_stride: usize,
         output_ptr: usize,
     ) -> PyResult<()> {
-        let Some((cache, rule)) = self.layers.get(layer) else {
-            let message = format!("layer: {layer} of {}", self.layers.len());
+        let Some((cache, _)) = self.inner.layers.get(layer) else {
+            let message = format!("layer: {layer} of {}", self.inner.layers.len());
             return Err(Failure::invalid("layer", message).into());
         };
-        let threads = self.threads.load(Ordering::Relaxed);
         let tensors = [
             query_ptr,
             query_stride,
@@ -122,8 +135,15 @@ impl PagedAttention {
             *cache,
             output_ptr,
         ];
-        py.detach(|| with_numbers!(self.dtype, attend(&self.inner, rule, tensors, threads)));
-        Ok(())
+        let inner = Arc::clone(&self.inner);
+        call_or_note_prepared(py, move || {
+            let threads = inner.threads.load(Ordering::Relaxed);
+            let (_, rule) = &inner.layers[layer];
+            with_numbers!(
+                inner.dtype,
+                attend(&inner.attention, rule, tensors, threads)
+            );
+        })
     }
 }
 

@@ -5,16 +5,18 @@
     reason = "sees the memory of tensors, whose addresses Python gives"
 )]
 
+use std::sync::Arc;
+
 use orchestra_kernels::{PairLinear, Processor, linear::Rows, pairs::Unit};
 use pyo3::prelude::*;
 
-use super::Dtype;
+use super::{Dtype, recording::call_or_note};
 use crate::errors::Failure;
 
 /// A linear layer on the CPU, its weights laid out for the kernel.
 #[pyclass(frozen, module = "orchestra._core")]
 pub(crate) struct Linear {
-    inner: Inner,
+    inner: Arc<Inner>,
 }
 
 enum Inner {
@@ -54,7 +56,9 @@ impl Linear {
                 }
             },
         })?;
-        Ok(Self { inner })
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
     }
 
     /// Computes some rows.
@@ -65,22 +69,28 @@ impl Linear {
         input: (usize, usize),
         output_ptr: usize,
         threads: u32,
-    ) {
-        py.detach(|| {
+    ) -> PyResult<()> {
+        let layer = Arc::clone(&self.inner);
+        call_or_note(py, count, move |count| {
             // SAFETY: the caller says that these are tensors of these rows, in the layer's numbers, and leaves them alone
             // until the call returns: the contract of `_core.pyi`.
-            unsafe {
-                match &self.inner {
-                    Inner::Float32(layer) => {
-                        layer.forward(&rows(count, input, output_ptr), threads);
-                    }
-                    Inner::Bfloat16(layer) => {
-                        layer.forward(&rows(count, input, output_ptr), threads);
-                    }
-                    Inner::Pairs(layer) => layer.forward(&rows(count, input, output_ptr), threads),
-                }
+            unsafe { layer.forward(count, input, output_ptr, threads) }
+        })
+    }
+}
+
+impl Inner {
+    /// # Safety
+    /// As `orchestra_kernels::Linear::forward`.
+    unsafe fn forward(&self, count: usize, input: (usize, usize), output: usize, threads: u32) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                Self::Float32(layer) => layer.forward(&rows(count, input, output), threads),
+                Self::Bfloat16(layer) => layer.forward(&rows(count, input, output), threads),
+                Self::Pairs(layer) => layer.forward(&rows(count, input, output), threads),
             }
-        });
+        }
     }
 }
 

@@ -11,11 +11,11 @@
 
 use orchestra_kernels::{
     Element,
-    rows::{self, Activation, Draw, Gate, Norm, Rotation, Softmax},
+    rows::{self, Activation, Draw, Gate, Norm, Rotation, Softmax, Sum},
 };
 use pyo3::prelude::*;
 
-use super::{Dtype, with_numbers};
+use super::{Dtype, recording::call_or_note, with_numbers};
 use crate::errors::Failure;
 
 /// Normalises rows by the root of their mean square.
@@ -31,13 +31,14 @@ pub(crate) fn rms_norm(
     threads: u32,
 ) -> PyResult<()> {
     let dtype = Dtype::read(dtype)?;
-    py.detach(|| {
+    let (count, groups, size) = shape;
+    call_or_note(py, count, move |count| {
+        let shape = (count, groups, size);
         with_numbers!(
             dtype,
             normalise(shape, input, addend_ptr, weight, output, threads)
         );
-    });
-    Ok(())
+    })
 }
 
 /// # Safety
@@ -86,13 +87,14 @@ pub(crate) fn gate(
             return Err(Failure::invalid("activation", message).into());
         }
     };
-    py.detach(|| {
+    let (count, size) = shape;
+    call_or_note(py, count, move |count| {
+        let shape = (count, size);
         with_numbers!(
             dtype,
             bend(shape, activation, input_ptr, output_ptr, threads)
         );
-    });
-    Ok(())
+    })
 }
 
 /// # Safety
@@ -126,10 +128,11 @@ pub(crate) fn rotate(
     threads: u32,
 ) -> PyResult<()> {
     let dtype = Dtype::read(dtype)?;
-    py.detach(|| {
+    let (count, num_heads, size) = shape;
+    call_or_note(py, count, move |count| {
+        let shape = (count, num_heads, size);
         with_numbers!(dtype, turn(shape, heads, angles_ptr, threads));
-    });
-    Ok(())
+    })
 }
 
 /// # Safety
@@ -150,6 +153,42 @@ unsafe fn turn<E: Element>(
     };
     // SAFETY: the caller's promise.
     unsafe { rows::rotate(&rotation, threads) }
+}
+
+/// Adds rows to rows.
+#[pyfunction]
+pub(crate) fn add(
+    py: Python<'_>,
+    dtype: &str,
+    shape: (usize, usize),
+    target_ptr: usize,
+    addend_ptr: usize,
+    threads: u32,
+) -> PyResult<()> {
+    let dtype = Dtype::read(dtype)?;
+    let (count, size) = shape;
+    call_or_note(py, count, move |count| {
+        let shape = (count, size);
+        with_numbers!(dtype, add_up(shape, target_ptr, addend_ptr, threads));
+    })
+}
+
+/// # Safety
+/// As `rows::add`.
+unsafe fn add_up<E: Element>(
+    (count, size): (usize, usize),
+    target: usize,
+    addend: usize,
+    threads: u32,
+) {
+    let sum = Sum {
+        target: target as *mut E,
+        addend: addend as *const E,
+        count,
+        size,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { rows::add(&sum, threads) }
 }
 
 /// Makes probabilities of logits.

@@ -1,0 +1,151 @@
+"""Records what a computation of our kernels calls, so that it can be repeated without Python between the calls.
+
+What CUDA graphs are to a GPU: a decode step of a small model takes Python half as long as it takes the kernels. While a
+`Recorder` is entered, kernels note their calls instead of computing; tensors are made in memory that the recording
+keeps, where no two that are needed at a time lie on each other; and whatever torch itself would compute is refused.
+Sums over the ranks stand between the kernels' calls and are called anew each time.
+"""
+
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from orchestra import _core
+from orchestra.worker.parallel import Communicator
+
+# Where buffers begin: at the kernels' widest vectors, and at cache lines.
+_ALIGNMENT = 64
+
+_NEW_EMPTY = torch.ops.aten.new_empty.default
+_EMPTY_LIKE = torch.ops.aten.empty_like.default
+
+Part = Callable[[int], None]
+"""Some of a recording's calls, for so many rows."""
+
+
+class NotRecordableError(Exception):
+    """A computation does something that is not one of our kernels."""
+
+
+class Buffers:
+    """Memory for the tensors of a recording: what a tensor had goes to a later one of the same size.
+
+    A tensor's memory is free when nothing in Python has it, nor a view of it.
+    """
+
+    def __init__(self) -> None:
+        self._free: defaultdict[int, list[np.ndarray[Any, Any]]] = defaultdict(list)
+        self._at: dict[int, np.ndarray[Any, Any]] = {}
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor without gaps, of whatever numbers."""
+        count = math.prod(shape)
+        size = count * dtype.itemsize
+        free = self._free[size]
+        memory = free.pop() if free else self._allocate(size)
+        # The tensor keeps this view, and only it: the end of the one is the end of the other.
+        view = memory.view()
+        weakref.finalize(view, free.append, memory)
+        return torch.frombuffer(view, dtype=dtype, count=count).view(*shape)
+
+    def alias(self, tensor: Tensor) -> Tensor:
+        """The same tensor, which does not keep its memory from being taken again."""
+        memory = self._at[tensor.data_ptr()]
+        return torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel()).view_as(tensor)
+
+    def _allocate(self, size: int) -> np.ndarray[Any, Any]:
+        room = np.zeros(size + _ALIGNMENT, np.uint8)
+        begin = -room.ctypes.data % _ALIGNMENT
+        memory = room[begin : begin + size]
+        self._at[memory.ctypes.data] = memory
+        return memory
+
+
+class Recorder(TorchDispatchMode):
+    """Records one computation: `with Recorder(rows) as recorder: …`, then `recorder.parts`.
+
+    One thread of a process computes, and records.
+
+    Args:
+        rows: of the tensors, in their first dimension; a part can be called for fewer.
+        buffers: where the tensors go.
+
+    Raises:
+        NotRecordableError: on leaving or before, the computation is not of our kernels alone.
+    """
+
+    active: ClassVar["Recorder | None"] = None
+
+    def __init__(self, rows: int, buffers: Buffers) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.parts: list[Part] = []
+        """The calls in their order; the recorded tensors have to be kept for as long."""
+        self._rows = rows
+        self._buffers = buffers
+
+    def __enter__(self) -> Self:
+        """Begins."""
+        _core.begin_recording(self._rows)
+        Recorder.active = self
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Ends."""
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        Recorder.active = None
+        self._end_part()
+
+    def all_reduce(self, communicator: Communicator, tensor: Tensor) -> None:
+        """Notes that `tensor` is to be added up over the ranks."""
+        self._end_part()
+        whole = self._buffers.alias(tensor)
+        self.parts.append(lambda rows: communicator.all_reduce(whole[:rows]))
+        _core.begin_recording(self._rows)
+
+    def _end_part(self) -> None:
+        program = _core.end_recording()
+        if len(program):
+            self.parts.append(program.run)
+
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Makes tensors, and views of them."""
+        kwargs = kwargs or {}
+        if function in (_NEW_EMPTY, _EMPTY_LIKE):
+            shape = args[1] if function is _NEW_EMPTY else args[0].shape
+            return self._buffers.take(shape, kwargs.get("dtype") or args[0].dtype)
+        if not function.is_view:
+            raise NotRecordableError(f"torch computes {function}")
+        result = function(*args, **kwargs)
+        parts = result if isinstance(result, (list, tuple)) else [result]
+        memory = args[0].untyped_storage().data_ptr()
+        if any(part.untyped_storage().data_ptr() != memory for part in parts):
+            raise NotRecordableError(f"torch copies in {function}")
+        return result
+
+
+def all_reduce(communicator: Communicator, tensor: Tensor) -> None:
+    """Replaces `tensor` by its sum over all ranks; where a step is recorded, when that is repeated."""
+    if Recorder.active is None:
+        communicator.all_reduce(tensor)
+    else:
+        Recorder.active.all_reduce(communicator, tensor)
