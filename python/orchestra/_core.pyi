@@ -13,6 +13,7 @@ from orchestra._core_kernels import Linear as Linear
 from orchestra._core_kernels import PagedAttention as PagedAttention
 from orchestra._core_kernels import SharedGroup as SharedGroup
 from orchestra._core_kernels import add as add
+from orchestra._core_kernels import argmax as argmax
 from orchestra._core_kernels import begin_recording as begin_recording
 from orchestra._core_kernels import draw as draw
 from orchestra._core_kernels import end_recording as end_recording
@@ -71,6 +72,7 @@ __all__ = [
     "TransferOptions",
     "__version__",
     "add",
+    "argmax",
     "begin_recording",
     "default_scheduler_config",
     "die_with_parent",

@@ -317,9 +317,30 @@ def rotate(
         InvalidRequestError: The dtype is another.
     """
 
-def softmax(
+def argmax(
+    dtype: str,
     shape: tuple[int, int],
-    logits_ptr: int,
+    logits: tuple[int, int],
+    tokens_ptr: int,
+    threads: int,
+) -> None:
+    """Finds the largest number of each row, the first of equals. What is no number does not count.
+
+    Args:
+        dtype: `float32` or `bfloat16`.
+        shape: Rows, numbers of a row.
+        logits: Address of the first row, and numbers from one row to the next one.
+        tokens_ptr: Where `int64[rows]` goes.
+        threads: On how many to compute.
+
+    Raises:
+        InvalidRequestError: The dtype is another.
+    """
+
+def softmax(
+    dtype: str,
+    shape: tuple[int, int],
+    logits: tuple[int, int],
     temperatures_ptr: int,
     probabilities_ptr: int,
     threads: int,
@@ -327,11 +348,15 @@ def softmax(
     """Divides rows of logits by their temperatures and makes probabilities of them.
 
     Args:
+        dtype: `float32` or `bfloat16`, of the logits.
         shape: Rows, numbers of a row.
-        logits_ptr: Address of `float32[rows, numbers]`, without gaps.
+        logits: Address of the first row, and numbers from one row to the next one.
         temperatures_ptr: Address of `float32[rows]`, above 0.
         probabilities_ptr: Where `float32[rows, numbers]` goes.
         threads: On how many to compute.
+
+    Raises:
+        InvalidRequestError: The dtype is another.
     """
 
 def draw(

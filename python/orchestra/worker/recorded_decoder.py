@@ -71,7 +71,7 @@ class RecordedDecoder:
         hidden, rotations = self._decoder.enter(token_ids, positions)
         recording = self._recording or self._record(hidden, rotations)
         if recording is None:
-            return self._decoder.forward(token_ids, positions, attention, rows)
+            return self._decoder.run(hidden, rotations, attention, rows)
         return self._run(recording, hidden, rotations, rows)
 
     def _run(

@@ -7,11 +7,12 @@ Sums over the ranks stand between the kernels' calls and are called anew each ti
 """
 
 import math
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -33,6 +34,15 @@ Part = Callable[[int], None]
 
 class NotRecordableError(Exception):
     """A computation does something that is not one of our kernels."""
+
+
+class _Thread(threading.local):
+    """What is said of one thread."""
+
+    recorder: "Recorder | None" = None
+
+
+_here = _Thread()
 
 
 class Buffers:
@@ -70,9 +80,7 @@ class Buffers:
 
 
 class Recorder(TorchDispatchMode):
-    """Records one computation: `with Recorder(rows) as recorder: …`, then `recorder.parts`.
-
-    One thread of a process computes, and records.
+    """Records what a thread computes: `with Recorder(rows, buffers) as recorder: …`, then `recorder.parts`.
 
     Args:
         rows: of the tensors, in their first dimension; a part can be called for fewer.
@@ -81,8 +89,6 @@ class Recorder(TorchDispatchMode):
     Raises:
         NotRecordableError: on leaving or before, the computation is not of our kernels alone.
     """
-
-    active: ClassVar["Recorder | None"] = None
 
     def __init__(self, rows: int, buffers: Buffers) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -94,7 +100,7 @@ class Recorder(TorchDispatchMode):
     def __enter__(self) -> Self:
         """Begins."""
         _core.begin_recording(self._rows)
-        Recorder.active = self
+        _here.recorder = self
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -106,7 +112,7 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         """Ends."""
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
-        Recorder.active = None
+        _here.recorder = None
         self._end_part()
 
     def all_reduce(self, communicator: Communicator, tensor: Tensor) -> None:
@@ -145,7 +151,7 @@ class Recorder(TorchDispatchMode):
 
 def all_reduce(communicator: Communicator, tensor: Tensor) -> None:
     """Replaces `tensor` by its sum over all ranks; where a step is recorded, when that is repeated."""
-    if Recorder.active is None:
+    if _here.recorder is None:
         communicator.all_reduce(tensor)
     else:
-        Recorder.active.all_reduce(communicator, tensor)
+        _here.recorder.all_reduce(communicator, tensor)

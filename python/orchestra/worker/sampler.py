@@ -43,6 +43,8 @@ class Sampler:
         self._top_k = np.full(max_num_seqs, vocab_size, np.int64)
         self._seed = np.zeros(max_num_seqs, np.uint64)
         self._has_bias = np.zeros(max_num_seqs, np.bool_)
+        # Takes the likeliest token, whatever came before it.
+        self._is_plain = np.zeros(max_num_seqs, np.bool_)
         self._bias: dict[int, tuple[NDArray[np.int64], Float32Array]] = {}
         self._history = TokenHistory(vocab_size, max_num_seqs, device)
 
@@ -57,6 +59,8 @@ class Sampler:
             self._seed[slot] = start.seed
             self._history.start(start)
             self._has_bias[slot] = len(start.logit_bias_ids) > 0
+            is_greedy = start.temperature < sampling.GREEDY_BELOW
+            self._is_plain[slot] = is_greedy and not (self._has_bias[slot] or start.has_penalties)
             self._bias.pop(slot, None)
             if self._has_bias[slot]:
                 ids = start.logit_bias_ids.astype(np.int64)
@@ -77,7 +81,10 @@ class Sampler:
             positions: `[N]`, that the tokens will have.
             num_top_logprobs: alternatives to report; -1: no log-probabilities at all.
         """
-        logits = logits.float()
+        if num_top_logprobs < 0 and self._is_plain[slots].all():
+            # Most steps of most services; Python's part of the rest would cost more than the numbers do.
+            token_ids = sampling.argmax(logits).int().cpu().numpy()
+            return StepOutput(token_ids, _NO_FLOATS, _NO_INTS, _NO_FLOATS)
         edited = self._add_bias(logits, slots)
         edited = self._history.penalise(edited, slots)
         tokens = self._draw(edited, slots, positions)
@@ -160,7 +167,7 @@ class Sampler:
         row_index = self._tensor(np.repeat(rows, [len(ids) for ids, _ in biases]))
         token_index = self._tensor(np.concatenate([ids for ids, _ in biases]))
         values = self._tensor(np.concatenate([values for _, values in biases]))
-        return logits.index_put((row_index, token_index), values, accumulate=True)
+        return logits.float().index_put((row_index, token_index), values, accumulate=True)
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return send(array, self._device)
@@ -173,7 +180,7 @@ def _pack(logits: Tensor, tokens: Tensor, num_alternatives: int) -> Tensor:
     """
     columns = [tokens.int().unsqueeze(1)]
     if num_alternatives >= 0:
-        logprobs = torch.log_softmax(logits, 1)
+        logprobs = torch.log_softmax(logits, 1, dtype=torch.float32)
         top = logprobs.topk(num_alternatives, 1)
         chosen = logprobs.gather(1, tokens.clamp(min=0).unsqueeze(1))
         columns += [chosen.view(torch.int32), top.values.view(torch.int32), top.indices.int()]

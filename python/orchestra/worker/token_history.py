@@ -57,6 +57,7 @@ class TokenHistory:
         has_row = rows != _NO_ROW
         if not has_row.any():
             return logits
+        logits = logits.float()
         index = self._tensor(rows[has_row])
         penalties = self._tensor(self._penalties[slots[has_row]])
         samples = self._tensor(np.flatnonzero(has_row))

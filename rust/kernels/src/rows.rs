@@ -9,7 +9,7 @@
 mod draws;
 mod each;
 
-pub use self::draws::{Draw, Softmax};
+pub use self::draws::{Best, Draw, Logits, Softmax};
 
 use crate::{
     element::Element,
@@ -155,11 +155,21 @@ pub unsafe fn add<E: Element>(sum: &Sum<E>, threads: u32) {
     unsafe { run(sum, threads) }
 }
 
+/// Finds the largest number of each row, the first of equals; one that is NaN only where no other is a number above
+/// negative infinity.
+///
+/// # Safety
+/// As [`rms_norm`], with the shapes of [`Best`].
+pub unsafe fn argmax<E: Element>(best: &Best<E>, threads: u32) {
+    // SAFETY: the caller's promise.
+    unsafe { run(best, threads) }
+}
+
 /// Divides rows by their temperatures and makes probabilities of them, in `f32`.
 ///
 /// # Safety
 /// As [`rms_norm`], with the shapes of [`Softmax`].
-pub unsafe fn softmax(softmax: &Softmax, threads: u32) {
+pub unsafe fn softmax<E: Element>(softmax: &Softmax<E>, threads: u32) {
     // SAFETY: the caller's promise.
     unsafe { run(softmax, threads) }
 }

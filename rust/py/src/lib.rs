@@ -31,7 +31,7 @@ mod _core {
         agent::Agent,
         errors::error_codes,
         kernels::{
-            KernelProgram, Linear, PagedAttention, SharedGroup, add, begin_recording, draw,
+            KernelProgram, Linear, PagedAttention, SharedGroup, add, argmax, begin_recording, draw,
             end_recording, gate, rms_norm, rotate, softmax,
         },
         kv_pool::KvPool,

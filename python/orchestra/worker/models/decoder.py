@@ -175,7 +175,12 @@ class Decoder:
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, rows: Tensor | None
     ) -> Tensor | None:
         """Runs one step; see `models.Model`."""
-        hidden, rotations = self.enter(token_ids, positions)
+        return self.run(*self.enter(token_ids, positions), attention, rows)
+
+    def run(
+        self, hidden: Tensor, rotations: Rotations, attention: AttentionBackend, rows: Tensor | None
+    ) -> Tensor | None:
+        """The rest of a step behind `enter`."""
         hidden, attended = self.attend(hidden, rotations, attention)
         if rows is not None and self.is_last:
             if rows.shape[0] == 0:
@@ -183,7 +188,7 @@ class Decoder:
             hidden, attended = hidden.index_select(0, rows), attended.index_select(0, rows)
         return self.leave(self.finish(hidden, attended))
 
-    # The four parts of a step, of which the two in the middle are kernels and sums over the ranks alone.
+    # The four parts of a step, of which the two in the middle may be kernels and sums over the ranks alone.
 
     def enter(self, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, Rotations]:
         """What goes into the layers: `[T, H]`, and how their heads are turned."""

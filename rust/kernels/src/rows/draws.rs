@@ -1,4 +1,4 @@
-//! Tokens out of logits: a softmax, and the inversion of its distribution function.
+//! Tokens out of logits: the likeliest one; or a softmax, and the inversion of its distribution function.
 
 #![expect(
     unsafe_code,
@@ -9,29 +9,50 @@
     reason = "becomes part of a kernel for each kind of processor"
 )]
 
-use std::slice;
+use std::{ops::Range, slice};
 
 use super::Work;
-use crate::simd::{LANES, Lanes};
+use crate::{
+    element::Element,
+    simd::{LANES, Lanes},
+};
 
-/// Probabilities that are added up together, before the one that is looked for is searched among them.
+/// Numbers that are added up or compared together, before the one that is looked for is searched among them.
 const BLOCK: usize = 256;
 /// Sums that run side by side, for none to wait for another.
 const CHAINS: usize = 4;
 
-/// Rows of logits that become probabilities.
+/// Rows of logits.
 #[derive(Clone, Copy, Debug)]
-pub struct Softmax {
-    /// `[count, size]`, without gaps.
-    pub logits: *const f32,
-    /// `[count]`, above 0: divides the logits of a row.
-    pub temperatures: *const f32,
-    /// `[count, size]`, without gaps.
-    pub probabilities: *mut f32,
+pub struct Logits<E> {
+    /// `[count, size]`
+    pub numbers: *const E,
+    /// Numbers from one row to the next one.
+    pub stride: usize,
     /// Rows.
     pub count: usize,
     /// Numbers of a row.
     pub size: usize,
+}
+
+/// Rows of logits of which the largest are looked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Best<E> {
+    /// What is compared.
+    pub logits: Logits<E>,
+    /// `[count]`
+    pub tokens: *mut i64,
+}
+
+/// Rows of logits that become probabilities.
+#[derive(Clone, Copy, Debug)]
+pub struct Softmax<E> {
+    /// What they are made of.
+    pub logits: Logits<E>,
+    /// `[count]`, above 0: divides the logits of a row.
+    pub temperatures: *const f32,
+    /// `[count, size]`, without gaps.
+    pub probabilities: *mut f32,
 }
 
 /// Rows of probabilities from which a token each is drawn.
@@ -50,50 +71,113 @@ pub struct Draw {
 }
 
 // SAFETY: threads read the same rows, and each writes rows that no other has.
-unsafe impl Sync for Softmax {}
+unsafe impl<E: Element> Sync for Best<E> {}
+// SAFETY: as above.
+unsafe impl<E: Element> Sync for Softmax<E> {}
 // SAFETY: as above.
 unsafe impl Sync for Draw {}
 
-impl Work for Softmax {
+impl<E: Element> Logits<E> {
+    /// Eight numbers of a row; where fewer are left, the others are less than any.
+    ///
+    /// # Safety
+    /// The row is one of these, and at least one is left of it.
+    #[inline(always)]
+    unsafe fn eight<L: Lanes>(&self, row: usize, at: usize) -> L {
+        // SAFETY: the caller's promise.
+        let from = unsafe { self.numbers.add(row * self.stride + at) };
+        let left = self.size - at;
+        if left >= LANES {
+            // SAFETY: so many are left.
+            return unsafe { E::load(from) };
+        }
+        let mut numbers = [f32::NEG_INFINITY; LANES];
+        for (at, number) in numbers[..left].iter_mut().enumerate() {
+            // SAFETY: so many are left.
+            *number = unsafe { from.add(at).read() }.widen();
+        }
+        // SAFETY: there are eight.
+        unsafe { L::load(numbers.as_ptr()) }
+    }
+
+    /// The largest of some numbers of a row; those that are no numbers do not count.
+    ///
+    /// # Safety
+    /// The row is one of these, and so is the range.
+    #[inline(always)]
+    unsafe fn largest<L: Lanes>(&self, row: usize, range: Range<usize>) -> f32 {
+        let mut most = [L::splat(f32::NEG_INFINITY); CHAINS];
+        for (step, at) in range.step_by(LANES).enumerate() {
+            // SAFETY: the caller's promise.
+            let numbers = unsafe { self.eight::<L>(row, at) };
+            most[step % CHAINS] = numbers.max(most[step % CHAINS]);
+        }
+        most[0].max(most[1]).max(most[2].max(most[3])).largest()
+    }
+}
+
+impl<E: Element> Work for Best<E> {
     fn shape(&self) -> (usize, usize) {
-        (self.count, self.size)
+        (self.logits.count, self.logits.size)
     }
 
     #[inline(always)]
     unsafe fn row<L: Lanes>(&self, row: usize) {
-        // SAFETY: the row is one of these, and this thread's alone.
-        let (logits, probabilities, temperature) = unsafe {
-            (
-                slice::from_raw_parts(self.logits.add(row * self.size), self.size),
-                slice::from_raw_parts_mut(self.probabilities.add(row * self.size), self.size),
-                *self.temperatures.add(row),
-            )
-        };
-        let (eights, rest) = logits.as_chunks::<LANES>();
-        // What fills the last eight up counts for nothing.
-        let mut last = [f32::NEG_INFINITY; LANES];
-        last[..rest.len()].copy_from_slice(rest);
-        let mut most = [L::splat(f32::NEG_INFINITY); CHAINS];
-        for (at, eight) in eights.iter().chain([&last]).enumerate() {
-            // SAFETY: there are eight.
-            let numbers = unsafe { L::load(eight.as_ptr()) };
-            most[at % CHAINS] = numbers.max(most[at % CHAINS]);
-        }
-        let most = most[0].max(most[1]).max(most[2].max(most[3])).largest();
-        let (lowered, divisor) = (L::splat(-most), L::splat(temperature));
-        let mut sums = [L::splat(0.0); CHAINS];
-        let (targets, target_rest) = probabilities.as_chunks_mut::<LANES>();
-        let mut target_last = [0.0; LANES];
-        let pairs = eights.iter().zip(targets.iter_mut());
-        for (at, (eight, target)) in pairs.chain([(&last, &mut target_last)]).enumerate() {
-            // SAFETY: there are eight of both.
-            unsafe {
-                let weights = L::load(eight.as_ptr()).add(lowered).div(divisor).exp();
-                sums[at % CHAINS] = sums[at % CHAINS].add(weights);
-                weights.store(target.as_mut_ptr());
+        let logits = &self.logits;
+        let (mut best, mut chosen) = (f32::NEG_INFINITY, 0);
+        for start in (0..logits.size).step_by(BLOCK) {
+            let end = logits.size.min(start + BLOCK);
+            // SAFETY: the row is one of these.
+            let most = unsafe { logits.largest::<L>(row, start..end) };
+            if most > best {
+                (best, chosen) = (most, start);
             }
         }
-        target_rest.copy_from_slice(&target_last[..rest.len()]);
+        let is_best = |at: &usize| {
+            // SAFETY: the row is one of these, and the place is inside it.
+            let number = unsafe { logits.numbers.add(row * logits.stride + at).read() };
+            number.widen() >= best
+        };
+        // Where none is a number, the first will do.
+        let token = (chosen..logits.size).find(is_best).unwrap_or(0);
+        // SAFETY: as above, and this thread's alone.
+        unsafe { *self.tokens.add(row) = token as i64 };
+    }
+}
+
+impl<E: Element> Work for Softmax<E> {
+    fn shape(&self) -> (usize, usize) {
+        (self.logits.count, self.logits.size)
+    }
+
+    #[inline(always)]
+    unsafe fn row<L: Lanes>(&self, row: usize) {
+        let size = self.logits.size;
+        // SAFETY: the row is one of these, and this thread's alone.
+        let (probabilities, temperature, most) = unsafe {
+            (
+                slice::from_raw_parts_mut(self.probabilities.add(row * size), size),
+                *self.temperatures.add(row),
+                self.logits.largest::<L>(row, 0..size),
+            )
+        };
+        let (lowered, divisor) = (L::splat(-most), L::splat(temperature));
+        let mut sums = [L::splat(0.0); CHAINS];
+        for (step, target) in probabilities.chunks_mut(LANES).enumerate() {
+            // SAFETY: as above; fewer than eight go through room of their own.
+            unsafe {
+                let numbers = self.logits.eight::<L>(row, step * LANES);
+                let weights = numbers.add(lowered).div(divisor).exp();
+                sums[step % CHAINS] = sums[step % CHAINS].add(weights);
+                if target.len() == LANES {
+                    weights.store(target.as_mut_ptr());
+                } else {
+                    let mut room = [0.0; LANES];
+                    weights.store(room.as_mut_ptr());
+                    target.copy_from_slice(&room[..target.len()]);
+                }
+            }
+        }
         let sum = sums[0].add(sums[1]).add(sums[2].add(sums[3])).sum();
         for probability in probabilities {
             *probability *= 1.0 / sum;

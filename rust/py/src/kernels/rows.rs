@@ -11,7 +11,7 @@
 
 use orchestra_kernels::{
     Element,
-    rows::{self, Activation, Draw, Gate, Norm, Rotation, Softmax, Sum},
+    rows::{self, Activation, Best, Draw, Gate, Logits, Norm, Rotation, Softmax, Sum},
 };
 use pyo3::prelude::*;
 
@@ -191,27 +191,78 @@ unsafe fn add_up<E: Element>(
     unsafe { rows::add(&sum, threads) }
 }
 
+/// Finds the largest number of each row.
+#[pyfunction]
+pub(crate) fn argmax(
+    py: Python<'_>,
+    dtype: &str,
+    shape: (usize, usize),
+    logits: (usize, usize),
+    tokens_ptr: usize,
+    threads: u32,
+) -> PyResult<()> {
+    let dtype = Dtype::read(dtype)?;
+    py.detach(|| with_numbers!(dtype, find_best(shape, logits, tokens_ptr, threads)));
+    Ok(())
+}
+
+/// # Safety
+/// As `rows::argmax`.
+unsafe fn find_best<E: Element>(
+    shape: (usize, usize),
+    logits: (usize, usize),
+    tokens: usize,
+    threads: u32,
+) {
+    let best = Best {
+        logits: rows_of::<E>(shape, logits),
+        tokens: tokens as *mut i64,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { rows::argmax(&best, threads) }
+}
+
 /// Makes probabilities of logits.
 #[pyfunction]
 pub(crate) fn softmax(
     py: Python<'_>,
+    dtype: &str,
     shape: (usize, usize),
-    logits_ptr: usize,
+    logits: (usize, usize),
     temperatures_ptr: usize,
     probabilities_ptr: usize,
     threads: u32,
+) -> PyResult<()> {
+    let dtype = Dtype::read(dtype)?;
+    let pointers = (temperatures_ptr, probabilities_ptr);
+    py.detach(|| with_numbers!(dtype, weigh(shape, logits, pointers, threads)));
+    Ok(())
+}
+
+/// # Safety
+/// As `rows::softmax`.
+unsafe fn weigh<E: Element>(
+    shape: (usize, usize),
+    logits: (usize, usize),
+    (temperatures, probabilities): (usize, usize),
+    threads: u32,
 ) {
-    py.detach(|| {
-        let softmax = Softmax {
-            logits: logits_ptr as *const f32,
-            temperatures: temperatures_ptr as *const f32,
-            probabilities: probabilities_ptr as *mut f32,
-            count: shape.0,
-            size: shape.1,
-        };
-        // SAFETY: the caller says that tensors of these shapes lie there, and leaves them alone until this returns.
-        unsafe { rows::softmax(&softmax, threads) }
-    });
+    let softmax = Softmax {
+        logits: rows_of::<E>(shape, logits),
+        temperatures: temperatures as *const f32,
+        probabilities: probabilities as *mut f32,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { rows::softmax(&softmax, threads) }
+}
+
+fn rows_of<E>((count, size): (usize, usize), (numbers, stride): (usize, usize)) -> Logits<E> {
+    Logits {
+        numbers: numbers as *const E,
+        stride,
+        count,
+        size,
+    }
 }
 
 /// Draws a token from each row of probabilities.
@@ -232,7 +283,7 @@ pub(crate) fn draw(
             count: shape.0,
             size: shape.1,
         };
-        // SAFETY: as in `softmax`.
+        // SAFETY: the caller says that tensors of these shapes lie there, and leaves them alone until this returns.
         unsafe { rows::draw(&draw, threads) }
     });
 }
