@@ -19,6 +19,7 @@ class KernelProgram:
 
         Raises:
             InvalidRequestError: There are more rows.
+            InternalError: A sum over ranks has ended as `SharedGroup.all_reduce` says; what follows was not called.
         """
 
     def __len__(self) -> int:
@@ -27,8 +28,9 @@ class KernelProgram:
 def begin_recording(rows: int) -> None:
     """From now on this thread notes calls of kernels instead of making them.
 
-    These are `rms_norm`, `gate`, `add`, `rotate`, `Linear.forward` and `PagedAttention.forward`. Each is of `rows`
-    rows, or raises `InvalidRequestError`; attention is of those of the step that is prepared when the call is made.
+    These are `rms_norm`, `gate`, `add`, `rotate`, `Linear.forward`, `PagedAttention.forward` and
+    `SharedGroup.all_reduce`. Each is of `rows` rows (a sum of as many numbers in each), or raises
+    `InvalidRequestError`; attention is of those of the step that is prepared when the call is made.
 
     Raises:
         InvalidRequestError: The thread does so already.
@@ -226,6 +228,15 @@ class SharedGroup:
 
         Raises:
             InternalError: A rank is gone, late or in another collective, or the group was aborted.
+        """
+
+    def begin_step(self) -> None:
+        """Says that a step begins, of which `progress` gives the longest time."""
+
+    def progress(self) -> tuple[int, bool, float]:
+        """Collectives entered, whether it is in one now, and the longest time of the step between two of them, seconds.
+
+        Any thread may ask at any time.
         """
 
     def abort(self) -> None:

@@ -54,6 +54,20 @@ def test_what_is_added_is_rounded_and_kept(size: int, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_are_added_as_torch_does(rows: int, size: int, dtype: torch.dtype) -> None:
+    x, addend = torch.randn(rows, size).to(dtype), torch.randn(rows, size).to(dtype)
+    expected = x + addend
+    assert row_kernels.add_(x, addend) is x
+    assert torch.equal(x, expected)
+    # Gaps are torch's business.
+    wide = torch.zeros(rows, 2 * size, dtype=dtype)
+    row_kernels.add_(wide[:, :size], addend)
+    assert torch.equal(wide, torch.cat([addend, torch.zeros_like(addend)], 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_are_normalised_where_they_lie(dtype: torch.dtype) -> None:
     projected = torch.randn(11, 6, 20).to(dtype)
     heads, weight = projected[:, :4], torch.randn(4, 20)

@@ -182,6 +182,30 @@ def test_draw_finds_what_a_search_of_all_sums_finds(rows: int, vocab: int, seed:
     assert sampling.draw(probabilities, numbers).tolist() == expected.flatten().tolist()
 
 
+@given(st.integers(1, 5), st.integers(1, 2000), st.booleans(), st.integers(0, 2**32))
+@settings(max_examples=100, deadline=None)
+def test_the_first_of_the_likeliest_is_found(
+    rows: int, vocab: int, is_half: bool, seed: int
+) -> None:
+    logits = random_logits(rows, vocab + 3, seed).round(decimals=1)
+    logits[:, ::3] = -torch.inf
+    logits = logits.bfloat16() if is_half else logits
+    # Every other kind of row: with gaps between them.
+    cut = logits[:, :vocab]
+    expected = cut.float().numpy().argmax(1)
+    assert sampling.argmax(cut).tolist() == expected.tolist()
+    assert sampling.argmax(cut[-1:].contiguous()).tolist() == expected[-1:].tolist()
+
+
+def test_what_is_no_number_is_not_the_likeliest() -> None:
+    row = torch.full((1, 300), -torch.inf)
+    assert sampling.argmax(row).tolist() == [0]
+    row[0, :290] = torch.nan
+    row[0, 297] = -1.0
+    assert sampling.argmax(row).tolist() == [297]
+    assert sampling.argmax(torch.full((1, 9), torch.nan)).tolist() == [0]
+
+
 @given(st.integers(1, 5), st.integers(1, 2000), st.floats(0.05, 20), st.integers(0, 2**32))
 @settings(max_examples=100, deadline=None)
 def test_softmax_agrees_with_torch(rows: int, vocab: int, temperature: float, seed: int) -> None:
@@ -195,6 +219,9 @@ def test_softmax_agrees_with_torch(rows: int, vocab: int, temperature: float, se
     assert (probabilities[logits == -torch.inf] == 0).all()
     alone = sampling.softmax(logits[-1:], temperatures[-1:])
     assert torch.equal(alone, probabilities[-1:])
+    half = torch.cat([logits, logits], 1).bfloat16()[:, :vocab]
+    of_half = sampling.softmax(half, temperatures)
+    assert torch.equal(of_half, sampling.softmax(half.float().contiguous(), temperatures))
 
 
 @given(st.integers(0, 2**32), st.floats(0, 1 - 2.0**-52))

@@ -196,8 +196,7 @@ def assemble(config: WorkerConfig, progress: Progress) -> Rank:
 
 def warm_up(runner: ModelRunner, block_size: int) -> None:
     """Runs a step of each kind, on all ranks together, and records those that are to be replayed."""
-    if runner.graphs is not None:
-        runner.graphs.forget()
+    runner.forget_recordings()
     for num_tokens in (block_size, 1):
         runner.execute(warm_up_plan(num_tokens))
     if runner.graphs is not None:

@@ -61,6 +61,10 @@ class RecordedDecoder:
         """Whether there is a recording."""
         return self._recording is not None
 
+    def forget(self) -> None:
+        """Lets go of the recording, as must be done when the group of ranks has changed: it holds its sums."""
+        self._recording = None
+
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, rows: Tensor | None
     ) -> Tensor | None:

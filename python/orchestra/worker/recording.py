@@ -3,7 +3,8 @@
 What CUDA graphs are to a GPU: a decode step of a small model takes Python half as long as it takes the kernels. While a
 `Recorder` is entered, kernels note their calls instead of computing; tensors are made in memory that the recording
 keeps, where no two that are needed at a time lie on each other; and whatever torch itself would compute is refused.
-Sums over the ranks stand between the kernels' calls and are called anew each time.
+Sums over memory that the ranks share are kernels too; others stand between the kernels' calls, and are called anew each
+time.
 """
 
 import math
@@ -11,6 +12,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,7 +22,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orchestra import _core
+from orchestra.errors import InternalError
 from orchestra.worker.parallel import Communicator
+from orchestra.worker.plan_channel import RankLostError
+from orchestra.worker.renewable_group import RenewableGroup
+from orchestra.worker.shared_group import SharedMemoryGroup
 
 # Where buffers begin: at the kernels' widest vectors, and at cache lines.
 _ALIGNMENT = 64
@@ -117,6 +123,9 @@ class Recorder(TorchDispatchMode):
 
     def all_reduce(self, communicator: Communicator, tensor: Tensor) -> None:
         """Notes that `tensor` is to be added up over the ranks."""
+        if _is_kernel(communicator):
+            communicator.all_reduce(tensor)
+            return
         self._end_part()
         whole = self._buffers.alias(tensor)
         self.parts.append(lambda rows: communicator.all_reduce(whole[:rows]))
@@ -125,7 +134,7 @@ class Recorder(TorchDispatchMode):
     def _end_part(self) -> None:
         program = _core.end_recording()
         if len(program):
-            self.parts.append(program.run)
+            self.parts.append(partial(_run, program))
 
     def __torch_dispatch__(
         self,
@@ -147,6 +156,21 @@ class Recorder(TorchDispatchMode):
         if any(part.untyped_storage().data_ptr() != memory for part in parts):
             raise NotRecordableError(f"torch copies in {function}")
         return result
+
+
+def _is_kernel(communicator: Communicator) -> bool:
+    """Whether its sums are calls that are noted."""
+    if isinstance(communicator, RenewableGroup):
+        communicator = communicator.group
+    return isinstance(communicator, SharedMemoryGroup)
+
+
+def _run(program: _core.KernelProgram, rows: int) -> None:
+    try:
+        program.run(rows)
+    except InternalError as error:
+        # What ends a sum is that a rank is lost, or was given up for lost; no other kernel fails.
+        raise RankLostError(str(error)) from error
 
 
 def all_reduce(communicator: Communicator, tensor: Tensor) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -18,6 +18,19 @@ class AbortableCommunicator(Communicator, Protocol):
 
     def abort(self) -> None:
         """Ends the collectives of this rank, where the transport can; any thread may call it."""
+        ...
+
+
+@runtime_checkable
+class SelfMetered(Protocol):
+    """What counts its collectives itself, those too that are called without Python."""
+
+    def begin_step(self) -> None:
+        """A step begins."""
+        ...
+
+    def metered(self) -> tuple[int, bool, float]:
+        """Collectives entered, whether it is in one, and the longest time between two in the step, seconds."""
         ...
 
 
@@ -46,15 +59,27 @@ class RenewableGroup:
         self, shard: Shard, join: Callable[[int], AbortableCommunicator], generation: int
     ) -> None:
         self.shard = shard
-        self.slowest_round_s = 0.0
-        """Longest time between the ends of two collectives of the step that runs, or ran last."""
+        self._slowest_round_s = 0.0
         self._join = join
         self._num_collectives = 0
         self._num_steps = 0
         self._is_waiting = False
         self._is_aborted = False
         self._round_began = 0.0
-        self._group: AbortableCommunicator | None = join(generation)
+        self._group: AbortableCommunicator | None = None
+        self._meter: SelfMetered | None = None
+        self._enter_group(generation)
+
+    @property
+    def group(self) -> AbortableCommunicator:
+        """Of this generation."""
+        assert self._group is not None
+        return self._group
+
+    @property
+    def slowest_round_s(self) -> float:
+        """Longest time between the ends of two collectives of the step that runs, or ran last."""
+        return self._slowest_round_s if self._meter is None else self._meter.metered()[2]
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Replaces `tensor` by its sum over all ranks."""
@@ -76,7 +101,9 @@ class RenewableGroup:
                 sums that are none, and where it replays recorded ones no collective is called that would say so.
         """
         self._round_began = time.monotonic()
-        self.slowest_round_s = 0.0
+        self._slowest_round_s = 0.0
+        if self._meter is not None:
+            self._meter.begin_step()
         yield
         if self._is_aborted:
             raise RankLostError("the group was aborted during the step")
@@ -84,7 +111,11 @@ class RenewableGroup:
 
     def progress(self) -> Progress:
         """How far this rank is; any thread may ask."""
-        return Progress(self._num_collectives, self._num_steps, self._is_waiting)
+        meter = self._meter
+        if meter is None:
+            return Progress(self._num_collectives, self._num_steps, self._is_waiting)
+        num_collectives, is_waiting, _ = meter.metered()
+        return Progress(num_collectives, self._num_steps, is_waiting)
 
     def abort(self) -> None:
         """Ends the collectives of this rank, where the transport can; any thread may call it."""
@@ -96,7 +127,7 @@ class RenewableGroup:
 
     def leave(self) -> None:
         """Lets go of a group that has lost a rank."""
-        group, self._group = self._group, None
+        group, self._group, self._meter = self._group, None, None
         if group is not None:
             with contextlib.suppress(RuntimeError):
                 group.abort()
@@ -108,7 +139,7 @@ class RenewableGroup:
         assert self._group is None
         self._num_collectives = self._num_steps = 0
         self._is_waiting = self._is_aborted = False
-        self._group = self._join(generation)
+        self._enter_group(generation)
 
     def close(self) -> None:
         """Leaves the group for good."""
@@ -116,16 +147,23 @@ class RenewableGroup:
         if group is not None:
             group.close()
 
+    def _enter_group(self, generation: int) -> None:
+        self._group = self._join(generation)
+        self._meter = self._group if isinstance(self._group, SelfMetered) else None
+
     # Two calls instead of a context manager: that costs as much as a small sum over shared memory.
 
     def _enter(self) -> AbortableCommunicator:
-        assert self._group is not None
-        self._num_collectives += 1
-        self._is_waiting = True
-        return self._group
+        group = self.group
+        if self._meter is None:
+            self._num_collectives += 1
+            self._is_waiting = True
+        return group
 
     def _left(self) -> None:
+        if self._meter is not None:
+            return
         self._is_waiting = False
         now = time.monotonic()
-        self.slowest_round_s = max(self.slowest_round_s, now - self._round_began)
+        self._slowest_round_s = max(self._slowest_round_s, now - self._round_began)
         self._round_began = now

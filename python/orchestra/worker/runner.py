@@ -9,6 +9,7 @@ from orchestra.worker.decode_graphs import DecodeGraphs
 from orchestra.worker.kv_cache import PagedCache
 from orchestra.worker.models import Model
 from orchestra.worker.plan import NO_COPIES, StepOutput, StepPlan
+from orchestra.worker.recorded_decoder import RecordedDecoder
 from orchestra.worker.sampler import Sampler
 from orchestra.worker.staging import send
 
@@ -51,6 +52,13 @@ class ModelRunner:
     def watch(self, listener: LayerListener) -> None:
         """Lets `listener` hear of each layer of the steps that fill blocks for other workers."""
         self._attention.watch(listener)
+
+    def forget_recordings(self) -> None:
+        """Lets go of recorded steps, as must be done when the group of ranks has changed."""
+        if self.graphs is not None:
+            self.graphs.forget()
+        if isinstance(self._model, RecordedDecoder):
+            self._model.forget()
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:

@@ -121,6 +121,14 @@ class SharedMemoryGroup:
             raise RankLostError(str(error)) from error
         return joined
 
+    def begin_step(self) -> None:
+        """See `SelfMetered`."""
+        self._group.begin_step()
+
+    def metered(self) -> tuple[int, bool, float]:
+        """See `SelfMetered`."""
+        return self._group.progress()
+
     def abort(self) -> None:
         """Ends the collectives of every rank, now and from now on; any thread may call it."""
         self._group.abort()

@@ -12,12 +12,14 @@
 //! called [`SharedGroup::abort`], and whether time is up. Whoever finds a rank lost tells all others through the shared
 //! memory. A group never recovers: its ranks form another, with the next generation.
 
+mod meter;
 mod peers;
 mod region;
 mod shares;
 
 use std::{
     num::NonZeroUsize,
+    ops::Range,
     os::fd::OwnedFd,
     sync::atomic::Ordering::{Acquire, Release, SeqCst},
     thread,
@@ -27,7 +29,10 @@ use std::{
 use parking_lot::Mutex;
 use rustix::thread::futex;
 
-pub use self::region::Number;
+pub use self::{
+    meter::{Meter, Progress},
+    region::Number,
+};
 use self::{peers::Peers, region::Region};
 use crate::error::GroupError;
 
@@ -147,6 +152,7 @@ pub struct SharedGroup {
     region: Region,
     address: String,
     spin: Duration,
+    meter: Meter,
     turn: Mutex<Turn>,
 }
 
@@ -185,6 +191,7 @@ impl SharedGroup {
             region,
             address,
             spin,
+            meter: Meter::default(),
         };
         group.publish(HERE);
         group
@@ -206,20 +213,38 @@ impl SharedGroup {
         self.ensure_met(&mut turn)
     }
 
+    /// What this rank's collectives have come to; any thread may ask at any time.
+    pub const fn meter(&self) -> &Meter {
+        &self.meter
+    }
+
+    /// Does the work of one collective, when it is this thread's turn and all ranks have met.
+    fn collective(
+        &self,
+        work: impl FnOnce(&mut Turn) -> Result<(), GroupError>,
+    ) -> Result<(), GroupError> {
+        let mut turn = self.turn.lock();
+        self.meter.enter();
+        self.ensure_met(&mut turn)?;
+        work(&mut turn)?;
+        self.meter.leave();
+        Ok(())
+    }
+
     /// Replaces `numbers` by their sum over all ranks (`f32`, or bf16 as `u16`), added in `f32` in the order of the
     /// ranks: every rank gets the same bits, whoever came first. All ranks call it with equally many numbers.
     pub fn all_reduce<T: Number>(&self, numbers: &mut [T]) -> Result<(), GroupError> {
-        let mut turn = self.turn.lock();
-        self.ensure_met(&mut turn)?;
-        for piece in numbers.chunks_mut(self.config.slot_bytes / size_of::<T>()) {
-            let label = label(Kind::AllReduce, size_of_val(piece));
-            let number = self.put(&mut turn, label, T::bytes(piece))?;
-            for rank in 0..self.config.size {
-                self.await_piece(&turn, rank, label)?;
+        self.collective(|turn| {
+            for piece in numbers.chunks_mut(self.config.slot_bytes / size_of::<T>()) {
+                let label = label(Kind::AllReduce, size_of_val(piece));
+                let number = self.put(turn, label, T::bytes(piece))?;
+                for rank in 0..self.config.size {
+                    self.await_piece(turn, rank, label)?;
+                }
+                self.region.sum(number, 0, piece);
             }
-            self.region.sum(number, 0, piece);
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     /// Joins the ranks' matrices of `rows` rows side by side: rank 0 gets `[rows, size * columns]` in `joined`, which
@@ -231,40 +256,54 @@ impl SharedGroup {
         mut joined: Option<&mut [u8]>,
     ) -> Result<(), GroupError> {
         self.check_gather(part, rows, joined.as_deref())?;
-        let mut turn = self.turn.lock();
-        self.ensure_met(&mut turn)?;
-        if part.is_empty() {
-            return Ok(());
-        }
-        let width = part.len() / rows;
-        let slot = self.config.slot_bytes;
-        // As many whole rows as a slot holds, or a row in pieces.
-        let (rows_each, bytes_each) = if width <= slot {
-            (slot / width, width)
-        } else {
-            (1, slot)
+        self.collective(|turn| {
+            if part.is_empty() {
+                return Ok(());
+            }
+            let width = part.len() / rows;
+            // As many whole rows as a slot holds, or a row in pieces.
+            let rows_each = (self.config.slot_bytes / width).max(1);
+            let bytes_each = self.config.slot_bytes.min(width);
+            for first in (0..rows).step_by(rows_each) {
+                let some_rows = first..rows.min(first + rows_each);
+                for start in (0..width).step_by(bytes_each) {
+                    let columns = start..width.min(start + bytes_each);
+                    let place = (some_rows.clone(), columns);
+                    self.gather_piece(turn, part, (width, place), joined.as_deref_mut())?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Gathers some rows whole, or a part of one row; of a matrix of so many bytes a row.
+    fn gather_piece(
+        &self,
+        turn: &mut Turn,
+        part: &[u8],
+        (width, (rows, columns)): (usize, (Range<usize>, Range<usize>)),
+        joined: Option<&mut [u8]>,
+    ) -> Result<(), GroupError> {
+        let bytes = rows.len() * columns.len();
+        let piece = &part[rows.start * width + columns.start..][..bytes];
+        let label = label(Kind::Gather, bytes);
+        let Some(joined) = joined else {
+            return self.put(turn, label, piece).map(drop);
         };
-        for (index, some_rows) in part.chunks(rows_each * width).enumerate() {
-            let first_row = index * rows_each;
-            for start in (0..width).step_by(bytes_each) {
-                let end = (start + bytes_each).min(width);
-                let piece = if bytes_each == width {
-                    some_rows
+        // Nobody reads rank 0's slot.
+        let number = self.put(turn, label, &[])?;
+        for rank in 0..self.config.size {
+            if rank > 0 {
+                self.await_piece(turn, rank, label)?;
+            }
+            for (at, row) in rows.clone().enumerate() {
+                let target = (row * self.config.size + rank) * width;
+                let target = &mut joined[target + columns.start..target + columns.end];
+                let from = at * columns.len();
+                if rank == 0 {
+                    target.copy_from_slice(&piece[from..from + columns.len()]);
                 } else {
-                    &some_rows[start..end]
-                };
-                let label = label(Kind::Gather, piece.len());
-                let number = self.put(&mut turn, label, piece)?;
-                let Some(joined) = joined.as_deref_mut() else {
-                    continue;
-                };
-                for rank in 0..self.config.size {
-                    self.await_piece(&turn, rank, label)?;
-                    for row in 0..some_rows.len() / width {
-                        let at = ((first_row + row) * self.config.size + rank) * width;
-                        let target = &mut joined[at + start..at + end];
-                        self.region.take(rank, number, row * bytes_each, target);
-                    }
+                    self.region.take(rank, number, from, target);
                 }
             }
         }

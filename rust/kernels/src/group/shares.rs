@@ -13,48 +13,48 @@ impl SharedGroup {
         share: &mut [T],
     ) -> Result<(), GroupError> {
         check("share", numbers.len(), share.len(), self.config.size)?;
-        let mut turn = self.turn.lock();
-        self.ensure_met(&mut turn)?;
         // In `numbers`:  0 ..... begin ..... end ..... len
         //                        | share    |
         let begin = self.config.rank * share.len();
         let end = begin + share.len();
         let mut at = 0;
-        for piece in numbers.chunks(self.config.slot_bytes / size_of::<T>()) {
-            let label = label(Kind::ReduceScatter, size_of_val(piece));
-            let number = self.put(&mut turn, label, T::bytes(piece))?;
-            let (from, to) = (at.max(begin), (at + piece.len()).min(end));
-            if from < to {
-                for rank in 0..self.config.size {
-                    self.await_piece(&turn, rank, label)?;
+        self.collective(|turn| {
+            for piece in numbers.chunks(self.config.slot_bytes / size_of::<T>()) {
+                let label = label(Kind::ReduceScatter, size_of_val(piece));
+                let number = self.put(turn, label, T::bytes(piece))?;
+                let (from, to) = (at.max(begin), (at + piece.len()).min(end));
+                if from < to {
+                    for rank in 0..self.config.size {
+                        self.await_piece(turn, rank, label)?;
+                    }
+                    let sum = &mut share[from - begin..to - begin];
+                    self.region.sum(number, from - at, sum);
                 }
-                let sum = &mut share[from - begin..to - begin];
-                self.region.sum(number, from - at, sum);
+                at += piece.len();
             }
-            at += piece.len();
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     /// Puts the ranks' `part`s one behind the other into `joined`, on every rank. All ranks call it with equally many
     /// bytes.
     pub fn all_gather(&self, part: &[u8], joined: &mut [u8]) -> Result<(), GroupError> {
         check("joined", joined.len(), part.len(), self.config.size)?;
-        let mut turn = self.turn.lock();
-        self.ensure_met(&mut turn)?;
         let mut at = 0;
-        for piece in part.chunks(self.config.slot_bytes) {
-            let label = label(Kind::AllGather, piece.len());
-            let number = self.put(&mut turn, label, piece)?;
-            for rank in 0..self.config.size {
-                self.await_piece(&turn, rank, label)?;
-                let start = rank * part.len() + at;
-                let target = &mut joined[start..start + piece.len()];
-                self.region.take(rank, number, 0, target);
+        self.collective(|turn| {
+            for piece in part.chunks(self.config.slot_bytes) {
+                let label = label(Kind::AllGather, piece.len());
+                let number = self.put(turn, label, piece)?;
+                for rank in 0..self.config.size {
+                    self.await_piece(turn, rank, label)?;
+                    let start = rank * part.len() + at;
+                    let target = &mut joined[start..start + piece.len()];
+                    self.region.take(rank, number, 0, target);
+                }
+                at += piece.len();
             }
-            at += piece.len();
-        }
-        Ok(())
+            Ok(())
+        })
     }
 }
 

@@ -5,18 +5,18 @@
     reason = "sees the memory of tensors, whose addresses Python gives"
 )]
 
-use std::{ptr::NonNull, slice, time::Duration};
+use std::{ptr::NonNull, slice, sync::Arc, time::Duration};
 
 use orchestra_kernels::GroupConfig;
 use pyo3::prelude::*;
 
-use super::Dtype;
+use super::{Dtype, recording::call_or_note_shares};
 use crate::errors::Failure;
 
 /// One rank's end of a group that speaks over shared memory.
 #[pyclass(frozen, module = "orchestra._core")]
 pub(crate) struct SharedGroup {
-    inner: orchestra_kernels::SharedGroup,
+    inner: Arc<orchestra_kernels::SharedGroup>,
 }
 
 #[pymethods]
@@ -42,7 +42,7 @@ impl SharedGroup {
             Some(address) => orchestra_kernels::SharedGroup::join(config, address),
             None => orchestra_kernels::SharedGroup::create(config),
         };
-        let inner = made.map_err(Failure::from)?;
+        let inner = Arc::new(made.map_err(Failure::from)?);
         Ok(Self { inner })
     }
 
@@ -66,18 +66,17 @@ impl SharedGroup {
         dtype: &str,
     ) -> PyResult<()> {
         let dtype = Dtype::read(dtype)?;
-        let ended = py.detach(|| match dtype {
-            // SAFETY: the caller says that there are `numel` numbers of this kind at `data_ptr`, and leaves them alone
-            // until the call returns: the contract of `_core.pyi`.
-            Dtype::Float32 => self
-                .inner
-                .all_reduce(unsafe { view::<f32>(data_ptr, numel) }),
-            // SAFETY: as above.
-            Dtype::Bfloat16 => self
-                .inner
-                .all_reduce(unsafe { view::<u16>(data_ptr, numel) }),
-        });
-        Ok(ended.map_err(Failure::from)?)
+        let group = Arc::clone(&self.inner);
+        call_or_note_shares(py, numel, move |numel| {
+            let ended = match dtype {
+                // SAFETY: the caller says that there are `numel` numbers of this kind at `data_ptr`, and leaves them
+                // alone until the call returns: the contract of `_core.pyi`.
+                Dtype::Float32 => group.all_reduce(unsafe { view::<f32>(data_ptr, numel) }),
+                // SAFETY: as above.
+                Dtype::Bfloat16 => group.all_reduce(unsafe { view::<u16>(data_ptr, numel) }),
+            };
+            ended.map_err(Failure::from)
+        })
     }
 
     /// Joins the ranks' matrices side by side, on rank 0.
@@ -151,6 +150,18 @@ impl SharedGroup {
             self.inner.all_gather(part, joined)
         });
         Ok(ended.map_err(Failure::from)?)
+    }
+
+    /// A step begins.
+    fn begin_step(&self) {
+        self.inner.meter().begin_step();
+    }
+
+    /// Collectives entered, whether it is in one, and seconds of the step's longest time between two of them.
+    fn progress(&self) -> (u64, bool, f64) {
+        let progress = self.inner.meter().progress();
+        let slowest_s = progress.slowest_round.as_secs_f64();
+        (progress.entered, progress.is_waiting, slowest_s)
     }
 
     /// Ends every collective of every rank, now and from now on.

@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use crate::errors::Failure;
 
 /// A call for so many rows, at addresses that it knows.
-type Call = Box<dyn Fn(usize) + Send + Sync>;
+type Call = Box<dyn Fn(usize) -> Result<(), Failure> + Send + Sync>;
 
 thread_local! {
     static RECORDING: RefCell<Option<Recording>> = const { RefCell::new(None) };
@@ -33,23 +33,51 @@ pub(super) fn call_or_note(
             Ok(())
         }
         Some(recording) if recording.rows == rows => {
-            recording.calls.push(Box::new(call));
+            recording.note(move |rows| {
+                call(rows);
+                Ok(())
+            });
             Ok(())
         }
-        Some(recording) => {
-            let message = format!("rows: {rows}, while calls of {} are noted", recording.rows);
-            Err(Failure::invalid("rows", message).into())
-        }
+        Some(recording) => Err(recording.refusal(rows).into()),
     })
 }
 
-/// As `call_or_note`, of a kernel that knows its rows by itself; `rows` are those of a recording.
+/// As `call_or_note`, of a kernel that knows its rows by itself.
 pub(super) fn call_or_note_prepared(
     py: Python<'_>,
     call: impl Fn() + Send + Sync + 'static,
 ) -> PyResult<()> {
     let rows = RECORDING.with_borrow(|recording| recording.as_ref().map_or(0, |it| it.rows));
     call_or_note(py, rows, move |_| call())
+}
+
+/// As `call_or_note`, of one that takes all numbers of the rows, and may fail.
+pub(super) fn call_or_note_shares(
+    py: Python<'_>,
+    numbers: usize,
+    call: impl Fn(usize) -> Result<(), Failure> + Send + Sync + 'static,
+) -> PyResult<()> {
+    RECORDING.with_borrow_mut(|recording| match recording {
+        None => Ok(py.detach(|| call(numbers))?),
+        Some(recording) if recording.rows > 0 && numbers.is_multiple_of(recording.rows) => {
+            let each = numbers / recording.rows;
+            recording.note(move |rows| call(rows * each));
+            Ok(())
+        }
+        Some(recording) => Err(recording.refusal(numbers).into()),
+    })
+}
+
+impl Recording {
+    fn note(&mut self, call: impl Fn(usize) -> Result<(), Failure> + Send + Sync + 'static) {
+        self.calls.push(Box::new(call));
+    }
+
+    fn refusal(&self, rows: usize) -> Failure {
+        let message = format!("rows: {rows}, while calls of {} are noted", self.rows);
+        Failure::invalid("rows", message)
+    }
 }
 
 /// From now on this thread notes kernel calls.
@@ -85,14 +113,13 @@ pub(crate) struct KernelProgram {
 
 #[pymethods]
 impl KernelProgram {
-    /// Makes the calls, for the first rows of their tensors.
+    /// Makes the calls, for the first rows of their tensors, up to one that fails.
     fn run(&self, py: Python<'_>, rows: usize) -> PyResult<()> {
         if rows > self.rows {
             let message = format!("rows: {rows}, the calls were noted for {}", self.rows);
             return Err(Failure::invalid("rows", message).into());
         }
-        py.detach(|| self.calls.iter().for_each(|call| call(rows)));
-        Ok(())
+        Ok(py.detach(|| self.calls.iter().try_for_each(|call| call(rows)))?)
     }
 
     fn __len__(&self) -> usize {
