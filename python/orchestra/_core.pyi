@@ -18,6 +18,7 @@ from orchestra._core_kernels import begin_recording as begin_recording
 from orchestra._core_kernels import draw as draw
 from orchestra._core_kernels import end_recording as end_recording
 from orchestra._core_kernels import gate as gate
+from orchestra._core_kernels import look_up as look_up
 from orchestra._core_kernels import rms_norm as rms_norm
 from orchestra._core_kernels import rotate as rotate
 from orchestra._core_kernels import softmax as softmax
@@ -81,6 +82,7 @@ __all__ = [
     "error_codes",
     "gate",
     "init_logging",
+    "look_up",
     "plan_layer_move",
     "rms_norm",
     "rotate",

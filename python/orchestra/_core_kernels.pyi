@@ -28,7 +28,7 @@ class KernelProgram:
 def begin_recording(rows: int) -> None:
     """From now on this thread notes calls of kernels instead of making them.
 
-    These are `rms_norm`, `gate`, `add`, `rotate`, `Linear.forward`, `PagedAttention.forward` and
+    These are `look_up`, `rms_norm`, `gate`, `add`, `rotate`, `Linear.forward`, `PagedAttention.forward` and
     `SharedGroup.all_reduce`. Each is of `rows` rows (a sum of as many numbers in each), or raises
     `InvalidRequestError`; attention is of those of the step that is prepared when the call is made.
 
@@ -322,6 +322,30 @@ def rotate(
         shape: Tokens, heads of a token, numbers of a head.
         heads: Address of the first token's heads, which have no gaps, and numbers from one token's to the next one's.
         angles_ptr: Address of `complex64[tokens, numbers of a head / 2]`, without gaps.
+        threads: On how many to compute.
+
+    Raises:
+        InvalidRequestError: The dtype is another.
+    """
+
+def look_up(
+    dtype: str,
+    table: tuple[int, int, int],
+    places: tuple[int, int],
+    first: int,
+    scale: float | None,
+    output_ptr: int,
+    threads: int,
+) -> None:
+    """Copies rows out of a table.
+
+    Args:
+        dtype: `float32` or `bfloat16`.
+        table: Address of the table, without gaps, its rows, and numbers of a row.
+        places: Address of `int64[rows]`, and their number: which rows; those outside the table give zeros.
+        first: The place of the table's first row.
+        scale: Multiplies the numbers, in `float32`; `None`: they are copied as they are.
+        output_ptr: Where the rows go, without gaps.
         threads: On how many to compute.
 
     Raises:

@@ -68,6 +68,19 @@ def test_rows_are_added_as_torch_does(rows: int, size: int, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("scale", [None, 7.3])
+def test_rows_are_looked_up(scale: float | None, size: int, dtype: torch.dtype) -> None:
+    table = torch.randn(10, size).to(dtype)
+    # Before the table, in it, twice, and behind it.
+    places = torch.tensor([99, 100, 109, 100, 110, -5, 104])
+    expected = torch.zeros(7, size, dtype=dtype)
+    expected[[1, 2, 3, 6]] = table[[0, 9, 0, 4]] if scale is None else table[[0, 9, 0, 4]] * scale
+    looked_up = row_kernels.look_up(table, places, first=100, scale=scale)
+    assert torch.equal(looked_up, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_are_normalised_where_they_lie(dtype: torch.dtype) -> None:
     projected = torch.randn(11, 6, 20).to(dtype)
     heads, weight = projected[:, :4], torch.randn(4, 20)

@@ -218,17 +218,26 @@ class VocabEmbedding:
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """Maps `[T]` ids to `[T, H]`."""
-        embedded = self._look_up(token_ids)
-        return embedded if self._scale is None else embedded.mul_(self._scale)
+        is_shared = self._communicator.shard.size > 1
+        if row_kernels.supports(self.weight) and token_ids.is_contiguous():
+            rows = self.weight[: len(self._span)]
+            embedded = row_kernels.look_up(
+                rows, token_ids, first=self._span.start, scale=self._scale
+            )
+        else:
+            embedded = (
+                self._look_up(token_ids) if is_shared else F.embedding(token_ids, self.weight)
+            )
+            embedded = embedded if self._scale is None else embedded.mul_(self._scale)
+        if is_shared:
+            recording.all_reduce(self._communicator, embedded)
+        return embedded
 
     def _look_up(self, token_ids: Tensor) -> Tensor:
-        if self._communicator.shard.size == 1:
-            return F.embedding(token_ids, self.weight)
+        """This rank's rows, and zeros for those of other ranks."""
         is_elsewhere = (token_ids < self._span.start) | (token_ids >= self._span.stop)
         rows = (token_ids - self._span.start).masked_fill_(is_elsewhere, 0)
-        embedded = F.embedding(rows, self.weight).masked_fill_(is_elsewhere.unsqueeze(-1), 0.0)
-        self._communicator.all_reduce(embedded)
-        return embedded
+        return F.embedding(rows, self.weight).masked_fill_(is_elsewhere.unsqueeze(-1), 0.0)
 
 
 class VocabHead:

@@ -1,6 +1,7 @@
 """A decoder on a CPU whose small steps are run from a recording of their kernels."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,6 +16,9 @@ from orchestra.worker.recording import Buffers, NotRecordableError, Part, Record
 # Most tokens of a step that is run from the recording. In longer ones the kernels take many times what Python does.
 RECORDED_ROWS = 64
 
+_Enter = Callable[..., tuple[Tensor, Rotations]]
+"""Makes of a step's inputs what goes into the layers."""
+
 logger = logging.getLogger("orchestra.worker")
 
 
@@ -22,16 +26,16 @@ logger = logging.getLogger("orchestra.worker")
 class _Recording:
     """A decoder's step: tensors that never move, and the calls on their first rows."""
 
-    hidden: Tensor
-    """Goes in: `[RECORDED_ROWS, H]`."""
-    rotations: Rotations
-    """Go in."""
+    inputs: list[Tensor]
+    """What goes in: token ids and positions, `int64[RECORDED_ROWS]`; or what `Decoder.enter` gives."""
     attended: tuple[Tensor, Tensor]
     """What `Decoder.attend` gives."""
     finished: Tensor
     """What `Decoder.finish` gives."""
     attend: list[Part]
+    """Up to `attended`."""
     finish: list[Part]
+    """From there on."""
     buffers: Buffers
     """Where the calls' other tensors lie."""
 
@@ -39,9 +43,9 @@ class _Recording:
 class RecordedDecoder:
     """A `Model`: steps of up to `RECORDED_ROWS` tokens are run from a recording, all others as usual.
 
-    Both compute the same, to the bit. What is recorded is everything between the embedding and the logits; it is made
-    by the first step. A decoder in which torch computes something itself, such as which experts a token goes to, is
-    not recorded, and every step is computed as usual.
+    Both compute the same, to the bit. Everything from the embedding to the logits is recorded, by the first step. A
+    decoder in which torch computes something itself, such as which experts a token goes to, is not recorded, and every
+    step is computed as usual.
 
     Args:
         decoder: what is recorded.
@@ -72,19 +76,30 @@ class RecordedDecoder:
         is_small = len(token_ids) <= RECORDED_ROWS and attention is self._attention
         if not is_small or self._attention.is_watched or self.obstacle is not None:
             return self._decoder.forward(token_ids, positions, attention, rows)
-        hidden, rotations = self._decoder.enter(token_ids, positions)
-        recording = self._recording or self._record(hidden, rotations)
+        inputs, enter = self._inputs(token_ids, positions)
+        recording = self._recording or self._record(inputs, enter)
         if recording is None:
-            return self._decoder.run(hidden, rotations, attention, rows)
-        return self._run(recording, hidden, rotations, rows)
+            return self._decoder.run(*enter(*inputs), attention, rows)
+        return self._run(recording, inputs, rows)
+
+    def _inputs(self, token_ids: Tensor, positions: Tensor) -> tuple[list[Tensor], _Enter]:
+        """What a recording is given, and how the decoder is entered with it."""
+        decoder = self._decoder
+        if decoder.is_first:
+            return [token_ids, positions], decoder.enter
+        # What the stage before sends has to be waited for outside.
+        hidden, rotations = decoder.enter(token_ids, positions)
+        return [hidden, *rotations.values()], lambda hidden, *turned: (
+            hidden,
+            dict(zip(rotations, turned, strict=True)),
+        )
 
     def _run(
-        self, recording: _Recording, hidden: Tensor, rotations: Rotations, rows: Tensor | None
+        self, recording: _Recording, inputs: list[Tensor], rows: Tensor | None
     ) -> Tensor | None:
-        decoder, count = self._decoder, len(hidden)
-        recording.hidden[:count] = hidden
-        for table, rotation in rotations.items():
-            recording.rotations[table][:count] = rotation
+        decoder, count = self._decoder, len(inputs[0])
+        for kept, given in zip(recording.inputs, inputs, strict=True):
+            kept[:count] = given
         for part in recording.attend:
             part(count)
         if rows is not None and decoder.is_last:
@@ -98,19 +113,15 @@ class RecordedDecoder:
         # Who sends may do so while the next step runs.
         return decoder.leave(finished if decoder.is_last else finished.clone())
 
-    def _record(self, hidden: Tensor, rotations: Rotations) -> _Recording | None:
-        """Records a step with the inputs of another, however many tokens those are."""
+    def _record(self, like: list[Tensor], enter: _Enter) -> _Recording | None:
+        """Records a step with inputs like others, however many tokens those are of."""
         decoder, buffers = self._decoder, Buffers()
-        hidden = hidden.new_zeros(RECORDED_ROWS, *hidden.shape[1:])
-        rotations = {
-            table: rotation.new_zeros(RECORDED_ROWS, *rotation.shape[1:])
-            for table, rotation in rotations.items()
-        }
+        inputs = [tensor.new_zeros(RECORDED_ROWS, *tensor.shape[1:]) for tensor in like]
         attending = Recorder(RECORDED_ROWS, buffers)
         finishing = Recorder(RECORDED_ROWS, buffers)
         try:
             with attending:
-                attended = decoder.attend(hidden, rotations, self._attention)
+                attended = decoder.attend(*enter(*inputs), self._attention)
             with finishing:
                 finished = decoder.finish(*attended)
         except (NotRecordableError, InvalidRequestError) as obstacle:
@@ -118,7 +129,7 @@ class RecordedDecoder:
             logger.debug("steps are not recorded: %s", obstacle)
             return None
         parts = attending.parts, finishing.parts
-        self._recording = _Recording(hidden, rotations, attended, finished, *parts, buffers)
+        self._recording = _Recording(inputs, attended, finished, *parts, buffers)
         return self._recording
 
 

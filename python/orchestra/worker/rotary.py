@@ -68,10 +68,14 @@ class RotaryTable:
         rotated = torch.polar(torch.full_like(angles, rope.attention_factor), angles)
         rest = torch.ones(max_positions, (head_dim - rotary_dim) // 2, dtype=rotated.dtype)
         self._table = torch.cat([rotated, rest], dim=1).to(device)
+        self._real = torch.view_as_real(self._table).flatten(1)
 
     def __call__(self, positions: Tensor) -> Tensor:
         """The rotations of `int64[T]` positions, `complex64[T, 1, head_dim / 2]`."""
-        return self._table.index_select(0, positions).unsqueeze(1)
+        if self._table.device.type != "cpu" or not positions.is_contiguous():
+            return self._table.index_select(0, positions).unsqueeze(1)
+        turned = row_kernels.look_up(self._real, positions)
+        return torch.view_as_complex(turned.view(len(positions), 1, -1, 2))
 
 
 def rotate(heads: Tensor, rotations: Tensor) -> None:

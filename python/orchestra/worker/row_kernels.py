@@ -73,6 +73,25 @@ def gate(x: Tensor, activation: str) -> Tensor:
     return y
 
 
+def look_up(table: Tensor, places: Tensor, *, first: int = 0, scale: float | None = None) -> Tensor:
+    """Rows of a table on the CPU, `[T, size]`.
+
+    Args:
+        table: `[rows, size]`, fp32 or bf16, without gaps.
+        places: `int64[T]`, counted from `first` on; those outside the table give zeros.
+        first: the place of the table's first row.
+        scale: multiplies the numbers, which are rounded again; None: they are copied as they are.
+    """
+    y = table.new_empty(places.shape[0], table.shape[1])
+    _core.look_up(
+        KERNEL_DTYPES[table.dtype],
+        (table.data_ptr(), table.shape[0], table.shape[1]),
+        (places.data_ptr(), places.shape[0]),
+        *(first, scale, y.data_ptr(), torch.get_num_threads()),
+    )
+    return y
+
+
 def add_(x: Tensor, addend: Tensor) -> Tensor:
     """Adds `addend` to `x`, both `[T, size]`, in place; returns `x`."""
     if x.device.type != "cpu" or x.dtype not in KERNEL_DTYPES or not _are_whole(x, addend):

@@ -99,6 +99,27 @@ pub struct Sum<E> {
     pub size: usize,
 }
 
+/// Rows to copy out of a table.
+#[derive(Clone, Copy, Debug)]
+pub struct LookUp<E> {
+    /// `[height, size]`, without gaps.
+    pub table: *const E,
+    /// Rows of the table.
+    pub height: usize,
+    /// `[count]`: which rows, counted from `first` on. Those that are not in the table become zeros.
+    pub places: *const i64,
+    /// The place of the table's first row.
+    pub first: i64,
+    /// Multiplies what is copied.
+    pub scale: Option<f32>,
+    /// `[count, size]`, without gaps.
+    pub output: *mut E,
+    /// Rows to copy.
+    pub count: usize,
+    /// Numbers of a row.
+    pub size: usize,
+}
+
 /// Something done to one row at a time.
 ///
 /// # Safety
@@ -116,7 +137,7 @@ macro_rules! shared_by_threads {
         unsafe impl<E: Element> Sync for $name<E> {}
     )* };
 }
-shared_by_threads!(Norm, Gate, Rotation, Sum);
+shared_by_threads!(Norm, Gate, Rotation, Sum, LookUp);
 
 /// Normalises: `y = x / sqrt(mean(x^2) + epsilon) * weight` (Zhang and Sennrich, 2019), sums and weight in `f32`.
 ///
@@ -153,6 +174,15 @@ pub unsafe fn rotate<E: Element>(rotation: &Rotation<E>, threads: u32) {
 pub unsafe fn add<E: Element>(sum: &Sum<E>, threads: u32) {
     // SAFETY: the caller's promise.
     unsafe { run(sum, threads) }
+}
+
+/// Copies rows out of a table, multiplied in `f32` and rounded where there is a scale.
+///
+/// # Safety
+/// As [`rms_norm`], with the shapes of [`LookUp`].
+pub unsafe fn look_up<E: Element>(look_up: &LookUp<E>, threads: u32) {
+    // SAFETY: the caller's promise.
+    unsafe { run(look_up, threads) }
 }
 
 /// Finds the largest number of each row, the first of equals; one that is NaN only where no other is a number above

@@ -14,7 +14,7 @@ pub(crate) use self::{
     group::SharedGroup,
     linear::Linear,
     recording::{KernelProgram, begin_recording, end_recording},
-    rows::{add, argmax, draw, gate, rms_norm, rotate, softmax},
+    rows::{add, argmax, draw, gate, look_up, rms_norm, rotate, softmax},
 };
 use crate::errors::Failure;
 

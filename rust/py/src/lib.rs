@@ -32,7 +32,7 @@ mod _core {
         errors::error_codes,
         kernels::{
             KernelProgram, Linear, PagedAttention, SharedGroup, add, argmax, begin_recording, draw,
-            end_recording, gate, rms_norm, rotate, softmax,
+            end_recording, gate, look_up, rms_norm, rotate, softmax,
         },
         kv_pool::KvPool,
         memory::{

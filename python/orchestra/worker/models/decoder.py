@@ -188,12 +188,12 @@ class Decoder:
             hidden, attended = hidden.index_select(0, rows), attended.index_select(0, rows)
         return self.leave(self.finish(hidden, attended))
 
-    # The four parts of a step, of which the two in the middle may be kernels and sums over the ranks alone.
+    # The four parts of a step. All but the last may be kernels and sums over the ranks alone.
 
     def enter(self, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, Rotations]:
         """What goes into the layers: `[T, H]`, and how their heads are turned."""
         hidden = self._entry(token_ids)
-        return hidden, {table: table(positions) for table in set(self._rotaries)}
+        return hidden, {table: table(positions) for table in dict.fromkeys(self._rotaries)}
 
     def attend(
         self, hidden: Tensor, rotations: Rotations, attention: AttentionBackend
@@ -218,6 +218,11 @@ class Decoder:
             return self._after.join(finished)
         self._after.send(finished)
         return None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether token ids go in, and not what another stage sends."""
+        return not isinstance(self._entry, FormerStage)
 
     @property
     def is_last(self) -> bool:

@@ -10,7 +10,7 @@
     reason = "becomes part of a kernel for each kind of processor"
 )]
 
-use super::{Activation, Gate, Norm, Rotation, Sum, Work};
+use super::{Activation, Gate, LookUp, Norm, Rotation, Sum, Work};
 use crate::{
     element::Element,
     simd::{LANES, Lanes},
@@ -155,6 +155,42 @@ impl<E: Element> Work for Sum<E> {
                 let addend = self.addend.add(row * self.size + at);
                 let sum = load::<L, E>(target, left).add(load::<L, E>(addend, left));
                 store(sum, target, left);
+            }
+        }
+    }
+}
+
+impl<E: Element> Work for LookUp<E> {
+    fn shape(&self) -> (usize, usize) {
+        (self.count, self.size)
+    }
+
+    #[inline(always)]
+    unsafe fn row<L: Lanes>(&self, row: usize) {
+        let size = self.size;
+        // SAFETY: the row is there.
+        let (place, output) = unsafe { (*self.places.add(row), self.output.add(row * size)) };
+        let place = usize::try_from(place.wrapping_sub(self.first));
+        let Some(place) = place.ok().filter(|place| *place < self.height) else {
+            for at in (0..size).step_by(LANES) {
+                // SAFETY: so many are left of the row.
+                unsafe { store(L::splat(0.0), output.add(at), size - at) };
+            }
+            return;
+        };
+        // SAFETY: the place is in the table.
+        let from = unsafe { self.table.add(place * size) };
+        let Some(scale) = self.scale else {
+            // SAFETY: the row is there, in both, and the output is other memory.
+            unsafe { from.copy_to_nonoverlapping(output, size) };
+            return;
+        };
+        for at in (0..size).step_by(LANES) {
+            let left = size - at;
+            // SAFETY: so many are left of both rows.
+            unsafe {
+                let numbers = load::<L, E>(from.add(at), left).mul(L::splat(scale));
+                store(numbers, output.add(at), left);
             }
         }
     }

@@ -11,7 +11,7 @@
 
 use orchestra_kernels::{
     Element,
-    rows::{self, Activation, Best, Draw, Gate, Logits, Norm, Rotation, Softmax, Sum},
+    rows::{self, Activation, Best, Draw, Gate, Logits, LookUp, Norm, Rotation, Softmax, Sum},
 };
 use pyo3::prelude::*;
 
@@ -189,6 +189,52 @@ unsafe fn add_up<E: Element>(
     };
     // SAFETY: the caller's promise.
     unsafe { rows::add(&sum, threads) }
+}
+
+/// Copies rows out of a table.
+#[pyfunction]
+pub(crate) fn look_up(
+    py: Python<'_>,
+    dtype: &str,
+    table: (usize, usize, usize),
+    places: (usize, usize),
+    first: i64,
+    scale: Option<f32>,
+    output_ptr: usize,
+    threads: u32,
+) -> PyResult<()> {
+    let dtype = Dtype::read(dtype)?;
+    let (places_ptr, count) = places;
+    call_or_note(py, count, move |count| {
+        let places = (places_ptr, count);
+        with_numbers!(
+            dtype,
+            copy_rows(table, places, (first, scale), output_ptr, threads)
+        );
+    })
+}
+
+/// # Safety
+/// As `rows::look_up`.
+unsafe fn copy_rows<E: Element>(
+    (table, height, size): (usize, usize, usize),
+    (places, count): (usize, usize),
+    (first, scale): (i64, Option<f32>),
+    output: usize,
+    threads: u32,
+) {
+    let look_up = LookUp {
+        table: table as *const E,
+        height,
+        places: places as *const i64,
+        first,
+        scale,
+        output: output as *mut E,
+        count,
+        size,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { rows::look_up(&look_up, threads) }
 }
 
 /// Finds the largest number of each row.
