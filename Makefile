@@ -39,7 +39,7 @@ serve: setup ## Serve the demonstration model (MODEL=path for another, ARGS='--t
 
 # Two lanes: what cargo checks and compiles in debug builds fills the time in which the other's processes wait.
 test: $(ETCD) ## Run every gate: lints, Rust tests, Python tests; shows all failures, then a summary
-	@.ci/gates $(RUST_LINTS) check-rust-tests + build $(PYTHON_LINTS) check-python-tests check-tests
+	@.ci/gates $(RUST_LINTS) check-rust-tests + build $(PYTHON_LINTS) check-tests / check-python-tests
 
 lint: ## Run the gates that execute no product code: format, clippy, ruff, mypy, stubs, drift, tidy
 	@.ci/gates $(RUST_LINTS) + setup $(PYTHON_LINTS)
@@ -142,6 +142,7 @@ check-rust-tests:
 	cargo test --workspace --locked --quiet --no-fail-fast
 
 # These compute, on one or two threads each; those of check-tests wait for each other's processes, and share nothing well.
+# So the one runs in either lane, whichever is free first, and the other in one of its own.
 check-python-tests:
 	$(PY) -m pytest --quiet --numprocesses 2 tests/python tests/worker
 

@@ -1,7 +1,7 @@
-"""`python -m benches.runners`: a step of transformers' modules beside a step of the native runner.
+"""`python -m benches.runners`: a step of the native runner beside one that is not recorded, and transformers' modules.
 
-Both run the same plans on the same checkpoint in one process and take turns step by step, so that what else happens on
-the machine falls on both. The time is that of the forward pass; router, scheduler and sampler are the same for both.
+All run the same plans on the same checkpoint in one process and take turns step by step, so that what else happens on
+the machine falls on all. The time is that of the forward pass; router, scheduler and sampler are the same for all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from tests.worker.plans import PlanBuilder
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "models" / "demo"
-RUNNERS = ("native", "hf")
+# By what the table calls them: `--runner` and `--record-steps`.
+RUNNERS = {
+    "native": ("native", "auto"),
+    "native, not recorded": ("native", "off"),
+    "transformers' modules": ("hf", "off"),
+}
 # Before decoding, and of the prompt whose prefill is measured.
 CONTEXT, PROMPT = 128, 512
 NUM_BLOCKS = 512
@@ -38,9 +43,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def bring_up(checkpoint: Path, runner: str, dtype: str) -> Rank:
-    """One rank of a runner."""
+    """One rank of a row of `RUNNERS`."""
+    name, record_steps = RUNNERS[runner]
     config = WorkerConfig(
-        checkpoint, "", "", "", runner=runner, dtype=dtype, device="cpu", num_blocks=NUM_BLOCKS
+        *(checkpoint, "", "", ""),
+        runner=name,
+        record_steps=record_steps,
+        dtype=dtype,
+        device="cpu",
+        num_blocks=NUM_BLOCKS,
     )
     return assemble(config, lambda _done, _total: None)
 
@@ -82,10 +93,12 @@ def main() -> None:
         decode = time_steps(ranks, builder, [dict.fromkeys(names, 1)] * args.steps)
         rows.append((f"decode, batch {batch}", decode))
     print(f"{checkpoint.name}, {args.dtype}, {args.threads} threads, {processor()}\n")
-    print("| step | native ms | transformers' modules ms | ratio |\n|---|---|---|---|")
+    print("| step | " + " | ".join(f"{runner} ms" for runner in RUNNERS) + " | ratios to native |")
+    print("|---" * (len(RUNNERS) + 2) + "|")
     for name, spent in rows:
-        native, hf = (spent[runner] for runner in RUNNERS)
-        print(f"| {name} | {native:.1f} | {hf:.1f} | {hf / native:.2f} |")
+        native, *others = (spent[runner] for runner in RUNNERS)
+        times = " | ".join(f"{time:.1f}" for time in (native, *others))
+        print(f"| {name} | {times} | {', '.join(f'{other / native:.2f}' for other in others)} |")
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ class Sampler:
         self._top_k = np.full(max_num_seqs, vocab_size, np.int64)
         self._seed = np.zeros(max_num_seqs, np.uint64)
         self._has_bias = np.zeros(max_num_seqs, np.bool_)
-        # Takes the likeliest token, whatever came before it.
-        self._is_plain = np.zeros(max_num_seqs, np.bool_)
+        # Slots that do more than take the likeliest token.
+        self._special: set[int] = set()
         self._bias: dict[int, tuple[NDArray[np.int64], Float32Array]] = {}
         self._history = TokenHistory(vocab_size, max_num_seqs, device)
 
@@ -60,7 +60,9 @@ class Sampler:
             self._history.start(start)
             self._has_bias[slot] = len(start.logit_bias_ids) > 0
             is_greedy = start.temperature < sampling.GREEDY_BELOW
-            self._is_plain[slot] = is_greedy and not (self._has_bias[slot] or start.has_penalties)
+            self._special.discard(slot)
+            if self._has_bias[slot] or start.has_penalties or not is_greedy:
+                self._special.add(slot)
             self._bias.pop(slot, None)
             if self._has_bias[slot]:
                 ids = start.logit_bias_ids.astype(np.int64)
@@ -81,7 +83,7 @@ class Sampler:
             positions: `[N]`, that the tokens will have.
             num_top_logprobs: alternatives to report; -1: no log-probabilities at all.
         """
-        if num_top_logprobs < 0 and self._is_plain[slots].all():
+        if num_top_logprobs < 0 and self._special.isdisjoint(slots.tolist()):
             # Most steps of most services; Python's part of the rest would cost more than the numbers do.
             token_ids = sampling.argmax(logits).int().cpu().numpy()
             return StepOutput(token_ids, _NO_FLOATS, _NO_INTS, _NO_FLOATS)
