@@ -86,7 +86,8 @@ def logits_of_a_life(runner: Together) -> Tensor:
             return
         for slot, row in zip(plan.sample_slots, logits, strict=True):
             builder.append(names[int(slot)], int(row.argmax()))
-            rows.append(row)
+            # What is recorded is overwritten by the next step.
+            rows.append(row.clone())
 
     step(a=100)
     step(a=50, b=30)

@@ -219,8 +219,8 @@ class VocabEmbedding:
     def __call__(self, token_ids: Tensor) -> Tensor:
         """Maps `[T]` ids to `[T, H]`."""
         is_shared = self._communicator.shard.size > 1
-        if row_kernels.supports(self.weight) and token_ids.is_contiguous():
-            rows = self.weight[: len(self._span)]
+        rows = self.weight[: len(self._span)]
+        if row_kernels.can_look_up(rows, token_ids):
             embedded = row_kernels.look_up(
                 rows, token_ids, first=self._span.start, scale=self._scale
             )

@@ -72,7 +72,7 @@ class RotaryTable:
 
     def __call__(self, positions: Tensor) -> Tensor:
         """The rotations of `int64[T]` positions, `complex64[T, 1, head_dim / 2]`."""
-        if self._table.device.type != "cpu" or not positions.is_contiguous():
+        if not row_kernels.can_look_up(self._real, positions):
             return self._table.index_select(0, positions).unsqueeze(1)
         turned = row_kernels.look_up(self._real, positions)
         return torch.view_as_complex(turned.view(len(positions), 1, -1, 2))

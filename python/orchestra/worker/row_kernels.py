@@ -73,6 +73,12 @@ def gate(x: Tensor, activation: str) -> Tensor:
     return y
 
 
+def can_look_up(table: Tensor, places: Tensor) -> bool:
+    """Whether `look_up` takes them."""
+    is_table = table.device.type == "cpu" and table.dtype in KERNEL_DTYPES and table.is_contiguous()
+    return is_table and places.dtype == torch.int64 and places.is_contiguous()
+
+
 def look_up(table: Tensor, places: Tensor, *, first: int = 0, scale: float | None = None) -> Tensor:
     """Rows of a table on the CPU, `[T, size]`.
 
