@@ -1,5 +1,7 @@
 """Recorded steps compute what the same steps compute as usual, to the bit; and what cannot be recorded is not."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -73,7 +75,7 @@ def test_what_torch_decides_is_not_recorded(kind: str, make_rank: MakeRank) -> N
     model = model_of(tried)
     assert not model.is_recorded
     assert model.obstacle is not None
-    assert "torch computes aten" in model.obstacle
+    assert "torch computes" in model.obstacle
     assert_equal(logits_of_many_steps(tried), logits_of_many_steps(usual))
 
 
@@ -156,15 +158,28 @@ def test_programs_serve_for_fewer_rows_alone() -> None:
 def test_what_torch_computes_or_copies_is_refused() -> None:
     x = torch.ones(4, 6)
     with (
-        pytest.raises(NotRecordableError, match=r"torch computes aten\.mul"),
+        pytest.raises(NotRecordableError, match="torch computes mul"),
         Recorder(4, Buffers()),
     ):
         x * 2
-    with pytest.raises(NotRecordableError, match="torch copies in aten"), Recorder(4, Buffers()):
+    with pytest.raises(NotRecordableError, match="torch copies in reshape"), Recorder(4, Buffers()):
         x[:, :3].reshape(12)
     with Recorder(4, Buffers()):
         view = x.view(2, 12)[:, 3:]
     assert view.data_ptr() == x[0, 3:].data_ptr()
+
+
+def test_recording_loads_no_compiler() -> None:
+    # Modes of another kind have torch import its compiler, and that takes longer than loading most models does.
+    script = """
+import sys, torch
+from orchestra.worker.recording import Buffers, Recorder
+x = torch.zeros(4, 8)
+with Recorder(4, Buffers()):
+    x.new_empty(4, 8).view(8, 4)
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_buffers_in_use_do_not_overlap_and_others_are_taken_again() -> None:

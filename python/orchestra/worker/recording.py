@@ -1,6 +1,6 @@
 """Records what a computation of our kernels calls, so that it can be repeated without Python between the calls.
 
-What CUDA graphs are to a GPU: a decode step of a small model takes Python half as long as it takes the kernels. While a
+What CUDA graphs are to a GPU: of a decode step of a small model a fifth was Python that called the kernels. While a
 `Recorder` is entered, kernels note their calls instead of computing; tensors are made in memory that the recording
 keeps, where no two that are needed at a time lie on each other; and whatever torch itself would compute is refused.
 Sums over memory that the ranks share are kernels too; others stand between the kernels' calls, and are called anew each
@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from orchestra import _core
 from orchestra.errors import InternalError
@@ -31,8 +31,15 @@ from orchestra.worker.shared_group import SharedMemoryGroup
 # Where buffers begin: at the kernels' widest vectors, and at cache lines.
 _ALIGNMENT = 64
 
-_NEW_EMPTY = torch.ops.aten.new_empty.default
-_EMPTY_LIKE = torch.ops.aten.empty_like.default
+# What may be asked of a tensor while a recorder is entered, and which views may be made of it, by the names of torch's
+# functions and methods. `__get__` are all properties.
+_ALLOWED = frozenset(
+    [
+        *("__get__", "__getitem__", "__len__", "chunk", "contiguous", "data_ptr", "dim"),
+        *("element_size", "flatten", "is_contiguous", "numel", "reshape", "size", "split"),
+        *("squeeze", "stride", "unsqueeze", "view", "view_as_complex", "view_as_real"),
+    ]
+)
 
 Part = Callable[[int], None]
 """Some of a recording's calls, for so many rows."""
@@ -85,7 +92,7 @@ class Buffers:
         return memory
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchFunctionMode):
     """Records what a thread computes: `with Recorder(rows, buffers) as recorder: …`, then `recorder.parts`.
 
     Args:
@@ -93,11 +100,11 @@ class Recorder(TorchDispatchMode):
         buffers: where the tensors go.
 
     Raises:
-        NotRecordableError: on leaving or before, the computation is not of our kernels alone.
+        NotRecordableError: from inside, where the computation is not of our kernels alone.
     """
 
     def __init__(self, rows: int, buffers: Buffers) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.parts: list[Part] = []
         """The calls in their order; the recorded tensors have to be kept for as long."""
         self._rows = rows
@@ -127,7 +134,8 @@ class Recorder(TorchDispatchMode):
             communicator.all_reduce(tensor)
             return
         self._end_part()
-        whole = self._buffers.alias(tensor)
+        with torch._C.DisableTorchFunction():
+            whole = self._buffers.alias(tensor)
         self.parts.append(lambda rows: communicator.all_reduce(whole[:rows]))
         _core.begin_recording(self._rows)
 
@@ -136,7 +144,7 @@ class Recorder(TorchDispatchMode):
         if len(program):
             self.parts.append(partial(_run, program))
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self,
         function: Any,
         types: Sequence[type],
@@ -144,18 +152,24 @@ class Recorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Makes tensors, and views of them."""
-        kwargs = kwargs or {}
-        if function in (_NEW_EMPTY, _EMPTY_LIKE):
-            shape = args[1] if function is _NEW_EMPTY else args[0].shape
-            return self._buffers.take(shape, kwargs.get("dtype") or args[0].dtype)
-        if not function.is_view:
-            raise NotRecordableError(f"torch computes {function}")
+        kwargs, name = kwargs or {}, function.__name__
+        if name in ("new_empty", "empty_like"):
+            like, *sizes = args
+            shape = sizes if name == "new_empty" else like.shape
+            return self._buffers.take(shape, kwargs.get("dtype") or like.dtype)
+        if name not in _ALLOWED:
+            raise NotRecordableError(f"torch computes {name}")
         result = function(*args, **kwargs)
         parts = result if isinstance(result, (list, tuple)) else [result]
-        memory = args[0].untyped_storage().data_ptr()
-        if any(part.untyped_storage().data_ptr() != memory for part in parts):
-            raise NotRecordableError(f"torch copies in {function}")
+        views = [part for part in parts if isinstance(part, Tensor)]
+        if any(_memory(view) != _memory(args[0]) for view in views):
+            raise NotRecordableError(f"torch copies in {name}")
         return result
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where the memory begins that a tensor is a view of."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _is_kernel(communicator: Communicator) -> bool:

@@ -1,7 +1,7 @@
 //! Kernel calls that a thread notes instead of making them, to be made again and again without Python between them.
 //!
-//! What CUDA graphs are to a GPU: a decode step of a small model takes Python as long as it takes the kernels. Rows of a
-//! tensor lie one behind the other, so calls noted for many rows serve for fewer of them too.
+//! What CUDA graphs are to a GPU. Rows of a tensor lie one behind the other, so calls noted for many rows serve for fewer of
+//! them too.
 
 use std::cell::RefCell;
 
