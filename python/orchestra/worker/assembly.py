@@ -441,7 +441,9 @@ def step_bytes(
         heads += 4 * spec.num_kv_heads * spec.head_dim
     per_token = 4 * shape.hidden_size + 3 * shape.mlp_width + heads
     per_sample = 16 * shape.vocab_size
-    tokens = config.step_tokens(device_type) + (RECORDED_ROWS if device_type == "cpu" else 0)
-    numbers = tokens * per_token + config.max_num_seqs * per_sample
+    numbers = config.step_tokens(device_type) * per_token + config.max_num_seqs * per_sample
+    if device_type == "cpu":
+        # What recorded steps keep for good.
+        numbers += RECORDED_ROWS * (per_token + shape.vocab_size)
     attention = workspace_bytes(spec, config.max_num_seqs, longest)
     return numbers * torch.float32.itemsize + attention + LIBRARY_BYTES

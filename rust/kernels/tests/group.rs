@@ -342,3 +342,29 @@ fn wrong_settings_and_arguments_name_the_field() {
     // None of this has ended the group.
     alone.all_reduce(&mut [1.0_f32]).unwrap();
 }
+
+#[test]
+fn a_meter_counts_what_was_entered_and_says_who_waits() {
+    let ranks = group(2);
+    let progress = |rank: usize| ranks[rank].meter().progress();
+    assert_eq!(progress(0).entered, 0);
+    ranks[0].meter().begin_step();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| ranks[0].all_reduce(&mut [1.0_f32]).unwrap());
+        while !progress(0).is_waiting {
+            thread::yield_now();
+        }
+        assert_eq!((progress(0).entered, progress(1).entered), (1, 0));
+        ranks[1].all_reduce(&mut [2.0_f32]).unwrap();
+        waiting.join().unwrap();
+    });
+    assert_eq!((progress(0).entered, progress(1).entered), (1, 1));
+    assert!(!progress(0).is_waiting && !progress(1).is_waiting);
+    assert!(progress(0).slowest_round > Duration::ZERO);
+    ranks[0].meter().begin_step();
+    assert_eq!(progress(0).slowest_round, Duration::ZERO);
+    // Nobody has left a collective that was given up.
+    ranks[0].abort();
+    ranks[1].all_reduce(&mut [2.0_f32]).unwrap_err();
+    assert!(progress(1).is_waiting);
+}
