@@ -39,7 +39,7 @@ serve: setup ## Serve the demonstration model (MODEL=path for another, ARGS='--t
 
 # Two lanes: what cargo checks and compiles in debug builds fills the time in which the other's processes wait.
 test: $(ETCD) ## Run every gate: lints, Rust tests, Python tests; shows all failures, then a summary
-	@.ci/gates $(RUST_LINTS) check-rust-tests + build $(PYTHON_LINTS) check-tests / check-python-tests
+	@.ci/gates $(RUST_LINTS) check-rust-tests + build $(PYTHON_LINTS) check-tests / check-worker-tests check-python-tests
 
 lint: ## Run the gates that execute no product code: format, clippy, ruff, mypy, stubs, drift, tidy
 	@.ci/gates $(RUST_LINTS) + setup $(PYTHON_LINTS)
@@ -102,7 +102,7 @@ clean: ## Remove what the other targets made (.venv, target, caches)
 
 # === gates: one each, run by .ci/gates ===
 
-.PHONY: build check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-docs check-tidy check-rust-tests check-python-tests check-tests
+.PHONY: build check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-docs check-tidy check-rust-tests check-worker-tests check-python-tests check-tests
 
 # All that tests start. First what does not wait for each other: pip loads and unpacks while cargo compiles.
 build:
@@ -142,9 +142,12 @@ check-rust-tests:
 	cargo test --workspace --locked --quiet --no-fail-fast
 
 # These compute, on one or two threads each; those of check-tests wait for each other's processes, and share nothing well.
-# So the one runs in either lane, whichever is free first, and the other in one of its own.
+# So the ones run in either lane, whichever is free first, and the others in one of their own.
+check-worker-tests:
+	$(PY) -m pytest --quiet --numprocesses 2 tests/worker
+
 check-python-tests:
-	$(PY) -m pytest --quiet --numprocesses 2 tests/python tests/worker
+	$(PY) -m pytest --quiet --numprocesses 2 tests/python
 
 check-tests:
 	$(PY) -m pytest --ignore tests/test_tidy.py --ignore tests/python --ignore tests/worker

@@ -84,7 +84,7 @@ class Sampler:
             num_top_logprobs: alternatives to report; -1: no log-probabilities at all.
         """
         if num_top_logprobs < 0 and self._special.isdisjoint(slots.tolist()):
-            # Most steps of most services; Python's part of the rest would cost more than the numbers do.
+            # What follows would take Python longer than the numbers.
             token_ids = sampling.argmax(logits).int().cpu().numpy()
             return StepOutput(token_ids, _NO_FLOATS, _NO_INTS, _NO_FLOATS)
         edited = self._add_bias(logits, slots)

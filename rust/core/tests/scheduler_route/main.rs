@@ -11,6 +11,7 @@
 
 mod model;
 mod ops;
+mod seeds;
 
 use std::collections::BTreeSet;
 

@@ -101,14 +101,9 @@ impl ModelWorker {
             }
         };
         // From host memory the last of them have to be copied back, or one does without.
-        let held = self.held(request);
-        let num_kept = held
-            .iter()
-            .rev()
-            .take_while(|hash| self.kept.contains(hash))
-            .count();
-        let kept = num_kept as u64 * u64::from(self.spec.block_size);
-        let without = fetching(depth - num_kept as u32, left + kept);
+        let num_kept = self.num_kept(request);
+        let kept = u64::from(num_kept * self.spec.block_size);
+        let without = fetching(depth - num_kept, left + kept);
         let left = without.min(fetching(depth, left) + kept.div_ceil(20));
         let cost = match policy {
             RoutePolicy::Product | RoutePolicy::TransferAware => {
@@ -150,7 +145,17 @@ impl ModelWorker {
         let (no_room, cost, _) = self.rank(RoutePolicy::LeastTokens, request, self.depth(request));
         let held = u64::from(self.depth(request) * self.spec.block_size);
         let left = request.token_ids.len() as u64 - held + self.load_tokens(request);
-        (no_room, cost + left)
+        // What is copied back costs a twentieth of what it saves, so at least one token where it saves any.
+        let copied = u64::from(self.num_kept(request) * self.spec.block_size).div_ceil(20);
+        (no_room, cost + left + copied)
+    }
+
+    /// The last of the blocks that it holds of a request, as many as lie in host memory.
+    fn num_kept(&self, request: &RouteRequest<'_>) -> u32 {
+        let held = self.held(request);
+        let kept = held.iter().rev();
+        let kept = kept.take_while(|hash| self.kept.contains(hash));
+        kept.count() as u32
     }
 
     pub(crate) fn load_tokens(&self, request: &RouteRequest<'_>) -> u64 {
