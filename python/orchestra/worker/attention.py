@@ -42,7 +42,31 @@ class AttentionBackend(Protocol):
         ...
 
 
-class TorchPagedAttention:
+class WatchedLayers:
+    """What backends have in common: somebody who hears of the layers of some steps."""
+
+    _listener: LayerListener | None = None
+    _watched_step: int | None = None
+
+    def watch(self, listener: LayerListener) -> None:
+        """See `AttentionBackend`."""
+        self._listener = listener
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody hears of each layer of the step that was prepared last."""
+        return self._watched_step is not None and self._listener is not None
+
+    def _begin_step(self, plan: StepPlan) -> None:
+        self._watched_step = plan.step_id if plan.fills_blocks else None
+
+    def _announce(self, layer: int) -> None:
+        """Says that a layer's new KV is in the cache."""
+        if self._watched_step is not None and self._listener is not None:
+            self._listener(self._watched_step, layer)
+
+
+class TorchPagedAttention(WatchedLayers):
     """The fallback backend: gathers a sequence's blocks and hands them to torch's fused attention.
 
     Args:
@@ -71,16 +95,10 @@ class TorchPagedAttention:
         self._planner = LayoutPlanner(spec, self._group, device)
         self._written = torch.empty(0, dtype=torch.int64)
         self._layouts: dict[AttentionRule, StepLayout] = {}
-        self._listener: LayerListener | None = None
-        self._watched_step: int | None = None
-
-    def watch(self, listener: LayerListener) -> None:
-        """See `AttentionBackend`."""
-        self._listener = listener
 
     def prepare(self, plan: StepPlan) -> None:
         """Lays the step out, once for each kind of layer."""
-        self._watched_step = plan.step_id if plan.fills_blocks else None
+        self._begin_step(plan)
         self._written = self._planner.written(plan)
         self._layouts = {rule: self._planner.lay_out(plan, rule) for rule in set(self._rules)}
 
@@ -88,8 +106,7 @@ class TorchPagedAttention:
         """Computes one layer; see `AttentionBackend`."""
         vectors = key_value.reshape(-1, self._head_dim)
         self._vectors[layer].index_copy_(0, self._written, vectors)
-        if self._watched_step is not None and self._listener is not None:
-            self._listener(self._watched_step, layer)
+        self._announce(layer)
         runs, rule = self._runs[layer], self._rules[layer]
         layout = self._layouts[rule]
         if len(layout.cached) == 1 and not layout.fresh:

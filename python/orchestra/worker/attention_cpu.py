@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from orchestra._core import PagedAttention
-from orchestra.worker.attention import LayerListener
+from orchestra.worker.attention import WatchedLayers
 from orchestra.worker.attention_layout import with_whole_heads
 from orchestra.worker.kv_cache import KvCacheSpec, PagedCache
 from orchestra.worker.model_config import AttentionRule
@@ -18,7 +18,7 @@ _LANES = 8
 _HEAD_DIM_MAX = 1024
 
 
-class CpuPagedAttention:
+class CpuPagedAttention(WatchedLayers):
     """Kernels that read the cache in place, block by block, on torch's own threads.
 
     What a token gets depends on its sequence and its position alone, to the bit: not on the batch, nor on how its
@@ -55,17 +55,6 @@ class CpuPagedAttention:
             ],
             portable=portable,
         )
-        self._listener: LayerListener | None = None
-        self._watched_step: int | None = None
-
-    def watch(self, listener: LayerListener) -> None:
-        """See `AttentionBackend`."""
-        self._listener = listener
-
-    @property
-    def is_watched(self) -> bool:
-        """Whether somebody hears of each layer of the step that was prepared last."""
-        return self._watched_step is not None and self._listener is not None
 
     def prepare(self, plan: StepPlan) -> None:
         """Hands the plan's arrays over.
@@ -73,7 +62,7 @@ class CpuPagedAttention:
         Raises:
             InvalidRequestError: they do not fit each other or the cache.
         """
-        self._watched_step = plan.step_id if plan.fills_blocks else None
+        self._begin_step(plan)
         self._kernels.prepare(
             plan.slot_mapping.tobytes(),
             plan.query_start.tobytes(),
@@ -94,8 +83,7 @@ class CpuPagedAttention:
             key_value.stride(0),
             output.data_ptr(),
         )
-        if self._watched_step is not None and self._listener is not None:
-            self._listener(self._watched_step, layer)
+        self._announce(layer)
         return output
 
 

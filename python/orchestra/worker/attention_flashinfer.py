@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestra.worker.attention import LayerListener
+from orchestra.worker.attention import WatchedLayers
 from orchestra.worker.attention_layout import LayoutPlanner
 from orchestra.worker.kv_cache import KvCacheSpec, PagedCache
 from orchestra.worker.model_config import AttentionRule
@@ -60,7 +60,7 @@ def make_wrapper(workspace: Tensor) -> Wrapper:
     return wrapper
 
 
-class FlashInferPagedAttention:
+class FlashInferPagedAttention(WatchedLayers):
     """The backend; see the module.
 
     Args:
@@ -89,16 +89,10 @@ class FlashInferPagedAttention:
         workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._wrappers = {rule: make(workspace) for rule in set(self._rules)}
         self._written = torch.empty(0, dtype=torch.int64)
-        self._listener: LayerListener | None = None
-        self._watched_step: int | None = None
-
-    def watch(self, listener: LayerListener) -> None:
-        """See `AttentionBackend`."""
-        self._listener = listener
 
     def prepare(self, plan: StepPlan) -> None:
         """Plans the step, once for each kind of layer."""
-        self._watched_step = plan.step_id if plan.fills_blocks else None
+        self._begin_step(plan)
         self._written = self._planner.written(plan)
         page_start, pages, last_lengths = pages_of(plan, self._spec.block_size)
         # What is on the host is read there, and copied without waiting; the pages are only read on the device.
@@ -127,8 +121,7 @@ class FlashInferPagedAttention:
         cache, head_dim = self._layers[layer], self._spec.head_dim
         vectors = key_value.reshape(-1, head_dim)
         cache.view(-1, head_dim).index_copy_(0, self._written, vectors)
-        if self._watched_step is not None and self._listener is not None:
-            self._listener(self._watched_step, layer)
+        self._announce(layer)
         attended = self._wrappers[self._rules[layer]].run(query.contiguous(), cache)
         return attended.reshape(query.shape[0], -1)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestra.worker import attention_triton_kernels as kernels
-from orchestra.worker.attention import LayerListener
+from orchestra.worker.attention import WatchedLayers
 from orchestra.worker.attention_layout import with_whole_heads
 from orchestra.worker.decode_inputs import DecodeInputs
 from orchestra.worker.kv_cache import KvCacheSpec, PagedCache
@@ -100,7 +100,7 @@ class _Step:
     """Programs that share the splits of a decoding sequence; with 1, none keeps sums of single splits."""
 
 
-class TritonPagedAttention:
+class TritonPagedAttention(WatchedLayers):
     """Kernels that read the cache in place; see `attention_triton_kernels` for how they add up.
 
     What a token gets depends on its sequence and its position alone: a decode step gives the sums of the prefill.
@@ -135,8 +135,6 @@ class TritonPagedAttention:
         }
         self._staging = Staging(device)
         self._step: _Step | None = None
-        self._listener: LayerListener | None = None
-        self._watched_step: int | None = None
         if device.type == "cuda":
             self.build()
 
@@ -157,13 +155,9 @@ class TritonPagedAttention:
                 self.forward(layer, heads[:, : self._num_heads], heads[:, self._num_heads :])
         self._step = None
 
-    def watch(self, listener: LayerListener) -> None:
-        """See `AttentionBackend`."""
-        self._listener = listener
-
     def prepare(self, plan: StepPlan) -> None:
         """Cuts the step into tiles and sends its arrays, all in one copy."""
-        self._watched_step = plan.step_id if plan.fills_blocks else None
+        self._begin_step(plan)
         lengths = np.diff(plan.query_start)
         longer = np.flatnonzero(lengths != 1)
         num_decodes = int(longer[0]) if longer.size else len(lengths)
@@ -234,8 +228,7 @@ class TritonPagedAttention:
             BLOCK_SIZE=spec.block_size,
             **self._head_shape,
         )
-        if self._watched_step is not None and self._listener is not None:
-            self._listener(self._watched_step, layer)
+        self._announce(layer)
         output = query.new_empty(tokens, self._num_heads * spec.head_dim)
         if step.num_decodes and step.num_sharers > 1:
             self._attend_split(step, layer, query, output)

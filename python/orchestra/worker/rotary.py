@@ -67,14 +67,16 @@ class RotaryTable:
         angles = torch.outer(positions, inverse_frequencies(rope, rotary_dim, max_positions))
         rotated = torch.polar(torch.full_like(angles, rope.attention_factor), angles)
         rest = torch.ones(max_positions, (head_dim - rotary_dim) // 2, dtype=rotated.dtype)
-        self._table = torch.cat([rotated, rest], dim=1).to(device)
-        self._real = torch.view_as_real(self._table).flatten(1)
+        table = torch.cat([rotated, rest], dim=1).to(device)
+        # [max_positions, head_dim], as kernels see it.
+        self._table = torch.view_as_real(table).flatten(1)
 
     def __call__(self, positions: Tensor) -> Tensor:
         """The rotations of `int64[T]` positions, `complex64[T, 1, head_dim / 2]`."""
-        if not row_kernels.can_look_up(self._real, positions):
-            return self._table.index_select(0, positions).unsqueeze(1)
-        turned = row_kernels.look_up(self._real, positions)
+        if row_kernels.can_look_up(self._table, positions):
+            turned = row_kernels.look_up(self._table, positions)
+        else:
+            turned = self._table.index_select(0, positions)
         return torch.view_as_complex(turned.view(len(positions), 1, -1, 2))
 
 
