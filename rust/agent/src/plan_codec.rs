@@ -27,7 +27,7 @@ impl<T: bytemuck::NoUninit> Serialize for Array<'_, T> {
 #[derive(Serialize)]
 struct PlanMap<'a> {
     step_id: u64,
-    /// `int32[T]`
+    /// `int32[T]`; -1 for `PENDING_TOKEN`
     token_ids: Array<'a, TokenId>,
     /// `int32[T]`
     positions: Array<'a, u32>,

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::{
     commit::Executing,
-    plan::{Sample, StepPlan},
+    plan::{PENDING_TOKEN, Sample, StepPlan},
     sequence::Running,
 };
 use crate::time::Time;
@@ -90,15 +90,15 @@ fn push_row(plan: &mut StepPlan, executing: &mut Executing, row: &mut Running, b
     }
 }
 
-/// Adds the one token of a decode. It is the last one known, and the table ends with its block: so this needs no
+/// Adds the one token of a decode. It is the last one, known or pending, and the table ends with its block: so this needs no
 /// division and no loop, which most rows of most steps would pay for. Returns in how many blocks the sequence has its
 /// KV after the step.
 fn push_last_token(plan: &mut StepPlan, row: &Running, block_size: u32) -> u32 {
     let position = row.next_position() as u32;
     let column = row.block_table.len() - 1;
     let offset = position - column as u32 * block_size;
-    plan.token_ids
-        .push(row.sequence.token_ids[position as usize]);
+    let known = row.sequence.token_ids.get(position as usize);
+    plan.token_ids.push(known.copied().unwrap_or(PENDING_TOKEN));
     plan.positions.push(position);
     plan.slot_mapping
         .push(row.block_table[column].0 * block_size + offset);

@@ -50,8 +50,12 @@ impl Executing {
         self.wants_logprobs |= wants_logprobs;
     }
 
-    /// Takes over what the plan computes of a sequence: it is in flight from now on.
-    pub(super) fn expect_computed(&mut self, running: &mut Running) {
+    /// Takes over what the plan computes of a sequence: it is in flight from now on, and so is what it draws, where
+    /// that can be planned with.
+    pub(super) fn expect_computed(&mut self, running: &mut Running, plans_ahead: bool) {
+        if plans_ahead && running.draws_token() {
+            running.num_pending_tokens += 1;
+        }
         let num_tokens = std::mem::take(&mut running.num_scheduled_tokens);
         if num_tokens > 0 {
             running.num_in_flight_tokens += num_tokens;
@@ -109,7 +113,14 @@ impl StepScheduler {
         let Some(executing) = self.executing.pop_front() else {
             return Ok(Vec::new());
         };
-        self.stats.step_time = now.since(executing.planned_at);
+        let began = if self.config.plans_ahead {
+            // It ran behind the one before.
+            executing.planned_at.max(self.committed_at)
+        } else {
+            executing.planned_at
+        };
+        self.stats.step_time = now.since(began);
+        self.committed_at = now;
         let executes = !self.executing.is_empty();
         self.lateness.committed(self.stats.step_time, executes, now);
         if self.config.tpot_target_us > 0 {
@@ -205,6 +216,7 @@ impl StepScheduler {
         let sequence = &mut running.sequence;
         let token_id = output.token_ids[position];
         sequence.token_ids.push(token_id);
+        running.num_pending_tokens = running.num_pending_tokens.saturating_sub(1);
         if self.config.enable_prefix_cache {
             sequence.hash_full_blocks(block_size, self.hash_block);
         }

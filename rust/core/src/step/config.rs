@@ -21,8 +21,12 @@ pub struct StepSchedulerConfig {
     /// Most requests that wait to start; one more is refused.
     pub max_num_waiting: u32,
     /// Most steps that are planned and not committed: as many as the runner has stages. The sequences that decode, and
-    /// the prefill tokens, are divided among them.
+    /// the prefill tokens, are divided among them, unless `plans_ahead`.
     pub max_steps_in_flight: u32,
+    /// Plan a sequence's next step before the token of its last one is drawn: the runner takes the token from where it
+    /// drew it. Steps in flight then follow each other through one stage, and each has everybody; whoever turns out to
+    /// have ended is computed once too often.
+    pub plans_ahead: bool,
     /// Most prefill tokens of one sequence in one step; 0 leaves only the token budget.
     pub max_prefill_chunk: u32,
     /// How long a step may last while sequences decode, µs: their time per output token. The prefill tokens of a
@@ -57,6 +61,7 @@ impl Default for StepSchedulerConfig {
             max_model_len: 0,
             max_num_waiting: 8192,
             max_steps_in_flight: 1,
+            plans_ahead: false,
             max_prefill_chunk: 0,
             tpot_target_us: 0,
             min_prefill_tokens: 64,

@@ -64,9 +64,12 @@ impl StepScheduler {
             "{id}: the last token is uncomputed"
         );
         assert!(
-            running.num_in_flight_tokens <= running.num_uncomputed_tokens(),
+            running.num_in_flight_tokens
+                <= running.num_uncomputed_tokens() + running.num_pending_tokens,
             "{id}"
         );
+        let is_ahead = running.num_pending_tokens > 0;
+        assert!(self.config.plans_ahead || !is_ahead, "{id}: pending tokens");
         assert_eq!(running.num_scheduled_tokens, 0, "{id}: no step is planned");
         let rows = self.executing.iter().flat_map(Executing::rows);
         let own = rows.filter(|row| row.seniority == running.seniority);
@@ -75,7 +78,8 @@ impl StepScheduler {
         let num_held = running.block_table.len() * block_size;
         assert!(num_held >= running.next_position(), "{id}");
         assert!(
-            running.block_table.len() <= num_tokens.div_ceil(block_size),
+            running.block_table.len()
+                <= (num_tokens + running.num_pending_tokens).div_ceil(block_size),
             "{id}: spare block"
         );
         assert!(

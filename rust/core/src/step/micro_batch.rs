@@ -6,13 +6,16 @@
 //! finding the KV of the one before. So groups of decodes take turns, and whoever is not in flight when a group has
 //! become too small fills it up. Micro-batches in a pipeline: Narayanan et al., "`PipeDream`", 2019, for training;
 //! Agrawal et al., "Sarathi-Serve", 2024, for why unequal ones leave bubbles in inference.
+//!
+//! Where steps are planned ahead (`plans_ahead`) there is one stage, which is to find its next step when it is through
+//! with one. Nothing is divided: every step has everybody.
 
 use super::scheduler::StepScheduler;
 
 impl StepScheduler {
     /// Most sequences that decode in the step being planned.
     pub(super) fn decode_share(&self) -> usize {
-        match self.config.max_steps_in_flight as usize {
+        match self.num_shares() {
             1 => usize::MAX,
             depth => {
                 let decoding = self.running.iter().filter(|it| it.is_past_prefill());
@@ -23,12 +26,21 @@ impl StepScheduler {
 
     /// Most prefill tokens of the step being planned.
     pub(super) fn prefill_share(&self) -> usize {
-        match u64::from(self.config.max_steps_in_flight) {
+        match self.num_shares() {
             1 => usize::MAX,
             depth => {
-                let share = self.stats().queued_prefill_tokens.div_ceil(depth) as usize;
+                let share = self.stats().queued_prefill_tokens.div_ceil(depth as u64) as usize;
                 share.max(self.config.min_prefill_tokens as usize)
             }
+        }
+    }
+
+    /// Into how many parts the work is divided. Steps that are planned ahead have all of it.
+    fn num_shares(&self) -> usize {
+        if self.config.plans_ahead {
+            1
+        } else {
+            self.config.max_steps_in_flight as usize
         }
     }
 

@@ -36,8 +36,8 @@ pub use config::StepSchedulerConfig;
 pub use error::StepError;
 pub use moves::{AwaitedBlocks, HeldBlocks, HoldId};
 pub use plan::{
-    BlockCopies, FilledBlocks, FinishReason, KvEvent, Request, Sample, SequenceStart, StepOutput,
-    StepPlan, TokenLogprobs, TokenUpdate,
+    BlockCopies, FilledBlocks, FinishReason, KvEvent, PENDING_TOKEN, Request, Sample,
+    SequenceStart, StepOutput, StepPlan, TokenLogprobs, TokenUpdate,
 };
 pub use scheduler::StepScheduler;
 pub use sealed::SealedChain;

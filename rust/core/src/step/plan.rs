@@ -25,6 +25,9 @@ pub struct Request {
     pub hash_seed: HashSeed,
 }
 
+/// Stands in a plan for a token that is not known: the one that was last drawn for its slot, by a step in flight.
+pub const PENDING_TOKEN: TokenId = TokenId::MAX;
+
 /// One step's work. `T` tokens of `S` sequences run; `N` of the sequences draw a token.
 ///
 /// Sequences that decode (one token) come first, then those that prefill.
@@ -36,7 +39,8 @@ pub struct Request {
 pub struct StepPlan {
     /// Counts up from 1.
     pub step_id: u64,
-    /// `[T]` token ids, sequence after sequence.
+    /// `[T]` token ids, sequence after sequence. [`PENDING_TOKEN`] in sequences of one token, where steps are planned
+    /// ahead.
     pub token_ids: Vec<TokenId>,
     /// `[T]` position of each token in its sequence.
     pub positions: Vec<u32>,

@@ -32,7 +32,8 @@ impl StepScheduler {
     ///
     /// Every plan has at least one token: the most senior request makes progress in every step (see
     /// `preempt_one`), as long as other workers leave it the blocks that it needs. With several steps in flight, in
-    /// one of each `max_steps_in_flight` that follow each other.
+    /// one of each `max_steps_in_flight` that follow each other; where they are planned ahead, in one of so many and
+    /// one.
     pub fn schedule(&mut self, now: Time) -> Option<StepPlan> {
         if self.executing.len() >= self.config.max_steps_in_flight as usize {
             return None;
@@ -57,12 +58,20 @@ impl StepScheduler {
 
     /// Adds one token of each sequence that decodes, preempting where blocks run out. The budget holds
     /// them all: it is at least `max_num_seqs`.
+    ///
+    /// Where one finds no block nobody behind it is planned ahead: whoever is in flight cannot be preempted, and would
+    /// be so for ever.
     fn schedule_decodes(&mut self, draft: &mut Draft) {
         let preemptions = self.stats.preemptions;
         let mut num_left = self.decode_share();
+        let mut is_short = false;
         for index in 0..self.running.len() {
+            let running = &self.running[index];
             // A victim of an earlier index has lost its place.
-            if self.running[index].is_preempted() || !self.running[index].is_decode() {
+            if running.is_preempted() || !running.is_decode() || !running.may_draw_more() {
+                continue;
+            }
+            if is_short && running.num_pending_tokens > 0 {
                 continue;
             }
             if num_left == 0 {
@@ -70,6 +79,7 @@ impl StepScheduler {
             }
             num_left -= 1;
             let has_block = self.make_room_for_next_token(index);
+            is_short |= !has_block;
             self.running[index].num_scheduled_tokens = usize::from(has_block);
         }
         if self.stats.preemptions > preemptions {
@@ -250,6 +260,7 @@ impl StepScheduler {
             num_sent_blocks: 0,
             num_computed_tokens: self.matched.len() * self.block_size(),
             num_in_flight_tokens: 0,
+            num_pending_tokens: 0,
             num_scheduled_tokens: 0,
             swapped: None,
             is_finished: false,
@@ -284,7 +295,7 @@ impl StepScheduler {
         }
         self.pool.host.move_copies(&mut plan);
         for running in &mut self.running {
-            executing.expect_computed(running);
+            executing.expect_computed(running, self.config.plans_ahead);
         }
         self.executing.push_back(executing);
         Some(plan)

@@ -46,6 +46,8 @@ pub struct StepScheduler {
     pub(super) free_slots: Vec<u32>,
     /// The steps whose outputs are due, in order.
     pub(super) executing: VecDeque<Executing>,
+    /// When a step was last committed.
+    pub(super) committed_at: Time,
     pub(super) stats: StepStats,
     /// Learns only where there is a TPOT target.
     pub(super) step_cost: StepCost,
@@ -83,6 +85,7 @@ impl StepScheduler {
             num_started: 0,
             free_slots: (0..config.max_num_seqs).rev().collect(),
             executing: VecDeque::new(),
+            committed_at: Time::ZERO,
             stats: StepStats::default(),
             step_cost: StepCost::default(),
             lateness: Lateness::default(),

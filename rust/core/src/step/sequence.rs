@@ -168,10 +168,10 @@ impl Preempted {
 /// A sequence that holds blocks and a sampler slot.
 ///
 /// ```text
-///   tokens   0 ........ cached ........ computed ..... in flight ..... known
+///   tokens   0 ........ cached ........ computed ..... in flight ..... known ..... pending
 ///   blocks   [ shared, complete ][ private, being written ]
 /// ```
-/// The block table covers all known tokens from the start. The first `num_cached_blocks` blocks are in the prefix
+/// The block table covers all known tokens from the start. Pending ones there are only where steps are planned ahead. The first `num_cached_blocks` blocks are in the prefix
 /// cache and never written; the sequence alone writes the others.
 #[derive(Debug)]
 pub(super) struct Running {
@@ -187,6 +187,8 @@ pub(super) struct Running {
     pub(super) num_computed_tokens: usize,
     /// Tokens behind the computed ones that steps in flight compute.
     pub(super) num_in_flight_tokens: usize,
+    /// Tokens behind the known ones that steps in flight draw. Counted only where steps are planned ahead.
+    pub(super) num_pending_tokens: usize,
     /// Tokens behind those that the step computes which is being planned.
     pub(super) num_scheduled_tokens: usize,
     /// What host memory keeps, while a preempted sequence waits to be taken out of the running ones.
@@ -211,9 +213,17 @@ impl Running {
         self.num_computed_tokens + self.num_in_flight_tokens
     }
 
-    /// Known tokens that no step in flight computes. None while the sequence waits for its next token.
+    /// Known and pending tokens that no step in flight computes. None while the sequence waits for its next token.
     pub(super) fn num_unplanned_tokens(&self) -> usize {
-        self.sequence.num_tokens() - self.next_position()
+        self.sequence.num_tokens() + self.num_pending_tokens - self.next_position()
+    }
+
+    /// Whether the pending tokens, none of which may be a stop token, leave one more to draw.
+    pub(super) fn may_draw_more(&self) -> bool {
+        let sequence = &self.sequence;
+        let num_tokens = sequence.num_tokens() + self.num_pending_tokens;
+        let num_output_tokens = num_tokens - sequence.num_prompt_tokens;
+        self.num_pending_tokens == 0 || num_output_tokens < sequence.sampling.max_tokens as usize
     }
 
     /// Whether the next step has to compute only the last token, to draw the next.

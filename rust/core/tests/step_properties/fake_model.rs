@@ -8,7 +8,7 @@ use std::hash::Hasher;
 
 use orchestra_core::{
     BlockId, RequestId, SamplingParams, TokenId,
-    step::{BlockCopies, StepOutput, StepPlan, StepSchedulerConfig, TokenLogprobs},
+    step::{BlockCopies, PENDING_TOKEN, StepOutput, StepPlan, StepSchedulerConfig, TokenLogprobs},
 };
 use rustc_hash::FxHasher;
 
@@ -29,6 +29,8 @@ struct KvEntry {
 struct Slot {
     sampling: SamplingParams,
     history: Vec<TokenId>,
+    /// The token that was last drawn for it.
+    drawn: Option<TokenId>,
 }
 
 /// KV, block tables and sampler slots of one replica.
@@ -68,7 +70,11 @@ impl FakeModel {
             let mut history = start.prompt_token_ids.clone();
             history.extend(&start.output_token_ids);
             let sampling = start.sampling.as_ref().clone();
-            self.slots[start.slot as usize] = Some(Slot { sampling, history });
+            self.slots[start.slot as usize] = Some(Slot {
+                sampling,
+                history,
+                drawn: None,
+            });
         }
         for (index, &slot) in plan.update_slots.iter().enumerate() {
             let column = plan.update_columns[index] as usize;
@@ -105,6 +111,7 @@ impl FakeModel {
             );
             let token = next_token(digests[row], &slot.sampling, &slot.history);
             slot.history.push(token);
+            slot.drawn = Some(token);
             output.token_ids.push(token);
             output.logprobs.push(
                 sample
@@ -207,7 +214,7 @@ impl FakeModel {
                     "one writer of slot {kv_slot} a step"
                 );
             }
-            let token = plan.token_ids[index];
+            let token = self.token(plan, row, index);
             self.kv[kv_slot as usize] = Some(KvEntry {
                 token,
                 position,
@@ -215,6 +222,17 @@ impl FakeModel {
                 written_by: (plan.step_id, row),
             });
         }
+    }
+
+    /// The token of a plan, or what was drawn in its place.
+    fn token(&self, plan: &StepPlan, row: usize, index: usize) -> TokenId {
+        let token = plan.token_ids[index];
+        if token != PENDING_TOKEN {
+            return token;
+        }
+        let slot = self.slots[plan.slots[row] as usize].as_ref();
+        let drawn = slot.and_then(|slot| slot.drawn);
+        drawn.expect("a step before has drawn a token of this slot's owner")
     }
 
     /// Reads the whole context as attention does, and returns its digest.

@@ -5,6 +5,7 @@
 
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
+mod ahead;
 mod bounds;
 mod fake_model;
 mod in_flight;
@@ -81,6 +82,7 @@ fn any_config() -> impl Strategy<Value = StepSchedulerConfig> {
             max_model_len: 48,
             max_num_waiting,
             max_steps_in_flight: 1,
+            plans_ahead: false,
             max_prefill_chunk,
             tpot_target_us,
             min_prefill_tokens: 1 + spare_budget / 4,
@@ -98,6 +100,14 @@ fn any_config() -> impl Strategy<Value = StepSchedulerConfig> {
 fn any_deep_config() -> impl Strategy<Value = StepSchedulerConfig> {
     (any_config(), 2..=3_u32).prop_map(|(config, max_steps_in_flight)| StepSchedulerConfig {
         max_steps_in_flight,
+        ..config
+    })
+}
+
+/// Steps that follow each other through one stage, planned before the tokens are known.
+fn any_ahead_config() -> impl Strategy<Value = StepSchedulerConfig> {
+    any_deep_config().prop_map(|config| StepSchedulerConfig {
+        plans_ahead: true,
         ..config
     })
 }
@@ -247,6 +257,12 @@ proptest! {
 
     #[test]
     fn steps_in_flight_change_no_token(config in any_deep_config(), ops in any_deep_ops()) {
+        let scheduler = StepScheduler::new(config.clone()).expect("a valid config");
+        run(Replica::new(scheduler, config), ops);
+    }
+
+    #[test]
+    fn planning_ahead_changes_no_token(config in any_ahead_config(), ops in any_deep_ops()) {
         let scheduler = StepScheduler::new(config.clone()).expect("a valid config");
         run(Replica::new(scheduler, config), ops);
     }

@@ -75,6 +75,8 @@ pub(crate) struct Replica {
     /// Most steps that were ever in flight, and plans that had part of a prompt whose beginning was.
     pub(crate) num_in_flight_max: usize,
     pub(crate) num_chunks_in_flight: u64,
+    /// Rows that were planned before their token was known.
+    pub(crate) num_pending_rows: u64,
     pub(crate) moves: Moves,
     num_started: usize,
     /// The most senior request, once it has been seen running as such.
@@ -99,6 +101,7 @@ impl Replica {
             executing: VecDeque::new(),
             num_in_flight_max: 0,
             num_chunks_in_flight: 0,
+            num_pending_rows: 0,
             moves: Moves::default(),
             num_started: 0,
             safe: None,

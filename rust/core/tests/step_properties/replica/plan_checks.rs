@@ -1,26 +1,36 @@
 //! What has to be true of every plan, whatever the requests.
 
-use orchestra_core::{RequestId, step::StepPlan};
+use orchestra_core::{
+    RequestId,
+    step::{PENDING_TOKEN, StepPlan},
+};
 
 use super::{InFlight, Replica, Wish};
 
 impl Replica {
-    /// Nobody goes on while a step in flight draws its next token. A slot is its owner's from the step that starts it.
+    /// Nobody goes on while a step in flight draws its next token, unless steps are planned ahead: then the plan does
+    /// not name it. A slot is its owner's from the step that starts it.
     pub(super) fn check_in_flight(&mut self, plan: &StepPlan) {
-        for &slot in &plan.slots {
+        for (row, &slot) in plan.slots.iter().enumerate() {
+            let first = plan.token_ids[plan.query_start[row] as usize];
+            let mut is_pending = false;
             let is_start = |step: &StepPlan| step.starts.iter().any(|start| start.slot == slot);
             let mut is_owner = !is_start(plan);
             for InFlight { plan: earlier, .. } in self.executing.iter().rev() {
                 if !is_owner {
                     break;
                 }
+                is_pending |= earlier.samples.iter().any(|sample| sample.slot == slot);
                 assert!(
-                    !earlier.samples.iter().any(|sample| sample.slot == slot),
+                    self.config.plans_ahead || !is_pending,
                     "slot {slot} goes on before its token is known"
                 );
                 self.num_chunks_in_flight += u64::from(earlier.slots.contains(&slot));
                 is_owner = !is_start(earlier);
             }
+            let is_unknown = first == PENDING_TOKEN;
+            assert_eq!(is_unknown, is_pending, "what slot {slot} goes on with");
+            self.num_pending_rows += u64::from(is_unknown);
         }
     }
 
