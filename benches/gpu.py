@@ -14,6 +14,7 @@ import argparse
 import gc
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -40,6 +41,7 @@ from orchestra.worker.runner import ModelRunner
 from orchestra.worker.sampler import Sampler
 
 if TYPE_CHECKING:
+    from orchestra.worker.drawn import Drawn
     from orchestra.worker.sharding import Span
 
 BLOCK_SIZE = 16
@@ -170,18 +172,25 @@ class Engine:
         values = {**vars(plan), "sample_sequences": every, "sample_slots": every}
         return StepPlan(**{**values, "sample_positions": np.full(batch, context, np.int32)})
 
-    def step_seconds(self, plan: StepPlan, *, with_graphs: bool) -> float:
-        """The median time of a step, until its tokens are on the host."""
+    def step_seconds(self, plan: StepPlan, *, with_graphs: bool, is_ahead: bool = False) -> float:
+        """The median time of a step, until its tokens are on the host; or those of the one before, with `is_ahead`."""
         self.runner.graphs = self.graphs if with_graphs else None
+        in_flight: deque[Drawn | None] = deque([None] if is_ahead else [])
+
+        def step() -> None:
+            in_flight.append(self.runner.start(plan))
+            if (drawn := in_flight.popleft()) is not None:
+                drawn.fetch()
+
         times: list[float] = []
         began = time.perf_counter()
         for _ in range(2):  # kernels are built, memory is taken
-            self.runner.execute(plan)
+            step()
         while len(times) < STEPS_MIN or (
             len(times) < STEPS_MAX and time.perf_counter() - began < SECONDS_PER_CELL
         ):
             start = time.perf_counter()
-            self.runner.execute(plan)
+            step()
             times.append(time.perf_counter() - start)
         return median(times)
 
@@ -265,6 +274,8 @@ def measure(name: str, device: torch.device, dtype: torch.dtype, card: Card) -> 
             limit = card.limit(num_bytes, flops)
             what = f"decode, batch {batch}, context {context}"
             row(what, batch, engine.step_seconds(plan, with_graphs=True), limit)
+            ahead = engine.step_seconds(plan, with_graphs=True, is_ahead=True)
+            row(f"{what}, planned ahead", batch, ahead, limit)
             if engine.graphs is not None and batch == 1:
                 row(f"{what}, no graphs", 1, engine.step_seconds(plan, with_graphs=False), limit)
     prompt = shape.prompt

@@ -3,7 +3,7 @@
 Every case sends 32 concurrent requests of 1 to 1,000 prompt tokens twice: the second time the prompts hit the prefix
 cache. `roomy` leaves prefill whole; `tight` forces chunks of 16 tokens and a block pool so small that sequences are
 preempted and come back; `swapped` keeps what they computed in host memory meanwhile; in `divided` two ranks share the
-tokens of larger chunks.
+tokens of larger chunks; in `ahead` a step is computed before the tokens of the one before are committed.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ POOLS = {
 POOLS["swapped"] = [*POOLS["tight"], "--num-host-blocks", "272"]
 # As tight, with chunks that two ranks divide.
 POOLS["divided"] = [*POOLS["tight"][:-1], "64", "--cp", "2", "--context-min-tokens", "32"]
+# As swapped, each step planned before the tokens of the one before are known.
+POOLS["ahead"] = [*POOLS["swapped"], "--async-scheduling", "on", "--kv-transfer", "off"]
 CASES = [
     *itertools.product(["llama", "qwen3", "demo"], [1, 2], [1], ["roomy", "tight"]),
     ("llama", 2, 1, "swapped"),
     # Two steps in flight.
     ("qwen3", 1, 2, "swapped"),
     ("qwen3", 1, 1, "divided"),
+    ("llama", 1, 1, "ahead"),
 ]
 
 

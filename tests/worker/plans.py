@@ -7,7 +7,13 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from orchestra.worker.plan import BlockCopies, SequenceStart, StepPlan
+from orchestra.worker.plan import (
+    PENDING_TOKEN,
+    BlockCopies,
+    PendingTokens,
+    SequenceStart,
+    StepPlan,
+)
 
 BLOCK_SIZE = 16
 
@@ -37,9 +43,13 @@ def sampling_start(slot: int, **overrides: Any) -> SequenceStart:
 
 
 def encode_plan(plan: StepPlan) -> bytes:
-    """The message that `PlanReader` reads; it has the whole of each block table, and slots in the order of the rows."""
+    """The message that `PlanReader` reads; it has the whole of each block table, and slots in the order of the rows.
+
+    Pending tokens are not encoded: they go by slots, which are others.
+    """
+    assert len(plan.pending.rows) == 0
     fields = {name: _packed(value) for name, value in asdict(plan).items()}
-    del fields["block_tables"]
+    del fields["block_tables"], fields["pending"]
     height, width = plan.block_tables.shape
     slots, columns = _int32(np.arange(height)), _int32(np.arange(width))
     for name in ("swap_out", "swap_in"):
@@ -96,7 +106,7 @@ class PlanBuilder:
         self.sequences[name] = Running(list(tokens), list(blocks), computed, slot)
 
     def append(self, name: str, token: int) -> None:
-        """A drawn token joins its sequence."""
+        """A drawn token joins its sequence; or `PENDING_TOKEN` does in its place."""
         self.sequences[name].tokens.append(token)
 
     def forget(self, name: str) -> None:
@@ -143,13 +153,18 @@ class PlanBuilder:
         ]
         swap_out, swap_in = _copies(self._swap_out), _copies(self._swap_in)
         self._swap_out, self._swap_in = [], []
-        tokens = [m.tokens[start:stop] for m, (start, stop) in zip(members, rows, strict=True)]
+        parts = [m.tokens[start:stop] for m, (start, stop) in zip(members, rows, strict=True)]
+        tokens = np.concatenate(parts)
+        query_start = np.cumsum([0, *(stop - start for start, stop in rows)])
+        pending = np.flatnonzero(tokens == PENDING_TOKEN)
+        # Only sequences of one token have such, and these come first.
+        pending_slots = [members[row].slot for row in pending]
         return StepPlan(
             step_id=self._step_id,
-            token_ids=_int32(np.concatenate(tokens)),
+            token_ids=_int32(tokens),
             positions=_int32(positions),
             slot_mapping=_int32(slots),
-            query_start=_int32(np.cumsum([0, *(stop - start for start, stop in rows)])),
+            query_start=_int32(query_start),
             context_lens=_int32([stop for _, stop in rows]),
             block_tables=_int32(tables),
             swap_out=swap_out,
@@ -159,6 +174,7 @@ class PlanBuilder:
             sample_positions=_int32([len(members[i].tokens) for i in draws]),
             num_top_logprobs=num_top_logprobs,
             starts=tuple(starts),
+            pending=PendingTokens(_int32(pending), _int32(pending_slots)),
         )
 
     def _advance(self, name: str, count: int) -> tuple[int, int]:

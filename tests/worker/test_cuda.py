@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
-from orchestra.worker import sampler as sampler_module
 from orchestra.worker.decode_graphs import CudaRecorder
 from orchestra.worker.parallel import ProcessGroup
-from orchestra.worker.plan import StepOutput
 from orchestra.worker.sampler import Sampler
 from orchestra.worker.sharding import Shard
 from tests.checkpoints import FAMILIES, KINDS
@@ -96,7 +94,7 @@ def test_gpu_draws_what_the_cpu_draws() -> None:
             [sampling_start(slot, seed=slot, prompt_token_ids=[1], **params) for slot in range(8)]
         )
         slots = np.arange(8, dtype=np.int32)
-        drawn.append(sampler.sample(logits.to(device), slots, slots, -1).token_ids.tolist())
+        drawn.append(sampler.draw(logits.to(device), slots, slots, -1).fetch().token_ids.tolist())
     assert drawn[0] == drawn[1]
 
 
@@ -116,24 +114,12 @@ def test_a_draw_waits_for_nothing_before_its_results_are_fetched(
     ]
     slots = np.arange(8, dtype=np.int32)
     logits = torch.randn(8, 5000, device=device) * 8
-    waits = []
-    fetch = sampler_module._fetch
-
-    def fetch_aloud(packed: Tensor, num_alternatives: int) -> StepOutput:
-        waits.append(packed)
-        torch.cuda.set_sync_debug_mode("default")
-        output = fetch(packed, num_alternatives)
-        torch.cuda.set_sync_debug_mode("error")
-        return output
-
-    monkeypatch.setattr(sampler_module, "_fetch", fetch_aloud)
     sampler.start(starts)
-    sampler.sample(logits, slots, slots, top)  # memory is taken, kernels are loaded
-    waits.clear()
+    sampler.draw(logits, slots, slots, top).fetch()  # memory is taken, kernels are loaded
     torch.cuda.set_sync_debug_mode("error")
     try:
         sampler.start(starts[4:])
-        sampler.sample(logits, slots, slots + 1, top)
+        drawn = sampler.draw(logits, slots, slots + 1, top)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(waits) == 1
+    assert len(drawn.fetch().token_ids) == len(slots)

@@ -16,9 +16,11 @@ from orchestra.worker.assembly import Rank, warm_up
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.decode_graphs import Compute, CudaRecorder, DecodeGraphs, decode_sizes
 from orchestra.worker.decode_inputs import DecodeInputs
+from orchestra.worker.drawn import LatestTokens
 from orchestra.worker.graph_choice import graph_bytes, uses_graphs
 from orchestra.worker.kv_cache import KvCacheSpec
 from orchestra.worker.model_config import ModelConfig
+from orchestra.worker.plan import NONE_PENDING, PENDING_TOKEN
 from orchestra.worker.sharding import Shard, Stage
 from orchestra.worker.staging import Staging, StagingRing
 from tests.worker.conftest import Checkpoints, MakeRank, Reference
@@ -119,6 +121,21 @@ def test_only_steps_that_decode_and_draw_are_replayed(make_rank: MakeRank) -> No
     # A group that has formed again warms up, and records again.
     warm_up(rank.runner, rank.block_size)
     assert graphs.takes(plan)
+
+
+def test_pending_tokens_are_filled_in_where_the_recording_reads(make_rank: MakeRank) -> None:
+    rank = make_rank("llama", attention="triton", device=DEVICE.type, cuda_graphs="off")
+    graphs = with_graphs(rank, Recorder())
+    builder = PlanBuilder(rank.num_blocks)
+    for name in "abc":
+        builder.add(name, [PENDING_TOKEN] if name == "b" else [7])
+    plan = builder.plan(dict.fromkeys("abc", 1))
+    latest = LatestTokens(8, DEVICE)
+    latest.note(np.array([2, 1], np.int32), torch.tensor([5, 9], device=DEVICE))
+    known = replace(plan, token_ids=np.array([7, 9, 7], np.int32), pending=NONE_PENDING)
+    with torch.inference_mode():
+        filled, expected = (graphs.run(it, latest).clone() for it in (plan, known))  # type: ignore[union-attr]
+    assert torch.equal(filled, expected)
 
 
 def test_logits_of_all_sizes_share_memory(make_rank: MakeRank) -> None:

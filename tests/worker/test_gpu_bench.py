@@ -14,7 +14,9 @@ def test_bench_prints_a_row_of_each_step(capsys: pytest.CaptureFixture[str]) -> 
     assert header[1] == "step"
     assert [row[1] for row in cells] == [
         "decode, batch 1, context 48",
+        "decode, batch 1, context 48, planned ahead",
         "decode, batch 2, context 48",
+        "decode, batch 2, context 48, planned ahead",
         "prefill of 32 tokens",
     ]
     for row in cells:

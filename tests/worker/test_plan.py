@@ -47,6 +47,16 @@ def plan() -> StepPlan:
     return builder.plan({"a": 33, "b": 3}, starts, num_top_logprobs=2)
 
 
+def test_pending_tokens_are_those_of_their_slots(plan: StepPlan) -> None:
+    tokens = [-1, *range(34), -1]
+    pending = read(
+        message_with(plan, token_ids=tokens, query_start=[0, 35, 36], slots=[3, 1])
+    ).pending
+    assert pending.rows.tolist() == [0, 35]
+    assert pending.slots.tolist() == [3, 1]
+    assert len(read(encode_plan(plan)).pending.rows) == 0
+
+
 def test_round_trip(plan: StepPlan) -> None:
     decoded = read(encode_plan(plan))
     assert decoded.step_id == plan.step_id

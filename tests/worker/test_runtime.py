@@ -202,6 +202,7 @@ def test_run_from_flags_to_a_signal(
         "tpot_target_us": 0,
         "min_prefill_tokens": 16,
         "max_steps_in_flight": 1,
+        "plans_ahead": False,
         "enable_prefix_cache": True,
         "eos_token_ids": [1],
     }

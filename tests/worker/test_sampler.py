@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orchestra.worker import sampler as sampler_module
 from orchestra.worker import sampling
+from orchestra.worker.drawn import Drawn
 from orchestra.worker.plan import StepOutput
 from orchestra.worker.sampler import Sampler
 from tests.worker.plans import sampling_start
@@ -37,7 +37,7 @@ def sample(
     sampler: Sampler, logits: Tensor, slots: list[int], position: int = 0, top: int = -1
 ) -> StepOutput:
     positions = np.full(len(slots), position, np.int32)
-    return sampler.sample(logits, np.array(slots, np.int32), positions, top)
+    return sampler.draw(logits, np.array(slots, np.int32), positions, top).fetch()
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
@@ -219,10 +219,10 @@ def test_a_nucleus_beyond_the_candidates_is_drawn_from_whole() -> None:
     few, whole = Sampler(WIDE, 3, CPU), Sampler(WIDE, 3, CPU)
     for sampler in (few, whole):
         sampler.start(wide_starts())
-    outputs = [few.sample(logits, slots, slots + step, 2) for step in steps]
+    outputs = [few.draw(logits, slots, slots + step, 2).fetch() for step in steps]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "CANDIDATES", WIDE)
-        expected = [whole.sample(logits, slots, slots + step, 2) for step in steps]
+        expected = [whole.draw(logits, slots, slots + step, 2).fetch() for step in steps]
     for actual, wanted in zip(outputs, expected, strict=True):
         for name, values in vars(wanted).items():
             assert np.array_equal(getattr(actual, name), values), name
@@ -243,13 +243,13 @@ def test_results_come_in_one_piece(
 ) -> None:
     sampler, fetched = Sampler(WIDE, 3, CPU), []
     sampler.start(starts)
-    fetch = sampler_module._fetch
+    read = Drawn._read
 
-    def count(packed: Tensor, num_alternatives: int) -> StepOutput:
-        fetched.append(packed.shape)
-        return fetch(packed, num_alternatives)
+    def count(drawn: Drawn) -> StepOutput:
+        fetched.append(drawn._numbers.shape)
+        return read(drawn)
 
-    monkeypatch.setattr(sampler_module, "_fetch", count)
+    monkeypatch.setattr(Drawn, "_read", count)
     slots = np.array([start.slot for start in starts], np.int32)
-    sampler.sample(wide_logits()[slots], slots, slots, 3)
+    sampler.draw(wide_logits()[slots], slots, slots, 3).fetch()
     assert fetched == [(len(starts), 1 + 1 + 3 + 3)] * fetches

@@ -260,7 +260,7 @@ def test_tokens_follow_the_distribution(params: dict[str, float]) -> None:
     slots = np.arange(rows, dtype=np.int32)
     counts = np.zeros(VOCAB)
     for position in range(rounds):
-        output = sampler.sample(logits, slots, np.full(rows, position, np.int32), -1)
+        output = sampler.draw(logits, slots, np.full(rows, position, np.int32), -1).fetch()
         counts += np.bincount(output.token_ids, minlength=VOCAB)
     assert (counts[expected == 0] == 0).all()
     # Rare tokens together, so that every cell expects enough for the test to hold.

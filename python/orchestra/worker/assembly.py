@@ -44,6 +44,7 @@ from orchestra.worker.renewable_group import AbortableCommunicator, RenewableGro
 from orchestra.worker.runner import ModelRunner, warm_up_plan
 from orchestra.worker.runner_choice import ModelShape, load_hf, read_model_config
 from orchestra.worker.sampler import Sampler
+from orchestra.worker.scheduling_choice import STEPS_AHEAD, plans_ahead
 from orchestra.worker.sharding import Shard, Span, Stage
 from orchestra.worker.stage_cache import StageCache
 from orchestra.worker.stage_link import ProcessLink, SingleStage, StageLink
@@ -143,6 +144,13 @@ class Rank:
     """Its number among the ranks of its stage."""
     mover: LayerMover | None = None
     """Where layers can move between stages."""
+    plans_ahead: bool = False
+    """Whether its steps are planned before the tokens of the one before are known."""
+
+    @property
+    def steps_in_flight(self) -> int:
+        """Most steps that are planned and not committed."""
+        return STEPS_AHEAD if self.plans_ahead else self.stage.count
 
     @property
     def reporting_ranks(self) -> list[int]:
@@ -236,10 +244,12 @@ def build_rank(
     left = budget.free_bytes - num_blocks * spec.bytes_per_block
     check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(place, left))
     pool = make_kv_pool(config, spec, num_blocks, place.device)
+    is_ahead = plans_ahead(config, place.device, moves_kv=pool is not None)
     name = attention_name(config, model_config)
     sampler = None
     if config.rank == config.sampling_rank:
-        sampler = Sampler(shape.vocab_size, config.max_num_seqs, place.device)
+        slots = config.max_num_seqs
+        sampler = Sampler(shape.vocab_size, slots, place.device, plans_ahead=is_ahead)
 
     def make_runner(model: Model, cache: PagedCache, layers: Span) -> ModelRunner:
         rules = shape.attention[layers.start : layers.stop]
@@ -273,6 +283,7 @@ def build_rank(
         place=config.stage_place,
         block_size=config.block_size,
         mover=mover,
+        plans_ahead=is_ahead,
     )
 
 

@@ -64,6 +64,8 @@ class WorkerConfig:
     """Whether decode steps are recorded and replayed: `on`, `off`, or `auto`: on a GPU, where one rank computes."""
     record_steps: str = "auto"
     """Whether a CPU runs steps of few tokens from a recording of their kernels: `off`, or `auto`: where it can."""
+    async_scheduling: str = "auto"
+    """Whether the next step is planned while one runs: `on`, `off`, or `auto`: on a GPU, where one rank computes."""
     collectives: str = "auto"
     """What carries the sums of the ranks: `gloo` or `shm` between CPUs, `nccl` or `nvlink` between GPUs, or `auto`:
     memory that the ranks of a node share, where they can."""
@@ -282,6 +284,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
             choices=["auto", "off"],
             default=default.record_steps,
             help="run steps of few tokens from a recording of their kernels, on a CPU, where the model can be recorded",
+        ),
+        add(
+            "--async-scheduling",
+            choices=["auto", "on", "off"],
+            default=default.async_scheduling,
+            help="plan the next step while one runs; auto: on a GPU, where the worker has one rank and moves no KV",
         ),
         add(
             "--collectives",

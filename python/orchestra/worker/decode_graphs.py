@@ -18,6 +18,7 @@ from torch import Tensor
 
 from orchestra.worker.attention import AttentionBackend
 from orchestra.worker.decode_inputs import DecodeInputs
+from orchestra.worker.drawn import LatestTokens
 from orchestra.worker.models import Model
 from orchestra.worker.plan import StepPlan
 
@@ -111,8 +112,12 @@ class DecodeGraphs:
             and np.array_equal(plan.sample_sequences, np.arange(count))
         )
 
-    def run(self, plan: StepPlan) -> Tensor | None:
+    def run(self, plan: StepPlan, latest: LatestTokens | None = None) -> Tensor | None:
         """Computes a step that `takes` has said yes to; the logits are valid until the next one.
+
+        Args:
+            plan: the step.
+            latest: has its pending tokens, where there may be some.
 
         Returns:
             As `ModelRunner.forward`.
@@ -120,6 +125,8 @@ class DecodeGraphs:
         count = len(plan.context_lens)
         size = self._sizes[bisect_left(self._sizes, count)]
         self._inputs.fill(plan)
+        if latest is not None:
+            latest.fill(self._inputs.token_ids, plan.pending)
         logits = self._replays[size]()
         return None if logits is None else logits[:count]
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from orchestra.errors import InternalError
 from orchestra.worker.assembly import Rank
+from orchestra.worker.drawn import NOTHING_DRAWN, Drawn
 from orchestra.worker.plan import StepOutput, StepPlan
 from orchestra.worker.plan_channel import MESSAGE_BYTES_MAX
 
@@ -51,12 +52,17 @@ class StageReport:
 
 def execute(rank: Rank, plan: StepPlan) -> StageReport:
     """Runs a step on this rank, and measures it."""
+    return start(rank, plan).report()
+
+
+def start(rank: Rank, plan: StepPlan) -> "Started":
+    """Hands a step to this rank's device, and measures how long that takes: on a CPU, as long as the step."""
     if rank.mover is not None:
         rank.mover.note(plan)
     waited_s, began = rank.group.link.waited_s, time.monotonic()
-    output = rank.runner.execute(plan)
+    drawn = rank.runner.start(plan)
     busy_s = time.monotonic() - began - (rank.group.link.waited_s - waited_s)
-    return StageReport(plan.step_id, max(0.0, busy_s), output)
+    return Started(plan, drawn, began, max(0.0, busy_s))
 
 
 @dataclass(frozen=True)
@@ -68,20 +74,32 @@ class FinishedStep:
     busy_s: list[float]
     """Of each stage."""
     took_s: float
-    """From its start on."""
+    """From its start on; of a single stage as `alone_s`."""
     alone_s: float
     """Since the step before it was finished, if it had started by then; else as `took_s`."""
 
 
 @dataclass(frozen=True)
-class _Started:
+class Started:
+    """A step that a rank's device has been given."""
+
     plan: StepPlan
-    report: StageReport
+    drawn: Drawn | None
+    """To be waited for; None where this rank draws nothing."""
     began: float
+    """When, by the monotonic clock."""
+    busy_s: float
+
+    def report(self) -> StageReport:
+        """Waits for what was drawn."""
+        output = NOTHING_DRAWN if self.drawn is None else self.drawn.fetch()
+        return StageReport(self.plan.step_id, self.busy_s, output)
 
 
 class StepsInFlight:
     """Rank 0's steps that are started and not finished, at most so many at a time. They finish in order.
+
+    One for each stage; or of a single stage, whose device is given its next step before it is through with one.
 
     Args:
         rank: this one, rank 0.
@@ -91,7 +109,7 @@ class StepsInFlight:
     def __init__(self, rank: Rank, limit: int) -> None:
         self._rank = rank
         self._limit = limit
-        self._steps: deque[_Started] = deque()
+        self._steps: deque[Started] = deque()
         self._finished = 0.0
 
     def __len__(self) -> int:
@@ -106,9 +124,10 @@ class StepsInFlight:
     def is_oldest_done(self) -> bool:
         """Whether `finish` would not wait."""
         rank, leader = self._rank, self._rank.group.leader
-        if not self._steps:
+        if not self._steps or leader is None:
+            # A single stage does better to start its next step first.
             return False
-        return leader is None or rank.stage.is_last or leader.has_message(rank.sampling_rank)
+        return leader.has_message(rank.sampling_rank)
 
     def start(self, message: bytes) -> None:
         """Hands a plan to all ranks, and runs it on this one.
@@ -117,11 +136,9 @@ class StepsInFlight:
             InternalError: the plan cannot be read.
             RankLostError: a rank is gone.
         """
-        began = time.monotonic()
         if self._rank.group.leader is not None:
             self._rank.group.leader.broadcast(message)
-        plan = self._rank.reader.read(message)
-        self._steps.append(_Started(plan, execute(self._rank, plan), began))
+        self._steps.append(start(self._rank, self._rank.reader.read(message)))
 
     def finish(self) -> FinishedStep:
         """Waits for the reports of the oldest step.
@@ -131,7 +148,7 @@ class StepsInFlight:
             RankLostError: a rank is gone.
         """
         step = self._steps.popleft()
-        reports = [step.report, *map(self._report_of, self._rank.reporting_ranks)]
+        reports = [step.report(), *map(self._report_of, self._rank.reporting_ranks)]
         for report in reports:
             if report.step_id != step.plan.step_id:
                 message = f"step {report.step_id} was reported, step {step.plan.step_id} is due"
@@ -140,7 +157,9 @@ class StepsInFlight:
         now = time.monotonic()
         alone_s = now - max(step.began, self._finished)
         self._finished = now
-        return FinishedStep(step.plan, reports[-1].output, busy_s, now - step.began, alone_s)
+        # Behind another step a single stage only waits for its turn.
+        took_s = now - step.began if len(reports) > 1 else alone_s
+        return FinishedStep(step.plan, reports[-1].output, busy_s, took_s, alone_s)
 
     def _report_of(self, rank: int) -> StageReport:
         leader = self._rank.group.leader

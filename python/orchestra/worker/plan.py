@@ -15,6 +15,8 @@ from orchestra.errors import InternalError
 Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
 
+# Stands for a token that a step in flight draws: the one that was last drawn for its slot.
+PENDING_TOKEN = -1
 # No plan holds more entries in an array than this; the limit bounds what a damaged message can make us allocate.
 ARRAY_BYTES_MAX = 64 << 20
 
@@ -63,12 +65,25 @@ NO_COPIES = BlockCopies(np.empty(0, np.int32), np.empty(0, np.int32))
 
 
 @dataclass(frozen=True)
+class PendingTokens:
+    """Tokens of a step that was planned before they were drawn."""
+
+    rows: Int32Array
+    """`[P]` places in `StepPlan.token_ids`."""
+    slots: Int32Array
+    """`[P]` the sampler slot that draws each."""
+
+
+NONE_PENDING = PendingTokens(np.empty(0, np.int32), np.empty(0, np.int32))
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """One step's work. Arrays are read-only views of the message, but for the block tables."""
 
     step_id: int
     token_ids: Int32Array
-    """`[T]`, sequence after sequence."""
+    """`[T]`, sequence after sequence; `PENDING_TOKEN` where `pending` says whose."""
     positions: Int32Array
     """`[T]` position of each token in its sequence."""
     slot_mapping: Int32Array
@@ -94,6 +109,8 @@ class StepPlan:
     starts: tuple[SequenceStart, ...]
     fills_blocks: bool = False
     """Whether another worker waits for KV of this step, so that the agent is to hear of each layer."""
+    pending: PendingTokens = NONE_PENDING
+    """Tokens that are not in the plan."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +164,7 @@ class PlanReader:
                 num_top_logprobs=fields["num_top_logprobs"],
                 starts=tuple(map(_start, fields["starts"])),
                 fills_blocks=fields["fills_blocks"],
+                pending=_pending(fields),
             )
         except (ValueError, KeyError, TypeError, IndexError, msgpack.UnpackException) as error:
             raise InternalError(f"the step plan cannot be read: {error!r}") from error
@@ -186,6 +204,14 @@ def _check(plan: StepPlan) -> None:
     )
     if not fits:
         raise InternalError(f"the arrays of step {plan.step_id} do not fit each other")
+
+
+def _pending(fields: dict[str, Any]) -> PendingTokens:
+    rows = np.flatnonzero(_int32(fields["token_ids"]) == PENDING_TOKEN)
+    if not rows.size:
+        return NONE_PENDING
+    sequences = np.searchsorted(_int32(fields["query_start"]), rows, side="right") - 1
+    return PendingTokens(rows.astype(np.int32), _int32(fields["slots"])[sequences])
 
 
 def _copies(fields: dict[str, Any], name: str) -> BlockCopies:

@@ -6,19 +6,13 @@ from torch import Tensor
 
 from orchestra.worker.attention import AttentionBackend, LayerListener
 from orchestra.worker.decode_graphs import DecodeGraphs
+from orchestra.worker.drawn import NOTHING_DRAWN, Drawn
 from orchestra.worker.kv_cache import PagedCache
 from orchestra.worker.models import Model
 from orchestra.worker.plan import NO_COPIES, StepOutput, StepPlan
 from orchestra.worker.recorded_decoder import RecordedDecoder
 from orchestra.worker.sampler import Sampler
 from orchestra.worker.staging import send
-
-_EMPTY = StepOutput(
-    token_ids=np.empty(0, np.int32),
-    chosen_logprobs=np.empty(0, np.float32),
-    top_ids=np.empty(0, np.int32),
-    top_logprobs=np.empty(0, np.float32),
-)
 
 
 class ModelRunner:
@@ -48,6 +42,7 @@ class ModelRunner:
         self._attention = attention
         self._sampler = sampler
         self._device = device
+        self._latest = None if sampler is None else sampler.latest
 
     def watch(self, listener: LayerListener) -> None:
         """Lets `listener` hear of each layer of the steps that fill blocks for other workers."""
@@ -60,19 +55,28 @@ class ModelRunner:
         if isinstance(self._model, RecordedDecoder):
             self._model.forget()
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:
         """Runs a step. Every rank of the group must run the same.
 
         Returns:
             What was drawn, in the order of the plan's samples; empty on ranks without a sampler.
         """
+        drawn = self.start(plan)
+        return NOTHING_DRAWN if drawn is None else drawn.fetch()
+
+    @torch.inference_mode()
+    def start(self, plan: StepPlan) -> Drawn | None:
+        """Hands a step to the device, which runs it behind the one before. On a CPU it has run when this returns.
+
+        Returns:
+            The draws, in the order of the plan's samples, to be waited for; None where nothing is drawn.
+        """
         if self._sampler is not None:
             self._sampler.start(plan.starts)
         logits = self.forward(plan)
         if logits is None or self._sampler is None:
-            return _EMPTY
-        return self._sampler.sample(
+            return None
+        return self._sampler.draw(
             logits, plan.sample_slots, plan.sample_positions, plan.num_top_logprobs
         )
 
@@ -85,7 +89,7 @@ class ModelRunner:
         """
         self._cache.copy_blocks(plan.swap_out, plan.swap_in)
         if self.graphs is not None and self.graphs.takes(plan):
-            return self.graphs.run(plan)
+            return self.graphs.run(plan, self._latest)
         # The tokens to sample from: the last of each sequence that draws.
         rows = plan.query_start[plan.sample_sequences + 1] - 1
         tokens = len(plan.token_ids)
@@ -96,6 +100,8 @@ class ModelRunner:
             send(inputs, self._device),
             [tokens, tokens, len(rows)],
         )
+        if self._latest is not None:
+            self._latest.fill(token_ids, plan.pending)
         chosen = None if is_all else row_index
         return self._model.forward(token_ids, positions, self._attention, chosen)
 

@@ -200,7 +200,9 @@ def lead_stages(
     drain_timeout_s: float,
     repartition: Repartition | None = None,
 ) -> None:
-    """The loop of rank 0 of a pipeline, with a step in flight for each stage. A lost rank ends the worker.
+    """The loop of rank 0 with several steps in flight. A lost rank ends the worker.
+
+    There is one for each stage of a pipeline; or of a single stage, the one that its device runs and the next.
 
     Args:
         agent: where plans come from.
@@ -212,7 +214,7 @@ def lead_stages(
     """
     drain = _Drain(agent, drain_timeout_s)
     leader = rank.group.leader
-    steps = StepsInFlight(rank, limit=rank.stage.count)
+    steps = StepsInFlight(rank, limit=rank.steps_in_flight)
     is_announced = False
     while not (stop.is_requested and drain.is_over()):
         message = None
@@ -363,7 +365,8 @@ def agent_config(config: WorkerConfig, rank: Rank) -> dict[str, Any]:
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": rank.step_tokens,
             "max_model_len": rank.max_model_len,
-            "max_steps_in_flight": config.stage.count,
+            "max_steps_in_flight": rank.steps_in_flight,
+            "plans_ahead": rank.plans_ahead,
             "max_prefill_chunk": config.max_prefill_chunk,
             "tpot_target_us": config.tpot_target_ms * 1000,
             "min_prefill_tokens": max(1, rank.step_tokens // MIN_PREFILL_SHARE),
@@ -387,7 +390,7 @@ def _lead_with_agent(config: WorkerConfig, rank: Rank, stop: StopSignals) -> Non
     try:
         if config.metrics_port is not None:
             stop_metrics = metrics.serve(config.metrics_host, config.metrics_port)
-        if rank.stage.count > 1:
+        if rank.steps_in_flight > 1:
             repartition = None if rank.mover is None else Repartition(rank, metrics)
             lead_stages(agent, rank, stop, metrics, config.drain_timeout_s, repartition)
         else:

@@ -6,6 +6,7 @@ that turns out to be too little are drawn again.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,15 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestra.worker import sampling
-from orchestra.worker.plan import Float32Array, Int32Array, SequenceStart, StepOutput
+from orchestra.worker.drawn import UNDECIDED, Drawn, LatestTokens, Packed
+from orchestra.worker.plan import Float32Array, Int32Array, SequenceStart
 from orchestra.worker.staging import send
 from orchestra.worker.token_history import TokenHistory
 
-# Stands for the token of a row whose likeliest candidates do not reach its top-p.
-UNDECIDED = -1
 
-_NO_INTS = np.empty(0, np.int32)
-_NO_FLOATS = np.empty(0, np.float32)
+class _Draws(NamedTuple):
+    """Tokens `int64[N]`, and whether none of them can be `UNDECIDED`."""
+
+    tokens: Tensor
+    is_final: bool
 
 
 class Sampler:
@@ -31,9 +34,20 @@ class Sampler:
         vocab_size: columns of the logits.
         max_num_seqs: number of slots.
         device: of the logits.
+        plans_ahead: whether steps are planned before the tokens of the one before are known.
     """
 
-    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        max_num_seqs: int,
+        device: torch.device,
+        *,
+        plans_ahead: bool = False,
+    ) -> None:
+        self.latest = LatestTokens(max_num_seqs, device) if plans_ahead else None
+        """What those steps go on with."""
+        self._unsettled: Drawn | None = None
         self._vocab_size = vocab_size
         self._device = device
         # Parameters stay on the host: they decide which kernels run at all.
@@ -49,7 +63,13 @@ class Sampler:
         self._history = TokenHistory(vocab_size, max_num_seqs, device)
 
     def start(self, starts: Sequence[SequenceStart]) -> None:
-        """Sequences take their slots; whatever the slots held is forgotten."""
+        """A step begins, and sequences take their slots; whatever the slots held is forgotten.
+
+        What the step before drew is final from here on: where rows of it may be undecided, the host waits for it.
+        """
+        if self._unsettled is not None:
+            self._unsettled.fetch()
+            self._unsettled = None
         for start in starts:
             slot = start.slot
             self._temperature[slot] = start.temperature
@@ -68,14 +88,14 @@ class Sampler:
                 ids = start.logit_bias_ids.astype(np.int64)
                 self._bias[slot] = (ids, start.logit_bias_values)
 
-    def sample(
+    def draw(
         self,
         logits: Tensor,
         slots: Int32Array,
         positions: Int32Array,
         num_top_logprobs: int,
-    ) -> StepOutput:
-        """Draws one token per row.
+    ) -> Drawn:
+        """Draws one token per row; whoever wants to know them waits for them.
 
         Args:
             logits: `[N, V]`, of any float dtype.
@@ -85,44 +105,58 @@ class Sampler:
         """
         if num_top_logprobs < 0 and self._special.isdisjoint(slots.tolist()):
             # What follows would take Python longer than the numbers.
-            token_ids = sampling.argmax(logits).int().cpu().numpy()
-            return StepOutput(token_ids, _NO_FLOATS, _NO_INTS, _NO_FLOATS)
+            tokens = sampling.argmax(logits)
+            self._keep(slots, tokens)
+            return Drawn.greedy(tokens)
         edited = self._add_bias(logits, slots)
         edited = self._history.penalise(edited, slots)
-        tokens = self._draw(edited, slots, positions)
-        output = _fetch(_pack(logits, tokens, num_top_logprobs), num_top_logprobs)
-        undecided = np.flatnonzero(output.token_ids == UNDECIDED)
-        if undecided.size:
-            rows = self._tensor(undecided)
-            tokens[rows] = self._draw_random(
-                edited[rows], slots[undecided], positions[undecided], ranks_all=True
-            )
-            output = _fetch(_pack(logits, tokens, num_top_logprobs), num_top_logprobs)
-        self._history.append(slots, tokens)
-        return output
+        tokens, is_final = self._draw(edited, slots, positions)
+        packed = Packed.of(logits, tokens, num_top_logprobs)
+        if is_final:
+            self._keep(slots, tokens)
+            return Drawn(packed)
 
-    def _draw(self, logits: Tensor, slots: Int32Array, positions: Int32Array) -> Tensor:
-        """One token per row, or `UNDECIDED`; `int64[N]`."""
+        @torch.inference_mode()
+        def settle(undecided: Int32Array) -> Packed | None:
+            if undecided.size:
+                rows, chosen = self._tensor(undecided), (slots[undecided], positions[undecided])
+                tokens[rows] = self._draw_random(edited[rows], *chosen, ranks_all=True).tokens
+            self._keep(slots, tokens)
+            return Packed.of(logits, tokens, num_top_logprobs) if undecided.size else None
+
+        self._unsettled = Drawn(packed, settle)
+        return self._unsettled
+
+    def _keep(self, slots: Int32Array, tokens: Tensor) -> None:
+        """What later steps need to know of the draws."""
+        self._history.append(slots, tokens)
+        if self.latest is not None:
+            self.latest.note(slots, tokens)
+
+    def _draw(self, logits: Tensor, slots: Int32Array, positions: Int32Array) -> _Draws:
         is_greedy = self._temperature[slots] < sampling.GREEDY_BELOW
         if is_greedy.all():
-            return sampling.argmax(logits)
+            return _Draws(sampling.argmax(logits), is_final=True)
         if not is_greedy.any():
             return self._draw_random(logits, slots, positions)
         random = np.flatnonzero(~is_greedy)
         rows = self._tensor(random)
         tokens = sampling.argmax(logits)
-        tokens[rows] = self._draw_random(logits[rows], slots[random], positions[random])
-        return tokens
+        drawn = self._draw_random(logits[rows], slots[random], positions[random])
+        tokens[rows] = drawn.tokens
+        return _Draws(tokens, drawn.is_final)
 
     def _draw_random(
         self, logits: Tensor, slots: Int32Array, positions: Int32Array, *, ranks_all: bool = False
-    ) -> Tensor:
+    ) -> _Draws:
         """As `_draw`; with `ranks_all` nothing stays undecided, and a GPU is waited for."""
         probabilities = sampling.softmax(logits, self._tensor(self._temperature[slots]))
         is_undecided = self._drop_unlikely(probabilities, slots, ranks_all=ranks_all)
         numbers = sampling.uniforms(self._seed[slots], positions.astype(np.int64))
         tokens = sampling.draw(probabilities, self._tensor(numbers))
-        return tokens if is_undecided is None else tokens.masked_fill_(is_undecided, UNDECIDED)
+        if is_undecided is None:
+            return _Draws(tokens, is_final=True)
+        return _Draws(tokens.masked_fill_(is_undecided, UNDECIDED), is_final=False)
 
     def _drop_unlikely(
         self, probabilities: Tensor, slots: Int32Array, *, ranks_all: bool
@@ -173,33 +207,3 @@ class Sampler:
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return send(array, self._device)
-
-
-def _pack(logits: Tensor, tokens: Tensor, num_alternatives: int) -> Tensor:
-    """What `_fetch` takes apart: tokens, and log-probabilities where they were asked for; `int32[N, ...]`.
-
-    These are of the model alone: before bias, penalties and temperature.
-    """
-    columns = [tokens.int().unsqueeze(1)]
-    if num_alternatives >= 0:
-        logprobs = torch.log_softmax(logits, 1, dtype=torch.float32)
-        top = logprobs.topk(num_alternatives, 1)
-        chosen = logprobs.gather(1, tokens.clamp(min=0).unsqueeze(1))
-        columns += [chosen.view(torch.int32), top.values.view(torch.int32), top.indices.int()]
-    return torch.cat(columns, 1)
-
-
-def _fetch(packed: Tensor, num_alternatives: int) -> StepOutput:
-    """Brings a step's results to the host: here a GPU is waited for."""
-    columns = packed.cpu().numpy()
-    token_ids = np.ascontiguousarray(columns[:, 0])
-    if num_alternatives < 0:
-        return StepOutput(token_ids, _NO_FLOATS, _NO_INTS, _NO_FLOATS)
-    end = 2 + num_alternatives
-    floats = np.ascontiguousarray(columns[:, 1:end]).view(np.float32)
-    return StepOutput(
-        token_ids,
-        np.ascontiguousarray(floats[:, 0]),
-        np.ascontiguousarray(columns[:, end:]),
-        np.ascontiguousarray(floats[:, 1:]),
-    )

@@ -1,0 +1,131 @@
+"""What a step draws, between the device that draws it and the host that hands it on."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orchestra.worker.plan import Float32Array, Int32Array, PendingTokens, StepOutput
+from orchestra.worker.staging import send
+
+# Stands for the token of a row whose likeliest candidates do not reach its top-p.
+UNDECIDED = -1
+
+_NO_INTS = np.empty(0, np.int32)
+_NO_FLOATS = np.empty(0, np.float32)
+NOTHING_DRAWN = StepOutput(_NO_INTS, _NO_FLOATS, _NO_INTS, _NO_FLOATS)
+
+
+class Packed(NamedTuple):
+    """Tokens and, where asked for, log-probabilities of `N` samples with `K` alternatives each, in one tensor."""
+
+    numbers: Tensor
+    """`int32[N, 1 or 2 + 2 K]`: the token, its log-probability, those of the alternatives, and these."""
+    num_alternatives: int
+    """`K`; -1: there are no log-probabilities."""
+
+    @classmethod
+    def of(cls, logits: Tensor, tokens: Tensor, num_alternatives: int) -> "Packed":
+        """Log-probabilities are of the model alone: before bias, penalties and temperature.
+
+        Args:
+            logits: `[N, V]`, of any float dtype.
+            tokens: `[N]`, of any integer dtype.
+            num_alternatives: the most that a sample wants; -1: no log-probabilities at all.
+        """
+        columns = [tokens.int().unsqueeze(1)]
+        if num_alternatives >= 0:
+            logprobs = torch.log_softmax(logits, 1, dtype=torch.float32)
+            top = logprobs.topk(num_alternatives, 1)
+            chosen = logprobs.gather(1, tokens.clamp(min=0).unsqueeze(1))
+            columns += [chosen.view(torch.int32), top.values.view(torch.int32), top.indices.int()]
+        return cls(torch.cat(columns, 1), num_alternatives)
+
+
+Settle = Callable[[Int32Array], Packed | None]
+"""Is told which rows are undecided, draws them again and gives all rows anew; None where there were none."""
+
+
+class Drawn:
+    """The draws of one step on their way to the host.
+
+    Args:
+        packed: what was drawn. On a GPU its copy to the host starts here, behind what the device does already, so that
+            waiting for it is not waiting for the step behind.
+        settle: to be called before the tokens are used, as rows may be `UNDECIDED`; None: none can be.
+    """
+
+    def __init__(self, packed: Packed, settle: Settle | None = None) -> None:
+        self._num_alternatives = packed.num_alternatives
+        self._settle = settle
+        self._output: StepOutput | None = None
+        self._copied: torch.cuda.Event | None = None
+        self._numbers = packed.numbers
+        if packed.numbers.is_cuda:
+            self._numbers = torch.empty_like(packed.numbers, device="cpu", pin_memory=True)
+            self._numbers.copy_(packed.numbers, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    @classmethod
+    def greedy(cls, tokens: Tensor) -> "Drawn":
+        """Of `tokens`, `int[N]`, without log-probabilities."""
+        return cls(Packed(tokens.int().unsqueeze(1), -1))
+
+    def fetch(self) -> StepOutput:
+        """Waits for the draws, and for those alone; again gives the same."""
+        if self._output is None:
+            output = self._read()
+            if self._settle is not None:
+                undecided = np.flatnonzero(output.token_ids == UNDECIDED)
+                packed = self._settle(undecided.astype(np.int32))
+                if packed is not None:
+                    self._numbers, self._copied = packed.numbers.cpu(), None
+                    output = self._read()
+            self._output, self._settle = output, None
+        return self._output
+
+    def _read(self) -> StepOutput:
+        if self._copied is not None:
+            self._copied.synchronize()
+        columns = self._numbers.numpy()
+        token_ids = np.ascontiguousarray(columns[:, 0])
+        if self._num_alternatives < 0:
+            return StepOutput(token_ids, _NO_FLOATS, _NO_INTS, _NO_FLOATS)
+        end = 2 + self._num_alternatives
+        floats: Float32Array = np.ascontiguousarray(columns[:, 1:end]).view(np.float32)
+        return StepOutput(
+            token_ids,
+            np.ascontiguousarray(floats[:, 0]),
+            np.ascontiguousarray(columns[:, end:]),
+            np.ascontiguousarray(floats[:, 1:]),
+        )
+
+
+class LatestTokens:
+    """The token that was last drawn for each sampler slot, where it was drawn: for steps that were planned before it.
+
+    Args:
+        max_num_seqs: number of slots.
+        device: of the logits.
+    """
+
+    def __init__(self, max_num_seqs: int, device: torch.device) -> None:
+        self._device = device
+        self._tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+
+    def note(self, slots: Int32Array, tokens: Tensor) -> None:
+        """The slots (`[N]`) drew these tokens (`int[N]`)."""
+        self._tokens.index_copy_(0, self._index(slots), tokens.int())
+
+    def fill(self, token_ids: Tensor, pending: PendingTokens) -> None:
+        """Writes them to a step's token ids (`int[T]`) where these are pending."""
+        if len(pending.rows) == 0:
+            return
+        tokens = self._tokens.index_select(0, self._index(pending.slots))
+        token_ids.index_copy_(0, self._index(pending.rows), tokens.to(token_ids.dtype))
+
+    def _index(self, places: Int32Array) -> Tensor:
+        return send(places.astype(np.int64), self._device)
