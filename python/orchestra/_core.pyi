@@ -342,7 +342,7 @@ class Agent:
 
     def __new__(cls, config: dict[str, Any], kv_pool: KvPool | None = None) -> Agent: ...
     def next_step(self, timeout_ms: int = 200) -> bytes | None:
-        """The next step plan as one msgpack map, or `None` when there was nothing to do for `timeout_ms`.
+        """The next step plan as flat arrays, or `None` when there was nothing to do for `timeout_ms`.
 
         Raises:
             InvalidRequestError: As many steps as may be in flight are not committed.

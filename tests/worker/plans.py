@@ -1,5 +1,6 @@
 """Builds step plans as the agent would, from what a test says should run."""
 
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -42,28 +43,52 @@ def sampling_start(slot: int, **overrides: Any) -> SequenceStart:
     return SequenceStart(**values)
 
 
-def encode_plan(plan: StepPlan) -> bytes:
-    """The message that `PlanReader` reads; it has the whole of each block table, and slots in the order of the rows.
+PLAN_ARRAYS = (
+    *("token_ids", "positions", "slot_mapping", "query_start", "context_lens", "slots"),
+    *("update_slots", "update_columns", "update_blocks"),
+    *("swap_out_blocks", "swap_out_host_blocks", "swap_in_blocks", "swap_in_host_blocks"),
+    *("sample_sequences", "sample_slots", "sample_positions"),
+)
+"""In the order of a message."""
 
-    Pending tokens are not encoded: they go by slots, which are others.
+
+def plan_fields(plan: StepPlan) -> dict[str, Any]:
+    """What a plan's message says: the whole of each block table, and slots in the order of the rows.
+
+    Pending tokens are not told: they go by slots, which are others.
     """
     assert len(plan.pending.rows) == 0
-    fields = {name: _packed(value) for name, value in asdict(plan).items()}
-    del fields["block_tables"], fields["pending"]
     height, width = plan.block_tables.shape
-    slots, columns = _int32(np.arange(height)), _int32(np.arange(width))
-    for name in ("swap_out", "swap_in"):
-        for part, value in fields.pop(name).items():
-            fields[f"{name}_{part}"] = _packed(value)
-    fields["slots"] = _packed(slots)
-    fields["block_table_width"] = width
-    fields["update_slots"] = _packed(slots.repeat(width))
-    fields["update_columns"] = _packed(np.tile(columns, height))
-    fields["update_blocks"] = _packed(plan.block_tables)
-    fields["starts"] = [
-        {name: _packed(value) for name, value in asdict(start).items()} for start in plan.starts
-    ]
-    return bytes(msgpack.packb(fields))
+    slots, columns = np.arange(height), np.arange(width)
+    return {
+        **vars(plan),
+        "swap_out_blocks": plan.swap_out.blocks,
+        "swap_out_host_blocks": plan.swap_out.host_blocks,
+        "swap_in_blocks": plan.swap_in.blocks,
+        "swap_in_host_blocks": plan.swap_in.host_blocks,
+        "slots": slots,
+        "block_table_width": width,
+        "update_slots": slots.repeat(width),
+        "update_columns": np.tile(columns, height),
+        "update_blocks": plan.block_tables.reshape(-1),
+    }
+
+
+def pack_plan(fields: Mapping[str, Any]) -> bytes:
+    """The message that says so."""
+    arrays = [_int32(fields[name]) for name in PLAN_ARRAYS]
+    starts = [{key: _packed(it) for key, it in asdict(one).items()} for one in fields["starts"]]
+    tail = bytes(msgpack.packb(starts)) if starts else b""
+    numbers = ("block_table_width", "step_id", "num_top_logprobs", "fills_blocks")
+    head = [fields[name] for name in numbers]
+    lengths = [len(array) for array in arrays]
+    packed = struct.pack(f"<4sIQiII{len(arrays)}I", b"plan", *head, len(tail), *lengths)
+    return packed + b"".join(array.tobytes() for array in arrays) + tail
+
+
+def encode_plan(plan: StepPlan) -> bytes:
+    """The message that `PlanReader` reads; see `plan_fields`."""
+    return pack_plan(plan_fields(plan))
 
 
 def _packed(value: Any) -> Any:

@@ -1,15 +1,21 @@
 """Plans as they travel."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import msgpack
 import numpy as np
 import pytest
 
 from orchestra.errors import InternalError
 from orchestra.worker.plan import PlanReader, StepPlan
-from tests.worker.plans import PlanBuilder, encode_plan, sampling_start
+from tests.worker.plans import (
+    PlanBuilder,
+    encode_plan,
+    pack_plan,
+    plan_fields,
+    sampling_start,
+)
 
 
 def read(message: bytes) -> StepPlan:
@@ -18,11 +24,8 @@ def read(message: bytes) -> StepPlan:
 
 
 def message_with(plan: StepPlan, **changes: Any) -> bytes:
-    """A plan's message with some fields replaced; lists become arrays."""
-    fields = msgpack.unpackb(encode_plan(plan))
-    for name, value in changes.items():
-        fields[name] = np.array(value, "<i4").tobytes() if isinstance(value, list) else value
-    return bytes(msgpack.packb(fields))
+    """A plan's message with some fields replaced."""
+    return pack_plan({**plan_fields(plan), **changes})
 
 
 @pytest.fixture
@@ -83,13 +86,27 @@ def test_arrays_are_views_of_the_message(plan: StepPlan) -> None:
 
 
 @pytest.mark.parametrize(
-    "message",
-    [b"", b"\xc1", msgpack.packb([]), msgpack.packb({}), msgpack.packb({"step_id": 1}), b"\x81"],
-    ids=["empty", "no msgpack", "a list", "no fields", "too few fields", "cut off"],
+    "damage",
+    [
+        lambda _: b"",
+        lambda message: message[:50],
+        lambda message: message[:-1],
+        lambda message: message + b"\0",
+        lambda message: b"move" + message[4:],
+        # More sampling parameters, a longer first array; and a list that is none.
+        lambda message: message[:24] + b"\xff\xff\xff\xff" + message[28:],
+        lambda message: message[:28] + b"\xff\xff\xff\xff" + message[32:],
+        lambda message: message.replace(b"\x92\x8d", b"\xc1\x8d"),
+        lambda message: message.replace(b"top_k", b"top_x"),
+    ],
+    ids=[
+        *("empty", "no head", "cut off", "too long", "no plan"),
+        *("starts", "lengths", "no msgpack", "no such field"),
+    ],
 )
-def test_damaged_message_is_refused(message: bytes) -> None:
+def test_damaged_message_is_refused(plan: StepPlan, damage: Callable[[bytes], bytes]) -> None:
     with pytest.raises(InternalError, match="cannot be read"):
-        read(message)
+        read(damage(encode_plan(plan)))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""One step as the agent encodes it: a msgpack map of flat arrays.
+"""One step as the agent encodes it: flat arrays, one behind the other; `rust/agent/src/plan_codec.rs` has the layout.
 
 `T` tokens of `S` sequences run; `N` of the sequences draw a token. Sequences that decode (one token each) come first.
 """
 
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,13 @@ Float32Array = NDArray[np.float32]
 
 # Stands for a token that a step in flight draws: the one that was last drawn for its slot.
 PENDING_TOKEN = -1
-# No plan holds more entries in an array than this; the limit bounds what a damaged message can make us allocate.
+# Bounds what damaged sampling parameters can make us allocate.
 ARRAY_BYTES_MAX = 64 << 20
+
+_NUM_ARRAYS = 16
+# What it is, width of the block tables, step, alternatives, whether it fills blocks, bytes of the starts, lengths.
+_HEAD = struct.Struct(f"<4sIQiII{_NUM_ARRAYS}I")
+_MAGIC = b"plan"
 
 
 @dataclass(frozen=True)
@@ -147,41 +153,62 @@ class PlanReader:
             InternalError: the message is damaged or not a plan: its arrays do not fit each other.
         """
         try:
-            fields = msgpack.unpackb(message, max_bin_len=ARRAY_BYTES_MAX)
-            plan = StepPlan(
-                step_id=fields["step_id"],
-                token_ids=_int32(fields["token_ids"]),
-                positions=_int32(fields["positions"]),
-                slot_mapping=_int32(fields["slot_mapping"]),
-                query_start=_int32(fields["query_start"]),
-                context_lens=_int32(fields["context_lens"]),
-                block_tables=self._block_tables(fields),
-                swap_out=_copies(fields, "swap_out"),
-                swap_in=_copies(fields, "swap_in"),
-                sample_sequences=_int32(fields["sample_sequences"]),
-                sample_slots=_int32(fields["sample_slots"]),
-                sample_positions=_int32(fields["sample_positions"]),
-                num_top_logprobs=fields["num_top_logprobs"],
-                starts=tuple(map(_start, fields["starts"])),
-                fills_blocks=fields["fills_blocks"],
-                pending=_pending(fields),
-            )
-        except (ValueError, KeyError, TypeError, IndexError, msgpack.UnpackException) as error:
+            plan = self._read(message)
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            struct.error,
+            msgpack.UnpackException,
+        ) as error:
             raise InternalError(f"the step plan cannot be read: {error!r}") from error
         _check(plan)
         return plan
 
-    def _block_tables(self, fields: dict[str, Any]) -> Int32Array:
+    def _read(self, message: bytes) -> StepPlan:
+        magic, width, step_id, num_top, fills_blocks, start_bytes, *lengths = _HEAD.unpack_from(
+            message
+        )
+        end = _HEAD.size + 4 * sum(lengths)
+        if magic != _MAGIC or end + start_bytes != len(message):
+            raise ValueError(f"a message of {len(message)} bytes that begins with {magic!r}")
+        words = np.frombuffer(message, "<i4", sum(lengths), _HEAD.size)
+        arrays, start = [], 0
+        for length in lengths:
+            arrays.append(words[start : start + length])
+            start += length
+        tokens, positions, slot_mapping, query_start, context_lens, slots, *rest = arrays
+        update, swap_out, swap_in, samples = rest[:3], rest[3:5], rest[5:7], rest[7:]
+        return StepPlan(
+            step_id=step_id,
+            token_ids=tokens,
+            positions=positions,
+            slot_mapping=slot_mapping,
+            query_start=query_start,
+            context_lens=context_lens,
+            block_tables=self._block_tables(update, slots, width),
+            swap_out=_copies(*swap_out),
+            swap_in=_copies(*swap_in),
+            sample_sequences=samples[0],
+            sample_slots=samples[1],
+            sample_positions=samples[2],
+            num_top_logprobs=num_top,
+            starts=_starts(message[end:]) if start_bytes else (),
+            fills_blocks=bool(fills_blocks),
+            pending=_pending(tokens, query_start, slots),
+        )
+
+    def _block_tables(self, update: list[Int32Array], rows: Int32Array, width: int) -> Int32Array:
         """Writes what changes, then gathers the step's rows."""
-        slots, columns = _int32(fields["update_slots"]), _int32(fields["update_columns"])
-        blocks = _int32(fields["update_blocks"])
+        slots, columns, blocks = update
         if not len(slots) == len(columns) == len(blocks):
             raise ValueError("updates of the block tables")
-        self._tables[slots, columns] = blocks
-        width = fields["block_table_width"]
+        if len(slots):
+            self._tables[slots, columns] = blocks
         if width > self._tables.shape[1]:
             raise ValueError(f"block tables of {width} blocks")
-        return self._tables[_int32(fields["slots"]), :width]
+        return self._tables[rows, :width]
 
 
 def _check(plan: StepPlan) -> None:
@@ -206,16 +233,20 @@ def _check(plan: StepPlan) -> None:
         raise InternalError(f"the arrays of step {plan.step_id} do not fit each other")
 
 
-def _pending(fields: dict[str, Any]) -> PendingTokens:
-    rows = np.flatnonzero(_int32(fields["token_ids"]) == PENDING_TOKEN)
+def _pending(tokens: Int32Array, query_start: Int32Array, slots: Int32Array) -> PendingTokens:
+    rows = np.flatnonzero(tokens == PENDING_TOKEN)
     if not rows.size:
         return NONE_PENDING
-    sequences = np.searchsorted(_int32(fields["query_start"]), rows, side="right") - 1
-    return PendingTokens(rows.astype(np.int32), _int32(fields["slots"])[sequences])
+    sequences = np.searchsorted(query_start, rows, side="right") - 1
+    return PendingTokens(rows.astype(np.int32), slots[sequences])
 
 
-def _copies(fields: dict[str, Any], name: str) -> BlockCopies:
-    return BlockCopies(_int32(fields[f"{name}_blocks"]), _int32(fields[f"{name}_host_blocks"]))
+def _copies(blocks: Int32Array, host_blocks: Int32Array) -> BlockCopies:
+    return BlockCopies(blocks, host_blocks) if len(blocks) or len(host_blocks) else NO_COPIES
+
+
+def _starts(message: bytes) -> tuple[SequenceStart, ...]:
+    return tuple(map(_start, msgpack.unpackb(message, max_bin_len=ARRAY_BYTES_MAX)))
 
 
 def _start(fields: dict[str, Any]) -> SequenceStart:

@@ -107,7 +107,7 @@ impl Agent {
         self.step_loop.lock().next_step(timeout)
     }
 
-    /// [`next_step`](Self::next_step) as the shards read it: one msgpack map, see [`plan_codec`](crate::plan_codec).
+    /// [`next_step`](Self::next_step) as the shards read it: flat arrays, see [`plan_codec`](crate::plan_codec).
     pub fn next_step_encoded(&self, timeout: Duration) -> Result<Option<Vec<u8>>, AgentError> {
         let Some(plan) = self.next_step(timeout)? else {
             return Ok(None);

@@ -1,11 +1,29 @@
-//! A step as the shards see it: the plan as one msgpack map, the answer as raw little-endian arrays.
+//! A step as the shards see it: the plan as flat arrays one behind the other, the answer as raw arrays too.
 //!
-//! `orchestra/worker/plan.py` reads the same map. All integers of a plan fit `int32` (the settings are checked for
-//! it), so an array of `u32` has the bytes of the `int32` tensor that it becomes.
+//! `orchestra/worker/plan.py` reads the same. `T` tokens of `S` sequences run, `N` draw, `U` entries of the block tables
+//! change, `C` blocks are copied out and `D` in. Everything is little-endian; all integers of a plan fit `int32` (the
+//! settings are checked for it), so an array of `u32` has the bytes of the `int32` tensor that it becomes.
+//!
+//! ```text
+//!   "plan" | block_table_width u32 | step_id u64
+//!   num_top_logprobs i32: -1: no sample wants log-probabilities; else the most alternatives that one wants
+//!   fills_blocks u32: 1: another worker waits for blocks that the step fills, layer by layer
+//!   bytes of starts u32 | length of each array u32
+//!   token_ids [T], -1 for PENDING_TOKEN | positions [T] | slot_mapping [T]
+//!   query_start [S + 1] | context_lens [S] | slots [S]
+//!   update_slots [U] | update_columns [U] | update_blocks [U]
+//!   swap_out: blocks [C] | host blocks [C]        device blocks, and where in host memory they go
+//!   swap_in: blocks [D] | host blocks [D]         device blocks, and where in host memory they come from
+//!   sample_sequences [N] | sample_slots [N] | sample_positions [N]
+//!   starts: a msgpack list of maps, or nothing
+//! ```
+//!
+//! A reader needs no more than the lengths to find everything: a step lasts but milliseconds, and its first instructions
+//! run on cold caches.
 
 use orchestra_core::{
     SamplingParams, TokenId,
-    step::{SequenceStart, StepOutput, StepPlan, TokenLogprobs},
+    step::{Sample, SequenceStart, StepOutput, StepPlan, TokenLogprobs},
 };
 use serde::{Serialize, Serializer};
 
@@ -14,6 +32,14 @@ const _: () = assert!(
     "arrays travel in memory order"
 );
 
+/// With this a plan begins; other messages to the shards do not.
+const MAGIC: [u8; 4] = *b"plan";
+
+/// Bytes before the arrays.
+const HEAD_BYTES: usize = 28 + 4 * NUM_ARRAYS;
+
+const NUM_ARRAYS: usize = 16;
+
 /// An array of four-byte numbers, written as `bin`.
 struct Array<'a, T>(&'a [T]);
 
@@ -21,50 +47,6 @@ impl<T: bytemuck::NoUninit> Serialize for Array<'_, T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_bytes(bytemuck::cast_slice(self.0))
     }
-}
-
-/// The map, field for field. `T` tokens of `S` sequences run, `N` draw, `U` entries of the block tables change.
-#[derive(Serialize)]
-struct PlanMap<'a> {
-    step_id: u64,
-    /// `int32[T]`; -1 for `PENDING_TOKEN`
-    token_ids: Array<'a, TokenId>,
-    /// `int32[T]`
-    positions: Array<'a, u32>,
-    /// `int32[T]`
-    slot_mapping: Array<'a, u32>,
-    /// `int32[S + 1]`
-    query_start: Array<'a, u32>,
-    /// `int32[S]`
-    context_lens: Array<'a, u32>,
-    /// `int32[S]`
-    slots: Array<'a, u32>,
-    block_table_width: u32,
-    /// `int32[U]`
-    update_slots: Array<'a, u32>,
-    /// `int32[U]`
-    update_columns: Array<'a, u32>,
-    /// `int32[U]`
-    update_blocks: Array<'a, u32>,
-    /// `int32[C]`: device blocks, and where in host memory they go.
-    swap_out_blocks: Array<'a, u32>,
-    /// `int32[C]`
-    swap_out_host_blocks: Array<'a, u32>,
-    /// `int32[D]`: device blocks, and where in host memory they come from.
-    swap_in_blocks: Array<'a, u32>,
-    /// `int32[D]`
-    swap_in_host_blocks: Array<'a, u32>,
-    /// `int32[N]`
-    sample_sequences: Array<'a, u32>,
-    /// `int32[N]`
-    sample_slots: Array<'a, u32>,
-    /// `int32[N]`
-    sample_positions: Array<'a, u32>,
-    /// -1: no sample wants log-probabilities; else the most alternatives that one wants.
-    num_top_logprobs: i32,
-    /// Whether another worker waits for blocks that the step fills, layer by layer.
-    fills_blocks: bool,
-    starts: Vec<StartMap<'a>>,
 }
 
 /// One sequence that takes a sampler slot.
@@ -120,39 +102,58 @@ impl<'a> From<&'a SequenceStart> for StartMap<'a> {
     }
 }
 
-/// The plan as one msgpack map; arrays are `bin` of little-endian `int32`.
+/// The plan as one message.
 ///
 /// # Errors
-/// None that a plan can cause: the encoder's own, which a `Vec` never raises.
+/// None that a plan can cause: the msgpack encoder's own, which a `Vec` never raises.
 pub fn encode_plan(plan: &StepPlan) -> Result<Vec<u8>, rmp_serde::encode::Error> {
-    let column = |pick: fn(&_) -> u32| plan.samples.iter().map(pick).collect::<Vec<u32>>();
-    let sample_sequences = column(|sample: &orchestra_core::step::Sample| sample.sequence_index);
+    let column = |pick: fn(&Sample) -> u32| plan.samples.iter().map(pick).collect::<Vec<u32>>();
+    let sample_sequences = column(|sample| sample.sequence_index);
     let sample_slots = column(|sample| sample.slot);
     let sample_positions = column(|sample| sample.position);
-    let map = PlanMap {
-        step_id: plan.step_id,
-        token_ids: Array(&plan.token_ids),
-        positions: Array(&plan.positions),
-        slot_mapping: Array(&plan.slot_mapping),
-        query_start: Array(&plan.query_start),
-        context_lens: Array(&plan.context_lens),
-        slots: Array(&plan.slots),
-        block_table_width: plan.block_table_width,
-        update_slots: Array(&plan.update_slots),
-        update_columns: Array(&plan.update_columns),
-        update_blocks: Array(&plan.update_blocks),
-        swap_out_blocks: Array(&plan.swap_out.blocks),
-        swap_out_host_blocks: Array(&plan.swap_out.host_blocks),
-        swap_in_blocks: Array(&plan.swap_in.blocks),
-        swap_in_host_blocks: Array(&plan.swap_in.host_blocks),
-        sample_sequences: Array(&sample_sequences),
-        sample_slots: Array(&sample_slots),
-        sample_positions: Array(&sample_positions),
-        num_top_logprobs: num_top_logprobs(plan).map_or(-1, |most| most as i32),
-        fills_blocks: !plan.filled.is_empty(),
-        starts: plan.starts.iter().map(StartMap::from).collect(),
-    };
-    rmp_serde::to_vec_named(&map)
+    let arrays: [&[u32]; NUM_ARRAYS] = [
+        &plan.token_ids,
+        &plan.positions,
+        &plan.slot_mapping,
+        &plan.query_start,
+        &plan.context_lens,
+        &plan.slots,
+        &plan.update_slots,
+        &plan.update_columns,
+        &plan.update_blocks,
+        &plan.swap_out.blocks,
+        &plan.swap_out.host_blocks,
+        &plan.swap_in.blocks,
+        &plan.swap_in.host_blocks,
+        &sample_sequences,
+        &sample_slots,
+        &sample_positions,
+    ];
+    let starts = encode_starts(&plan.starts)?;
+    let num_words: usize = arrays.iter().map(|array| array.len()).sum();
+    let mut bytes = Vec::with_capacity(HEAD_BYTES + 4 * num_words + starts.len());
+    let num_top_logprobs = num_top_logprobs(plan).map_or(-1, |most| most as i32);
+    bytes.extend(MAGIC);
+    bytes.extend(plan.block_table_width.to_le_bytes());
+    bytes.extend(plan.step_id.to_le_bytes());
+    bytes.extend(num_top_logprobs.to_le_bytes());
+    bytes.extend(u32::from(!plan.filled.is_empty()).to_le_bytes());
+    bytes.extend((starts.len() as u32).to_le_bytes());
+    bytes.extend(arrays.iter().flat_map(|it| (it.len() as u32).to_le_bytes()));
+    for array in arrays {
+        bytes.extend_from_slice(bytemuck::cast_slice(array));
+    }
+    bytes.extend_from_slice(&starts);
+    Ok(bytes)
+}
+
+/// Nothing, of most steps.
+fn encode_starts(starts: &[SequenceStart]) -> Result<Vec<u8>, rmp_serde::encode::Error> {
+    if starts.is_empty() {
+        return Ok(Vec::new());
+    }
+    let starts: Vec<StartMap<'_>> = starts.iter().map(StartMap::from).collect();
+    rmp_serde::to_vec_named(&starts)
 }
 
 /// Alternatives that the model has to return for each sample: the most that one wants, `None` where none wants

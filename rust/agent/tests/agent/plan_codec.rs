@@ -8,37 +8,10 @@ use orchestra_agent::{
 };
 use orchestra_core::{
     BlockId, RequestId, SamplingParams,
-    step::{BlockCopies, FilledBlocks, HoldId, Sample, SequenceStart, StepPlan},
+    step::{BlockCopies, FilledBlocks, HoldId, PENDING_TOKEN, Sample, SequenceStart, StepPlan},
 };
 use serde::Deserialize;
 use serde_bytes::ByteBuf;
-
-/// The map as the shards read it: these fields, no others.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct PlanMap {
-    step_id: u64,
-    token_ids: ByteBuf,
-    positions: ByteBuf,
-    slot_mapping: ByteBuf,
-    query_start: ByteBuf,
-    context_lens: ByteBuf,
-    slots: ByteBuf,
-    block_table_width: u32,
-    update_slots: ByteBuf,
-    update_columns: ByteBuf,
-    update_blocks: ByteBuf,
-    swap_out_blocks: ByteBuf,
-    swap_out_host_blocks: ByteBuf,
-    swap_in_blocks: ByteBuf,
-    swap_in_host_blocks: ByteBuf,
-    sample_sequences: ByteBuf,
-    sample_slots: ByteBuf,
-    sample_positions: ByteBuf,
-    num_top_logprobs: i32,
-    fills_blocks: bool,
-    starts: Vec<StartMap>,
-}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -123,44 +96,50 @@ fn bytes_of<const N: usize>(words: &[[u8; 4]; N]) -> Vec<u8> {
     words.concat()
 }
 
-#[test]
-fn a_plan_is_one_map_of_little_endian_arrays() {
-    let bytes = encode_plan(&plan()).unwrap();
-    let map: PlanMap = rmp_serde::from_slice(&bytes).unwrap();
-    assert_eq!(
-        (map.step_id, map.block_table_width, map.num_top_logprobs),
-        (9, 1, 2)
-    );
-    assert!(map.fills_blocks);
-    let other = StepPlan {
-        filled: vec![],
-        ..plan()
-    };
-    let other: PlanMap = rmp_serde::from_slice(&encode_plan(&other).unwrap()).unwrap();
-    assert!(!other.fills_blocks);
-    let arrays: [(&ByteBuf, &[i32]); 16] = [
-        (&map.token_ids, &[5, 6, 70_000]),
-        (&map.positions, &[3, 0, 1]),
-        (&map.slot_mapping, &[19, 32, 33]),
-        (&map.query_start, &[0, 1, 3]),
-        (&map.context_lens, &[4, 2]),
-        (&map.slots, &[7, 6]),
-        (&map.update_slots, &[6, 6]),
-        (&map.update_columns, &[0, 1]),
-        (&map.update_blocks, &[2, 5]),
-        (&map.swap_out_blocks, &[3]),
-        (&map.swap_out_host_blocks, &[8]),
-        (&map.swap_in_blocks, &[4, 9]),
-        (&map.swap_in_host_blocks, &[1, 0]),
-        (&map.sample_sequences, &[0, 1]),
-        (&map.sample_slots, &[7, 6]),
-        (&map.sample_positions, &[40, 41]),
-    ];
-    for (found, expected) in arrays {
-        assert_eq!(int32(found), expected);
-    }
+/// The numbers of a message from `offset` on.
+fn words<const N: usize>(bytes: &[u8], offset: usize) -> [i32; N] {
+    int32(&bytes[offset..offset + 4 * N]).try_into().unwrap()
+}
 
-    let [start] = &map.starts[..] else {
+#[test]
+fn a_plan_is_its_lengths_and_its_arrays() {
+    let bytes = encode_plan(&plan()).unwrap();
+    assert_eq!(&bytes[..4], b"plan");
+    let [
+        width,
+        step_id,
+        high,
+        num_top_logprobs,
+        fills_blocks,
+        num_start_bytes,
+    ] = words(&bytes, 4);
+    assert_eq!((width, step_id, high), (1, 9, 0));
+    assert_eq!((num_top_logprobs, fills_blocks), (2, 1));
+    let lengths: [i32; 16] = words(&bytes, 28);
+    let arrays: [&[i32]; 16] = [
+        &[5, 6, 70_000],
+        &[3, 0, 1],
+        &[19, 32, 33],
+        &[0, 1, 3],
+        &[4, 2],
+        &[7, 6],
+        &[6, 6],
+        &[0, 1],
+        &[2, 5],
+        &[3],
+        &[8],
+        &[4, 9],
+        &[1, 0],
+        &[0, 1],
+        &[7, 6],
+        &[40, 41],
+    ];
+    let (numbers, starts) = bytes[92..].split_at(bytes.len() - 92 - num_start_bytes as usize);
+    assert_eq!(int32(numbers), arrays.concat());
+    assert_eq!(lengths, arrays.map(|array| array.len() as i32));
+
+    let starts: Vec<StartMap> = rmp_serde::from_slice(starts).unwrap();
+    let [start] = &starts[..] else {
         panic!("one sequence starts");
     };
     assert_eq!((start.slot, start.seed, start.top_k), (6, u64::MAX, 0));
@@ -179,6 +158,19 @@ fn a_plan_is_one_map_of_little_endian_arrays() {
     assert_eq!(start.logit_bias_values.as_slice(), (-1.5_f32).to_le_bytes());
     assert_eq!(int32(&start.prompt_token_ids), [1, 2]);
     assert!(start.output_token_ids.is_empty());
+}
+
+#[test]
+fn a_plan_of_nothing_special_is_arrays_alone() {
+    let plain = StepPlan {
+        step_id: u64::MAX,
+        token_ids: vec![PENDING_TOKEN],
+        ..StepPlan::default()
+    };
+    let bytes = encode_plan(&plain).unwrap();
+    assert_eq!(words(&bytes, 8), [-1, -1, -1, 0, 0, 1, 0]);
+    assert_eq!(bytes.len(), 92 + 4);
+    assert_eq!(words(&bytes, 92), [-1]);
 }
 
 #[test]
