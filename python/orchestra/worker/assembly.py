@@ -12,6 +12,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from orchestra.errors import ConfigError
 from orchestra.worker import device as devices
+from orchestra.worker.attention import AttentionBackend
 from orchestra.worker.attention_choice import make_attention
 from orchestra.worker.attention_layout import workspace_bytes
 from orchestra.worker.collectives import join_context_group, join_group
@@ -36,6 +37,7 @@ from orchestra.worker.loader import Progress, WeightReader
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.models import LOADERS, Model
 from orchestra.worker.models.decoder import Decoder
+from orchestra.worker.overlap import HalvedAttention, OverlappedDecoder
 from orchestra.worker.parallel import Communicator, SingleRank, rendezvous
 from orchestra.worker.plan import PlanReader
 from orchestra.worker.plan_channel import Follower, Leader, RankLostError
@@ -243,13 +245,21 @@ def build_rank(
 
     def make_runner(model: Model, cache: PagedCache, layers: Span) -> ModelRunner:
         rules = shape.attention[layers.start : layers.stop]
-        attention = make_attention(name, cache, len(heads.heads), place.device, rules)
-        graphs = None
+
+        def attend() -> AttentionBackend:
+            return make_attention(name, cache, len(heads.heads), place.device, rules)
+
+        attention, graphs = attend(), None
         if is_recorded:
             graphs = make_graphs(config, model, attention, max_model_len, place.device)
         if group.context is None:
-            model = recorded(model, attention) if config.record_steps == "auto" else model
-            return ModelRunner(model, cache, attention, sampler, place.device, graphs)
+            usual = recorded(model, attention) if config.record_steps == "auto" else model
+            min_tokens = config.overlap_tokens(place.device.type)
+            if isinstance(model, Decoder) and min_tokens is not None:
+                halves = attention, attend()
+                attention = HalvedAttention(halves, group.communicator, min_tokens)
+                usual = OverlappedDecoder(model, usual, attention, group.communicator)
+            return ModelRunner(usual, cache, attention, sampler, place.device, graphs)
         division = ContextAttention(
             *(attention, cache, group.context, config.context), config.context_min_tokens
         )
@@ -446,4 +456,7 @@ def step_bytes(
         # What recorded steps keep for good.
         numbers += RECORDED_ROWS * (per_token + shape.vocab_size)
     attention = workspace_bytes(spec, config.max_num_seqs, longest)
+    if config.overlap_tokens(device_type) is not None:
+        # Each half has masks of its own.
+        attention *= 2
     return numbers * torch.float32.itemsize + attention + LIBRARY_BYTES
