@@ -37,7 +37,7 @@ from orchestra.worker.loader import Progress, WeightReader
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.models import LOADERS, Model
 from orchestra.worker.models.decoder import Decoder
-from orchestra.worker.overlap import HalvedAttention, OverlappedDecoder
+from orchestra.worker.overlap import HalvedAttention, OverlappedDecoder, may_overlap
 from orchestra.worker.parallel import Communicator, SingleRank, rendezvous
 from orchestra.worker.plan import PlanReader
 from orchestra.worker.plan_channel import Follower, Leader, RankLostError
@@ -254,9 +254,8 @@ def build_rank(
             graphs = make_graphs(config, model, attention, max_model_len, place.device)
         if group.context is None:
             usual = recorded(model, attention) if config.record_steps == "auto" else model
-            min_tokens = config.overlap_tokens(place.device.type)
-            if isinstance(model, Decoder) and min_tokens is not None:
-                halves = attention, attend()
+            if isinstance(model, Decoder) and may_overlap(config):
+                halves, min_tokens = (attention, attend()), config.overlap_min_tokens
                 attention = HalvedAttention(halves, group.communicator, min_tokens)
                 usual = OverlappedDecoder(model, usual, attention, group.communicator)
             return ModelRunner(usual, cache, attention, sampler, place.device, graphs)
@@ -455,8 +454,6 @@ def step_bytes(
     if device_type == "cpu":
         # What recorded steps keep for good.
         numbers += RECORDED_ROWS * (per_token + shape.vocab_size)
-    attention = workspace_bytes(spec, config.max_num_seqs, longest)
-    if config.overlap_tokens(device_type) is not None:
-        # Each half has masks of its own.
-        attention *= 2
+    num_layouts = 2 if may_overlap(config) else 1
+    attention = workspace_bytes(spec, config.max_num_seqs, longest, num_layouts)
     return numbers * torch.float32.itemsize + attention + LIBRARY_BYTES

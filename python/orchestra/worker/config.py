@@ -1,12 +1,14 @@
 """What one rank is told at start: the flags of `orchestra worker`, and their only defaults."""
 
 import argparse
+import os
 import socket
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlparse
 
 from orchestra.errors import ConfigError
 from orchestra.worker.argument_types import (
@@ -14,8 +16,8 @@ from orchestra.worker.argument_types import (
     integer,
     layer_split,
     parse_bytes,
+    parse_layer_split,
 )
-from orchestra.worker.rank_place import place_of
 from orchestra.worker.sharding import Shard, Stage
 
 # EX_USAGE of sysexits.h: a restart changes nothing.
@@ -24,10 +26,6 @@ EXIT_INVALID_CONFIG = 64
 # Tokens of a step. A CPU is as fast with a few hundred as with thousands, and what has few comes first to its end.
 STEP_TOKENS = 2048
 STEP_TOKENS_CPU = 256
-# Tokens of a step whose sums are overlapped. The halves of shorter ones have products that are less efficient than what
-# is hidden is worth: measured on CPUs, a guess on GPUs.
-OVERLAP_TOKENS = 512
-OVERLAP_TOKENS_CPU = 128
 
 # Flags that `WorkerConfig` has in another form.
 _SPELT_OTHERWISE = (
@@ -66,9 +64,8 @@ class WorkerConfig:
     """Whether decode steps are recorded and replayed: `on`, `off`, or `auto`: on a GPU, where one rank computes."""
     record_steps: str = "auto"
     """Whether a CPU runs steps of few tokens from a recording of their kernels: `off`, or `auto`: where it can."""
-    overlap_min_tokens: int | None = None
-    """Fewest tokens of a step that is computed in two halves, of which one goes on while the sums of the other are
-    under way; 0: none. Only where sums go over a network, or over NCCL."""
+    overlap_min_tokens: int = 512
+    """Fewest tokens of a step of which one half is computed while the sums of the other are under way; 0: none."""
     collectives: str = "auto"
     """What carries the sums of the ranks: `gloo` or `shm` between CPUs, `nccl` or `nvlink` between GPUs, or `auto`:
     memory that the ranks of a node share, where they can."""
@@ -160,12 +157,6 @@ class WorkerConfig:
             return self.max_num_batched_tokens
         usual = STEP_TOKENS_CPU if device_type == "cpu" else STEP_TOKENS
         return max(usual, self.max_num_seqs)
-
-    def overlap_tokens(self, device_type: str) -> int | None:
-        """Fewest tokens of a step whose sums are overlapped on a device of this type; None: no step is."""
-        usual = OVERLAP_TOKENS_CPU if device_type == "cpu" else OVERLAP_TOKENS
-        asked = usual if self.overlap_min_tokens is None else self.overlap_min_tokens
-        return asked if asked > 0 and self.shard.size > 1 and self.context.size == 1 else None
 
 
 def parse_arguments(arguments: Sequence[str]) -> WorkerConfig:
@@ -303,9 +294,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
         add(
             "--overlap-min-tokens",
             type=integer(0),
-            metavar="TOKENS",
-            help="fewest tokens of a step half of which is computed while the sums of the other half are under way,"
-            f" by gloo or NCCL (default: {OVERLAP_TOKENS_CPU}, on a GPU {OVERLAP_TOKENS}); 0: none",
+            default=default.overlap_min_tokens,
+            help="fewest tokens of a step that computes one half beside sums of the other, by gloo or NCCL; 0: none",
         ),
         add(
             "--block-size", type=integer(1), default=default.block_size, help="tokens per KV block"
@@ -463,7 +453,7 @@ def _from_namespace(given: argparse.Namespace) -> WorkerConfig:
     names: dict[str, Any] = vars(given).copy()
     for name in _SPELT_OTHERWISE:
         del names[name]
-    shard, context, stage = place_of(given)
+    shard, context, stage = _place(given)
     if stage.count * context.size > 1 and given.regroup_timeout > 0:
         message = (
             "--regroup-timeout: with --pp or --cp no rank is replaced, the worker starts again"
@@ -483,3 +473,28 @@ def _from_namespace(given: argparse.Namespace) -> WorkerConfig:
         drain_timeout_s=given.drain_timeout,
         regroup_timeout_s=given.regroup_timeout,
     )
+
+
+def _place(given: argparse.Namespace) -> tuple[Shard, Shard, Stage]:
+    """This rank's place: from the flags, or with `env://` from what torchrun sets."""
+    stages, contexts = given.pipeline_parallel, given.context_parallel
+    size, rank = given.tp, given.rank
+    if urlparse(given.rendezvous).scheme == "env":
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        size = max(1, world // (stages * contexts)) if size is None else size
+        rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    size = 1 if size is None else size
+    in_stage = contexts * size
+    num_ranks = stages * in_stage
+    flags = f"--tp {size}"
+    flags += f" --cp {contexts}" if contexts > 1 else ""
+    flags += f" --pp {stages}" if stages > 1 else ""
+    rank = 0 if rank is None and num_ranks == 1 else rank
+    if rank is None or rank >= num_ranks:
+        raise ConfigError(f"--rank: must be 0 to {num_ranks - 1} with {flags}", key="rank")
+    if num_ranks > 1 and not given.rendezvous:
+        raise ConfigError(f"--rendezvous: needed with {flags}", key="rendezvous")
+    split = parse_layer_split(given.layer_split) if given.layer_split else ()
+    stage = Stage(rank // in_stage, stages, split)
+    context = Shard(rank % in_stage // size, contexts)
+    return Shard(rank % size, size), context, stage

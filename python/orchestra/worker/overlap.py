@@ -14,6 +14,7 @@ from torch import Tensor
 
 from orchestra.worker import summing
 from orchestra.worker.attention import AttentionBackend, LayerListener
+from orchestra.worker.config import WorkerConfig
 from orchestra.worker.context_parallel import ROWS_MIN, Segment, part_of
 from orchestra.worker.models import Model
 from orchestra.worker.models.decoder import Decoder, Rotations
@@ -26,6 +27,11 @@ from orchestra.worker.summing import Summing
 
 # Shorter pieces of a sequence stay with the rest of it.
 PIECE_TOKENS_MIN = 4
+
+
+def may_overlap(config: WorkerConfig) -> bool:
+    """Whether a rank prepares for such steps: it shares layers with others, and the tokens with none."""
+    return config.overlap_min_tokens > 0 and config.shard.size > 1 and config.context.size == 1
 
 
 def overlapping(communicator: Communicator) -> Overlapping | None:
