@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "models" / "demo"
 RANKS = 2
 RATES = ["500mbit", "1gbit", "4gbit"]
-TOKENS = [128, 256, 512, 2048]
+TOKENS = [256, 512, 1024, 2048]
 NUM_BLOCKS = 2 * max(TOKENS) // BLOCK_SIZE
 TIMEOUT = timedelta(minutes=5)
 OVERLAPPED, IN_ORDER, COMPUTED, ADDED_UP = "overlapped", "in order", "computed", "added up"

@@ -64,7 +64,7 @@ class WorkerConfig:
     """Whether decode steps are recorded and replayed: `on`, `off`, or `auto`: on a GPU, where one rank computes."""
     record_steps: str = "auto"
     """Whether a CPU runs steps of few tokens from a recording of their kernels: `off`, or `auto`: where it can."""
-    overlap_min_tokens: int = 512
+    overlap_min_tokens: int = 1024
     """Fewest tokens of a step of which one half is computed while the sums of the other are under way; 0: none."""
     collectives: str = "auto"
     """What carries the sums of the ranks: `gloo` or `shm` between CPUs, `nccl` or `nvlink` between GPUs, or `auto`:
