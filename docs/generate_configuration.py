@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestra.serve import options as serve_options
-from orchestra.worker.config import build_parser
+from orchestra.worker.command_line import build_parser
 
 PAGE = Path(__file__).parent / "configuration.md"
 

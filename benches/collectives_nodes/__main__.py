@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
-from benches.collectives_nodes.network import MissingError, Node, two_nodes
+from benches.collectives_nodes.network import MissingError, run_ranks, two_nodes
 from benches.machine import commit, processor
 from orchestra.worker.node_group import NodeGroup
 from orchestra.worker.sharding import Shard
@@ -97,24 +95,6 @@ def _systems(
     }
 
 
-def run(nodes: tuple[Node, Node], folder: Path, rounds: int) -> list[dict[str, dict[str, object]]]:
-    """Runs the ranks on their nodes; returns what each has written."""
-    processes = []
-    for rank in range(2 * RANKS_PER_NODE):
-        node = nodes[rank // RANKS_PER_NODE]
-        own = [sys.executable, "-m", "benches.collectives_nodes", "--rounds", str(rounds)]
-        command = node.command([*own, "--rank", str(rank), "--folder", str(folder)])
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": node.interface}
-        processes.append(subprocess.Popen(command, env=environment))
-    try:
-        if any(process.wait() != 0 for process in processes):
-            raise SystemExit("a rank failed")
-    finally:
-        for process in processes:
-            process.kill()
-    return [json.loads((folder / f"result-{rank}").read_text()) for rank in range(len(processes))]
-
-
 def print_table(results: list[dict[str, dict[str, object]]], rate: str) -> None:
     """Medians, and how much faster than the best flat one adding up by node is."""
     tables = [result["taken"] for result in results]
@@ -144,9 +124,10 @@ def main() -> None:
     if given.rank is not None:
         rank_main(given.rank, given.folder, given.rounds)
         return
+    own = [sys.executable, "-m", "benches.collectives_nodes", "--rounds", str(given.rounds)]
     try:
         with two_nodes(given.rate) as nodes, tempfile.TemporaryDirectory() as folder:
-            results = run(nodes, Path(folder), given.rounds)
+            results = run_ranks(nodes, own, Path(folder), 2 * RANKS_PER_NODE)
     except MissingError as error:
         raise SystemExit(f"no nodes can be made here: {error}") from error
     print_table(results, given.rate)

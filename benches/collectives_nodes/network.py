@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 # What the kernel sends at once, beyond the rate; and how long a packet may wait for its turn before it is dropped.
 BURST = "128kb"
@@ -65,6 +68,29 @@ def two_nodes(rate: str) -> Iterator[tuple[Node, Node]]:
             limit = ("rate", rate, "burst", BURST, "latency", LATENCY)
             _run("tc", *inside, "qdisc", "add", *device, "root", "tbf", *limit)
         yield first, second
+
+
+def run_ranks(
+    nodes: tuple[Node, Node], command: list[str], folder: Path, num_ranks: int
+) -> list[Any]:
+    """Runs equally many ranks on each node, as `command --rank RANK --folder FOLDER`.
+
+    Returns:
+        What each has left as JSON in `result-RANK` in the folder.
+    """
+    processes = []
+    for rank in range(num_ranks):
+        node = nodes[rank * len(nodes) // num_ranks]
+        own = node.command([*command, "--rank", str(rank), "--folder", str(folder)])
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": node.interface}
+        processes.append(subprocess.Popen(own, env=environment))
+    try:
+        if any(process.wait() != 0 for process in processes):
+            raise SystemExit("a rank failed")
+    finally:
+        for process in processes:
+            process.kill()
+    return [json.loads((folder / f"result-{rank}").read_text()) for rank in range(num_ranks)]
 
 
 def _run(*command: str) -> None:

@@ -9,7 +9,8 @@ import torch
 from orchestra.errors import ConfigError
 from orchestra.worker import device as devices
 from orchestra.worker.argument_types import parse_bytes
-from orchestra.worker.config import WorkerConfig, parse_arguments
+from orchestra.worker.command_line import parse_arguments
+from orchestra.worker.config import WorkerConfig
 from orchestra.worker.sharding import Shard, Stage
 
 ROUTER = ["--router", "http://127.0.0.1:8002"]

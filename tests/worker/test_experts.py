@@ -11,7 +11,6 @@ from orchestra.worker.expert_config import ExpertConfig
 from orchestra.worker.expert_router import ExpertRouter
 from orchestra.worker.experts import SparseMLP
 from orchestra.worker.layers import Op
-from orchestra.worker.parallel import SingleRank
 from tests.worker.conftest import MakeRank
 
 HIDDEN = 6
@@ -55,14 +54,14 @@ def test_agrees_with_a_loop_over_tokens(
     config = ExpertConfig(count, min(per_token, count), 1, is_normalised=is_normalised)
     choose = ExpertRouter(router, None, config)
     every = [expert(number) for number in range(count)]
-    sparse = SparseMLP(choose, 0, every, None, SingleRank())
+    sparse = SparseMLP(choose, 0, every, None)
     together = sparse(x)
     torch.testing.assert_close(together, by_hand(x, router, config), atol=1e-5, rtol=1e-5)
 
     # The experts of two ranks, some of whom may have none, add up to the same.
     cut = seed % (count + 1)
     parts = [
-        SparseMLP(choose, first, own, None, SingleRank())(x)
+        SparseMLP(choose, first, own, None)(x)
         for first, own in ((0, every[:cut]), (cut, every[cut:]))
     ]
     torch.testing.assert_close(parts[0] + parts[1], together, atol=1e-5, rtol=1e-5)
@@ -74,7 +73,7 @@ def test_a_token_does_not_depend_on_its_company() -> None:
     x = torch.randint(-3, 4, (16, 64), generator=generator).bfloat16()
     router = torch.randint(-3, 4, (8, 64), generator=generator).float() / 64
     choose = ExpertRouter(router, None, ExpertConfig(8, 3, 1, is_normalised=True))
-    sparse = SparseMLP(choose, 0, [expert(number) for number in range(8)], None, SingleRank())
+    sparse = SparseMLP(choose, 0, [expert(number) for number in range(8)], None)
     whole = sparse(x)
     for size in (2, 6, 16):
         parts = torch.cat([sparse(part) for part in torch.split(x, size)])

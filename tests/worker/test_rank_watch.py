@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from orchestra.worker import rank_watch
 from orchestra.worker.rank_watch import FollowerWatch, LeaderWatch, Patience
-from orchestra.worker.renewable_group import RenewableGroup
+from orchestra.worker.renewable_group import Progress, RenewableGroup
 from orchestra.worker.sharding import Shard
 from orchestra.worker.starvation import Starvation
 
@@ -36,6 +37,9 @@ class Gate:
         while not self.is_open.wait(0.005):
             if self.is_aborted.is_set():
                 raise RuntimeError("aborted")
+
+    def start_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
+        return lambda: self.all_reduce(tensor)
 
     def gather_columns(self, _tensor: Tensor) -> Tensor | None:
         raise NotImplementedError
@@ -155,6 +159,23 @@ def test_a_rank_without_a_pulse_hangs(ranks: Ranks) -> None:
 
 def test_a_rank_that_computes_for_ever_hangs_and_not_those_that_wait_for_it(ranks: Ranks) -> None:
     assert hung(ranks, waiting=(0, 2)) == [1]
+
+
+def test_a_rank_that_computes_beside_its_sums_does_not_wait(ranks: Ranks) -> None:
+    gate, group = ranks.gates[1], ranks.groups[1]
+    gate.is_open.set()
+    tensor = torch.zeros(1)
+    finish = [group.start_all_reduce(tensor) for _ in range(2)]
+    assert group.progress() == Progress(2, 0, is_waiting=False)
+    finish[0]()
+    assert group.progress() == Progress(2, 0, is_waiting=False)
+    # The other ranks need a sum of it, for which it has not yet done its part.
+    assert hung(ranks, waiting=(0, 2)) == [1]
+    gate.is_open.clear()
+    gate.is_aborted.set()
+    with pytest.raises(RuntimeError, match="aborted"):
+        finish[1]()
+    assert group.progress() == Progress(2, 0, is_waiting=True)
 
 
 def test_rank_0_too_can_be_the_one(ranks: Ranks) -> None:

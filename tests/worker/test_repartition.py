@@ -20,7 +20,7 @@ from orchestra import _core
 from orchestra.errors import InternalError, InvalidRequestError
 from orchestra.worker import host_memory
 from orchestra.worker.assembly import Rank
-from orchestra.worker.config import parse_arguments
+from orchestra.worker.command_line import parse_arguments
 from orchestra.worker.layer_mover import MoveAnswer, MoveOrder, Phase
 from orchestra.worker.metrics import WorkerMetrics
 from orchestra.worker.pipeline import FinishedStep

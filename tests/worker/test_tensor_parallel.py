@@ -85,10 +85,26 @@ class ThreadCommunicator:
 
     def __init__(self, shard: Shard, group: ThreadGroup) -> None:
         self.shard = shard
+        self.log: list[tuple[str, int]] = []
+        """Which sums were started and finished, by their numbers."""
         self._group = group
+        self._num_started = 0
 
     def all_reduce(self, tensor: Tensor) -> None:
         tensor.copy_(torch.stack(self._group.exchange(self.shard.rank, tensor)).sum(0))
+
+    def start_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
+        """Adds up when it is waited for, and not before; who looks sooner finds no numbers."""
+        number, own = self._num_started, tensor.clone()
+        self._num_started += 1
+        self.log.append(("start", number))
+        tensor.fill_(math.nan)
+
+        def finish() -> None:
+            self.all_reduce(tensor.copy_(own))
+            self.log.append(("finish", number))
+
+        return finish
 
     def gather_columns(self, tensor: Tensor) -> Tensor | None:
         parts = self._group.exchange(self.shard.rank, tensor)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from orchestra.errors import ConfigError
 from orchestra.worker.argument_types import parse_layer_split
-from orchestra.worker.config import add_engine_arguments, add_parallel_arguments
+from orchestra.worker.command_line import add_engine_arguments, add_parallel_arguments
 from orchestra.worker.sharding import Stage
 
 MODEL_FILES = ("config.json", "tokenizer.json")

@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before torch is imported: libgomp reads it when it is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
-    from orchestra.worker.config import parse_arguments
+    from orchestra.worker.command_line import parse_arguments
 
     config = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     if config.is_spare:

@@ -12,6 +12,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from orchestra.errors import ConfigError
 from orchestra.worker import device as devices
+from orchestra.worker.attention import AttentionBackend
 from orchestra.worker.attention_choice import make_attention
 from orchestra.worker.attention_layout import workspace_bytes
 from orchestra.worker.collectives import join_context_group, join_group
@@ -36,6 +37,7 @@ from orchestra.worker.loader import Progress, WeightReader
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.models import LOADERS, Model
 from orchestra.worker.models.decoder import Decoder
+from orchestra.worker.overlap import HalvedAttention, OverlappedDecoder, may_overlap
 from orchestra.worker.parallel import Communicator, SingleRank, rendezvous
 from orchestra.worker.plan import PlanReader
 from orchestra.worker.plan_channel import Follower, Leader, RankLostError
@@ -253,13 +255,20 @@ def build_rank(
 
     def make_runner(model: Model, cache: PagedCache, layers: Span) -> ModelRunner:
         rules = shape.attention[layers.start : layers.stop]
-        attention = make_attention(name, cache, len(heads.heads), place.device, rules)
-        graphs = None
+
+        def attend() -> AttentionBackend:
+            return make_attention(name, cache, len(heads.heads), place.device, rules)
+
+        attention, graphs = attend(), None
         if is_recorded:
             graphs = make_graphs(config, model, attention, max_model_len, place.device)
         if group.context is None:
-            model = recorded(model, attention) if config.record_steps == "auto" else model
-            return ModelRunner(model, cache, attention, sampler, place.device, graphs)
+            usual = recorded(model, attention) if config.record_steps == "auto" else model
+            if isinstance(model, Decoder) and may_overlap(config):
+                halves, min_tokens = (attention, attend()), config.overlap_min_tokens
+                attention = HalvedAttention(halves, group.communicator, min_tokens)
+                usual = OverlappedDecoder(model, usual, attention, group.communicator)
+            return ModelRunner(usual, cache, attention, sampler, place.device, graphs)
         division = ContextAttention(
             *(attention, cache, group.context, config.context), config.context_min_tokens
         )
@@ -456,5 +465,6 @@ def step_bytes(
     if device_type == "cpu":
         # What recorded steps keep for good.
         numbers += RECORDED_ROWS * (per_token + shape.vocab_size)
-    attention = workspace_bytes(spec, config.max_num_seqs, longest)
+    num_layouts = 2 if may_overlap(config) else 1
+    attention = workspace_bytes(spec, config.max_num_seqs, longest, num_layouts)
     return numbers * torch.float32.itemsize + attention + LIBRARY_BYTES

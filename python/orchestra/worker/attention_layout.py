@@ -59,20 +59,23 @@ class StepLayout:
     """Rows of whole prompts, or their first chunks, where torch's causal attention computes them."""
 
 
-def workspace_bytes(spec: KvCacheSpec, max_num_seqs: int, longest: int) -> int:
+def workspace_bytes(
+    spec: KvCacheSpec, max_num_seqs: int, longest: int, num_layouts: int = 1
+) -> int:
     """Upper bound of what one call needs beside queries and output: keys and values, a mask, scores.
 
     Args:
         spec: of this rank's cache.
         max_num_seqs: most sequences of one step.
         longest: sequence that will ever run, tokens.
+        num_layouts: parts of a step that are laid out at a time.
     """
     blocks = -(-longest // spec.block_size) + 1
     sequence = blocks * spec.layer_block_bytes
     gathered = max(sequence, min(GATHER_BYTES_MAX, max_num_seqs * sequence))
     # Masks that are kept, of two kinds of layers; one more, or scores where a soft cap needs them, with what either is
     # made by way of.
-    numbers = 2 * MASK_NUMBERS_KEPT + 3 * MASK_NUMBERS_MAX
+    numbers = num_layouts * 2 * MASK_NUMBERS_KEPT + 3 * MASK_NUMBERS_MAX
     return gathered + numbers * torch.float32.itemsize
 
 

@@ -11,7 +11,6 @@ from orchestra.worker.layers import GatedMLP, LoadContext, Op
 from orchestra.worker.linear import make_linear
 from orchestra.worker.loader import empty_weight
 from orchestra.worker.model_config import ModelConfig
-from orchestra.worker.parallel import Communicator
 from orchestra.worker.sharding import Span
 
 
@@ -34,7 +33,6 @@ class SparseMLP:
         first: number of the rank's first expert.
         experts: the rank's, in order; each maps `[n, H]` to this rank's part of the sum over the ranks.
         shared: the same, for every token; None: there is none.
-        communicator: joins the ranks.
     """
 
     def __init__(
@@ -43,13 +41,11 @@ class SparseMLP:
         first: int,
         experts: Sequence[Op],
         shared: Op | None,
-        communicator: Communicator,
     ) -> None:
         self._router = router
         self._own = slice(first, first + len(experts))
         self._experts = experts
         self._shared = shared
-        self._communicator = communicator
 
     @classmethod
     def load(
@@ -74,10 +70,10 @@ class SparseMLP:
         if experts.shared_size:
             together = _Expert(f"{name}.shared_experts", experts.shared_size, config, names)
             shared = together.load(context, shard.span(experts.shared_size))
-        return cls(router, own.start, loaded, shared, context.communicator)
+        return cls(router, own.start, loaded, shared)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Maps `[T, H]` to `[T, H]`."""
+        """Maps `[T, H]` to this rank's part of `[T, H]`, which is the sum over the ranks."""
         weights, chosen = self._router(x)
         tokens, picks = chosen.shape
         # All pairs of token and pick, sorted by expert: what one expert computes is one run of rows.
@@ -94,8 +90,6 @@ class SparseMLP:
         y = outputs.view(tokens, picks, -1).mul_(weights.unsqueeze(-1)).sum(1)
         if self._shared is not None:
             y.add_(self._shared(x))
-        if self._communicator.shard.size > 1:
-            self._communicator.all_reduce(y)
         return y
 
 

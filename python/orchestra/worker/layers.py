@@ -119,32 +119,19 @@ class RMSNorm:
         return row_kernels.supports(x) and (x.dim() == 2 or row_kernels.has_whole_heads(x))
 
 
-class RowParallel:
-    """A linear layer whose input is spread over the ranks: each holds some columns, the sum is the result."""
+def load_row_parallel(
+    context: LoadContext, name: str, shape: Sequence[int], columns: Span, *, bias: bool
+) -> Op:
+    """Loads `columns` of `name`: a linear layer whose input is spread over the ranks.
 
-    def __init__(self, linear: Op, communicator: Communicator) -> None:
-        self._linear = linear
-        self._communicator = communicator
-        self._is_shared = communicator.shard.size > 1
-
-    @classmethod
-    def load(
-        cls, context: LoadContext, name: str, shape: Sequence[int], columns: Span, *, bias: bool
-    ) -> "RowParallel":
-        """Loads `columns` of `name`; the bias is rank 0's, so that it is added once."""
-        weight = empty_weight([shape[0], len(columns)], context.dtype, context.device)
-        context.reader.copy_columns(f"{name}.weight", shape, columns, weight)
-        vector = context.rows(f"{name}.bias", shape[:1]) if bias else None
-        if context.communicator.shard.rank != 0:
-            vector = None
-        return cls(make_linear(weight, vector), context.communicator)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Maps this rank's `[T, columns]` to the group's `[T, out]`."""
-        y = self._linear(x)
-        if self._is_shared:
-            recording.all_reduce(self._communicator, y)
-        return y
+    Returns:
+        What maps this rank's `[T, columns]` to its part of `[T, out]`, which is the sum over the ranks.
+    """
+    weight = empty_weight([shape[0], len(columns)], context.dtype, context.device)
+    context.reader.copy_columns(f"{name}.weight", shape, columns, weight)
+    vector = context.rows(f"{name}.bias", shape[:1]) if bias else None
+    # The bias is rank 0's, so that it is added once.
+    return make_linear(weight, vector if context.communicator.shard.rank == 0 else None)
 
 
 class GatedMLP:
@@ -152,7 +139,7 @@ class GatedMLP:
 
     Args:
         gate_up: maps `[T, H]` to this rank's gates and values side by side.
-        down: maps this rank's `[T, width]` to `[T, H]`.
+        down: maps this rank's `[T, width]` to its part of `[T, H]`.
         activation: applied to the gates; one of `ACTIVATIONS`.
     """
 
@@ -176,13 +163,13 @@ class GatedMLP:
 
         weight = stacked("weight", [hidden])
         vector = stacked("bias", []) if config.mlp_bias else None
-        down = RowParallel.load(
+        down = load_row_parallel(
             context, f"{name}.down_proj", [hidden, intermediate], span, bias=config.mlp_bias
         )
         return cls(make_linear(weight, vector), down, config.activation)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Maps `[T, H]` to `[T, H]`."""
+        """Maps `[T, H]` to this rank's part of `[T, H]`, which is the sum over the ranks."""
         gate_up = self._gate_up(x)
         if row_kernels.supports(gate_up):
             return self._down(row_kernels.gate(gate_up, self._activation))

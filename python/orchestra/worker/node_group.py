@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.nn import functional as F  # noqa: N812 (torch's own customary name)
 
 from orchestra.worker.algorithm_table import Algorithm, AlgorithmTable, measure
+from orchestra.worker.aside import make_aside
 from orchestra.worker.sharding import Shard
 from orchestra.worker.shared_group import SharedMemoryGroup
 from orchestra.worker.topology import Topology, add_up
@@ -79,6 +80,7 @@ class NodeGroup:
         self.shard = shard
         self._topology = topology
         self._device = device
+        self._aside = make_aside(device)
         own = PrefixStore(f"nodes-{generation}", store)
         self._flat = TorchGroup(shard, PrefixStore("flat", own), device, timeout)
         self._inside: Insiders | None = None
@@ -110,6 +112,10 @@ class NodeGroup:
             RankLostError, RuntimeError: a rank is lost, and was noticed through shared memory, or by torch's groups.
         """
         self.all_reduce_by(self.table.pick(tensor.nbytes), tensor)
+
+    def start_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
+        """See `parallel.Overlapping`."""
+        return self._aside.start(lambda: self.all_reduce(tensor))
 
     def all_reduce_by(self, algorithm: Algorithm, tensor: Tensor) -> None:
         """Adds up by one of `algorithms`, the same on every rank; else as `all_reduce`."""

@@ -1,8 +1,9 @@
 """What the ranks of one worker say to each other while they compute."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous as meet
 
 from orchestra.errors import ConfigError
+from orchestra.worker.aside import make_aside
 from orchestra.worker.sharding import Shard
 
 # The first collective of a rank waits this long for the others, which may still be loading.
@@ -34,6 +36,15 @@ class Communicator(Protocol):
 
     def close(self) -> None:
         """Leaves the group."""
+        ...
+
+
+@runtime_checkable
+class Overlapping(Protocol):
+    """A `Communicator` whose sums go on while this thread computes."""
+
+    def start_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
+        """Begins an `all_reduce`; what it returns waits until `tensor` is the sum. They are done in their order."""
         ...
 
 
@@ -67,6 +78,7 @@ class ProcessGroup:
         self, shard: Shard, store: Store, device: torch.device, generation: int = 0
     ) -> None:
         self.shard = shard
+        self._aside = make_aside(device)
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
             # A group that forms again after a rank was lost takes the next prefix of the same store.
@@ -80,6 +92,10 @@ class ProcessGroup:
     def all_reduce(self, tensor: Tensor) -> None:
         """Replaces `tensor` by its sum over all ranks."""
         dist.all_reduce(tensor)
+
+    def start_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
+        """See `Overlapping`."""
+        return self._aside.start(lambda: self.all_reduce(tensor))
 
     def gather_columns(self, tensor: Tensor) -> Tensor | None:
         """Joins the ranks' `[n, columns]` side by side on rank 0; None on the others."""

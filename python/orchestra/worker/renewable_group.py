@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from orchestra.worker.parallel import Communicator
+from orchestra.worker.parallel import Communicator, Overlapping
 from orchestra.worker.plan_channel import RankLostError
 from orchestra.worker.sharding import Shard
 
@@ -85,6 +85,23 @@ class RenewableGroup:
         """Replaces `tensor` by its sum over all ranks."""
         self._enter().all_reduce(tensor)
         self._left()
+
+    def start_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
+        """See `Overlapping`; only while `group` is such a one.
+
+        This rank waits for others from when it needs the sum: until then they may wait for it.
+        """
+        group = self.group
+        assert isinstance(group, Overlapping)
+        self._num_collectives += 1
+        wait = group.start_all_reduce(tensor)
+
+        def finish() -> None:
+            self._is_waiting = True
+            wait()
+            self._left()
+
+        return finish
 
     def gather_columns(self, tensor: Tensor) -> Tensor | None:
         """Joins the ranks' `[n, columns]` side by side on rank 0; None on the others."""

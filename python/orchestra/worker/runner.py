@@ -9,6 +9,7 @@ from orchestra.worker.decode_graphs import DecodeGraphs
 from orchestra.worker.drawn import NOTHING_DRAWN, Drawn
 from orchestra.worker.kv_cache import PagedCache
 from orchestra.worker.models import Model
+from orchestra.worker.overlap import OverlappedDecoder
 from orchestra.worker.plan import NO_COPIES, StepOutput, StepPlan
 from orchestra.worker.recorded_decoder import RecordedDecoder
 from orchestra.worker.sampler import Sampler
@@ -52,7 +53,7 @@ class ModelRunner:
         """Lets go of recorded steps, as must be done when the group of ranks has changed."""
         if self.graphs is not None:
             self.graphs.forget()
-        if isinstance(self._model, RecordedDecoder):
+        if isinstance(self._model, RecordedDecoder | OverlappedDecoder):
             self._model.forget()
 
     def execute(self, plan: StepPlan) -> StepOutput:

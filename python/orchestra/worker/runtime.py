@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from orchestra.errors import ConfigError, UnsupportedError
 from orchestra.worker.assembly import Rank, assemble
-from orchestra.worker.config import EXIT_INVALID_CONFIG, WorkerConfig
+from orchestra.worker.command_line import EXIT_INVALID_CONFIG
+from orchestra.worker.config import WorkerConfig
 from orchestra.worker.layer_mover import MoveOrder
 from orchestra.worker.metrics import WorkerMetrics
 from orchestra.worker.pipeline import StepsInFlight, execute

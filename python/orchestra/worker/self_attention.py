@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from orchestra.worker.attention import AttentionBackend
-from orchestra.worker.layers import LoadContext, Op, RMSNorm, RowParallel
+from orchestra.worker.layers import LoadContext, Op, RMSNorm, load_row_parallel
 from orchestra.worker.linear import make_linear
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.rotary import interleave, rotate
@@ -67,12 +67,12 @@ class SelfAttention:
         )
 
 
-def load_output(context: LoadContext, name: str, config: ModelConfig) -> RowParallel:
-    """Loads the output projection of this rank's heads, `name` + `.weight`."""
+def load_output(context: LoadContext, name: str, config: ModelConfig) -> Op:
+    """Loads the output projection of this rank's heads, `name` + `.weight`: see `load_row_parallel`."""
     heads = context.communicator.shard.heads(config.num_heads, config.num_kv_heads)
     shape = [config.hidden_size, config.num_heads * config.head_dim]
     columns = heads.query_rows(config.head_dim)
-    return RowParallel.load(context, name, shape, columns, bias=config.o_bias)
+    return load_row_parallel(context, name, shape, columns, bias=config.o_bias)
 
 
 def _load_qkv(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from orchestra.worker import summing
 from orchestra.worker.attention import AttentionBackend
 from orchestra.worker.layers import (
     LoadContext,
@@ -17,9 +18,11 @@ from orchestra.worker.layers import (
 )
 from orchestra.worker.loader import Progress
 from orchestra.worker.model_config import ModelConfig
+from orchestra.worker.parallel import Communicator
 from orchestra.worker.rope_config import RopeConfig
 from orchestra.worker.rotary import RotaryTable
 from orchestra.worker.sharding import Span, Stage
+from orchestra.worker.summing import Summing
 
 if TYPE_CHECKING:
     from orchestra.worker.stage_link import StageLink
@@ -46,7 +49,7 @@ class Layer(Protocol):
         """The first half up to the output projection: `[T, H]` to `[T, heads * head_dim]`."""
         ...
 
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, hidden: Tensor, attended: Tensor) -> Summing[Tensor]:
         """The rest of the layer; works on any subset of the tokens."""
         ...
 
@@ -97,6 +100,7 @@ class Decoder:
         layers: in order.
         rotaries: of all layers.
         after: what follows the layers.
+        communicator: joins the ranks of the stage.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class Decoder:
         layers: Sequence[Layer],
         rotaries: RotaryTables,
         after: "Head | StageLink",
+        communicator: Communicator,
     ) -> None:
         self.span = span
         self._entry = entry
@@ -113,6 +118,7 @@ class Decoder:
         self._tables = rotaries
         self._rotaries = rotaries.of(span)
         self._after = after
+        self._communicator = communicator
 
     @classmethod
     def load(
@@ -148,7 +154,7 @@ class Decoder:
         context.reader.finish(_of_others(config, stage))
         progress(parts, parts)
         rotaries = RotaryTables(config, max_positions, context.device)
-        return cls(entry, span, layers, rotaries, after)
+        return cls(entry, span, layers, rotaries, after, context.communicator)
 
     @property
     def config(self) -> ModelConfig:
@@ -164,7 +170,7 @@ class Decoder:
         """
         own = {self.span.start + place: layer for place, layer in enumerate(self._layers)}
         layers = [further[it] if it in further else own[it] for it in range(span.start, span.stop)]
-        return Decoder(self._entry, span, layers, self._tables, self._after)
+        return Decoder(*(self._entry, span, layers, self._tables, self._after), self._communicator)
 
     def take_places(self) -> None:
         """Lets every layer find its KV in a cache of this decoder's layers."""
@@ -202,15 +208,11 @@ class Decoder:
 
         Every token leaves its KV in the last layer too, but only those that are sampled need go further.
         """
-        for layer, table in zip(self._layers[:-1], self._rotaries[:-1], strict=True):
-            hidden = layer.finish(hidden, layer.attend(hidden, rotations[table], attention))
-        attended = self._layers[-1].attend(hidden, rotations[self._rotaries[-1]], attention)
-        return hidden, attended
+        return summing.run(self.attending(hidden, rotations, attention), self._communicator)
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The rest, for any of the tokens: `[N, H]`, or of the last stage this rank's columns of the logits."""
-        finished = self._layers[-1].finish(hidden, attended)
-        return self._after.project(finished) if isinstance(self._after, Head) else finished
+        return summing.run(self.finishing(hidden, attended), self._communicator)
 
     def leave(self, finished: Tensor) -> Tensor | None:
         """Hands that on: to the next stage, or to the rank that draws, where it is the logits."""
@@ -218,6 +220,23 @@ class Decoder:
             return self._after.join(finished)
         self._after.send(finished)
         return None
+
+    # The two that meet sums, for who runs them otherwise than one sum after the other.
+
+    def attending(
+        self, hidden: Tensor, rotations: Rotations, attention: AttentionBackend
+    ) -> Summing[tuple[Tensor, Tensor]]:
+        """See `attend`."""
+        for layer, table in zip(self._layers[:-1], self._rotaries[:-1], strict=True):
+            attended = layer.attend(hidden, rotations[table], attention)
+            hidden = yield from layer.finish(hidden, attended)
+        attended = self._layers[-1].attend(hidden, rotations[self._rotaries[-1]], attention)
+        return hidden, attended
+
+    def finishing(self, hidden: Tensor, attended: Tensor) -> Summing[Tensor]:
+        """See `finish`."""
+        finished = yield from self._layers[-1].finish(hidden, attended)
+        return self._after.project(finished) if isinstance(self._after, Head) else finished
 
     @property
     def is_first(self) -> bool:

@@ -7,9 +7,10 @@ from torch import Tensor
 from orchestra.worker.attention import AttentionBackend
 from orchestra.worker.experts import ExpertNames, SparseMLP
 from orchestra.worker.latent_attention import LatentAttention
-from orchestra.worker.layers import GatedMLP, LoadContext, Op, RMSNorm, RowParallel
+from orchestra.worker.layers import GatedMLP, LoadContext, Op, RMSNorm, load_row_parallel
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.row_kernels import add_
+from orchestra.worker.summing import Summing
 
 _EXPERTS = ExpertNames(gate="gate_proj", up="up_proj", down="down_proj")
 
@@ -20,7 +21,7 @@ class DeepseekLayer:
 
     input_norm: RMSNorm
     attention: LatentAttention
-    output: RowParallel
+    output: Op
     mlp_norm: RMSNorm
     mlp: Op
 
@@ -35,7 +36,7 @@ class DeepseekLayer:
         return cls(
             input_norm=RMSNorm.load(context, f"{name}.input_layernorm", hidden, config),
             attention=LatentAttention.load(context, f"{name}.self_attn", index, config),
-            output=RowParallel.load(
+            output=load_row_parallel(
                 context,
                 f"{name}.self_attn.o_proj",
                 [hidden, config.num_heads * width],
@@ -52,8 +53,10 @@ class DeepseekLayer:
         """See `decoder.Layer`."""
         return self.attention(self.input_norm(hidden), rotations, backend)
 
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, hidden: Tensor, attended: Tensor) -> Summing[Tensor]:
         """See `decoder.Layer`."""
         total = self.output(attended)
-        normalised = self.mlp_norm.after_sum(total, hidden)
-        return add_(self.mlp(normalised), total)
+        yield total
+        output = self.mlp(self.mlp_norm.after_sum(total, hidden))
+        yield output
+        return add_(output, total)

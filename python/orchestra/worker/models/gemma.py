@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from orchestra.worker.attention import AttentionBackend
-from orchestra.worker.layers import GatedMLP, LoadContext, RMSNorm, RowParallel
+from orchestra.worker.layers import GatedMLP, LoadContext, Op, RMSNorm
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.row_kernels import add_
 from orchestra.worker.self_attention import SelfAttention, load_output
+from orchestra.worker.summing import Summing
 
 
 @dataclass
@@ -21,7 +22,7 @@ class GemmaLayer:
 
     input_norm: RMSNorm
     attention: SelfAttention
-    output: RowParallel
+    output: Op
     output_norm: RMSNorm
     mlp_norm: RMSNorm
     mlp: GatedMLP
@@ -49,8 +50,11 @@ class GemmaLayer:
         """See `decoder.Layer`."""
         return self.attention(self.input_norm(hidden), rotations, backend)
 
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, hidden: Tensor, attended: Tensor) -> Summing[Tensor]:
         """See `decoder.Layer`."""
-        total = self.output_norm(self.output(attended))
-        normalised = self.mlp_norm.after_sum(total, hidden)
-        return add_(self.mlp_output_norm(self.mlp(normalised)), total)
+        projected = self.output(attended)
+        yield projected
+        total = self.output_norm(projected)
+        output = self.mlp(self.mlp_norm.after_sum(total, hidden))
+        yield output
+        return add_(self.mlp_output_norm(output), total)

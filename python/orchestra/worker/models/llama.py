@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from orchestra.worker.attention import AttentionBackend
-from orchestra.worker.layers import GatedMLP, LoadContext, Op, RMSNorm, RowParallel
+from orchestra.worker.layers import GatedMLP, LoadContext, Op, RMSNorm
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.row_kernels import add_
 from orchestra.worker.self_attention import SelfAttention, load_output
+from orchestra.worker.summing import Summing
 
 
 @dataclass
@@ -17,7 +18,7 @@ class LlamaLayer:
 
     input_norm: RMSNorm
     attention: SelfAttention
-    output: RowParallel
+    output: Op
     mlp_norm: RMSNorm
     mlp: Op
 
@@ -43,8 +44,10 @@ class LlamaLayer:
         """See `decoder.Layer`."""
         return self.attention(self.input_norm(hidden), rotations, backend)
 
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, hidden: Tensor, attended: Tensor) -> Summing[Tensor]:
         """See `decoder.Layer`."""
         total = self.output(attended)
-        normalised = self.mlp_norm.after_sum(total, hidden)
-        return add_(self.mlp(normalised), total)
+        yield total
+        output = self.mlp(self.mlp_norm.after_sum(total, hidden))
+        yield output
+        return add_(output, total)
