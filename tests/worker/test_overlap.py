@@ -21,6 +21,8 @@ from orchestra.worker.context_parallel import ROWS_MIN
 from orchestra.worker.overlap import PIECE_TOKENS_MIN, OverlappedDecoder, halve, overlapping
 from orchestra.worker.parallel import SingleRank
 from orchestra.worker.plan import StepPlan
+from orchestra.worker.renewable_group import RenewableGroup
+from orchestra.worker.sharding import Shard
 from orchestra.worker.summing import Summing
 from tests.worker.conftest import Checkpoints, MakeRank
 from tests.worker.overlap_process import (
@@ -306,6 +308,26 @@ def test_steps_that_others_wait_for_are_computed_whole(checkpoint: Checkpoints) 
         log_of(rank).clear()
     forward_together(ranks)(replace(next(life()), fills_blocks=True))
     assert [log_of(rank) for rank in ranks] == [[], []]
+
+
+class Abortable(SingleRank):
+    """A group whose sums end at once, like those over shared memory."""
+
+    def abort(self) -> None:
+        """Nothing to end."""
+
+
+class AbortableAside(Abortable, Group):
+    """One whose sums go on beside the next compute."""
+
+
+def test_whether_sums_overlap_is_asked_of_the_group_of_the_day() -> None:
+    generations = [Abortable(), AbortableAside()]
+    group = RenewableGroup(Shard(0, 2), generations.__getitem__, 0)
+    assert overlapping(group) is None
+    group.leave()
+    group.renew(1)
+    assert overlapping(group) is group
 
 
 def test_where_nothing_can_overlap_nothing_does(
