@@ -94,7 +94,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=40, help="messages of a turn")
     arguments = parser.parse_args()
     leaders = {way: join(way) for way in WAYS}
-    print("| bytes | idle ms | way | send µs | one way µs | round trip µs | rank 1 computes µs | ratio one way |")
+    print(
+        "| bytes | idle ms | way | send µs | one way µs | round trip µs | rank 1 computes µs | ratio one way |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for size in SIZES:
         for idle_ms in IDLE_MS:

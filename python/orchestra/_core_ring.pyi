@@ -21,8 +21,14 @@ class MessageRingReader:
     def __new__(
         cls, address: str, reader: int, readers: int, key: int, message_bytes_max: int
     ) -> MessageRingReader: ...
-    def take(self) -> bytes | None:
-        """The next message; `None` where none comes within some 50 µs: the writer then knows that this reader sleeps.
+    def take(self, patience_ms: int) -> bytes | None:
+        """The next message.
+
+        Args:
+            patience_ms: How long to wait for it, at most 500.
+
+        Returns:
+            `None` where none came: the writer then knows that this reader sleeps soundly, and has to be woken.
 
         Raises:
             InternalError: The ring is damaged.
@@ -30,7 +36,7 @@ class MessageRingReader:
 
 @final
 class MessageRingWriter:
-    """The end of a ring of messages, in memory that the processes of one machine share, that writes. One thread at a time.
+    """The end of a ring of messages that writes, in memory that the processes of one machine share. A thread at a time.
 
     Args:
         readers: How many may read, at most 1024.
@@ -62,7 +68,7 @@ class MessageRingWriter:
             start: 0, or of one that was not whole what the last call has returned.
 
         Returns:
-            From where to go on, whether the message is whole, and the readers that slept and have to be woken.
+            From where to go on, whether the message is whole, and the readers that slept soundly and have to be woken.
 
         Raises:
             InvalidRequestError: It is too long.

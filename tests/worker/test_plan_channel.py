@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestra._core import MessageRingReader
 from orchestra.errors import InternalError
 from orchestra.worker import plan_channel, plan_ring
 from orchestra.worker.plan_channel import MESSAGE_BYTES_MAX, Follower, Leader, RankLostError
@@ -45,12 +46,11 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 def see_no_memory(monkeypatch: pytest.MonkeyPatch, far: Container[int]) -> None:
     """Lets ranks be as in containers of their own."""
-    see = plan_ring.MessageRingReader
 
-    def open_ring(address: str, reader: int, *rest: int) -> plan_ring.MessageRingReader:
+    def open_ring(address: str, reader: int, *rest: int) -> MessageRingReader:
         if reader + 1 in far:
             raise InternalError("open shared memory: No such file or directory")
-        return see(address, reader, *rest)
+        return MessageRingReader(address, reader, *rest)
 
     monkeypatch.setattr(plan_ring, "MessageRingReader", open_ring)
 

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,9 @@ RANKS = multiprocessing.get_context("forkserver")
 RANKS.set_forkserver_preload(["tests.worker.plan_process"])
 TIMEOUT_S = 60
 pytestmark = pytest.mark.timeout(120)
+
+# Where things lie in the memory of a ring of 256 KiB: see `rust/kernels/src/ring/region.rs`.
+WRITTEN_AT, TAKEN_AT, FIRST_MESSAGE_AT = 32, 128, 256 << 10
 
 FollowingRank = tuple[BaseProcess, Connection]
 
@@ -75,7 +79,7 @@ def ranks(tmp_path: Path, pool: ThreadPoolExecutor) -> Iterator[Ranks]:
     group.close()
 
 
-def hear(told: Connection) -> object:
+def hear(told: Connection) -> Any:
     assert told.poll(TIMEOUT_S)
     return told.recv()
 
@@ -98,7 +102,7 @@ def test_who_waits_long_uses_no_time(ranks: Ranks) -> None:
     time.sleep(0.5)
     ranks.leader.broadcast(b"second")
     for _, told in ranks.others.values():
-        message, spent_s = hear(told)  # type: ignore[misc]
+        message, spent_s = hear(told)
         assert message == b"second"
         # Of half a second; a poll every few milliseconds would cost as much.
         assert spent_s < 0.005
@@ -108,7 +112,7 @@ def test_messages_reach_who_sleeps_and_who_does_not(ranks: Ranks, pool: ThreadPo
     messages = [bytes([number % 256]) * (number * 97 % 5000) for number in range(1, 2000)]
 
     def hear_all(told: Connection) -> list[object]:
-        return [hear(told)[0] for _ in messages]  # type: ignore[index]
+        return [hear(told)[0] for _ in messages]
 
     hearing = [pool.submit(hear_all, told) for _, told in ranks.others.values()]
     for number, message in enumerate(messages):
@@ -121,7 +125,7 @@ def test_messages_reach_who_sleeps_and_who_does_not(ranks: Ranks, pool: ThreadPo
 def test_a_goodbye_ends_the_processes(ranks: Ranks) -> None:
     ranks.leader.close()
     for process, told in ranks.others.values():
-        assert hear(told)[0] is None  # type: ignore[index]
+        assert hear(told)[0] is None
         process.join(TIMEOUT_S)
         assert process.exitcode == 0
 
@@ -131,7 +135,7 @@ def test_a_goodbye_ends_the_processes(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("is_asleep", [True, False])
 def test_a_killed_rank_0_ends_the_wait(
-    is_asleep: bool,  # noqa: FBT001 (a parameter of the test)
+    is_asleep: bool,
     tmp_path: Path,
     pool: ThreadPoolExecutor,
 ) -> None:
@@ -183,7 +187,7 @@ def test_a_killed_rank_is_found_by_the_next_message(ranks: Ranks) -> None:
     with pytest.raises(RankLostError, match="rank"):
         ranks.leader.broadcast(b"plan")
     # The other one has it.
-    assert hear(ranks.others[2][1])[0] == b"plan"  # type: ignore[index]
+    assert hear(ranks.others[2][1])[0] == b"plan"
 
 
 def test_a_replacement_joins_the_next_ring(ranks: Ranks) -> None:
@@ -196,7 +200,7 @@ def test_a_replacement_joins_the_next_ring(ranks: Ranks) -> None:
     assert ranks.leader.near == {1, 2}
     assert [hear(told) for _, told in ranks.others.values()] == [1, 1]
     ranks.leader.broadcast(b"plan")
-    assert [hear(told)[0] for _, told in ranks.others.values()] == [b"plan"] * 2  # type: ignore[index]
+    assert [hear(told)[0] for _, told in ranks.others.values()] == [b"plan"] * 2
 
 
 # === what is not to be trusted ===
@@ -226,17 +230,17 @@ def write_over(memory: Path, at: int, number: int) -> None:
 def test_a_damaged_length_is_an_error(ring: tuple[RingSender, RingReceiver, Path]) -> None:
     sender, receiver, memory = ring
     sender.send(b"plan")
-    write_over(memory, 4096, MESSAGE_BYTES_MAX + 1)
+    write_over(memory, FIRST_MESSAGE_AT, MESSAGE_BYTES_MAX + 1)
     with pytest.raises(RankLostError, match="the ring is damaged: a message of 67108865 bytes"):
         receiver.receive()
 
 
 def test_a_damaged_position_is_an_error(ring: tuple[RingSender, RingReceiver, Path]) -> None:
     sender, receiver, memory = ring
-    write_over(memory, 32, 1 << 31)
-    with pytest.raises(RankLostError, match="the ring is damaged: 2147483648 bytes"):
+    write_over(memory, WRITTEN_AT, 1 << 30)
+    with pytest.raises(RankLostError, match="the ring is damaged: 1073745920 bytes"):
         receiver.receive()
-    write_over(memory, 128, 1)
+    write_over(memory, TAKEN_AT, 1)
     with pytest.raises(RankLostError, match="the ring is damaged: reader 0"):
         sender.send(b"plan")
 
@@ -246,9 +250,9 @@ def test_rings_that_come_late_wake_once(
 ) -> None:
     sender, receiver, _ = ring
     for _ in range(3):
-        assert receiver._ring.take() is None
+        assert receiver._ring.take(1) is None
         sender.send(b"plan")
-        assert receiver._ring.take() == b"plan"
+        assert receiver._ring.take(1) == b"plan"
     receiving = pool.submit(receiver.receive)
     with pytest.raises(TimeoutError):
         receiving.result(0.05)

@@ -1,7 +1,7 @@
 """How messages reach the ranks of rank 0's own machine: through a ring in memory that they share.
 
-Rank 0 writes a message once for all of them, without a call into the kernel for those that are awake. A rank to which
-nothing comes for a while sleeps on its socket, which rank 0 rings then, and whose end is rank 0's.
+Rank 0 writes a message once for all of them, and wakes those that wait for it by one call into the kernel. A rank to
+which nothing comes for a while, as between two requests, sleeps on its socket, which rank 0 rings and whose end is its.
 """
 
 import logging
@@ -20,6 +20,8 @@ from orchestra.worker.plan_socket import MESSAGE_BYTES_MAX, RankLostError
 _INVITATION = struct.Struct("<QI")
 _YES, _NO = b"\1", b"\0"
 _RING = b"\0"
+# Longer than a decode step leaves a rank waiting, and no longer than rank 0's end may go unnoticed.
+_PATIENCE_MS = 10
 # More rings than a sleeper can have missed; any number of them wakes it once.
 _RINGS_MAX = 64
 
@@ -83,18 +85,20 @@ class RingSender:
             deadline = time.monotonic() + plan_socket.SEND_TIMEOUT_S
 
     def _wake(self, sleepers: list[int]) -> None:
-        lost = []
-        for rank in map(_rank_of, sleepers):
-            try:
-                self._ranks[rank].send(_RING, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                # It was rung many times before, and wakes.
-                continue
-            except OSError:
-                lost.append(rank)
-        if lost:
-            # The others were rung all the same: a goodbye may be what they wait for.
+        # All of them first, whoever is lost: a goodbye may be what the others wait for.
+        if lost := [rank for rank in map(_rank_of, sleepers) if not self._ring_up(rank)]:
             raise RankLostError(f"ranks {lost} are gone")
+
+    def _ring_up(self, rank: int) -> bool:
+        """Returns whether it is there."""
+        try:
+            self._ranks[rank].send(_RING, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            # It was rung many times before, and wakes.
+            return True
+        except OSError:
+            return False
+        return True
 
     def _check(self) -> None:
         if ended := {descriptor for descriptor, _ in self._ends.poll(0)}:
@@ -122,7 +126,7 @@ class RingReceiver:
         """
         try:
             has_ended = False
-            while (message := self._ring.take()) is None:
+            while (message := self._ring.take(_PATIENCE_MS)) is None:
                 # Asked for once more when it had ended: what it wrote before counts.
                 if has_ended:
                     raise RankLostError("rank 0 is gone: the stream ended")

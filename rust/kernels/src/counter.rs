@@ -11,10 +11,7 @@ use std::{
 use rustix::thread::futex;
 
 /// How long a sleeper sleeps before it looks at what no counter tells it.
-const NAP: futex::Timespec = futex::Timespec {
-    tv_sec: 0,
-    tv_nsec: 5_000_000,
-};
+pub(crate) const NAP: Duration = Duration::from_millis(5);
 /// Looks at a counter between two looks at the clock.
 const SPINS_PER_LOOK: u32 = 32;
 
@@ -74,9 +71,14 @@ impl Counter {
         self.number.load(SeqCst)
     }
 
-    /// Sleeps for some milliseconds, or until another number than the one that was seen is published.
-    pub(crate) fn nap(&self, seen: u32) {
+    /// Sleeps for so long, less than a second, or until another number than the one that was seen is published.
+    pub(crate) fn nap(&self, seen: u32, limit: Duration) {
+        debug_assert!(limit.as_secs() == 0, "a nap is short");
+        let limit = futex::Timespec {
+            tv_sec: 0,
+            tv_nsec: i64::from(limit.subsec_nanos()),
+        };
         // Woken, interrupted, too late or for nothing: who called looks again in any case.
-        let _ = futex::wait(&self.number, futex::Flags::empty(), seen, Some(&NAP));
+        let _ = futex::wait(&self.number, futex::Flags::empty(), seen, Some(&limit));
     }
 }

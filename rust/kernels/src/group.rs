@@ -33,7 +33,7 @@ pub use self::{
     region::Number,
 };
 use self::{peers::Peers, region::Region};
-use crate::{error::GroupError, memory_file::Mapping};
+use crate::{counter::NAP, error::GroupError, memory_file::Mapping};
 
 /// Most ranks of a group.
 pub const RANKS_MAX: usize = 64;
@@ -441,7 +441,7 @@ impl SharedGroup {
             if start.elapsed() >= self.config.timeout {
                 return Err(self.end(&Ending::Late(rank)));
             }
-            published.nap(seen);
+            published.nap(seen, NAP);
         }
     }
 

@@ -12,21 +12,27 @@
 //! that is longer than the room goes in pieces, while the readers take them. Positions count all bytes ever written and
 //! wrap.
 //!
-//! A reader to which nothing comes spins for a short time and is then told so, after it has written down that it sleeps;
-//! the next writer learns of that and has to wake it by other means, a socket for example. So a sleeper burns nothing,
-//! and hears through the same socket of the writer's end. The writer waits for room by naps, between which it can look
-//! for itself who is still there.
+//! A reader to which nothing comes spins for a short time, then sleeps on the position, where the next message wakes it
+//! at once. When that does not come soon either, it is told so, after it has written down that it sleeps soundly; the
+//! writer learns of that and has to wake it by other means, a socket for example. So a reader can wait for hours without
+//! waking in between, and hears through the same socket of the writer's end. The writer waits for room by naps, between
+//! which it can look for itself who is still there.
 //!
 //! Nobody trusts what the memory says: a position or a length that cannot be is an error.
 
 mod region;
 
-use std::{num::NonZeroUsize, os::fd::OwnedFd, thread, time::Duration};
+use std::{
+    num::NonZeroUsize,
+    os::fd::OwnedFd,
+    thread,
+    time::{Duration, Instant},
+};
 
 use parking_lot::Mutex;
 
 use self::region::Region;
-use crate::{error::RingError, memory_file::Mapping};
+use crate::{counter::NAP, error::RingError, memory_file::Mapping};
 
 /// Most readers of a ring.
 pub const READERS_MAX: usize = 1024;
@@ -93,7 +99,7 @@ pub struct Written {
     pub upto: usize,
     /// Whether that is all of it.
     pub is_whole: bool,
-    /// Readers that slept, and now have something to read: they have to be woken.
+    /// Readers that slept soundly, and now have something to read: they have to be woken.
     pub sleepers: Vec<usize>,
 }
 
@@ -185,7 +191,7 @@ impl RingWriter {
             let room = taken.asleep(|| {
                 let seen = taken.look();
                 if self.room_of(&progress, reader, seen)? == 0 {
-                    taken.nap(seen);
+                    taken.nap(seen, NAP);
                 }
                 self.room_of(&progress, reader, taken.look())
             })?;
@@ -224,6 +230,16 @@ struct Message {
     bytes: Vec<u8>,
 }
 
+impl Message {
+    /// Bytes that have to come before there is something to do.
+    const fn needed(&self) -> usize {
+        match self.length {
+            None => LENGTH_BYTES,
+            Some(_) => 1,
+        }
+    }
+}
+
 /// An end that reads.
 pub struct RingReader {
     region: Region,
@@ -255,9 +271,9 @@ impl RingReader {
         })
     }
 
-    /// The next message; `None` where none came for the time that a reader spins. The writer knows then that this one
-    /// sleeps, and what comes next wakes it: by other means than this memory.
-    pub fn take(&self) -> Result<Option<Vec<u8>>, RingError> {
+    /// The next message; `None` where none came for as long as the `patience`. The writer knows then that this reader
+    /// sleeps soundly, and what comes next wakes it: by other means than this memory.
+    pub fn take(&self, patience: Duration) -> Result<Option<Vec<u8>>, RingError> {
         let mut message = self.message.lock();
         let line = self.region.line(self.reader);
         let written = self.region.written();
@@ -266,10 +282,10 @@ impl RingReader {
             if let Some(whole) = self.read(&mut message, written.get())? {
                 return Ok(Some(whole));
             }
-            let needed = self.needed(&message);
+            let needed = message.needed();
             let taken = message.taken;
             let is_there = |written: u32| written.wrapping_sub(taken) as usize >= needed;
-            if written.spin(self.spin, is_there) {
+            if self.doze(patience, is_there) {
                 continue;
             }
             line.fall_asleep();
@@ -281,12 +297,26 @@ impl RingReader {
         }
     }
 
-    /// Bytes that have to come before there is something to do.
-    const fn needed(&self, message: &Message) -> usize {
-        match message.length {
-            None => LENGTH_BYTES,
-            Some(_) => 1,
+    /// Waits for something, spinning and then sleeping lightly; returns whether it has come.
+    fn doze(&self, patience: Duration, is_there: impl Fn(u32) -> bool) -> bool {
+        let written = self.region.written();
+        let start = Instant::now();
+        if written.spin(self.spin.min(patience), &is_there) {
+            return true;
         }
+        written.asleep(|| {
+            loop {
+                let seen = written.look();
+                if is_there(seen) {
+                    return true;
+                }
+                let left = patience.saturating_sub(start.elapsed());
+                if left.is_zero() {
+                    return false;
+                }
+                written.nap(seen, left);
+            }
+        })
     }
 
     /// Takes what belongs to the message of what is there; returns it when it is whole.

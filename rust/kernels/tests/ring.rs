@@ -101,7 +101,7 @@ proptest! {
                     }
                 }
                 Op::Take(reader) => {
-                    let taken = readers[reader].take().unwrap();
+                    let taken = readers[reader].take(Duration::ZERO).unwrap();
                     is_asleep[reader] = taken.is_none();
                     prop_assert_eq!(taken, expected[reader].pop_front());
                 }
@@ -121,7 +121,7 @@ fn messages_pass_between_threads_in_pieces_and_whole() {
             scope.spawn(move || {
                 for (number, bytes) in sizes.iter().enumerate() {
                     let taken = loop {
-                        if let Some(taken) = reader.take().unwrap() {
+                        if let Some(taken) = reader.take(Duration::from_millis(1)).unwrap() {
                             break taken;
                         }
                         thread::yield_now();
@@ -145,8 +145,11 @@ fn messages_pass_between_threads_in_pieces_and_whole() {
 fn only_who_sleeps_has_to_be_woken() {
     let (writer, readers) = ring(&config(2, 64));
     assert_eq!(write(&writer, b"one"), Vec::<usize>::new());
-    assert_eq!(readers[1].take().unwrap(), Some(b"one".to_vec()));
-    assert_eq!(readers[1].take().unwrap(), None);
+    assert_eq!(
+        readers[1].take(Duration::ZERO).unwrap(),
+        Some(b"one".to_vec())
+    );
+    assert_eq!(readers[1].take(Duration::ZERO).unwrap(), None);
     assert_eq!(write(&writer, b"two"), [1]);
     assert_eq!(write(&writer, b"three"), Vec::<usize>::new());
 }
@@ -161,10 +164,10 @@ fn the_slowest_reader_that_was_admitted_holds_the_writer_up() {
     assert!(!full.is_whole);
     assert_eq!(full.upto, 64);
     assert_eq!(writer.await_room().unwrap(), [0]);
-    assert_eq!(slow.take().unwrap(), None);
+    assert_eq!(slow.take(Duration::ZERO).unwrap(), None);
     assert!(writer.await_room().unwrap().is_empty());
     assert!(writer.write(&[0; 100], full.upto).unwrap().is_whole);
-    assert_eq!(slow.take().unwrap(), Some(vec![0; 100]));
+    assert_eq!(slow.take(Duration::ZERO).unwrap(), Some(vec![0; 100]));
 }
 
 #[test]
@@ -175,7 +178,7 @@ fn a_writer_that_waits_for_room_is_woken() {
     thread::scope(|scope| {
         let waiting = scope.spawn(|| while !writer.await_room().unwrap().is_empty() {});
         thread::sleep(Duration::from_millis(1));
-        readers[0].take().unwrap();
+        readers[0].take(Duration::ZERO).unwrap();
         waiting.join().unwrap();
     });
 }
@@ -203,7 +206,7 @@ fn longer_messages_than_any_may_be_are_refused() {
     let refused = writer.write(&[0; 1001], 0);
     let (bytes, most) = (1001, 1000);
     assert_eq!(refused, Err(RingError::TooLong { bytes, most }));
-    assert_eq!(readers[0].take().unwrap(), None);
+    assert_eq!(readers[0].take(Duration::ZERO).unwrap(), None);
 }
 
 #[test]
@@ -213,7 +216,10 @@ fn a_length_that_cannot_be_is_damage() {
     let length = 1001_u32.to_le_bytes();
     memory(&writer).write_all_at(&length, BYTES_AT).unwrap();
     let expected = "a message of 1001 bytes, at most 1000 go";
-    assert_eq!(reason(readers[0].take().unwrap_err()), expected);
+    assert_eq!(
+        reason(readers[0].take(Duration::ZERO).unwrap_err()),
+        expected
+    );
 }
 
 #[test]
@@ -222,7 +228,10 @@ fn more_bytes_than_the_ring_has_are_damage() {
     let written = (START + 65).to_le_bytes();
     memory(&writer).write_all_at(&written, WRITTEN_AT).unwrap();
     let expected = "65 bytes are said to wait in 64";
-    assert_eq!(reason(readers[0].take().unwrap_err()), expected);
+    assert_eq!(
+        reason(readers[0].take(Duration::ZERO).unwrap_err()),
+        expected
+    );
 }
 
 #[test]

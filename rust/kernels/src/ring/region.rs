@@ -42,12 +42,12 @@ pub(super) struct Line {
 }
 
 impl Line {
-    /// The reader says so. In one order with what is written: either it sees that, or the writer sees this.
+    /// The reader sleeps soundly. In one order with what is written: either it sees that, or the writer sees this.
     pub(super) fn fall_asleep(&self) {
         self.is_asleep.store(1, SeqCst);
     }
 
-    /// Returns whether the reader slept. It does no more.
+    /// Returns whether the reader slept soundly, and writes down that it does not.
     pub(super) fn wake(&self) -> bool {
         // Most of the time it does not, and the line stays where it is read.
         self.is_asleep.load(SeqCst) != 0 && self.is_asleep.swap(0, SeqCst) != 0

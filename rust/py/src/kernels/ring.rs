@@ -1,9 +1,14 @@
 //! The plans of rank 0 to the other ranks of its machine.
 
+use std::time::Duration;
+
 use orchestra_kernels::{RingConfig, RingReader, RingWriter};
 use pyo3::{prelude::*, types::PyBytes};
 
 use crate::errors::Failure;
+
+/// Signals wait for a call to end.
+const PATIENCE_MS_MAX: u32 = 500;
 
 fn config(readers: usize, key: u64, message_bytes_max: usize) -> RingConfig {
     RingConfig {
@@ -76,8 +81,14 @@ impl MessageRingReader {
     }
 
     /// The next message, where one comes soon.
-    fn take<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        let message = py.detach(|| self.inner.take()).map_err(Failure::from)?;
+    fn take<'py>(
+        &self,
+        py: Python<'py>,
+        patience_ms: u32,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let patience = Duration::from_millis(u64::from(patience_ms.min(PATIENCE_MS_MAX)));
+        let message = py.detach(|| self.inner.take(patience));
+        let message = message.map_err(Failure::from)?;
         Ok(message.map(|message| PyBytes::new(py, &message)))
     }
 }
