@@ -71,11 +71,10 @@ impl Counter {
         self.number.load(SeqCst)
     }
 
-    /// Sleeps for so long, less than a second, or until another number than the one that was seen is published.
+    /// Sleeps for so long, or until another number than the one that was seen is published.
     pub(crate) fn nap(&self, seen: u32, limit: Duration) {
-        debug_assert!(limit.as_secs() == 0, "a nap is short");
         let limit = futex::Timespec {
-            tv_sec: 0,
+            tv_sec: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: i64::from(limit.subsec_nanos()),
         };
         // Woken, interrupted, too late or for nothing: who called looks again in any case.

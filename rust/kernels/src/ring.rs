@@ -12,20 +12,19 @@
 //! that is longer than the room goes in pieces, while the readers take them. Positions count all bytes ever written and
 //! wrap.
 //!
-//! A reader to which nothing comes spins for a short time, then sleeps on the position, where the next message wakes it
-//! at once. When that does not come soon either, it is told so, after it has written down that it sleeps soundly; the
-//! writer learns of that and has to wake it by other means, a socket for example. So a reader can wait for hours without
-//! waking in between, and hears through the same socket of the writer's end. The writer waits for room by naps, between
-//! which it can look for itself who is still there.
+//! A reader to which nothing comes sleeps on the position, where the next message wakes it at once. It does not spin: the
+//! gap between two steps is longer than that may last, and on a machine with too few cores the spinner takes the core of
+//! the writer that it waits for. When nothing comes soon it is told so, after it has written down that it sleeps soundly;
+//! the writer learns of that and has to wake it by other means, a socket for example. So a reader can wait for hours
+//! without waking in between, and hears through the same socket of the writer's end. The writer waits for room by naps,
+//! between which it can look for itself who is still there.
 //!
 //! Nobody trusts what the memory says: a position or a length that cannot be is an error.
 
 mod region;
 
 use std::{
-    num::NonZeroUsize,
     os::fd::OwnedFd,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -38,8 +37,6 @@ use crate::{counter::NAP, error::RingError, memory_file::Mapping};
 pub const READERS_MAX: usize = 1024;
 /// Largest ring.
 pub const CAPACITY_MAX: usize = 1 << 30;
-/// How long a reader spins, where every process can have a core of its own.
-const SPIN: Duration = Duration::from_micros(50);
 /// The first position: shortly before they wrap, so that what would go wrong there goes wrong at once.
 const START: u32 = 0_u32.wrapping_sub(4096);
 /// Bytes of a message's length.
@@ -244,7 +241,6 @@ impl Message {
 pub struct RingReader {
     region: Region,
     reader: usize,
-    spin: Duration,
     message: Mutex<Message>,
 }
 
@@ -257,12 +253,9 @@ impl RingReader {
             let key = "reader";
             return Err(RingError::InvalidConfig { key, reason });
         }
-        let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        let has_cores = cores > config.readers;
         Ok(Self {
             region: Region::open(config, address)?,
             reader,
-            spin: if has_cores { SPIN } else { Duration::ZERO },
             message: Mutex::new(Message {
                 taken: START,
                 length: None,
@@ -297,13 +290,10 @@ impl RingReader {
         }
     }
 
-    /// Waits for something, spinning and then sleeping lightly; returns whether it has come.
+    /// Waits for something, sleeping lightly; returns whether it has come.
     fn doze(&self, patience: Duration, is_there: impl Fn(u32) -> bool) -> bool {
         let written = self.region.written();
         let start = Instant::now();
-        if written.spin(self.spin.min(patience), &is_there) {
-            return true;
-        }
         written.asleep(|| {
             loop {
                 let seen = written.look();
