@@ -19,7 +19,7 @@ from torch.distributed import FileStore
 from orchestra.worker import plan_ring
 from orchestra.worker.plan_channel import Follower, Leader
 
-IDLE_MS = (0.0, 0.2, 0.5, 1.0, 10.0)
+IDLE_MS = (0.2, 1.0, 5.0, 10.0, 50.0)
 SIZES = (800, 8192)
 WAYS = ("ring", "socket")
 # When the message was there, by the clock of the machine, and what this thread has computed until then.
@@ -90,7 +90,7 @@ def measure(leader: Leader, message: bytes, idle_s: float, count: int) -> Figure
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--turns", type=int, default=15, help="of each way")
     parser.add_argument("--count", type=int, default=40, help="messages of a turn")
     arguments = parser.parse_args()
     leaders = {way: join(way) for way in WAYS}

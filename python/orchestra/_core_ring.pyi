@@ -1,4 +1,7 @@
-"""The ring of messages of `_core`. For type checkers alone: there is no such module at run time."""
+"""The ring of messages of `_core`. For type checkers alone: there is no such module at run time.
+
+Calls that wait do not hold the interpreter lock.
+"""
 
 from typing import final
 
