@@ -37,6 +37,8 @@ from orchestra._core_process import die_with_parent as die_with_parent
 from orchestra._core_process import error_codes as error_codes
 from orchestra._core_process import init_logging as init_logging
 from orchestra._core_process import run_router as run_router
+from orchestra._core_ring import MessageRingReader as MessageRingReader
+from orchestra._core_ring import MessageRingWriter as MessageRingWriter
 from orchestra._core_types import (
     CandidateRow,
     DomainRow,
@@ -59,6 +61,8 @@ __all__ = [
     "KvPool",
     "KvSplit",
     "Linear",
+    "MessageRingReader",
+    "MessageRingWriter",
     "PagedAttention",
     "PlaceRequest",
     "Placement",

@@ -1,16 +1,18 @@
-"""The sockets between the ranks: order, bounds, and who notices whose end."""
+"""Between the ranks, through shared memory and over sockets: order, bounds, and who notices whose end."""
 
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from orchestra.worker import plan_channel
-from orchestra.worker.plan_channel import Follower, Leader, RankLostError
+from orchestra._core import MessageRingReader
+from orchestra.errors import InternalError
+from orchestra.worker import plan_channel, plan_ring
+from orchestra.worker.plan_channel import MESSAGE_BYTES_MAX, Follower, Leader, RankLostError
 
 TIMEOUT_S = 20
 
@@ -42,10 +44,26 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield executor
 
 
-@pytest.fixture(params=["unix", "long path", "tcp"])
+def see_no_memory(monkeypatch: pytest.MonkeyPatch, far: Container[int]) -> None:
+    """Lets ranks be as in containers of their own."""
+
+    def open_ring(address: str, reader: int, *rest: int) -> MessageRingReader:
+        if reader + 1 in far:
+            raise InternalError("open shared memory: No such file or directory")
+        return MessageRingReader(address, reader, *rest)
+
+    monkeypatch.setattr(plan_ring, "MessageRingReader", open_ring)
+
+
+@pytest.fixture(params=["unix", "long path", "tcp", "far", "mixed"])
 def group(
-    request: pytest.FixtureRequest, tmp_path: Path, pool: ThreadPoolExecutor
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    pool: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Group]:
+    far = {"far": {1, 2}, "mixed": {2}}.get(request.param, set())
+    see_no_memory(monkeypatch, far)
     folder = tmp_path / ("long" * 30) if request.param == "long path" else tmp_path
     folder.mkdir(exist_ok=True)
     url = "tcp://127.0.0.1:1" if request.param == "tcp" else (folder / "meet").as_uri()
@@ -54,6 +72,7 @@ def group(
     following = [pool.submit(Follower, store, rank) for rank in (2, 1)]
     leader = leading.result(TIMEOUT_S)
     followers = [future.result(TIMEOUT_S) for future in reversed(following)]
+    assert leader.near == {1, 2} - far
     yield leader, followers
     for follower in followers:
         follower.close()
@@ -64,7 +83,7 @@ def group(
 
 def test_messages_arrive_whole_and_in_order(group: Group, pool: ThreadPoolExecutor) -> None:
     leader, followers = group
-    messages = [b"x", b"plan" * 100_000, bytes(range(256))]
+    messages = [b"x", b"plan" * 100_000, bytes(range(256)), bytes(MESSAGE_BYTES_MAX), b"y"]
 
     def receive_all(follower: Follower) -> list[bytes | None]:
         return [follower.receive() for _ in messages]
@@ -101,8 +120,8 @@ def test_leader_cannot_send_to_lost_ranks(group: Group) -> None:
     for follower in followers:
         follower.close()
     # What is sent first may still fit a buffer; more than any buffer holds does not.
-    with pytest.raises(RankLostError, match="takes no message"):
-        leader.broadcast(bytes(plan_channel.MESSAGE_BYTES_MAX))
+    with pytest.raises(RankLostError, match=r"takes no message|are gone"):
+        leader.broadcast(bytes(MESSAGE_BYTES_MAX))
 
 
 def test_follower_notices_a_lost_leader(group: Group) -> None:
@@ -121,11 +140,19 @@ def test_leader_notices_a_rank_lost_before_its_answer(group: Group) -> None:
         leader.collect()
 
 
-def test_announced_size_is_bounded(group: Group) -> None:
-    leader, followers = group
-    leader._peers[1].sendall(struct.pack("<I", plan_channel.MESSAGE_BYTES_MAX + 1))
+def test_announced_size_is_bounded(
+    tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see_no_memory(monkeypatch, {1})
+    store = Store()
+    leading = pool.submit(Leader, store, 2, (tmp_path / "meet").as_uri())
+    follower = Follower(store, 1)
+    leader = leading.result(TIMEOUT_S)
+    leader._peers[1].sendall(struct.pack("<I", MESSAGE_BYTES_MAX + 1))
     with pytest.raises(RankLostError, match="announced"):
-        followers[0].receive()
+        follower.receive()
+    follower.close()
+    leader.close()
 
 
 def test_stranger_takes_no_place(tmp_path: Path, pool: ThreadPoolExecutor) -> None:

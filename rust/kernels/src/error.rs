@@ -1,4 +1,4 @@
-//! Why a collective, the making of a group, or a kernel's call failed.
+//! Why a collective, the making of a group, a message, or a kernel's call failed.
 
 use orchestra_core::ErrorCode;
 use thiserror::Error;
@@ -39,9 +39,41 @@ pub enum GroupError {
         /// What is wrong with it.
         reason: String,
     },
-    /// What was found at the address is not the memory of this group.
-    #[error("the group's memory cannot be used: {0}")]
-    BadRegion(&'static str),
+    /// The group's memory cannot be had.
+    #[error(transparent)]
+    Memory(#[from] SharedMemoryError),
+}
+
+impl GroupError {
+    /// The code that clients of the library see.
+    pub const fn code(&self) -> ErrorCode {
+        match self {
+            Self::InvalidConfig { .. } => ErrorCode::InvalidConfig,
+            Self::InvalidArgument { .. } => ErrorCode::InvalidRequest,
+            Self::RankLost(_)
+            | Self::RankLate { .. }
+            | Self::Aborted
+            | Self::Mismatch(_)
+            | Self::Memory(_) => ErrorCode::Internal,
+        }
+    }
+
+    /// The setting or argument at fault, where one is.
+    pub const fn key(&self) -> Option<&'static str> {
+        match self {
+            Self::InvalidConfig { key, .. } => Some(key),
+            Self::InvalidArgument { field, .. } => Some(field),
+            _ => None,
+        }
+    }
+}
+
+/// Memory that processes share cannot be made or opened.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum SharedMemoryError {
+    /// What was found at the address is something else.
+    #[error("the shared memory cannot be used: {0}")]
+    Unusable(&'static str),
     /// The operating system refused.
     #[error("{action}: {}", std::io::Error::from_raw_os_error(*.code))]
     Os {
@@ -52,25 +84,49 @@ pub enum GroupError {
     },
 }
 
-impl GroupError {
-    pub(crate) fn os(action: &'static str, errno: rustix::io::Errno) -> Self {
+impl SharedMemoryError {
+    pub(crate) const fn os(action: &'static str, errno: rustix::io::Errno) -> Self {
         Self::Os {
             action,
             code: errno.raw_os_error(),
         }
     }
+}
 
+/// Messages cannot go through a ring.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum RingError {
+    /// A setting of the ring is wrong.
+    #[error("{key}: {reason}")]
+    InvalidConfig {
+        /// Which.
+        key: &'static str,
+        /// What is wrong with it, with the limit.
+        reason: String,
+    },
+    /// A position or a length in the ring cannot be: somebody has written over it.
+    #[error("the ring is damaged: {0}")]
+    Damaged(String),
+    /// A message is longer than any may be; nothing was written.
+    #[error("a message of {bytes} bytes, at most {most} go")]
+    TooLong {
+        /// Its length.
+        bytes: usize,
+        /// The limit.
+        most: usize,
+    },
+    /// The ring's memory cannot be had.
+    #[error(transparent)]
+    Memory(#[from] SharedMemoryError),
+}
+
+impl RingError {
     /// The code that clients of the library see.
     pub const fn code(&self) -> ErrorCode {
         match self {
             Self::InvalidConfig { .. } => ErrorCode::InvalidConfig,
-            Self::InvalidArgument { .. } => ErrorCode::InvalidRequest,
-            Self::RankLost(_)
-            | Self::RankLate { .. }
-            | Self::Aborted
-            | Self::Mismatch(_)
-            | Self::BadRegion(_)
-            | Self::Os { .. } => ErrorCode::Internal,
+            Self::TooLong { .. } => ErrorCode::InvalidRequest,
+            Self::Damaged(_) | Self::Memory(_) => ErrorCode::Internal,
         }
     }
 
@@ -78,8 +134,8 @@ impl GroupError {
     pub const fn key(&self) -> Option<&'static str> {
         match self {
             Self::InvalidConfig { key, .. } => Some(key),
-            Self::InvalidArgument { field, .. } => Some(field),
-            _ => None,
+            Self::TooLong { .. } => Some("message"),
+            Self::Damaged(_) | Self::Memory(_) => None,
         }
     }
 }

@@ -27,14 +27,13 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use rustix::thread::futex;
 
 pub use self::{
     meter::{Meter, Progress},
     region::Number,
 };
 use self::{peers::Peers, region::Region};
-use crate::error::GroupError;
+use crate::{counter::NAP, error::GroupError, memory_file::Mapping};
 
 /// Most ranks of a group.
 pub const RANKS_MAX: usize = 64;
@@ -42,10 +41,6 @@ pub const RANKS_MAX: usize = 64;
 pub const SLOT_BYTES_MAX: usize = 16 << 20;
 /// How long to spin before sleeping, where every rank can have a core of its own.
 const SPIN: Duration = Duration::from_micros(50);
-/// How long a sleeper sleeps before it looks at what no counter tells it.
-const NAP_NS: i64 = 5_000_000;
-/// Looks at a counter between two looks at the clock.
-const SPINS_PER_LOOK: u32 = 32;
 /// The first thing that a rank publishes: that it is there.
 const HERE: u32 = 1;
 
@@ -161,7 +156,7 @@ impl SharedGroup {
     pub fn create(config: GroupConfig) -> Result<Self, GroupError> {
         config.check()?;
         let (region, file) = Region::create(&config)?;
-        let address = Region::address(&file);
+        let address = Mapping::address(&file);
         Ok(Self::enter(config, region, address, Some(file)))
     }
 
@@ -373,18 +368,7 @@ impl SharedGroup {
     }
 
     fn publish(&self, number: u32) {
-        let own = self.region.line(self.config.rank);
-        // In one order with `sleepers`: either the sleeper sees the new number, or it is seen here.
-        own.published.store(number, SeqCst);
-        if own.sleepers.load(SeqCst) > 0 {
-            self.wake(self.config.rank);
-        }
-    }
-
-    fn wake(&self, rank: usize) {
-        let word = &self.region.line(rank).published;
-        let woken = futex::wake(word, futex::Flags::empty(), i32::MAX as u32);
-        debug_assert!(woken.is_ok(), "the word is there");
+        self.region.line(self.config.rank).published.publish(number);
     }
 
     /// Waits until a rank has published the piece that this rank published last, and compares the two.
@@ -420,26 +404,17 @@ impl SharedGroup {
 
     /// Waits until a rank has published `number` pieces.
     fn wait(&self, turn: &Turn, rank: usize, number: u32) -> Result<(), GroupError> {
-        let word = &self.region.line(rank).published;
+        let published = &self.region.line(rank).published;
         // Numbers wrap; two ranks are never more than a few pieces apart.
         let is_there = |published: u32| published.wrapping_sub(number) as i32 >= 0;
-        if is_there(word.load(Acquire)) {
+        if is_there(published.get()) {
             return Ok(());
         }
         let start = Instant::now();
-        while start.elapsed() < self.spin {
-            for _ in 0..SPINS_PER_LOOK {
-                if is_there(word.load(Acquire)) {
-                    return Ok(());
-                }
-                std::hint::spin_loop();
-            }
+        if published.spin(self.spin, is_there) {
+            return Ok(());
         }
-        let sleepers = &self.region.line(rank).sleepers;
-        sleepers.fetch_add(1, SeqCst);
-        let waited = self.sleep(turn, rank, is_there, start);
-        sleepers.fetch_sub(1, SeqCst);
-        waited
+        published.asleep(|| self.sleep(turn, rank, is_there, start))
     }
 
     fn sleep(
@@ -449,15 +424,11 @@ impl SharedGroup {
         is_there: impl Fn(u32) -> bool,
         start: Instant,
     ) -> Result<(), GroupError> {
-        let word = &self.region.line(rank).published;
-        let nap = futex::Timespec {
-            tv_sec: 0,
-            tv_nsec: NAP_NS,
-        };
+        let published = &self.region.line(rank).published;
         loop {
             // Asked before the number is read: what a process published before it ended counts.
             let is_gone = turn.peers.as_ref().is_some_and(|peers| peers.is_gone(rank));
-            let seen = word.load(SeqCst);
+            let seen = published.look();
             if is_there(seen) {
                 return Ok(());
             }
@@ -470,8 +441,7 @@ impl SharedGroup {
             if start.elapsed() >= self.config.timeout {
                 return Err(self.end(&Ending::Late(rank)));
             }
-            // Woken, interrupted, too late or for nothing: the loop looks again in any case.
-            let _ = futex::wait(word, futex::Flags::empty(), seen, Some(&nap));
+            published.nap(seen, NAP);
         }
     }
 
@@ -480,7 +450,7 @@ impl SharedGroup {
         let word = self.region.ending();
         let _ = word.compare_exchange(0, ending.encode(), SeqCst, SeqCst);
         for rank in 0..self.config.size {
-            self.wake(rank);
+            self.region.line(rank).published.wake();
         }
         self.ending().unwrap_or(GroupError::Aborted)
     }

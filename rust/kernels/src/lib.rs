@@ -1,8 +1,9 @@
 //! What the CPU ranks of a worker compute and say to each other, where torch is too slow.
 //!
-//! Reading order: [`error`] and [`bf16`] are shared words; [`group`] are the collectives of ranks on one machine, over
-//! shared memory; [`attention`] is paged attention, [`linear`] and [`pairs`] the layers with weights and [`rows`] what
-//! comes between them and after them, over [`simd`] for vectors and [`pool`] for threads.
+//! Reading order: [`error`] and [`bf16`] are shared words; [`group`] are the collectives of ranks on one machine, and
+//! [`ring`] the messages of one to the others, over shared memory; [`attention`] is paged attention, [`linear`] and
+//! [`pairs`] the layers with weights and [`rows`] what comes between them and after them, over [`simd`] for vectors and
+//! [`pool`] for threads.
 //!
 //! Everything here gives the same bits on every call with the same numbers, whatever else runs: sums have a fixed
 //! order, and no result depends on who came first.
@@ -14,20 +15,24 @@
 
 pub mod attention;
 pub mod bf16;
+mod counter;
 mod element;
 pub mod error;
 pub mod group;
 pub mod linear;
+mod memory_file;
 mod pages;
 pub mod pairs;
 pub mod pool;
+pub mod ring;
 pub mod rows;
 mod simd;
 
 pub use attention::{Attention, AttentionConfig, Rule, StepArrays};
 pub use element::Element;
-pub use error::{AttentionError, GroupError, LinearError};
+pub use error::{AttentionError, GroupError, LinearError, RingError};
 pub use group::{GroupConfig, SharedGroup};
 pub use linear::Linear;
 pub use pairs::PairLinear;
+pub use ring::{RingConfig, RingReader, RingWriter};
 pub use simd::Processor;

@@ -4,29 +4,39 @@ mod attention;
 mod group;
 mod linear;
 mod recording;
+mod ring;
 mod rows;
 
 use orchestra_core::{ErrorCode, config::ConfigIssue};
-use orchestra_kernels::{GroupError, LinearError};
+use orchestra_kernels::{GroupError, LinearError, RingError};
 
 pub(crate) use self::{
     attention::PagedAttention,
     group::SharedGroup,
     linear::Linear,
     recording::{KernelProgram, begin_recording, end_recording},
+    ring::{MessageRingReader, MessageRingWriter},
     rows::{add, argmax, draw, gate, look_up, rms_norm, rotate, softmax},
 };
 use crate::errors::Failure;
 
 impl From<GroupError> for Failure {
     fn from(error: GroupError) -> Self {
-        match (error.code(), error.key()) {
-            (ErrorCode::InvalidConfig, Some(key)) => {
-                Self::config(&[ConfigIssue::new(key, error.to_string())])
-            }
-            (ErrorCode::InvalidRequest, Some(key)) => Self::invalid(key, error.to_string()),
-            (code, _) => Self::new(code, error.to_string()),
-        }
+        failure(error.code(), error.key(), error.to_string())
+    }
+}
+
+impl From<RingError> for Failure {
+    fn from(error: RingError) -> Self {
+        failure(error.code(), error.key(), error.to_string())
+    }
+}
+
+fn failure(code: ErrorCode, key: Option<&str>, message: String) -> Failure {
+    match (code, key) {
+        (ErrorCode::InvalidConfig, Some(key)) => Failure::config(&[ConfigIssue::new(key, message)]),
+        (ErrorCode::InvalidRequest, Some(key)) => Failure::invalid(key, message),
+        (code, _) => Failure::new(code, message),
     }
 }
 

@@ -31,8 +31,9 @@ mod _core {
         agent::Agent,
         errors::error_codes,
         kernels::{
-            KernelProgram, Linear, PagedAttention, SharedGroup, add, argmax, begin_recording, draw,
-            end_recording, gate, look_up, rms_norm, rotate, softmax,
+            KernelProgram, Linear, MessageRingReader, MessageRingWriter, PagedAttention,
+            SharedGroup, add, argmax, begin_recording, draw, end_recording, gate, look_up,
+            rms_norm, rotate, softmax,
         },
         kv_pool::KvPool,
         memory::{

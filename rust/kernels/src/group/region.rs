@@ -4,31 +4,25 @@
 //! | head | line 0 | line 1 | … | slot 0/even | slot 0/odd | slot 1/even | …
 //! ```
 //!
-//! It is a memory file without a name: nothing is left behind, however the ranks end. The others open it as
-//! `/proc/<pid>/fd/<n>` of rank 0, while that still has it open; so they have to be of the same user and see the same
-//! processes. Its size is sealed: no rank can take the memory away from under another.
+//! It is a [memory file](crate::memory_file), of rank 0.
 
 #![expect(
     unsafe_code,
-    reason = "maps memory that other processes write, and copies in and out of it"
+    reason = "sees memory that other processes write, and copies in and out of it"
 )]
 
 use std::{
-    fs::{File, OpenOptions},
-    os::fd::{AsRawFd, OwnedFd},
-    path::Path,
-    process,
-    ptr::{self, NonNull},
+    os::fd::OwnedFd,
+    ptr,
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
-use rustix::{
-    fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create},
-    mm::{MapFlags, ProtFlags, mmap, munmap},
-};
-
 use super::GroupConfig;
-use crate::error::GroupError;
+use crate::{
+    counter::Counter,
+    error::{GroupError, SharedMemoryError},
+    memory_file::Mapping,
+};
 
 /// "orchgrp" and the version of the layout.
 const MAGIC: u64 = 0x6f72_6368_6772_7001;
@@ -51,41 +45,29 @@ struct Head {
 /// What one rank tells the others.
 #[repr(C, align(128))]
 pub(super) struct Line {
-    /// Pieces that the rank has put into its slots, counted from its coming; wraps. The others sleep on it.
-    pub(super) published: AtomicU32,
-    /// How many sleep on `published`.
-    pub(super) sleepers: AtomicU32,
+    /// Pieces that the rank has put into its slots, counted from its coming. The others sleep on it.
+    pub(super) published: Counter,
     /// Its process.
     pub(super) pid: AtomicU32,
     /// What each of its slots holds: the collective and its bytes, to find ranks that are out of step.
     pub(super) labels: [AtomicU64; 2],
 }
 
-/// The mapping of the shared memory; unmapped when dropped.
+/// The shared memory.
 pub(super) struct Region {
-    base: NonNull<u8>,
-    len: usize,
+    // Its counters are atomics, and its slots are reached through raw pointers by one thread at a time: `SharedGroup`
+    // holds a lock meanwhile.
+    mapping: Mapping,
     size: usize,
     slot_bytes: usize,
 }
 
-// SAFETY: the mapping belongs to this value until it is dropped and has no tie to a thread. Its counters are atomics,
-// and its slots are reached through raw pointers by one thread at a time: `SharedGroup` holds a lock meanwhile.
-unsafe impl Send for Region {}
-// SAFETY: as above; what threads may do at the same time through `&Region` is to use the atomics.
-unsafe impl Sync for Region {}
-
 impl Region {
     /// Makes the memory; rank 0 does. The file has to stay open until all have opened it.
     pub(super) fn create(config: &GroupConfig) -> Result<(Self, OwnedFd), GroupError> {
-        let os = |action| move |errno| GroupError::os(action, errno);
         let name = format!("orchestra-group-{}", config.generation);
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let file = memfd_create(name, flags).map_err(os("make shared memory"))?;
-        ftruncate(&file, Self::bytes(config) as u64).map_err(os("size shared memory"))?;
-        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
-        fcntl_add_seals(&file, seals).map_err(os("seal shared memory"))?;
-        let region = Self::map(&file, config)?;
+        let (mapping, file) = Mapping::create(&name, Self::bytes(config))?;
+        let region = Self::of(mapping, config);
         let head = region.head();
         head.generation.store(config.generation, Ordering::Relaxed);
         head.size.store(config.size as u64, Ordering::Relaxed);
@@ -95,41 +77,26 @@ impl Region {
         Ok((region, file))
     }
 
-    /// Where the other ranks find a file of this process.
-    pub(super) fn address(file: &OwnedFd) -> String {
-        format!("/proc/{}/fd/{}", process::id(), file.as_raw_fd())
-    }
-
     /// Opens what rank 0 made, and compares it with what was expected.
     pub(super) fn open(address: &str, config: &GroupConfig) -> Result<Self, GroupError> {
-        let opened = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(Path::new(address));
-        let file: OwnedFd = opened.map(File::into).map_err(|error| GroupError::Os {
-            action: "open the group's memory",
-            code: error.raw_os_error().unwrap_or_default(),
-        })?;
-        let seals = fcntl_get_seals(&file).map_err(|_| GroupError::BadRegion("no memory file"))?;
-        if !seals.contains(SealFlags::SHRINK) {
-            return Err(GroupError::BadRegion("its size is not sealed"));
-        }
-        let stat = fstat(&file).map_err(|errno| GroupError::os("look at shared memory", errno))?;
-        if usize::try_from(stat.st_size) != Ok(Self::bytes(config)) {
-            return Err(GroupError::BadRegion("it has another size"));
-        }
-        let region = Self::map(&file, config)?;
+        let region = Self::of(Mapping::open(address, Self::bytes(config))?, config);
         let head = region.head();
         let is_ours = head.magic.load(Ordering::Acquire) == MAGIC
             && head.generation.load(Ordering::Relaxed) == config.generation
             && head.size.load(Ordering::Relaxed) == config.size as u64
             && head.slot_bytes.load(Ordering::Relaxed) == config.slot_bytes as u64;
         if is_ours {
-            Ok(region)
-        } else {
-            Err(GroupError::BadRegion(
-                "it is another group's, or another generation's",
-            ))
+            return Ok(region);
+        }
+        let reason = "it is another group's, or another generation's";
+        Err(SharedMemoryError::Unusable(reason).into())
+    }
+
+    const fn of(mapping: Mapping, config: &GroupConfig) -> Self {
+        Self {
+            mapping,
+            size: config.size,
+            slot_bytes: config.slot_bytes,
         }
     }
 
@@ -142,25 +109,10 @@ impl Region {
         Self::slots_begin(config.size) + 2 * config.size * config.slot_bytes
     }
 
-    fn map(file: &OwnedFd, config: &GroupConfig) -> Result<Self, GroupError> {
-        let len = Self::bytes(config);
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of anybody.
-        let base = unsafe { mmap(ptr::null_mut(), len, protection, MapFlags::SHARED, file, 0) }
-            .map_err(|errno| GroupError::os("map shared memory", errno))?;
-        let base = NonNull::new(base.cast()).ok_or(GroupError::BadRegion("it is at address 0"))?;
-        Ok(Self {
-            base,
-            len,
-            size: config.size,
-            slot_bytes: config.slot_bytes,
-        })
-    }
-
     fn head(&self) -> &Head {
         // SAFETY: a mapping begins with a page, which is aligned for and larger than a head; all its fields are atomics,
         // for which every bit pattern is a value and other processes' writes are in order.
-        unsafe { self.base.cast::<Head>().as_ref() }
+        unsafe { self.mapping.base().cast::<Head>().as_ref() }
     }
 
     /// How the group ended; 0 while it lives.
@@ -174,7 +126,7 @@ impl Region {
         let offset = size_of::<Head>() + rank * size_of::<Line>();
         // SAFETY: the line lies before `slots_begin`, so inside the mapping; sizes of heads and lines are multiples of
         // their common alignment. All its fields are atomics, as in `head`.
-        unsafe { self.base.add(offset).cast::<Line>().as_ref() }
+        unsafe { self.mapping.base().add(offset).cast::<Line>().as_ref() }
     }
 
     fn slot(&self, rank: usize, turn: u32) -> *mut u8 {
@@ -182,7 +134,7 @@ impl Region {
         let index = 2 * rank + (turn & 1) as usize;
         let offset = Self::slots_begin(self.size) + index * self.slot_bytes;
         // SAFETY: `bytes` counts two slots for each rank, so this one is inside the mapping.
-        unsafe { self.base.as_ptr().add(offset) }
+        unsafe { self.mapping.base().as_ptr().add(offset) }
     }
 
     /// Copies into a slot of this rank's own, which no other rank reads now.
@@ -219,14 +171,6 @@ impl Region {
         let slots: Vec<*const T> = slots.collect();
         // SAFETY: each slot holds `sum.len()` numbers from there on, which their ranks do not write now.
         unsafe { T::add_up(&slots, sum) }
-    }
-}
-
-impl Drop for Region {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and whoever uses it borrows `self`.
-        let unmapped = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
-        debug_assert!(unmapped.is_ok(), "a mapping of ours can be unmapped");
     }
 }
 
@@ -336,33 +280,10 @@ mod tests {
     #[test]
     fn another_generations_memory_is_refused() {
         let (_region, file) = Region::create(&config(1)).unwrap();
-        let address = Region::address(&file);
+        let address = Mapping::address(&file);
         assert!(Region::open(&address, &config(1)).is_ok());
         let refused = Region::open(&address, &config(2)).map(drop);
         let reason = "it is another group's, or another generation's";
-        assert_eq!(refused, Err(GroupError::BadRegion(reason)));
-    }
-
-    #[test]
-    fn memory_of_another_size_is_refused() {
-        let (_region, file) = Region::create(&config(1)).unwrap();
-        let other = GroupConfig {
-            size: 3,
-            ..config(1)
-        };
-        let refused = Region::open(&Region::address(&file), &other).map(drop);
-        assert_eq!(refused, Err(GroupError::BadRegion("it has another size")));
-    }
-
-    #[test]
-    fn a_file_that_could_shrink_is_refused() {
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let file = memfd_create("test", flags).unwrap();
-        ftruncate(&file, Region::bytes(&config(1)) as u64).unwrap();
-        let refused = Region::open(&Region::address(&file), &config(1)).map(drop);
-        assert_eq!(
-            refused,
-            Err(GroupError::BadRegion("its size is not sealed"))
-        );
+        assert_eq!(refused, Err(SharedMemoryError::Unusable(reason).into()));
     }
 }
