@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-from benches.engine import limits, stalls, tables, vllm_system
+from benches.engine import limits, shares, stalls, tables, vllm_system
 from benches.engine.limits import Limits, ModelSize
 from benches.engine.quiet import await_quiet
 from benches.machine import commit, processor
@@ -125,9 +125,11 @@ def run_model(name: str, limit: Limits, args: argparse.Namespace) -> dict[str, o
             systems["transformers"] = stack.enter_context(
                 batching(checkpoint, args.dtype, args.threads)
             )
+        evenness = [shares.measure()] if args.tp else []
         before, ours.elapsed_s = ours.serve.metrics(), 0.0
         samples = take_turns(systems, args.repeats, every)
         after = ours.serve.metrics()
+        evenness += [shares.measure()] if args.tp else []
     # The host may have been busy at the start.
     limit = limit.at_least(limits.measure(args.dtype))
     size = ModelSize.of(checkpoint, args.dtype)
@@ -135,6 +137,8 @@ def run_model(name: str, limit: Limits, args: argparse.Namespace) -> dict[str, o
     print(tables.speeds(samples, every, limit, size))
     print(tables.latencies(samples))
     print(tables.overheads(before, after, ours.elapsed_s))
+    for when, share in zip(("Before", "After"), evenness, strict=False):
+        print(f"{when} the cells {share}.\n")
     print("Start to first token: " + ", ".join(f"{who} {s:.1f} s" for who, s in starts.items()))
     return {
         "model": checkpoint.name,
