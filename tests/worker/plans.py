@@ -79,10 +79,10 @@ def pack_plan(fields: Mapping[str, Any]) -> bytes:
     arrays = [_int32(fields[name]) for name in PLAN_ARRAYS]
     starts = [{key: _packed(it) for key, it in asdict(one).items()} for one in fields["starts"]]
     tail = bytes(msgpack.packb(starts)) if starts else b""
-    numbers = ("block_table_width", "step_id", "num_top_logprobs", "fills_blocks")
-    head = [fields[name] for name in numbers]
+    head = [fields[name] for name in ("block_table_width", "step_id", "num_top_logprobs")]
+    flags = int(fields["fills_blocks"]) | 2 * int(PENDING_TOKEN in arrays[0])
     lengths = [len(array) for array in arrays]
-    packed = struct.pack(f"<4sIQiII{len(arrays)}I", b"plan", *head, len(tail), *lengths)
+    packed = struct.pack(f"<4sIQiII{len(arrays)}I", b"plan", *head, flags, len(tail), *lengths)
     return packed + b"".join(array.tobytes() for array in arrays) + tail
 
 

@@ -22,9 +22,10 @@ PENDING_TOKEN = -1
 ARRAY_BYTES_MAX = 64 << 20
 
 _NUM_ARRAYS = 16
-# What it is, width of the block tables, step, alternatives, whether it fills blocks, bytes of the starts, lengths.
+# What it is, width of the block tables, step, alternatives, flags, bytes of the starts, lengths.
 _HEAD = struct.Struct(f"<4sIQiII{_NUM_ARRAYS}I")
 _MAGIC = b"plan"
+_FILLS_BLOCKS, _HAS_PENDING = 1, 2
 
 
 @dataclass(frozen=True)
@@ -167,13 +168,12 @@ class PlanReader:
         return plan
 
     def _read(self, message: bytes) -> StepPlan:
-        magic, width, step_id, num_top, fills_blocks, start_bytes, *lengths = _HEAD.unpack_from(
-            message
-        )
-        end = _HEAD.size + 4 * sum(lengths)
+        magic, width, step_id, num_top, flags, start_bytes, *lengths = _HEAD.unpack_from(message)
+        num_words = sum(lengths)
+        end = _HEAD.size + 4 * num_words
         if magic != _MAGIC or end + start_bytes != len(message):
             raise ValueError(f"a message of {len(message)} bytes that begins with {magic!r}")
-        words = np.frombuffer(message, "<i4", sum(lengths), _HEAD.size)
+        words = np.frombuffer(message, "<i4", num_words, _HEAD.size)
         arrays, start = [], 0
         for length in lengths:
             arrays.append(words[start : start + length])
@@ -195,8 +195,8 @@ class PlanReader:
             sample_positions=samples[2],
             num_top_logprobs=num_top,
             starts=_starts(message[end:]) if start_bytes else (),
-            fills_blocks=bool(fills_blocks),
-            pending=_pending(tokens, query_start, slots),
+            fills_blocks=bool(flags & _FILLS_BLOCKS),
+            pending=_pending(tokens, query_start, slots) if flags & _HAS_PENDING else NONE_PENDING,
         )
 
     def _block_tables(self, update: list[Int32Array], rows: Int32Array, width: int) -> Int32Array:
@@ -235,8 +235,6 @@ def _check(plan: StepPlan) -> None:
 
 def _pending(tokens: Int32Array, query_start: Int32Array, slots: Int32Array) -> PendingTokens:
     rows = np.flatnonzero(tokens == PENDING_TOKEN)
-    if not rows.size:
-        return NONE_PENDING
     sequences = np.searchsorted(query_start, rows, side="right") - 1
     return PendingTokens(rows.astype(np.int32), slots[sequences])
 

@@ -7,7 +7,7 @@
 //! ```text
 //!   "plan" | block_table_width u32 | step_id u64
 //!   num_top_logprobs i32: -1: no sample wants log-probabilities; else the most alternatives that one wants
-//!   fills_blocks u32: 1: another worker waits for blocks that the step fills, layer by layer
+//!   flags u32: 1: another worker waits for blocks that the step fills, layer by layer; 2: some tokens are pending
 //!   bytes of starts u32 | length of each array u32
 //!   token_ids [T], -1 for PENDING_TOKEN | positions [T] | slot_mapping [T]
 //!   query_start [S + 1] | context_lens [S] | slots [S]
@@ -18,12 +18,12 @@
 //!   starts: a msgpack list of maps, or nothing
 //! ```
 //!
-//! A reader needs no more than the lengths to find everything: a step lasts but milliseconds, and its first instructions
-//! run on cold caches.
+//! A reader needs no more than the lengths to find everything, and looks for nothing that the head does not announce: a
+//! step lasts but milliseconds, and its first instructions run on cold caches.
 
 use orchestra_core::{
     SamplingParams, TokenId,
-    step::{Sample, SequenceStart, StepOutput, StepPlan, TokenLogprobs},
+    step::{PENDING_TOKEN, Sample, SequenceStart, StepOutput, StepPlan, TokenLogprobs},
 };
 use serde::{Serialize, Serializer};
 
@@ -34,6 +34,10 @@ const _: () = assert!(
 
 /// With this a plan begins; other messages to the shards do not.
 const MAGIC: [u8; 4] = *b"plan";
+
+/// Flags of a plan.
+const FILLS_BLOCKS: u32 = 1;
+const HAS_PENDING: u32 = 2;
 
 /// Bytes before the arrays.
 const HEAD_BYTES: usize = 28 + 4 * NUM_ARRAYS;
@@ -137,7 +141,7 @@ pub fn encode_plan(plan: &StepPlan) -> Result<Vec<u8>, rmp_serde::encode::Error>
     bytes.extend(plan.block_table_width.to_le_bytes());
     bytes.extend(plan.step_id.to_le_bytes());
     bytes.extend(num_top_logprobs.to_le_bytes());
-    bytes.extend(u32::from(!plan.filled.is_empty()).to_le_bytes());
+    bytes.extend(flags(plan).to_le_bytes());
     bytes.extend((starts.len() as u32).to_le_bytes());
     bytes.extend(arrays.iter().flat_map(|it| (it.len() as u32).to_le_bytes()));
     for array in arrays {
@@ -145,6 +149,17 @@ pub fn encode_plan(plan: &StepPlan) -> Result<Vec<u8>, rmp_serde::encode::Error>
     }
     bytes.extend_from_slice(&starts);
     Ok(bytes)
+}
+
+fn flags(plan: &StepPlan) -> u32 {
+    let mut flags = 0;
+    if !plan.filled.is_empty() {
+        flags |= FILLS_BLOCKS;
+    }
+    if plan.token_ids.contains(&PENDING_TOKEN) {
+        flags |= HAS_PENDING;
+    }
+    flags
 }
 
 /// Nothing, of most steps.

@@ -110,11 +110,11 @@ fn a_plan_is_its_lengths_and_its_arrays() {
         step_id,
         high,
         num_top_logprobs,
-        fills_blocks,
+        flags,
         num_start_bytes,
     ] = words(&bytes, 4);
     assert_eq!((width, step_id, high), (1, 9, 0));
-    assert_eq!((num_top_logprobs, fills_blocks), (2, 1));
+    assert_eq!((num_top_logprobs, flags), (2, 1));
     let lengths: [i32; 16] = words(&bytes, 28);
     let arrays: [&[i32]; 16] = [
         &[5, 6, 70_000],
@@ -168,7 +168,7 @@ fn a_plan_of_nothing_special_is_arrays_alone() {
         ..StepPlan::default()
     };
     let bytes = encode_plan(&plain).unwrap();
-    assert_eq!(words(&bytes, 8), [-1, -1, -1, 0, 0, 1, 0]);
+    assert_eq!(words(&bytes, 8), [-1, -1, -1, 2, 0, 1, 0]);
     assert_eq!(bytes.len(), 92 + 4);
     assert_eq!(words(&bytes, 92), [-1]);
 }
