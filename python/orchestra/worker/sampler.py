@@ -106,7 +106,7 @@ class Sampler:
         if num_top_logprobs < 0 and self._special.isdisjoint(slots.tolist()):
             # What follows would take Python longer than the numbers.
             tokens = sampling.argmax(logits)
-            self._keep(slots, tokens)
+            self._note(slots, tokens)
             return Drawn.greedy(tokens)
         edited = self._add_bias(logits, slots)
         edited = self._history.penalise(edited, slots)
@@ -130,6 +130,9 @@ class Sampler:
     def _keep(self, slots: Int32Array, tokens: Tensor) -> None:
         """What later steps need to know of the draws."""
         self._history.append(slots, tokens)
+        self._note(slots, tokens)
+
+    def _note(self, slots: Int32Array, tokens: Tensor) -> None:
         if self.latest is not None:
             self.latest.note(slots, tokens)
 
