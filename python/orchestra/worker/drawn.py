@@ -35,13 +35,14 @@ class Packed(NamedTuple):
             tokens: `[N]`, of any integer dtype.
             num_alternatives: the most that a sample wants; -1: no log-probabilities at all.
         """
-        columns = [tokens.int().unsqueeze(1)]
-        if num_alternatives >= 0:
-            logprobs = torch.log_softmax(logits, 1, dtype=torch.float32)
-            top = logprobs.topk(num_alternatives, 1)
-            chosen = logprobs.gather(1, tokens.clamp(min=0).unsqueeze(1))
-            columns += [chosen.view(torch.int32), top.values.view(torch.int32), top.indices.int()]
-        return cls(torch.cat(columns, 1), num_alternatives)
+        column = tokens.int().unsqueeze(1)
+        if num_alternatives < 0:
+            return cls(column, num_alternatives)
+        logprobs = torch.log_softmax(logits, 1, dtype=torch.float32)
+        top = logprobs.topk(num_alternatives, 1)
+        chosen = logprobs.gather(1, tokens.clamp(min=0).unsqueeze(1))
+        floats = chosen.view(torch.int32), top.values.view(torch.int32)
+        return cls(torch.cat([column, *floats, top.indices.int()], 1), num_alternatives)
 
 
 Settle = Callable[[Int32Array], Packed | None]
@@ -68,11 +69,6 @@ class Drawn:
             self._numbers.copy_(packed.numbers, non_blocking=True)
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
-
-    @classmethod
-    def greedy(cls, tokens: Tensor) -> "Drawn":
-        """Of `tokens`, `int[N]`, without log-probabilities."""
-        return cls(Packed(tokens.int().unsqueeze(1), -1))
 
     def fetch(self) -> StepOutput:
         """Waits for the draws, and for those alone; again gives the same."""

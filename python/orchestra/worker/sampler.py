@@ -107,7 +107,7 @@ class Sampler:
             # What follows would take Python longer than the numbers.
             tokens = sampling.argmax(logits)
             self._note(slots, tokens)
-            return Drawn.greedy(tokens)
+            return Drawn(Packed.of(logits, tokens, num_top_logprobs))
         edited = self._add_bias(logits, slots)
         edited = self._history.penalise(edited, slots)
         tokens, is_final = self._draw(edited, slots, positions)

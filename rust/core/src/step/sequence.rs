@@ -171,8 +171,9 @@ impl Preempted {
 ///   tokens   0 ........ cached ........ computed ..... in flight ..... known ..... pending
 ///   blocks   [ shared, complete ][ private, being written ]
 /// ```
-/// The block table covers all known tokens from the start. Pending ones there are only where steps are planned ahead. The first `num_cached_blocks` blocks are in the prefix
-/// cache and never written; the sequence alone writes the others.
+/// The block table covers all known tokens from the start. Pending ones there are only where steps are planned ahead.
+/// The first `num_cached_blocks` blocks are in the prefix cache and never written; the sequence alone writes the
+/// others.
 #[derive(Debug)]
 pub(super) struct Running {
     pub(super) sequence: Sequence,
