@@ -6,6 +6,7 @@
 //!   silent HTTP/2 peer is found by pings.
 
 mod head;
+mod unread;
 
 use std::{
     convert::Infallible,
@@ -16,7 +17,6 @@ use std::{
     time::Duration,
 };
 
-use axum::body::Body;
 use hyper::{body::Incoming, rt::Executor, service::service_fn};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -27,7 +27,10 @@ use tokio::{
     sync::Semaphore,
 };
 
-use self::head::{AnswerBody, HeadClock, HeadWatched};
+use self::{
+    head::{AnswerBody, HeadClock, HeadWatched},
+    unread::Unread,
+};
 use crate::{config::ListenConfig, http::App, state::RouterState, tasks::Tasks};
 
 /// Connections that the kernel holds for us before it refuses more.
@@ -168,7 +171,9 @@ impl Server {
             let answering = clock.head_arrived(request.version());
             let server = Arc::clone(&self);
             async move {
-                let response = server.app.answer(request.map(Body::new)).await;
+                let (request, unread) = Unread::watch(request);
+                let mut response = server.app.answer(request).await;
+                unread.tell(response.headers_mut());
                 Ok::<_, Infallible>(response.map(|body| AnswerBody::new(body, answering)))
             }
         });

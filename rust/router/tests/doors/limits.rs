@@ -45,6 +45,34 @@ async fn a_body_that_turns_out_too_large_is_refused_and_its_client_reads_why() {
 }
 
 #[tokio::test]
+async fn an_answer_before_the_body_says_that_the_connection_ends_with_it() {
+    let (_router, at) = start(&config());
+    let request = |path: &str, body: &str| {
+        let length = body.len();
+        format!("POST {path} HTTP/1.1\r\nhost: test\r\n{JSON}content-length: {length}\r\n\r\n")
+    };
+    // The body would come in a packet of its own, as many clients send it.
+    let unread = Client::send(at.http, request("/v1/no-such-route", "{}")).await;
+    let answer = unread.answer().await;
+    assert_eq!(
+        (answer.status, answer.header("connection")),
+        (404, Some("close"))
+    );
+
+    // Where the body was read, or where there is none, the next request may follow.
+    let mut read = Client::send(at.http, request("/v1/completions", "{}") + "{}").await;
+    let head = read.until("\r\n\r\n").await;
+    assert!(head.starts_with("HTTP/1.1 400 ") && !head.contains("connection:"));
+    let none = request("/v1/no-such-route", "");
+    read.socket.write_all(none.as_bytes()).await.unwrap();
+    let head = read.until("\r\n\r\n").await;
+    assert!(head.contains("HTTP/1.1 404 ") && !head.contains("connection:"));
+    let last = request("/v1/completions", "{}") + "{}";
+    read.socket.write_all(last.as_bytes()).await.unwrap();
+    assert!(read.until("\r\n\r\n").await.contains("HTTP/1.1 400 "));
+}
+
+#[tokio::test]
 async fn a_slow_body_is_not_waited_for() {
     let mut config = config();
     config.listen.body_timeout = Span(Duration::from_millis(100));
