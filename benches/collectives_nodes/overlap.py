@@ -27,8 +27,9 @@ from torch import Tensor
 from benches.collectives_nodes.network import MissingError, run_ranks, two_nodes
 from benches.machine import commit, processor
 from benches.serving.checkpoint import SHAPES, random_llama
-from orchestra.worker.assembly import Group, Place, build_rank
+from orchestra.worker.assembly import Place, build_rank
 from orchestra.worker.config import WorkerConfig
+from orchestra.worker.group import Group
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.node_group import NodeGroup
 from orchestra.worker.plan import StepPlan

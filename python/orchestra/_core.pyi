@@ -326,6 +326,9 @@ class KvPool:
 
     def __new__(cls, config: dict[str, Any]) -> KvPool: ...
     @property
+    def address(self) -> str:
+        """The path by which other processes of this machine and user can open and map the memory."""
+    @property
     def __array_interface__(self) -> dict[str, Any]:
         """Where the bytes lie."""
 

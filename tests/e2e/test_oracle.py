@@ -2,8 +2,9 @@
 
 Every case sends 32 concurrent requests of 1 to 1,000 prompt tokens twice: the second time the prompts hit the prefix
 cache. `roomy` leaves prefill whole; `tight` forces chunks of 16 tokens and a block pool so small that sequences are
-preempted and come back; `swapped` keeps what they computed in host memory meanwhile; in `divided` two ranks share the
-tokens of larger chunks; in `ahead` a step is computed before the tokens of the one before are committed.
+preempted and come back; `swapped` keeps what they computed in host memory meanwhile, and so does `shared`, in one memory
+of all ranks; in `divided` two ranks share the tokens of larger chunks; in `ahead` a step is computed before the tokens of
+the one before are committed.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ POOLS = {
 }
 # As tight, with host memory for what preempted sequences have computed.
 POOLS["swapped"] = [*POOLS["tight"], "--num-host-blocks", "272"]
+# As swapped, in memory that all ranks share and other workers could reach.
+POOLS["shared"] = [*POOLS["swapped"], "--kv-transfer", "shm"]
 # As tight, with chunks that two ranks divide.
 POOLS["divided"] = [*POOLS["tight"][:-1], "64", "--cp", "2", "--context-min-tokens", "32"]
 # As swapped, each step planned before the tokens of the one before are known.
 POOLS["ahead"] = [*POOLS["swapped"], "--async-scheduling", "on", "--kv-transfer", "off"]
 CASES = [
     *itertools.product(["llama", "qwen3", "demo"], [1, 2], [1], ["roomy", "tight"]),
-    ("llama", 2, 1, "swapped"),
+    ("llama", 2, 1, "shared"),
     # Two steps in flight.
     ("qwen3", 1, 2, "swapped"),
     ("qwen3", 1, 1, "divided"),

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
-from orchestra.worker.assembly import Group, Place, Rank, build_rank
+from orchestra.worker.assembly import Place, Rank, build_rank
 from orchestra.worker.collectives import join_group
 from orchestra.worker.config import WorkerConfig
+from orchestra.worker.group import Group
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.plan import StepPlan
 from orchestra.worker.recovery import LOSSES

@@ -102,11 +102,13 @@ class ScriptedRouter:
         self._port = self._server.add_insecure_port("127.0.0.1:0")
         self._server.start()
 
-    def start_worker(self, name: str, model_dir: Path, *flags: str) -> Attached:
-        """Runs a worker and waits until it has attached."""
+    def start_worker(self, name: str, model_dir: Path, *flags: str, ranks: int = 1) -> Attached:
+        """Runs a worker, each rank a process, and waits until it has attached."""
         command = [sys.executable, "-m", "orchestra.worker", str(model_dir), "--worker-id", name]
         command += ["--router", f"http://127.0.0.1:{self._port}", "--device", "cpu", *flags]
-        self._workers.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+        for rank in range(ranks):
+            of_rank = [*command, "--rank", str(rank)] if ranks > 1 else command
+            self._workers.append(subprocess.Popen(of_rank, stdout=subprocess.DEVNULL))
         with self._news:
             assert self._news.wait_for(lambda: name in self._attached, PATIENCE_S)
             return self._attached[name]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from orchestra import _core
-from orchestra.errors import ConfigError, UnsupportedError
+from orchestra.errors import ConfigError, InternalError, UnsupportedError
 from orchestra.worker.config import WorkerConfig
+from orchestra.worker.group import Group
 from orchestra.worker.kv_cache import (
     KvCache,
     KvCacheBudget,
@@ -19,9 +20,11 @@ from orchestra.worker.kv_cache import (
     decide_max_model_len,
     decide_num_blocks,
 )
+from orchestra.worker.kv_memory import KvMemory, map_memory
 from orchestra.worker.kv_pool import make_kv_pool
+from orchestra.worker.parallel import SingleRank
 from orchestra.worker.plan import BlockCopies
-from orchestra.worker.sharding import Shard
+from orchestra.worker.sharding import Shard, Stage
 
 SPEC = KvCacheSpec(num_layers=2, num_kv_heads=4, head_dim=8, block_size=16, dtype=torch.bfloat16)
 BLOCK_BYTES = 2 * 2 * 4 * 8 * 16 * 2
@@ -56,9 +59,14 @@ def make_pool(num_blocks: int, num_host_blocks: int = 0) -> _core.KvPool:
     )
 
 
+def whole(pool: _core.KvPool) -> KvMemory:
+    """The memory of a rank alone."""
+    return KvMemory(np.asarray(pool), Shard(), pool)
+
+
 def test_a_pool_is_the_memory_of_the_slab() -> None:
     pool = make_pool(10)
-    cache = KvCache(SPEC, 10, torch.device("cpu"), pool=pool)
+    cache = KvCache(SPEC, 10, torch.device("cpu"), shared=whole(pool))
     plain = KvCache(SPEC, 10, torch.device("cpu"))
     assert (cache.slab.shape, cache.slab.stride()) == (plain.slab.shape, plain.slab.stride())
     assert not cache.slab.any()
@@ -74,7 +82,7 @@ def test_a_pool_is_the_memory_of_the_slab() -> None:
 
 def test_host_blocks_of_a_pool_lie_behind_those_of_each_layer() -> None:
     pool = make_pool(5, 3)
-    cache = KvCache(SPEC, 5, torch.device("cpu"), 3, pool)
+    cache = KvCache(SPEC, 5, torch.device("cpu"), 3, whole(pool))
     assert cache.layer(1).is_contiguous()
     cache.slab[:, 4] = 7
     out = BlockCopies(np.array([4], np.int32), np.array([2], np.int32))
@@ -90,10 +98,58 @@ def test_host_blocks_of_a_pool_lie_behind_those_of_each_layer() -> None:
     assert not cache.slab[:, :4].any()
 
 
+def test_ranks_have_their_parts_of_a_pool_behind_each_other_in_each_layer() -> None:
+    device, none = torch.device("cpu"), BlockCopies(np.empty(0, np.int32), np.empty(0, np.int32))
+    # Of each of two ranks: four blocks of sequences, one to warm up in, three of host memory.
+    pool = _core.KvPool(
+        {
+            **{"num_layers": 2 * SPEC.num_layers, "num_blocks": 4, "num_scratch_blocks": 1},
+            **{"num_host_blocks": 3, "layer_block_bytes": SPEC.layer_block_bytes},
+            **{"layout": "test", "transports": "shm"},
+        }
+    )
+    first = KvMemory(np.asarray(pool), Shard(0, 2), pool)
+    second = map_memory(pool.address, Shard(1, 2))
+    assert (first.num_scratch_blocks, second.num_scratch_blocks) == (1, 1)
+    caches = [KvCache(SPEC, 5, device, 3, memory) for memory in (first, second)]
+    assert caches[1].layer(1).is_contiguous()
+    for number, cache in enumerate(caches, start=1):
+        cache.slab[:, 2] = number
+        cache.slab[:, 4] = 10 * number
+        cache.copy_blocks(BlockCopies(np.array([2], np.int32), np.array([1], np.int32)), none)
+    memory = torch.from_numpy(np.asarray(pool)).view(SPEC.dtype).view(SPEC.num_layers, 2, 8, -1)
+    for place, number in enumerate([0, 0, 1, 0, 10, 0, 1, 0]):
+        assert (memory[:, 0, place] == number).all()
+        assert (memory[:, 1, place] == 2 * number).all()
+
+
+def test_memory_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(InternalError, match="cannot be mapped: No such file"):
+        map_memory("/proc/self/fd/1000000", Shard(1, 2))
+
+
+def test_rank_0_tells_of_layers_that_are_behind_every_rank() -> None:
+    heard: list[tuple[int, int]] = []
+
+    def hear(step_id: int, layer: int) -> None:
+        heard.append((step_id, layer))
+
+    memory = np.empty(0, np.uint8)
+    assert KvMemory(memory, Shard()).watched_by(hear) is hear
+    listen = KvMemory(memory, Shard(0, 4)).watched_by(hear)
+    for layer in range(3):
+        listen(9, layer)
+    # Four of the pool's layers are one of the model's.
+    assert heard == [(9, 3), (9, 7)]
+
+
 def test_a_pool_has_a_limit() -> None:
     with pytest.raises(ConfigError, match="must fit") as caught:
         make_pool(2**31)
     assert caught.value.key == "num_blocks"
+
+
+ALONE = Group(SingleRank())
 
 
 def config_with(**settings: Any) -> WorkerConfig:
@@ -104,7 +160,9 @@ def config_with(**settings: Any) -> WorkerConfig:
 @pytest.mark.parametrize(
     ("settings", "device", "message"),
     [
-        ({"shard": Shard(0, 2)}, "cpu", "several ranks"),
+        ({"shard": Shard(0, 2)}, "cpu", "do not share memory"),
+        ({"stage": Stage(0, 2)}, "cpu", "several stages"),
+        ({"context": Shard(0, 2)}, "cpu", "divide prompts"),
         ({"enable_prefix_cache": False}, "cpu", "no prefix cache"),
         ({}, "meta", "accelerator"),
     ],
@@ -114,19 +172,21 @@ def test_where_kv_cannot_move_it_is_an_error_to_ask_for_it(
 ) -> None:
     def make(kv_transfer: str) -> object:
         config = config_with(kv_transfer=kv_transfer, **settings)
-        return make_kv_pool(config, SPEC, 4, torch.device(device))
+        return make_kv_pool(config, SPEC, 4, torch.device(device), ALONE)
 
     assert make("auto") is None
     assert make("off") is None
+    config = config_with(write_through=True, **settings)
     with pytest.raises(UnsupportedError, match=message):
-        make_kv_pool(config_with(write_through=True, **settings), SPEC, 4, torch.device(device))
+        make_kv_pool(config, SPEC, 4, torch.device(device), ALONE)
     with pytest.raises(UnsupportedError, match=message):
         make("shm")
 
 
 def test_kv_can_move_where_nobody_says_otherwise() -> None:
-    assert make_kv_pool(config_with(), SPEC, 4, torch.device("cpu")) is not None
-    assert make_kv_pool(config_with(kv_transfer="off"), SPEC, 4, torch.device("cpu")) is None
+    device = torch.device("cpu")
+    assert make_kv_pool(config_with(), SPEC, 4, device, ALONE) is not None
+    assert make_kv_pool(config_with(kv_transfer="off"), SPEC, 4, device, ALONE) is None
 
 
 def test_host_blocks_are_limited_by_the_free_memory() -> None:

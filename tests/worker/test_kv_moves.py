@@ -1,4 +1,7 @@
-"""KV that moves between two torch workers: the tokens are those of a worker that computes everything itself."""
+"""KV that moves between two torch workers: the tokens are those of a worker that computes everything itself.
+
+Where a worker has several ranks, all of them have to come to the same tokens: each has a part of the KV.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,20 +26,28 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_messages(tmp_path_factory.mktemp("proto"))
 
 
-@pytest.fixture(scope="module", params=["shm", "tcp"])
+@pytest.fixture(scope="module", params=[("shm", 1), ("tcp", 1), ("shm", 2), ("tcp", 2)])
 def workers(
     request: pytest.FixtureRequest,
     messages: Any,
     checkpoint: Checkpoints,
     monkeypatch_session: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[Attached, Attached]]:
+    """One that computes prompts and one that goes on with them, each of one rank or of several."""
     monkeypatch_session.setenv("OMP_NUM_THREADS", "1")
+    transport, num_ranks = request.param
     router = ScriptedRouter(messages)
-    flags = [*FLAGS, "--max-num-seqs", "4", "--kv-transfer", request.param]
+    flags = [*FLAGS, "--max-num-seqs", "4", "--kv-transfer", transport]
     model_dir: Path = checkpoint("llama")
+
+    def start(role: str) -> Attached:
+        meet = (tmp_path_factory.mktemp(role) / "meet").as_uri()
+        ranks = ["--tp", str(num_ranks), "--rendezvous", meet] if num_ranks > 1 else []
+        return router.start_worker(role, model_dir, *flags, "--role", role, *ranks, ranks=num_ranks)
+
     try:
-        prefill = router.start_worker("prefill", model_dir, *flags, "--role", "prefill")
-        yield prefill, router.start_worker("decode", model_dir, *flags, "--role", "decode")
+        yield start("prefill"), start("decode")
     finally:
         router.close()
 
@@ -50,7 +61,7 @@ def test_hello_says_what_moves(workers: tuple[Attached, Attached], messages: Any
     assert prefill.kv_transfer.layout == decode.kv_transfer.layout
     assert prefill.kv_transfer.host == decode.kv_transfer.host
     assert prefill.kv_transfer.epoch != decode.kv_transfer.epoch
-    # Keys and values of 16 tokens in 3 layers, 2 heads of 16 numbers each.
+    # Keys and values of 16 tokens in 3 layers, 2 heads of 16 numbers each, whoever has them.
     assert prefill.kv_transfer.bytes_per_block == 2 * 16 * 3 * 2 * 16 * 4
     roles = [messages.WorkerRole.Name(hello.role) for hello in (prefill, decode)]
     assert roles == ["WORKER_ROLE_PREFILL", "WORKER_ROLE_DECODE"]

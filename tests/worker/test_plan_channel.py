@@ -12,9 +12,17 @@ import pytest
 from orchestra._core import MessageRingReader
 from orchestra.errors import InternalError
 from orchestra.worker import plan_channel, plan_ring
-from orchestra.worker.plan_channel import MESSAGE_BYTES_MAX, Follower, Leader, RankLostError
+from orchestra.worker.plan_channel import (
+    MESSAGE_BYTES_MAX,
+    NO_TERMS,
+    CacheTerms,
+    Follower,
+    Leader,
+    RankLostError,
+)
 
 TIMEOUT_S = 20
+TERMS = CacheTerms(7, "/proc/1/fd/2")
 
 
 class Store:
@@ -185,16 +193,16 @@ def test_ranks_that_part_meet_again_as_the_next_generation(
     group: Group, pool: ThreadPoolExecutor
 ) -> None:
     leader, followers = group
-    assert [follower.generation for follower in followers] == [0, 0]
+    assert [(it.generation, it.terms) for it in followers] == [(0, NO_TERMS)] * 2
     leader.part()
     for follower in followers:
         with pytest.raises(RankLostError, match="rank 0"):
             follower.receive()
     rejoining = [pool.submit(follower.rejoin) for follower in followers]
-    leader.gather(TIMEOUT_S, num_blocks=7)
+    leader.gather(TIMEOUT_S, TERMS)
     for future in rejoining:
         future.result(TIMEOUT_S)
-    assert [(it.generation, it.num_blocks) for it in followers] == [(1, 7), (1, 7)]
+    assert [(it.generation, it.terms) for it in followers] == [(1, TERMS), (1, TERMS)]
     leader.broadcast(b"a plan")
     assert [follower.receive() for follower in followers] == [b"a plan"] * 2
 
@@ -214,11 +222,11 @@ def test_a_replacement_takes_the_place_of_a_lost_rank(tmp_path: Path) -> None:
             seen.append(leader.present)
             return True
 
-        gathering = pool.submit(leader.gather, TIMEOUT_S, 7, look)
+        gathering = pool.submit(leader.gather, TIMEOUT_S, TERMS, look)
         replacement = Follower(store, 1)
         gathering.result(TIMEOUT_S)
         rejoining.result(TIMEOUT_S)
-    assert (replacement.generation, replacement.num_blocks) == (1, 7)
+    assert (replacement.generation, replacement.terms) == (1, TERMS)
     assert seen[-1] == {1, 2}
     leader.broadcast(b"a plan")
     assert [it.receive() for it in (replacement, stays.result())] == [b"a plan"] * 2
@@ -243,7 +251,7 @@ def test_a_rank_that_goes_while_others_are_awaited_is_awaited_too(group: Group) 
             return len(arrived) < 3
 
         with pytest.raises(RankLostError, match=r"ranks \[1, 2\] did not come"):
-            leader.gather(TIMEOUT_S, 7, look)
+            leader.gather(TIMEOUT_S, TERMS, look)
         assert arrived == [set(), {1}, set()]
         with pytest.raises(RankLostError):
             rejoining.result(TIMEOUT_S)

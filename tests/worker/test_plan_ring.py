@@ -196,7 +196,7 @@ def test_a_replacement_joins_the_next_ring(ranks: Ranks) -> None:
     process.join()
     ranks.leader.part()
     ranks.others[1] = ranks.start(1)
-    ranks.leader.gather(TIMEOUT_S, num_blocks=7)
+    ranks.leader.gather(TIMEOUT_S)
     assert ranks.leader.near == {1, 2}
     assert [hear(told) for _, told in ranks.others.values()] == [1, 1]
     ranks.leader.broadcast(b"plan")

@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from orchestra.worker import assembly
-from orchestra.worker.assembly import Group, Place, Rank, build_rank
+from orchestra.worker.assembly import Place, Rank, build_rank
 from orchestra.worker.config import WorkerConfig
+from orchestra.worker.group import Group
 from orchestra.worker.loader import WeightReader
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.nvlink import obstacle

@@ -1,24 +1,21 @@
 """Brings one rank up: meets the other ranks, loads its shard, sizes and allocates the cache."""
 
 import os
-import struct
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from orchestra.errors import ConfigError
 from orchestra.worker import device as devices
 from orchestra.worker.attention import AttentionBackend
 from orchestra.worker.attention_choice import make_attention
 from orchestra.worker.attention_layout import workspace_bytes
-from orchestra.worker.collectives import join_context_group, join_group
 from orchestra.worker.config import WorkerConfig
-from orchestra.worker.context_runner import ContextAttention, ContextGroup, ContextRunner
+from orchestra.worker.context_runner import ContextAttention, ContextRunner
 from orchestra.worker.graph_choice import attention_name, graph_bytes, make_graphs, uses_graphs
+from orchestra.worker.group import Group, join_ranks
 from orchestra.worker.kv_cache import (
     GIB,
     KvCache,
@@ -29,8 +26,8 @@ from orchestra.worker.kv_cache import (
     decide_max_model_len,
     decide_num_blocks,
 )
-from orchestra.worker.kv_pool import make_kv_pool
-from orchestra.worker.layer_courier import Courier, ProcessCourier
+from orchestra.worker.kv_memory import KvMemory, num_scratch_blocks
+from orchestra.worker.kv_pool import make_kv_memory
 from orchestra.worker.layer_mover import LayerMover, Makers, StageParts
 from orchestra.worker.layers import LoadContext
 from orchestra.worker.loader import Progress, WeightReader
@@ -38,18 +35,15 @@ from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.models import LOADERS, Model
 from orchestra.worker.models.decoder import Decoder
 from orchestra.worker.overlap import HalvedAttention, OverlappedDecoder, may_overlap
-from orchestra.worker.parallel import Communicator, SingleRank, rendezvous
 from orchestra.worker.plan import PlanReader
-from orchestra.worker.plan_channel import Follower, Leader, RankLostError
+from orchestra.worker.plan_channel import CacheTerms, RankLostError
 from orchestra.worker.recorded_decoder import RECORDED_ROWS, recorded
-from orchestra.worker.renewable_group import AbortableCommunicator, RenewableGroup
 from orchestra.worker.runner import ModelRunner, warm_up_plan
 from orchestra.worker.runner_choice import ModelShape, load_hf, read_model_config
 from orchestra.worker.sampler import Sampler
 from orchestra.worker.scheduling_choice import STEPS_AHEAD, plans_ahead
 from orchestra.worker.sharding import Shard, Span, Stage
 from orchestra.worker.stage_cache import StageCache
-from orchestra.worker.stage_link import ProcessLink, SingleStage, StageLink
 
 if TYPE_CHECKING:
     from orchestra._core import KvPool
@@ -61,52 +55,6 @@ CPU_SHARE = 0.25
 
 # What libraries take for themselves when their kernels first run.
 LIBRARY_BYTES = 32 << 20
-
-_COUNT = struct.Struct("<Q")
-
-
-@dataclass(frozen=True)
-class Group:
-    """How this rank speaks to the others."""
-
-    communicator: Communicator
-    """Of this rank's stage."""
-    leader: Leader | None = None
-    """Rank 0's end of the plan channel; None with a single rank."""
-    follower: Follower | None = None
-    """The end of any other rank."""
-    renewable: RenewableGroup | None = None
-    """The communicator, where it can go on with another group after a rank was lost."""
-    link: StageLink = field(default_factory=SingleStage)
-    """To the stages before and after it."""
-    context: ContextGroup | None = None
-    """Of the ranks that divide prompts with this one."""
-    courier: Courier | None = None
-    """To all other stages, for layers that move; None with a single stage."""
-
-    def step(self) -> AbstractContextManager[None]:
-        """Brackets a step, so that others see how far this rank is."""
-        return nullcontext() if self.renewable is None else self.renewable.step()
-
-    def agree_on_least(self, count: int) -> int:
-        """The least of the ranks' numbers."""
-        if self.leader is not None:
-            others = [_COUNT.unpack(answer)[0] for answer in self.leader.collect()]
-            least = min([count, *others])
-            self.leader.broadcast(_COUNT.pack(least))
-            return int(least)
-        if self.follower is not None:
-            self.follower.send(_COUNT.pack(count))
-            answer = self.follower.receive()
-            return count if answer is None else int(_COUNT.unpack(answer)[0])
-        return count
-
-    def close(self) -> None:
-        """Leaves the other ranks."""
-        self.link.close()
-        if self.context is not None:
-            self.context.close()
-        self.communicator.close()
 
 
 @dataclass(frozen=True)
@@ -135,10 +83,12 @@ class Rank:
     """Longest sequence that fits, tokens."""
     step_tokens: int
     """Most tokens in one step."""
-    kv_pool: "KvPool | None" = None
+    kv_memory: KvMemory | None = None
     """The cache's memory, where KV can move to other workers and come from them."""
     block_size: int = 1
     """Tokens per KV block."""
+    warm_up_block: int = 0
+    """Where steps leave their KV that are run for nobody; once KV moves, one that no sequence has."""
 
     stage: Stage = field(default_factory=Stage)
     """Its stage of the pipeline."""
@@ -148,6 +98,17 @@ class Rank:
     """Where layers can move between stages."""
     plans_ahead: bool = False
     """Whether its steps are planned before the tokens of the one before are known."""
+
+    @property
+    def kv_pool(self) -> "KvPool | None":
+        """What moves that memory's blocks; rank 0 has it."""
+        return None if self.kv_memory is None else self.kv_memory.pool
+
+    @property
+    def cache_terms(self) -> CacheTerms:
+        """What a replacement of another rank has to know of the caches."""
+        address = "" if self.kv_pool is None else self.kv_pool.address
+        return CacheTerms(self.num_blocks, address)
 
     @property
     def steps_in_flight(self) -> int:
@@ -178,7 +139,7 @@ class Rank:
         num_blocks = self.group.agree_on_least(self.num_blocks)
         if num_blocks != self.num_blocks:
             raise RankLostError(f"a rank has room for {num_blocks} blocks, not {self.num_blocks}")
-        warm_up(self.runner, self.block_size)
+        warm_up(self.runner, self.block_size, self.warm_up_block)
 
 
 def assemble(config: WorkerConfig, progress: Progress) -> Rank:
@@ -201,14 +162,20 @@ def assemble(config: WorkerConfig, progress: Progress) -> Rank:
     if config.repartition != "off" and place.device.type != "cpu":
         message = "--repartition: stages are timed on CPUs only, where they end when the work does"
         raise ConfigError(message, key="repartition")
-    return build_rank(config, model_config, place, _join(config, place), progress)
+    return build_rank(config, model_config, place, join_ranks(config, place.device), progress)
 
 
-def warm_up(runner: ModelRunner, block_size: int) -> None:
-    """Runs a step of each kind, on all ranks together, and records those that are to be replayed."""
+def warm_up(runner: ModelRunner, block_size: int, block: int = 0) -> None:
+    """Runs a step of each kind, on all ranks together, and records those that are to be replayed.
+
+    Args:
+        runner: this rank's.
+        block_size: tokens of a block.
+        block: where the steps leave their KV, for nobody.
+    """
     runner.forget_recordings()
     for num_tokens in (block_size, 1):
-        runner.execute(warm_up_plan(num_tokens))
+        runner.execute(warm_up_plan(num_tokens, block, block_size))
     if runner.graphs is not None:
         runner.graphs.record()
 
@@ -238,15 +205,16 @@ def build_rank(
     if is_recorded:
         taken = graph_bytes(config, shape, -(-longest // config.block_size))
         budget = replace(budget, free_bytes=max(0, budget.free_bytes - taken))
-    if group.follower is not None and group.follower.num_blocks > 0:
+    if group.terms.num_blocks > 0:
         # This rank replaces one: the others have their caches.
-        budget = replace(budget, num_blocks=group.follower.num_blocks)
+        budget = replace(budget, num_blocks=group.terms.num_blocks)
     num_blocks = group.agree_on_least(decide_num_blocks(spec, budget))
     max_model_len = decide_max_model_len(spec, num_blocks, config.max_model_len, longest)
     left = budget.free_bytes - num_blocks * spec.bytes_per_block
     check_host_blocks(spec, config.num_host_blocks, _free_host_bytes(place, left))
-    pool = make_kv_pool(config, spec, num_blocks, place.device)
-    is_ahead = plans_ahead(config, place.device, moves_kv=pool is not None)
+    memory = make_kv_memory(config, spec, num_blocks, place.device, group)
+    num_scratch = 0 if memory is None else memory.num_scratch_blocks
+    is_ahead = plans_ahead(config, place.device, moves_kv=memory is not None)
     name = attention_name(config, model_config)
     sampler = None
     if config.rank == config.sampling_rank:
@@ -276,21 +244,24 @@ def build_rank(
 
     mover = None
     if config.repartition == "off":
-        cache = KvCache(spec, num_blocks, place.device, config.num_host_blocks, pool)
+        num_all, num_host = num_blocks + num_scratch, config.num_host_blocks
+        cache = KvCache(spec, num_all, place.device, num_host, memory)
         runner = make_runner(model, cache, layers)
     else:
         layered = StageCache.allocate(spec, num_blocks, config.num_host_blocks)
         mover = _make_mover(config, (model, layered), make_runner, place, group)
         runner = mover.runner
-    warm_up(runner, config.block_size)
+    warm_up_block = num_blocks if num_scratch else 0
+    warm_up(runner, config.block_size, warm_up_block)
     plans = PlanReader(config.max_num_seqs, -(-max_model_len // config.block_size))
     return Rank(
         *(shape, runner, plans, group, num_blocks, max_model_len),
         step_tokens=config.step_tokens(place.device.type),
-        kv_pool=pool,
+        kv_memory=memory,
         stage=config.stage,
         place=config.stage_place,
         block_size=config.block_size,
+        warm_up_block=warm_up_block,
         mover=mover,
         plans_ahead=is_ahead,
     )
@@ -390,53 +361,17 @@ def _check_weights_fit(
         raise ConfigError(message, key="model_dir")
 
 
-def _join(config: WorkerConfig, place: Place) -> Group:
-    if config.num_ranks == 1:
-        return Group(SingleRank())
-    store = rendezvous(config.rendezvous, Shard(config.rank, config.num_ranks))
-    leader = follower = None
-    generation = 0
-    if config.rank == 0:
-        leader = Leader(store, config.num_ranks, config.rendezvous)
-    else:
-        follower = Follower(store, config.rank)
-        generation = follower.generation
-    if config.stage.count * config.context.size > 1:
-        return _join_parts(config, place, store, Group(SingleRank(), leader, follower))
-
-    def join(generation: int) -> AbortableCommunicator:
-        return join_group(config, store, place.device, generation)
-
-    group = RenewableGroup(config.shard, join, generation)
-    return Group(group, leader, follower, renewable=group)
-
-
-def _join_parts(config: WorkerConfig, place: Place, store: Store, group: Group) -> Group:
-    """Joins the groups of a rank whose worker is more than one group that shares each layer."""
-    # Each is a world of its own, with its collectives among its ranks.
-    own = PrefixStore(f"stage-{config.stage.index}", store)
-    if config.shard.size > 1:
-        shards = PrefixStore(f"context-{config.context.rank}", own)
-        group = replace(group, communicator=join_group(config, shards, place.device, 0))
-    if config.context.size > 1:
-        contexts = PrefixStore(f"shard-{config.shard.rank}", own)
-        group = replace(group, context=join_context_group(config, contexts, place.device))
-    if config.stage.count > 1:
-        link = ProcessLink(config.stage, config.stage_place, store, place.device)
-        courier = ProcessCourier(config.stage, config.stage_place, store, place.device)
-        group = replace(group, link=link, courier=courier)
-    return group
-
-
 def _budget(
     config: WorkerConfig, shape: ModelShape, spec: KvCacheSpec, place: Place, longest: int
 ) -> KvCacheBudget:
     is_cuda = place.device.type == "cuda"
     free = devices.free_bytes(place.device, place.local_size)
+    taken = step_bytes(config, shape, spec, longest, place.device.type)
+    taken += num_scratch_blocks(config.shard) * spec.bytes_per_block
     return KvCacheBudget(
         num_blocks=config.num_blocks,
         memory_bytes=config.kv_cache_memory,
-        free_bytes=max(0, free - step_bytes(config, shape, spec, longest, place.device.type)),
+        free_bytes=max(0, free - taken),
         useful_tokens=None if is_cuda else config.max_num_seqs * longest,
         share=CUDA_SHARE if is_cuda else CPU_SHARE,
     )

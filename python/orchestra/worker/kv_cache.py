@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,10 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestra.errors import ConfigError
+from orchestra.worker.kv_memory import KvMemory
 from orchestra.worker.plan import BlockCopies
-
-if TYPE_CHECKING:
-    from orchestra._core import KvPool
 
 GIB = 1 << 30
 
@@ -77,7 +75,7 @@ class KvCache:
         num_blocks: how many blocks.
         device: where the slab lives.
         num_host_blocks: blocks that host memory holds besides.
-        pool: memory for the slab, all zero, that other workers can reach, with as many blocks of host memory behind
+        shared: memory for the slab, all zero, that other workers can reach, with as many blocks of host memory behind
             those of each layer; None: memory of its own.
     """
 
@@ -87,7 +85,7 @@ class KvCache:
         num_blocks: int,
         device: torch.device,
         num_host_blocks: int = 0,
-        pool: "KvPool | None" = None,
+        shared: KvMemory | None = None,
     ) -> None:
         self.spec = spec
         self.num_blocks = num_blocks
@@ -102,10 +100,12 @@ class KvCache:
         # Zeros, not garbage: attention multiplies what lies behind a sequence's end by 0, which NaN would survive.
         # Here a block is one run of bytes, layer after layer: a copy touches host memory once.
         host_shape = (num_host_blocks, spec.num_layers, *shape[2:])
-        if pool is not None and device.type == "cpu":
-            # The tensors keep the pool for as long as they live.
-            both = (spec.num_layers, num_blocks + num_host_blocks, *shape[2:])
-            memory = _view(np.asarray(pool), spec, both)
+        if shared is not None and device.type == "cpu":
+            # The tensors keep the memory for as long as they live.
+            shard = shared.shard
+            both = (spec.num_layers, shard.size, num_blocks + num_host_blocks, *shape[2:])
+            used = math.prod(both) * spec.dtype.itemsize
+            memory = _view(shared.whole[:used], spec, both)[:, shard.rank]
             self.slab = memory[:, :num_blocks]
             self._host = memory[:, num_blocks:].transpose(0, 1)
         elif device.type == "cpu":

@@ -16,6 +16,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from orchestra.worker import plan_ring
@@ -29,6 +30,7 @@ from orchestra.worker.plan_socket import (
     receive_exactly,
     send,
 )
+from orchestra.worker.rank_processes import RankProcesses
 
 __all__ = ["MESSAGE_BYTES_MAX", "Follower", "Leader", "RankLostError"]
 
@@ -42,7 +44,7 @@ _TOKEN_BYTES = 32
 # Rank, and which of its two sockets it is.
 _HELLO = struct.Struct("<II")
 _PLANS, _PULSE = 0, 1
-# Generation, and its number of KV blocks.
+# Generation and number of KV blocks; then the address of their memory.
 _WELCOME = struct.Struct("<QQ")
 # How often a wait for ranks looks up whether it is still wanted.
 _LOOK_UP_S = 0.1
@@ -58,6 +60,19 @@ class Store(Protocol):
     def get(self, key: str, /) -> bytes:
         """Waits for a value."""
         ...
+
+
+@dataclass(frozen=True)
+class CacheTerms:
+    """What the ranks that stay tell those that replace others of their caches."""
+
+    num_blocks: int = 0
+    """KV blocks of each; 0: nobody has stayed."""
+    memory: str = ""
+    """Where the caches of all ranks lie together, as `KvPool.address`; empty: each has its own memory."""
+
+
+NO_TERMS = CacheTerms()
 
 
 class Leader:
@@ -81,12 +96,14 @@ class Leader:
         self._near: set[int] = set()
         self._far: dict[int, socket.socket] = {}
         self._size = size
+        self._processes = RankProcesses()
         # The token keeps a stranger on the network from taking the place of a rank.
         self._token = secrets.token_bytes(_TOKEN_BYTES)
         # Open as long as this rank lives: lost ranks are replaced through it.
         self._open = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             self._listener = stack.enter_context(listen(rendezvous_url, stack))
+            stack.callback(self._processes.close)
             stack.callback(self.part)
             self._listener.listen(2 * size)
             store.set(_KEY_TOKEN, self._token.hex())
@@ -109,17 +126,22 @@ class Leader:
         """Of the ranks of this generation, those that see this one's memory."""
         return set(self._near)
 
+    @property
+    def has_one_process_each(self) -> bool:
+        """Whether no process that was given up can outlive the one that takes its place."""
+        return self._processes.known == self.others
+
     def gather(
         self,
         timeout_s: float,
-        num_blocks: int = 0,
+        terms: CacheTerms = NO_TERMS,
         on_arrival: Callable[[], bool] = lambda: True,
     ) -> None:
         """Waits until every other rank is connected, and tells them that they are the next generation.
 
         Args:
             timeout_s: how long to wait.
-            num_blocks: KV blocks of the ranks that stayed; 0: there is none.
+            terms: of the ranks that stayed.
             on_arrival: called now and then, and when a rank has come; false ends the wait.
 
         Raises:
@@ -140,7 +162,7 @@ class Leader:
         if self._ring is not None:
             for rank in self._near:
                 self._ring.admit(rank, self._peers[rank])
-        welcome = _WELCOME.pack(self.generation, num_blocks)
+        welcome = _WELCOME.pack(self.generation, terms.num_blocks) + terms.memory.encode()
         for rank, peer in self._peers.items():
             send(peer, welcome, f"rank {rank}")
 
@@ -234,6 +256,11 @@ class Leader:
         prepare(connection)
         # Plans come first: whoever had the place is gone, or was given up.
         self._forget(rank)
+        try:
+            self._processes.admit(rank, connection)
+        except RankLostError:
+            connection.close()
+            raise
         self._peers[rank] = connection
         if is_near:
             self._near.add(rank)
@@ -279,7 +306,8 @@ class Follower:
         except OSError as error:
             raise RankLostError(f"rank 0 is gone: {error}") from error
         welcome = receive(self._socket, "rank 0")
-        self.generation, self.num_blocks = _WELCOME.unpack(welcome)
+        self.generation, num_blocks = _WELCOME.unpack_from(welcome)
+        self.terms = CacheTerms(num_blocks, welcome[_WELCOME.size :].decode())
 
     def _connect(self, purpose: int) -> socket.socket:
         if self._address.startswith("unix:"):

@@ -109,7 +109,7 @@ class LeaderRecovery:
 
     def _form(self, arrivals: "_Arrivals", *, is_last_try: bool) -> bool:
         try:
-            self._leader.gather(self._timeout_s, self._rank.num_blocks, arrivals.look)
+            self._leader.gather(self._timeout_s, self._rank.cache_terms, arrivals.look)
             self._group.renew(self._leader.generation)
             self._rank.settle()
         except LOSSES as error:

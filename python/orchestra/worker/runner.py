@@ -107,13 +107,15 @@ class ModelRunner:
         return self._model.forward(token_ids, positions, self._attention, chosen)
 
 
-def warm_up_plan(num_tokens: int) -> StepPlan:
-    """A step that computes zeros into block 0, where nothing lies yet.
+def warm_up_plan(num_tokens: int, block: int = 0, block_size: int = 0) -> StepPlan:
+    """A step that computes zeros into a block in which nothing lies.
 
     Running it lets the libraries choose and build their kernels before the first request waits for them.
 
     Args:
         num_tokens: of its one sequence, at most the block size; 1 warms decoding up, more warm prefill up.
+        block: where its KV goes.
+        block_size: tokens of a block; needed for another than the first.
     """
     positions = np.arange(num_tokens, dtype=np.int32)
     zero = np.zeros(1, np.int32)
@@ -121,10 +123,10 @@ def warm_up_plan(num_tokens: int) -> StepPlan:
         step_id=0,
         token_ids=np.zeros(num_tokens, np.int32),
         positions=positions,
-        slot_mapping=positions,
+        slot_mapping=positions + block * block_size,
         query_start=np.array([0, num_tokens], np.int32),
         context_lens=np.array([num_tokens], np.int32),
-        block_tables=zero.reshape(1, 1),
+        block_tables=np.full((1, 1), block, np.int32),
         swap_out=NO_COPIES,
         swap_in=NO_COPIES,
         sample_sequences=zero,

@@ -384,8 +384,8 @@ def _lead_with_agent(config: WorkerConfig, rank: Rank, stop: StopSignals) -> Non
     settings = agent_config(config, rank)
     logger.info("loaded, attaching to the router at %s", config.router)
     agent = _core.Agent(settings, rank.kv_pool)
-    if rank.kv_pool is not None:
-        rank.runner.watch(agent.layer_done)
+    if rank.kv_memory is not None:
+        rank.runner.watch(rank.kv_memory.watched_by(agent.layer_done))
     metrics = WorkerMetrics(agent.stats, config.block_size)
     stop_metrics = None
     try:

@@ -38,6 +38,9 @@ pub mod plan_codec;
 pub use agent::Agent;
 pub use config::{AgentConfig, ModelFiles, ReconnectConfig, Role};
 pub use error::AgentError;
-pub use kv::pool::{KvPool, KvPoolConfig, KvPoolError, KvTransports};
+pub use kv::{
+    pool::{KvPool, KvPoolError},
+    pool_config::{KvPoolConfig, KvTransports},
+};
 pub use load::AgentStats;
 pub use plan_codec::{OutputBuffers, OutputError, encode_plan};

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use orchestra_core::ErrorCode;
 use pyo3::{prelude::*, types::PyDict};
 
 use crate::{errors::Failure, values::config_from};
@@ -29,6 +30,13 @@ impl KvPool {
         Ok(Self {
             inner: Arc::new(inner),
         })
+    }
+
+    /// Where other processes of this machine and user find the memory.
+    #[getter]
+    fn address(&self) -> PyResult<String> {
+        let missing = || Failure::new(ErrorCode::Internal, "the memory has no file");
+        Ok(self.inner.address().ok_or_else(missing)?)
     }
 
     /// Where the bytes lie, as numpy asks for it. Whoever looks at them that way keeps the pool.

@@ -11,9 +11,10 @@
 //! Either way the taker enters them in its prefix cache, or computes for itself: what moves can be late, refused or
 //! lost, and never wrong.
 //!
-//! Reading order: [`pool`] is the memory, `inbox` what the step loop and the thread tell each other, `mover` the
-//! thread; `peers` are the connections, `incoming` is what this worker takes, `serving` and `pushing` what it gives,
-//! and `offering` what another one keeps for it; `ending` is how blocks become quiet.
+//! Reading order: [`pool`] is the memory and [`pool_config`] what it is made by, `inbox` what the step loop and the
+//! thread tell each other, `mover` the thread; `peers` are the connections, `incoming` is what this worker takes,
+//! `serving` and `pushing` what it gives, and `offering` what another one keeps for it; `ending` is how blocks become
+//! quiet.
 
 mod ending;
 mod inbox;
@@ -22,6 +23,7 @@ mod mover;
 mod offering;
 mod peers;
 pub mod pool;
+pub mod pool_config;
 mod pushing;
 mod serving;
 mod wire;

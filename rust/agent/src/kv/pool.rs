@@ -1,15 +1,19 @@
 //! The worker's KV cache as memory that other workers can reach.
 //!
-//! The cache is one slab, and what a block holds of a layer is one slot: `layer * num_all_blocks + block`, where the
-//! blocks of host memory come behind those of the device. All slots belong to one set for ever; the step scheduler alone decides whose a block is. The manager is told of a block only while
-//! somebody outside may touch it, and gives it a new life afterwards.
+//! The cache is one slab, and what a block holds of a layer is one slot. In each layer the blocks of host memory come
+//! behind those of the device. All slots belong to one set for ever; the step scheduler alone decides whose a block is. The
+//! manager is told of a block only while somebody outside may touch it, and gives it a new life afterwards.
+//!
+//! Ranks that share the layers have their parts in it too: to the pool the part of each is a layer, in the order of the
+//! layers and then of the ranks. The process that has the pool moves all of them, the others map it.
 
 use std::{
     collections::HashMap,
     fmt, fs,
     hash::{BuildHasher as _, Hasher as _, RandomState},
-    net::{IpAddr, SocketAddr},
-    os::unix::fs::MetadataExt as _,
+    net::SocketAddr,
+    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
+    process,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -25,123 +29,13 @@ use orchestra_memory::{
     },
 };
 use orchestra_proto::v1;
-use serde::{Deserialize, Serialize};
+
+use super::pool_config::{KvPoolConfig, KvTransports};
 
 /// What the manager calls this process; peers have other numbers.
 const LOCAL: PeerId = PeerId(0);
-/// Bytes of a failure domain's name.
-const DOMAIN_BYTES_MAX: usize = 128;
-/// Bytes of a layout's name.
-const LAYOUT_BYTES_MAX: usize = 256;
 /// The longest that a peer may touch a block, and so the longest that a move may take.
 pub(crate) const LEASE_MAX: Duration = Duration::from_secs(60);
-
-/// What moves KV between two workers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum KvTransports {
-    /// Shared memory where both are on one host; TCP elsewhere, where there is an address for it.
-    #[default]
-    Auto,
-    /// Shared memory alone.
-    Shm,
-    /// TCP alone.
-    Tcp,
-}
-
-/// Settings of a [`KvPool`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct KvPoolConfig {
-    /// Layers of the model.
-    pub num_layers: u32,
-    /// KV blocks, as many as the step scheduler has.
-    pub num_blocks: u32,
-    /// Blocks of host memory that lie behind them, as many as the step scheduler has.
-    pub num_host_blocks: u32,
-    /// What a block holds of one layer, bytes.
-    pub layer_block_bytes: u64,
-    /// Equal where two workers may exchange blocks; 1 to 256 bytes.
-    pub layout: String,
-    /// What fails together with this worker, at most 128 bytes; empty: the host, by its boot.
-    pub failure_domain: String,
-    /// Another worker is to keep copies of what the prefix cache holds.
-    pub write_through: bool,
-    /// What moves KV.
-    pub transports: KvTransports,
-    /// The address under which workers on other hosts reach this one. Without it TCP serves this host only.
-    pub address: Option<IpAddr>,
-}
-
-impl Default for KvPoolConfig {
-    fn default() -> Self {
-        Self {
-            num_layers: 0,
-            num_blocks: 0,
-            num_host_blocks: 0,
-            layer_block_bytes: 0,
-            layout: String::new(),
-            failure_domain: String::new(),
-            write_through: false,
-            transports: KvTransports::Auto,
-            address: None,
-        }
-    }
-}
-
-impl KvPoolConfig {
-    /// Checks every setting and returns all problems at once.
-    pub fn validate(&self) -> Result<(), Vec<ConfigIssue>> {
-        let mut issues = Vec::new();
-        let counts = [
-            ("num_layers", u64::from(self.num_layers)),
-            ("num_blocks", u64::from(self.num_blocks)),
-            ("layer_block_bytes", self.layer_block_bytes),
-        ];
-        for (key, _) in counts.into_iter().filter(|&(_, count)| count == 0) {
-            issues.push(ConfigIssue::new(key, "must be at least 1".to_owned()));
-        }
-        if self.layout.is_empty() || self.layout.len() > LAYOUT_BYTES_MAX {
-            let message = format!("must have 1 to {LAYOUT_BYTES_MAX} bytes");
-            issues.push(ConfigIssue::new("layout", message));
-        }
-        if self.failure_domain.len() > DOMAIN_BYTES_MAX {
-            let message = format!("must have at most {DOMAIN_BYTES_MAX} bytes");
-            issues.push(ConfigIssue::new("failure_domain", message));
-        }
-        if self
-            .bytes()
-            .is_none_or(|bytes| bytes > SLAB_BYTES_UNREGISTERED_MAX)
-        {
-            let message = format!(
-                "{} + {} blocks of {} layers and {} bytes each must fit in {SLAB_BYTES_UNREGISTERED_MAX} bytes",
-                self.num_blocks, self.num_host_blocks, self.num_layers, self.layer_block_bytes
-            );
-            issues.push(ConfigIssue::new("num_blocks", message));
-        }
-        if issues.is_empty() {
-            Ok(())
-        } else {
-            Err(issues)
-        }
-    }
-
-    /// Bytes of the cache.
-    fn bytes(&self) -> Option<u64> {
-        u64::from(self.num_layers)
-            .checked_mul(u64::from(self.num_blocks) + u64::from(self.num_host_blocks))?
-            .checked_mul(self.layer_block_bytes)
-    }
-
-    /// Blocks of a layer: those of the device, then those of host memory.
-    pub(crate) const fn num_all_blocks(&self) -> u32 {
-        self.num_blocks.saturating_add(self.num_host_blocks)
-    }
-
-    const fn num_slots(&self) -> u32 {
-        self.num_layers.saturating_mul(self.num_all_blocks())
-    }
-}
 
 /// Why there is no pool.
 #[derive(Debug, thiserror::Error)]
@@ -215,9 +109,16 @@ impl KvPool {
         &self.config
     }
 
-    /// First byte of the cache: `[num_layers, num_blocks + num_host_blocks, layer_block_bytes]`. The pool has to outlive every use.
+    /// First byte of the cache: `[num_layers, num_blocks + num_scratch_blocks + num_host_blocks, layer_block_bytes]`.
+    /// The pool has to outlive every use.
     pub fn as_ptr(&self) -> *mut u8 {
         self.slab.as_ptr()
+    }
+
+    /// Where processes of this machine and user find the memory, which they may map for as long as this one has it.
+    pub fn address(&self) -> Option<String> {
+        let file = self.slab.file()?;
+        Some(format!("/proc/{}/fd/{}", process::id(), file.as_raw_fd()))
     }
 
     /// Bytes of the cache.
@@ -278,10 +179,19 @@ impl KvPool {
         Time(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
     }
 
+    /// Which of a layer's slots a block has.
+    pub(super) const fn place(&self, block: BlockId) -> u32 {
+        if block.0 < self.config.num_blocks {
+            block.0
+        } else {
+            block.0.wrapping_add(self.config.num_scratch_blocks)
+        }
+    }
+
     const fn slot(&self, layer: u32, block: BlockId) -> u32 {
         layer
-            .wrapping_mul(self.config.num_all_blocks())
-            .wrapping_add(block.0)
+            .wrapping_mul(self.config.layer_slots())
+            .wrapping_add(self.place(block))
     }
 
     /// The slots of these blocks in these layers, layer after layer: neighbouring blocks share a descriptor.
@@ -415,6 +325,31 @@ mod tests {
     }
 
     #[test]
+    fn scratch_blocks_lie_behind_those_of_the_device_and_nobody_has_them() {
+        let pool = KvPool::new(KvPoolConfig {
+            num_scratch_blocks: 1,
+            num_host_blocks: 2,
+            ..config()
+        });
+        let pool = pool.unwrap();
+        assert_eq!(pool.len(), 3 * 8 * 1000);
+        let blocks: Vec<BlockId> = (0..7).map(BlockId).collect();
+        let handles = pool.handles(1..2, &blocks).unwrap();
+        let slots: Vec<u32> = handles.iter().map(|it| it.slot).collect();
+        assert_eq!(slots, [8, 9, 10, 11, 12, 14, 15]);
+        assert!(pool.write(1, BlockId(7), &[0]).is_err());
+    }
+
+    #[test]
+    fn other_processes_find_the_memory_where_it_says() {
+        let pool = KvPool::new(config()).unwrap();
+        pool.write(2, BlockId(1), b"hello").unwrap();
+        let bytes = fs::read(pool.address().unwrap()).unwrap();
+        assert_eq!(&bytes[11_000..11_005], b"hello");
+        assert!(bytes.len() as u64 >= pool.len());
+    }
+
+    #[test]
     fn a_cache_may_be_larger_than_what_a_card_registers() {
         let pool = KvPool::new(KvPoolConfig {
             num_blocks: 5000,
@@ -429,30 +364,5 @@ mod tests {
             pool.read(layer, block, &mut byte).unwrap();
             assert_eq!(byte, [7]);
         }
-    }
-
-    #[test]
-    fn what_no_pool_can_be_is_refused_with_every_reason() {
-        let keys = |config: KvPoolConfig| match KvPool::new(config) {
-            Err(KvPoolError::InvalidConfig(issues)) => {
-                issues.into_iter().map(|issue| issue.key).collect()
-            }
-            other => panic!("{other:?}"),
-        };
-        let none: Vec<String> = keys(KvPoolConfig::default());
-        assert_eq!(
-            none,
-            ["num_layers", "num_blocks", "layer_block_bytes", "layout"]
-        );
-        let large: Vec<String> = keys(KvPoolConfig {
-            num_blocks: u32::MAX,
-            ..config()
-        });
-        assert_eq!(large, ["num_blocks"]);
-        let overflowing: Vec<String> = keys(KvPoolConfig {
-            layer_block_bytes: u64::MAX,
-            ..config()
-        });
-        assert_eq!(overflowing, ["num_blocks"]);
     }
 }

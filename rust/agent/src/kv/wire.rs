@@ -47,9 +47,9 @@ pub(super) fn describe(
         is_write: grant.rights == Rights::Write,
         lasts_us: grant.expires.since(now).as_micros() as u64,
         slab: pool.slab(),
-        num_blocks: pool.config().num_all_blocks(),
+        num_blocks: pool.config().layer_slots(),
         first_block,
-        blocks: blocks.iter().map(|block| block.0).collect(),
+        blocks: blocks.iter().map(|&block| pool.place(block)).collect(),
         generations,
     })
 }
