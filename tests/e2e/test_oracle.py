@@ -2,9 +2,9 @@
 
 Every case sends 32 concurrent requests of 1 to 1,000 prompt tokens twice: the second time the prompts hit the prefix
 cache. `roomy` leaves prefill whole; `tight` forces chunks of 16 tokens and a block pool so small that sequences are
-preempted and come back; `swapped` keeps what they computed in host memory meanwhile, and so does `shared`, in one memory
-of all ranks; in `divided` two ranks share the tokens of larger chunks; in `ahead` a step is computed before the tokens of
-the one before are committed.
+preempted and come back; `swapped` keeps what they computed in host memory meanwhile, and so does `shared`, in one
+memory of all ranks; in `divided` two ranks share the tokens of larger chunks; in `ahead` a step is computed before
+the tokens of the one before are committed.
 """
 
 from __future__ import annotations
