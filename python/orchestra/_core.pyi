@@ -15,6 +15,7 @@ from orchestra._core_kernels import SharedGroup as SharedGroup
 from orchestra._core_kernels import add as add
 from orchestra._core_kernels import argmax as argmax
 from orchestra._core_kernels import begin_recording as begin_recording
+from orchestra._core_kernels import candidates as candidates
 from orchestra._core_kernels import draw as draw
 from orchestra._core_kernels import end_recording as end_recording
 from orchestra._core_kernels import gate as gate
@@ -79,6 +80,7 @@ __all__ = [
     "add",
     "argmax",
     "begin_recording",
+    "candidates",
     "default_scheduler_config",
     "die_with_parent",
     "draw",

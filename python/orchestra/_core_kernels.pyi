@@ -372,6 +372,29 @@ def argmax(
         InvalidRequestError: The dtype is another.
     """
 
+def candidates(
+    dtype: str,
+    shape: tuple[int, int],
+    logits: tuple[int, int],
+    first: int,
+    candidates_ptr: int,
+    threads: int,
+) -> None:
+    """Finds the largest number of each row as `argmax` does, to be compared with those of other columns.
+
+    Args:
+        dtype: `float32` or `bfloat16`.
+        shape: Rows, numbers of a row.
+        logits: Address of the first row, and numbers from one row to the next one.
+        first: The token of the first column.
+        candidates_ptr: Where `int64[rows]` goes: the place of the number among all numbers, in the high half, and
+            `0xFFFFFFFF` less its token. The largest of several is of the largest number, and the first of equals.
+        threads: On how many to compute.
+
+    Raises:
+        InvalidRequestError: The dtype is another.
+    """
+
 def softmax(
     dtype: str,
     shape: tuple[int, int],

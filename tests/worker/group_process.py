@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch._C._distributed_c10d import FileStore
 
-from orchestra.worker.plan_channel import RankLostError
+from orchestra.worker.plan_socket import RankLostError
 from orchestra.worker.sharding import Shard
 from orchestra.worker.shared_group import SharedMemoryGroup
 

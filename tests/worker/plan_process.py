@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch._C._distributed_c10d import FileStore
 
-from orchestra.worker.plan_channel import Follower, Leader, RankLostError
+from orchestra.worker.plan_channel import Follower, Leader
+from orchestra.worker.plan_socket import RankLostError
 
 
 def open_store(folder: Path, size: int) -> FileStore:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
 from orchestra.worker import symmetric_group
-from orchestra.worker.plan_channel import RankLostError
+from orchestra.worker.plan_socket import RankLostError
 from orchestra.worker.sharding import Shard
 from orchestra.worker.symmetric_group import SharedBuffers, SymmetricGroup
 

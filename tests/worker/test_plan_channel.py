@@ -12,14 +12,8 @@ import pytest
 from orchestra._core import MessageRingReader
 from orchestra.errors import InternalError
 from orchestra.worker import plan_channel, plan_ring
-from orchestra.worker.plan_channel import (
-    MESSAGE_BYTES_MAX,
-    NO_TERMS,
-    CacheTerms,
-    Follower,
-    Leader,
-    RankLostError,
-)
+from orchestra.worker.plan_channel import NO_TERMS, CacheTerms, Follower, Leader
+from orchestra.worker.plan_socket import MESSAGE_BYTES_MAX, RankLostError
 
 TIMEOUT_S = 20
 TERMS = CacheTerms(7, "/proc/1/fd/2")

@@ -19,8 +19,9 @@ import pytest
 
 from orchestra.errors import InternalError
 from orchestra.worker import plan_ring, plan_socket
-from orchestra.worker.plan_channel import MESSAGE_BYTES_MAX, Follower, Leader, RankLostError
+from orchestra.worker.plan_channel import Follower, Leader
 from orchestra.worker.plan_ring import RingReceiver, RingSender
+from orchestra.worker.plan_socket import MESSAGE_BYTES_MAX, RankLostError
 from tests.worker import plan_process
 
 RANKS = multiprocessing.get_context("forkserver")

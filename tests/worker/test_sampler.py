@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from orchestra.worker import sampling
-from orchestra.worker.drawn import Drawn
+from orchestra.worker.drawn import Packed
 from orchestra.worker.plan import StepOutput
 from orchestra.worker.sampler import Sampler
 from tests.worker.plans import sampling_start
@@ -243,13 +243,13 @@ def test_results_come_in_one_piece(
 ) -> None:
     sampler, fetched = Sampler(WIDE, 3, CPU), []
     sampler.start(starts)
-    read = Drawn._read
+    read = Packed.read
 
-    def count(drawn: Drawn) -> StepOutput:
-        fetched.append(drawn._numbers.shape)
-        return read(drawn)
+    def count(packed: Packed) -> StepOutput:
+        fetched.append(packed.numbers.shape)
+        return read(packed)
 
-    monkeypatch.setattr(Drawn, "_read", count)
+    monkeypatch.setattr(Packed, "read", count)
     slots = np.array([start.slot for start in starts], np.int32)
     sampler.draw(wide_logits()[slots], slots, slots, 3).fetch()
     assert fetched == [(len(starts), 1 + 1 + 3 + 3)] * fetches

@@ -16,7 +16,7 @@ from orchestra.errors import ConfigError
 from orchestra.worker.collectives import join_group
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.parallel import Communicator, ProcessGroup
-from orchestra.worker.plan_channel import RankLostError
+from orchestra.worker.plan_socket import RankLostError
 from orchestra.worker.sharding import Shard
 from orchestra.worker.shared_group import SharedMemoryGroup
 from tests.worker.group_process import COLUMNS, SIZES, add_up, lose_a_rank, numbers

@@ -13,7 +13,7 @@ from orchestra.worker import collectives, nvlink, symmetric_group
 from orchestra.worker.collectives import join_group
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.parallel import SingleRank
-from orchestra.worker.plan_channel import RankLostError
+from orchestra.worker.plan_socket import RankLostError
 from orchestra.worker.renewable_group import RenewableGroup
 from orchestra.worker.sharding import Shard
 from orchestra.worker.symmetric_group import Cut

@@ -88,6 +88,8 @@ class ThreadCommunicator:
         self.shard = shard
         self.log: list[tuple[str, int]] = []
         """Which sums were started and finished, by their numbers."""
+        self.gathered: list[int] = []
+        """Columns of what was gathered."""
         self._group = group
         self._num_started = 0
 
@@ -108,6 +110,7 @@ class ThreadCommunicator:
         return finish
 
     def gather_columns(self, tensor: Tensor) -> Tensor | None:
+        self.gathered.append(tensor.shape[1])
         parts = self._group.exchange(self.shard.rank, tensor)
         return torch.cat(parts, dim=-1) if self.shard.rank == 0 else None
 
@@ -206,16 +209,21 @@ def thread_ranks(
         return list(pool.map(build, range(in_stage * stages)))
 
 
-def script(kind: str, reference: Reference) -> tuple[list[bytes], list[list[int]]]:
-    """Plans with chunks, decodes and both together; and the sequences that each step samples from."""
+def script(
+    kind: str, reference: Reference, num_top_logprobs: int = ALTERNATIVES, **sampling: Any
+) -> tuple[list[bytes], list[list[int]]]:
+    """Plans with chunks, decodes and both together; and the sequences that each step samples from.
+
+    The second sequence draws as `sampling` says.
+    """
     builder = PlanBuilder(64)
     sequences = {"a": prompt(37), "b": prompt(9, seed=1)}
     for name, tokens in sequences.items():
         builder.add(name, tokens)
-    starts = [sampling_start(member.slot) for member in builder.sequences.values()]
+    starts = [sampling_start(0), sampling_start(1, **sampling)]
     messages, sampled = [], []
     for step in ({"a": 16}, {"a": 21, "b": 9}, {"a": 1, "b": 1}, {"b": 1}, {"a": 1, "b": 1}):
-        plan = builder.plan(step, starts, num_top_logprobs=ALTERNATIVES)
+        plan = builder.plan(step, starts, num_top_logprobs)
         starts = []
         messages.append(encode_plan(plan))
         members = [
@@ -275,6 +283,36 @@ def compare(kind: str, ranks: list[Rank], reference: Reference) -> None:
                 assert_close(actual, reference(kind, sampled[row])[-1])
                 row += 1
     assert row == len(sampled)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("llama", 2), ("gemma2", 2), ("llama-tied", 8)],
+    ids=["untied", "capped", "tied, padded"],
+)
+def test_ranks_draw_the_likeliest_token(
+    kind: str, size: int, temperature: float, checkpoint: Checkpoints, reference: Reference
+) -> None:
+    """Of their parts; or of the whole, where a sequence draws at random, even if it has no choice."""
+    messages, sampled = script(
+        *(kind, reference), num_top_logprobs=-1, temperature=temperature, top_k=1
+    )
+    ranks = thread_ranks(checkpoint(kind), size)
+    communicator = ranks[0].group.communicator
+    assert isinstance(communicator, ThreadCommunicator)
+    communicator.gathered.clear()
+    drawn: list[int] = []
+    with ThreadPoolExecutor(size) as pool:
+        for message in messages:
+            plan = ranks[0].reader.read(message)
+            every = list(pool.map(lambda rank, plan=plan: rank.runner.execute(plan), ranks))
+            drawn += every[0].token_ids.tolist()
+            assert all(len(output.token_ids) == 0 for output in every[1:])
+    assert drawn == [int(reference(kind, context)[-1].argmax()) for context in sampled]
+    is_whole = [columns > 1 for columns in communicator.gathered]
+    # The second sequence draws in all steps but the first, where nobody does.
+    assert is_whole == [temperature > 0] * (len(messages) - 1)
 
 
 @contextmanager

@@ -36,7 +36,8 @@ from orchestra.worker.models import LOADERS, Model
 from orchestra.worker.models.decoder import Decoder
 from orchestra.worker.overlap import HalvedAttention, OverlappedDecoder, may_overlap
 from orchestra.worker.plan import PlanReader
-from orchestra.worker.plan_channel import CacheTerms, RankLostError
+from orchestra.worker.plan_channel import CacheTerms
+from orchestra.worker.plan_socket import RankLostError
 from orchestra.worker.recorded_decoder import RECORDED_ROWS, recorded
 from orchestra.worker.runner import ModelRunner, warm_up_plan
 from orchestra.worker.runner_choice import ModelShape, load_hf, read_model_config

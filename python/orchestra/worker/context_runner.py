@@ -15,6 +15,7 @@ from orchestra.worker.context_parallel import (
     without_samples,
 )
 from orchestra.worker.kv_cache import PagedCache
+from orchestra.worker.logits import Logits
 from orchestra.worker.models import Model
 from orchestra.worker.plan import StepPlan
 from orchestra.worker.runner import ModelRunner
@@ -136,6 +137,5 @@ class ContextRunner(ModelRunner):
         super().__init__(model, cache, attention, sampler, device)
         self._division = attention
 
-    def forward(self, plan: StepPlan) -> Tensor | None:
-        """Computes this rank's part of a step's KV and, on the rank with the sampler, its logits."""
-        return super().forward(self._division.divide(plan))
+    def _compute(self, plan: StepPlan) -> Logits | None:
+        return super()._compute(self._division.divide(plan))

@@ -19,6 +19,7 @@ from torch import Tensor
 from orchestra.worker.attention import AttentionBackend
 from orchestra.worker.decode_inputs import DecodeInputs
 from orchestra.worker.drawn import LatestTokens
+from orchestra.worker.logits import WholeLogits
 from orchestra.worker.models import Model
 from orchestra.worker.plan import StepPlan
 
@@ -112,7 +113,7 @@ class DecodeGraphs:
             and np.array_equal(plan.sample_sequences, np.arange(count))
         )
 
-    def run(self, plan: StepPlan, latest: LatestTokens | None = None) -> Tensor | None:
+    def run(self, plan: StepPlan, latest: LatestTokens | None = None) -> WholeLogits | None:
         """Computes a step that `takes` has said yes to; the logits are valid until the next one.
 
         Args:
@@ -120,7 +121,7 @@ class DecodeGraphs:
             latest: has its pending tokens, where there may be some.
 
         Returns:
-            As `ModelRunner.forward`.
+            What is drawn by; None on ranks that draw nothing.
         """
         count = len(plan.context_lens)
         size = self._sizes[bisect_left(self._sizes, count)]
@@ -128,7 +129,7 @@ class DecodeGraphs:
         if latest is not None:
             latest.fill(self._inputs.token_ids, plan.pending)
         logits = self._replays[size]()
-        return None if logits is None else logits[:count]
+        return None if logits is None else WholeLogits(logits[:count])
 
     def _compute(
         self, begin: Callable[[], None], size: int, target: Tensor | None
@@ -136,7 +137,8 @@ class DecodeGraphs:
         """The forward pass of `size` rows; the logits are copied to `target`, where there is one."""
         begin()
         token_ids, positions = self._inputs.token_ids[:size], self._inputs.positions[:size]
-        logits = self._model.forward(token_ids, positions, self._attention, None)
+        shared = self._model.forward(token_ids, positions, self._attention, None)
+        logits = None if shared is None else shared.whole()
         return logits if logits is None or target is None else target[:size].copy_(logits)
 
 

@@ -35,14 +35,34 @@ class Packed(NamedTuple):
             tokens: `[N]`, of any integer dtype.
             num_alternatives: the most that a sample wants; -1: no log-probabilities at all.
         """
-        column = tokens.int().unsqueeze(1)
         if num_alternatives < 0:
-            return cls(column, num_alternatives)
+            return cls.of_tokens(tokens)
+        column = tokens.int().unsqueeze(1)
         logprobs = torch.log_softmax(logits, 1, dtype=torch.float32)
         top = logprobs.topk(num_alternatives, 1)
         chosen = logprobs.gather(1, tokens.clamp(min=0).unsqueeze(1))
         floats = chosen.view(torch.int32), top.values.view(torch.int32)
         return cls(torch.cat([column, *floats, top.indices.int()], 1), num_alternatives)
+
+    @classmethod
+    def of_tokens(cls, tokens: Tensor) -> "Packed":
+        """Tokens (`[N]`, of any integer dtype) without log-probabilities."""
+        return cls(tokens.int().unsqueeze(1), -1)
+
+    def read(self) -> StepOutput:
+        """Takes them apart again; `numbers` is on the host."""
+        columns = self.numbers.numpy()
+        token_ids = np.ascontiguousarray(columns[:, 0])
+        if self.num_alternatives < 0:
+            return StepOutput(token_ids, _NO_FLOATS, _NO_INTS, _NO_FLOATS)
+        end = 2 + self.num_alternatives
+        floats: Float32Array = np.ascontiguousarray(columns[:, 1:end]).view(np.float32)
+        return StepOutput(
+            token_ids,
+            np.ascontiguousarray(floats[:, 0]),
+            np.ascontiguousarray(columns[:, end:]),
+            np.ascontiguousarray(floats[:, 1:]),
+        )
 
 
 Settle = Callable[[Int32Array], Packed | None]
@@ -59,45 +79,30 @@ class Drawn:
     """
 
     def __init__(self, packed: Packed, settle: Settle | None = None) -> None:
-        self._num_alternatives = packed.num_alternatives
+        self._packed = packed
         self._settle = settle
         self._output: StepOutput | None = None
         self._copied: torch.cuda.Event | None = None
-        self._numbers = packed.numbers
         if packed.numbers.is_cuda:
-            self._numbers = torch.empty_like(packed.numbers, device="cpu", pin_memory=True)
-            self._numbers.copy_(packed.numbers, non_blocking=True)
+            numbers = torch.empty_like(packed.numbers, device="cpu", pin_memory=True)
+            numbers.copy_(packed.numbers, non_blocking=True)
+            self._packed = packed._replace(numbers=numbers)
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
 
     def fetch(self) -> StepOutput:
         """Waits for the draws, and for those alone; again gives the same."""
         if self._output is None:
-            output = self._read()
+            if self._copied is not None:
+                self._copied.synchronize()
+            output = self._packed.read()
             if self._settle is not None:
                 undecided = np.flatnonzero(output.token_ids == UNDECIDED)
                 packed = self._settle(undecided.astype(np.int32))
                 if packed is not None:
-                    self._numbers, self._copied = packed.numbers.cpu(), None
-                    output = self._read()
+                    output = packed._replace(numbers=packed.numbers.cpu()).read()
             self._output, self._settle = output, None
         return self._output
-
-    def _read(self) -> StepOutput:
-        if self._copied is not None:
-            self._copied.synchronize()
-        columns = self._numbers.numpy()
-        token_ids = np.ascontiguousarray(columns[:, 0])
-        if self._num_alternatives < 0:
-            return StepOutput(token_ids, _NO_FLOATS, _NO_INTS, _NO_FLOATS)
-        end = 2 + self._num_alternatives
-        floats: Float32Array = np.ascontiguousarray(columns[:, 1:end]).view(np.float32)
-        return StepOutput(
-            token_ids,
-            np.ascontiguousarray(floats[:, 0]),
-            np.ascontiguousarray(columns[:, end:]),
-            np.ascontiguousarray(floats[:, 1:]),
-        )
 
 
 class LatestTokens:

@@ -82,7 +82,7 @@ def check_against_own_attention(
         logits = model.forward(tokens, positions, attention, None)
         assert logits is not None
         lengths = np.diff(plan.query_start).tolist()
-        for piece, rows in zip(step, torch.split(logits, lengths), strict=True):
+        for piece, rows in zip(step, torch.split(logits.whole(), lengths), strict=True):
             pieces[piece.sequence].append(rows)
     tolerance = _TOLERANCE.get(dtype, _TOLERANCE_HALF)
     for tokens_of_one, parts in zip(sequences, pieces, strict=True):

@@ -21,6 +21,7 @@ from orchestra.worker.hf_attention import (
 )
 from orchestra.worker.hf_config import HfConfig, HfShape, check_rotations
 from orchestra.worker.loader import NAMED_IN_ERRORS_MAX
+from orchestra.worker.logits import WholeLogits
 
 # Tokens of the run that is watched: more than one, so that every module takes its path for several.
 _WATCHED_TOKENS = 4
@@ -77,11 +78,14 @@ class HfModel:
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, rows: Tensor | None
-    ) -> Tensor | None:
+    ) -> WholeLogits | None:
         """Runs one step; see `models.Model`."""
         with running(self._table, attention):
             logits = self.logits(token_ids, positions, rows)
-        return logits if logits.shape[0] else None
+        return WholeLogits(logits) if logits.shape[0] else None
+
+    def forget(self) -> None:
+        """Does nothing: no step is recorded."""
 
     @torch.inference_mode()
     def _watch(self, config: HfConfig, tokens: Tensor) -> None:

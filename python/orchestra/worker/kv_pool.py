@@ -11,7 +11,8 @@ from orchestra.worker.config import WorkerConfig
 from orchestra.worker.group import Group
 from orchestra.worker.kv_cache import KvCacheSpec
 from orchestra.worker.kv_memory import KvMemory, map_memory, num_scratch_blocks
-from orchestra.worker.plan_channel import Follower, RankLostError
+from orchestra.worker.plan_channel import Follower
+from orchestra.worker.plan_socket import RankLostError
 
 if TYPE_CHECKING:
     from orchestra._core import KvPool

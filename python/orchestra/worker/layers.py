@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812 (torch's own customary name)
 from orchestra.worker import recording, row_kernels
 from orchestra.worker.linear import make_linear
 from orchestra.worker.loader import WeightReader, empty_weight
+from orchestra.worker.logits import Logits, SharedLogits, WholeLogits
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.parallel import Communicator
 from orchestra.worker.sharding import Span, Stage
@@ -228,7 +229,7 @@ class VocabEmbedding:
 
 
 class VocabHead:
-    """Logits, the vocabulary spread over the ranks and gathered on rank 0.
+    """Logits, the vocabulary spread over the ranks.
 
     Args:
         weight: `[rows, H]`, this rank's rows and padding below them.
@@ -249,14 +250,13 @@ class VocabHead:
         """Maps `[N, H]` to this rank's columns, `[N, rows]`."""
         return self._linear(hidden)
 
-    def join(self, part: Tensor) -> Tensor | None:
-        """Maps the ranks' columns to `[N, vocab]` on rank 0, to None elsewhere."""
-        logits = self._communicator.gather_columns(part)
-        if logits is None:
-            return None
+    def logits(self, part: Tensor) -> Logits:
+        """The logits that these columns are this rank's part of."""
         if self._soft_cap is not None:
-            logits.div_(self._soft_cap).tanh_().mul_(self._soft_cap)
-        return logits[:, : self._vocab]
+            part.div_(self._soft_cap).tanh_().mul_(self._soft_cap)
+        if self._communicator.shard.size == 1:
+            return WholeLogits(part)
+        return SharedLogits(part, self._vocab, self._communicator)
 
 
 def load_vocab_rows(context: LoadContext, name: str, vocab: int, hidden: int) -> Tensor:

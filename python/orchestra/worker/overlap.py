@@ -16,11 +16,11 @@ from orchestra.worker import summing
 from orchestra.worker.attention import AttentionBackend, LayerListener
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.context_parallel import ROWS_MIN, Segment, part_of
+from orchestra.worker.logits import Logits
 from orchestra.worker.models import Model
 from orchestra.worker.models.decoder import Decoder, Rotations
 from orchestra.worker.parallel import Communicator, Overlapping
 from orchestra.worker.plan import StepPlan
-from orchestra.worker.recorded_decoder import RecordedDecoder
 from orchestra.worker.renewable_group import RenewableGroup
 from orchestra.worker.sharding import Span
 from orchestra.worker.summing import Summing
@@ -127,7 +127,7 @@ class OverlappedDecoder:
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, rows: Tensor | None
-    ) -> Tensor | None:
+    ) -> Logits | None:
         """Runs one step; see `models.Model`."""
         assert attention is self.attention
         cut, decoder = self.attention.cut, self.decoder
@@ -153,9 +153,8 @@ class OverlappedDecoder:
         return decoder.leave(decoder.finish(*(part.index_select(0, rows) for part in joined)))
 
     def forget(self) -> None:
-        """Lets go of a recording; see `RecordedDecoder`."""
-        if isinstance(self.usual, RecordedDecoder):
-            self.usual.forget()
+        """See `models.Model`."""
+        self.usual.forget()
 
     def _half(
         self,

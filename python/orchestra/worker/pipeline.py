@@ -11,7 +11,7 @@ from orchestra.errors import InternalError
 from orchestra.worker.assembly import Rank
 from orchestra.worker.drawn import NOTHING_DRAWN, Drawn
 from orchestra.worker.plan import StepOutput, StepPlan
-from orchestra.worker.plan_channel import MESSAGE_BYTES_MAX
+from orchestra.worker.plan_socket import MESSAGE_BYTES_MAX
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ Float32Array = NDArray[np.float32]
 
 # Stands for a token that a step in flight draws: the one that was last drawn for its slot.
 PENDING_TOKEN = -1
+# Temperatures below this are greedy: dividing by them would overflow.
+GREEDY_BELOW = 1e-5
 # Bounds what damaged sampling parameters can make us allocate.
 ARRAY_BYTES_MAX = 64 << 20
 
@@ -56,6 +58,12 @@ class SequenceStart:
             or self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
         )
+
+    @property
+    def is_likeliest_only(self) -> bool:
+        """Whether its tokens are the likeliest ones by the logits as they are."""
+        is_edited = self.has_penalties or len(self.logit_bias_ids) > 0
+        return self.temperature < GREEDY_BELOW and not is_edited
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,6 @@ from orchestra.worker.plan_socket import (
 )
 from orchestra.worker.rank_processes import RankProcesses
 
-__all__ = ["MESSAGE_BYTES_MAX", "Follower", "Leader", "RankLostError"]
-
 CONNECT_TIMEOUT_S = 60.0
 # Whoever connects says at once who it is.
 HELLO_TIMEOUT_S = 5.0

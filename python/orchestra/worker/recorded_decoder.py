@@ -9,6 +9,7 @@ from torch import Tensor
 from orchestra.errors import InvalidRequestError
 from orchestra.worker.attention import AttentionBackend
 from orchestra.worker.attention_cpu import CpuPagedAttention
+from orchestra.worker.logits import Logits
 from orchestra.worker.models import Model
 from orchestra.worker.models.decoder import Decoder, Rotations
 from orchestra.worker.recording import Buffers, NotRecordableError, Part, Recorder
@@ -66,12 +67,12 @@ class RecordedDecoder:
         return self._recording is not None
 
     def forget(self) -> None:
-        """Lets go of the recording, as must be done when the group of ranks has changed: it holds its sums."""
+        """See `models.Model`."""
         self._recording = None
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, rows: Tensor | None
-    ) -> Tensor | None:
+    ) -> Logits | None:
         """Runs one step; see `models.Model`. The logits are valid until the next one."""
         is_small = len(token_ids) <= RECORDED_ROWS and attention is self._attention
         if not is_small or self._attention.is_watched or self.obstacle is not None:
@@ -96,7 +97,7 @@ class RecordedDecoder:
 
     def _run(
         self, recording: _Recording, inputs: list[Tensor], rows: Tensor | None
-    ) -> Tensor | None:
+    ) -> Logits | None:
         decoder, count = self._decoder, len(inputs[0])
         for kept, given in zip(recording.inputs, inputs, strict=True):
             kept[:count] = given

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from orchestra import _core
 from orchestra.errors import InternalError
 from orchestra.worker.parallel import Communicator
-from orchestra.worker.plan_channel import RankLostError
+from orchestra.worker.plan_socket import RankLostError
 from orchestra.worker.renewable_group import RenewableGroup
 from orchestra.worker.shared_group import SharedMemoryGroup
 

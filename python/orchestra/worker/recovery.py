@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from orchestra.worker.assembly import Rank
-from orchestra.worker.plan_channel import Follower, Leader, RankLostError
+from orchestra.worker.plan_channel import Follower, Leader
+from orchestra.worker.plan_socket import RankLostError
 from orchestra.worker.rank_watch import FollowerWatch, LeaderWatch, Patience
 from orchestra.worker.renewable_group import RenewableGroup
 

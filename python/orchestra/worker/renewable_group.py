@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from orchestra.worker.parallel import Communicator, Overlapping
-from orchestra.worker.plan_channel import RankLostError
+from orchestra.worker.plan_socket import RankLostError
 from orchestra.worker.sharding import Shard
 
 

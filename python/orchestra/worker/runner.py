@@ -8,10 +8,10 @@ from orchestra.worker.attention import AttentionBackend, LayerListener
 from orchestra.worker.decode_graphs import DecodeGraphs
 from orchestra.worker.drawn import NOTHING_DRAWN, Drawn
 from orchestra.worker.kv_cache import PagedCache
+from orchestra.worker.likeliest import LikeliestOnly
+from orchestra.worker.logits import Logits
 from orchestra.worker.models import Model
-from orchestra.worker.overlap import OverlappedDecoder
 from orchestra.worker.plan import NO_COPIES, StepOutput, StepPlan
-from orchestra.worker.recorded_decoder import RecordedDecoder
 from orchestra.worker.sampler import Sampler
 from orchestra.worker.staging import send
 
@@ -44,6 +44,7 @@ class ModelRunner:
         self._sampler = sampler
         self._device = device
         self._latest = None if sampler is None else sampler.latest
+        self._likeliest = LikeliestOnly()
 
     def watch(self, listener: LayerListener) -> None:
         """Lets `listener` hear of each layer of the steps that fill blocks for other workers."""
@@ -53,8 +54,7 @@ class ModelRunner:
         """Lets go of recorded steps, as must be done when the group of ranks has changed."""
         if self.graphs is not None:
             self.graphs.forget()
-        if isinstance(self._model, RecordedDecoder | OverlappedDecoder):
-            self._model.forget()
+        self._model.forget()
 
     def execute(self, plan: StepPlan) -> StepOutput:
         """Runs a step. Every rank of the group must run the same.
@@ -72,13 +72,20 @@ class ModelRunner:
         Returns:
             The draws, in the order of the plan's samples, to be waited for; None where nothing is drawn.
         """
+        self._likeliest.start(plan.starts)
         if self._sampler is not None:
             self._sampler.start(plan.starts)
-        logits = self.forward(plan)
-        if logits is None or self._sampler is None:
+        if self._likeliest.is_all_of(plan):
+            logits = self._compute(plan)
+            tokens = None if logits is None else logits.likeliest()
+            if tokens is None or self._sampler is None:
+                return None
+            return self._sampler.take(tokens, plan.sample_slots)
+        whole = self.forward(plan)
+        if whole is None or self._sampler is None:
             return None
         return self._sampler.draw(
-            logits, plan.sample_slots, plan.sample_positions, plan.num_top_logprobs
+            whole, plan.sample_slots, plan.sample_positions, plan.num_top_logprobs
         )
 
     @torch.inference_mode()
@@ -88,6 +95,10 @@ class ModelRunner:
         Returns:
             `[N, vocab_size]` in the order of the plan's samples; None on ranks without a sampler, and where `N` is 0.
         """
+        logits = self._compute(plan)
+        return None if logits is None else logits.whole()
+
+    def _compute(self, plan: StepPlan) -> Logits | None:
         self._cache.copy_blocks(plan.swap_out, plan.swap_in)
         if self.graphs is not None and self.graphs.takes(plan):
             return self.graphs.run(plan, self._latest)

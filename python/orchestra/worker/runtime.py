@@ -18,7 +18,8 @@ from orchestra.worker.layer_mover import MoveOrder
 from orchestra.worker.metrics import WorkerMetrics
 from orchestra.worker.pipeline import StepsInFlight, execute
 from orchestra.worker.plan import StepOutput, StepPlan
-from orchestra.worker.plan_channel import Follower, RankLostError
+from orchestra.worker.plan_channel import Follower
+from orchestra.worker.plan_socket import RankLostError
 from orchestra.worker.recovery import LOSSES, FollowerRecovery, LeaderRecovery
 from orchestra.worker.repartition import Repartition, obey
 

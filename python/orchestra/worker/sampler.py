@@ -15,7 +15,7 @@ from torch import Tensor
 
 from orchestra.worker import sampling
 from orchestra.worker.drawn import UNDECIDED, Drawn, LatestTokens, Packed
-from orchestra.worker.plan import Float32Array, Int32Array, SequenceStart
+from orchestra.worker.plan import GREEDY_BELOW, Float32Array, Int32Array, SequenceStart
 from orchestra.worker.staging import send
 from orchestra.worker.token_history import TokenHistory
 
@@ -57,8 +57,6 @@ class Sampler:
         self._top_k = np.full(max_num_seqs, vocab_size, np.int64)
         self._seed = np.zeros(max_num_seqs, np.uint64)
         self._has_bias = np.zeros(max_num_seqs, np.bool_)
-        # Slots that do more than take the likeliest token.
-        self._special: set[int] = set()
         self._bias: dict[int, tuple[NDArray[np.int64], Float32Array]] = {}
         self._history = TokenHistory(vocab_size, max_num_seqs, device)
 
@@ -79,10 +77,6 @@ class Sampler:
             self._seed[slot] = start.seed
             self._history.start(start)
             self._has_bias[slot] = len(start.logit_bias_ids) > 0
-            is_greedy = start.temperature < sampling.GREEDY_BELOW
-            self._special.discard(slot)
-            if self._has_bias[slot] or start.has_penalties or not is_greedy:
-                self._special.add(slot)
             self._bias.pop(slot, None)
             if self._has_bias[slot]:
                 ids = start.logit_bias_ids.astype(np.int64)
@@ -103,11 +97,6 @@ class Sampler:
             positions: `[N]`, that the tokens will have.
             num_top_logprobs: alternatives to report; -1: no log-probabilities at all.
         """
-        if num_top_logprobs < 0 and self._special.isdisjoint(slots.tolist()):
-            # What follows would take Python longer than the numbers.
-            tokens = sampling.argmax(logits)
-            self._note(slots, tokens)
-            return Drawn(Packed.of(logits, tokens, num_top_logprobs))
         edited = self._add_bias(logits, slots)
         edited = self._history.penalise(edited, slots)
         tokens, is_final = self._draw(edited, slots, positions)
@@ -127,6 +116,16 @@ class Sampler:
         self._unsettled = Drawn(packed, settle)
         return self._unsettled
 
+    def take(self, tokens: Tensor, slots: Int32Array) -> Drawn:
+        """Draws what others have found to be the likeliest tokens of `LikeliestOnly` slots.
+
+        Args:
+            tokens: `[N]`, of any integer dtype.
+            slots: `[N]`, all different.
+        """
+        self._note(slots, tokens)
+        return Drawn(Packed.of_tokens(tokens))
+
     def _keep(self, slots: Int32Array, tokens: Tensor) -> None:
         """What later steps need to know of the draws."""
         self._history.append(slots, tokens)
@@ -137,7 +136,7 @@ class Sampler:
             self.latest.note(slots, tokens)
 
     def _draw(self, logits: Tensor, slots: Int32Array, positions: Int32Array) -> _Draws:
-        is_greedy = self._temperature[slots] < sampling.GREEDY_BELOW
+        is_greedy = self._temperature[slots] < GREEDY_BELOW
         if is_greedy.all():
             return _Draws(sampling.argmax(logits), is_final=True)
         if not is_greedy.any():

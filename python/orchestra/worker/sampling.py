@@ -11,12 +11,11 @@ from torch import Tensor
 from orchestra import _core
 from orchestra.worker.row_kernels import KERNEL_DTYPES
 
-# Temperatures below this are greedy: dividing by them would overflow.
-GREEDY_BELOW = 1e-5
 # Tokens that top-k and top-p look at first. Rows that keep more are ranked whole.
 CANDIDATES = 1024
 
 _U64 = np.uint64
+_TOKEN_MASK = 0xFFFFFFFF
 
 
 def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -64,6 +63,40 @@ def argmax(logits: Tensor) -> Tensor:
         *(tokens.data_ptr(), torch.get_num_threads()),
     )
     return tokens
+
+
+def candidates(logits: Tensor, first: int) -> Tensor:
+    """The most likely token of each row among some of the vocabulary, to be compared by `likeliest_of`.
+
+    Args:
+        logits: `[N, C]` of these tokens, of any float dtype.
+        first: the token of the first column.
+
+    Returns:
+        `int64[N, 1]`: the place of the token's logit among all numbers in the high half, so that the largest candidate
+        has the largest logit; and the complement of the token in the low half, so that it is the first of equals.
+    """
+    rows, columns = logits.shape
+    if columns == 0:
+        return torch.full((rows, 1), torch.iinfo(torch.int64).min, device=logits.device)
+    if not _suits_kernels(logits):
+        tokens = logits.argmax(1, keepdim=True)
+        # Zeros are equal, whatever their sign.
+        bits = logits.gather(1, tokens).float().add_(0.0).view(torch.int32)
+        order = bits ^ (bits >> 31).bitwise_and_(0x7FFFFFFF)
+        return (order.long() << 32) + (_TOKEN_MASK - first - tokens)
+    found = torch.empty(rows, 1, dtype=torch.int64)
+    _core.candidates(
+        *(KERNEL_DTYPES[logits.dtype], (rows, columns)),
+        *((logits.data_ptr(), logits.stride(0)), first),
+        *(found.data_ptr(), torch.get_num_threads()),
+    )
+    return found
+
+
+def likeliest_of(candidates: Tensor) -> Tensor:
+    """The tokens (`int64[N]`) of the best of some `candidates` (`int64[N, any]`)."""
+    return _TOKEN_MASK - (candidates.amax(1) & _TOKEN_MASK)
 
 
 def rank_threshold(probabilities: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from torch.distributed.distributed_c10d import Store
 
 from orchestra._core import SharedGroup
 from orchestra.errors import InternalError
-from orchestra.worker.plan_channel import RankLostError
+from orchestra.worker.plan_socket import RankLostError
 from orchestra.worker.row_kernels import KERNEL_DTYPES
 from orchestra.worker.sharding import Shard
 

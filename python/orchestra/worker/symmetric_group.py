@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import Store
 from orchestra.worker import symmetric_triton_kernels as kernels
 from orchestra.worker.attention_triton import DTYPES, is_interpreted
 from orchestra.worker.parallel import ProcessGroup
-from orchestra.worker.plan_channel import RankLostError
+from orchestra.worker.plan_socket import RankLostError
 from orchestra.worker.sharding import Shard
 
 # Programs of the kernel at most, all of which have to run at once: GPUs with NVLink have more processors.

@@ -9,7 +9,7 @@
 mod draws;
 mod each;
 
-pub use self::draws::{Best, Draw, Logits, Softmax};
+pub use self::draws::{Best, Candidates, Draw, Logits, Softmax};
 
 use crate::{
     element::Element,
@@ -193,6 +193,15 @@ pub unsafe fn look_up<E: Element>(look_up: &LookUp<E>, threads: u32) {
 pub unsafe fn argmax<E: Element>(best: &Best<E>, threads: u32) {
     // SAFETY: the caller's promise.
     unsafe { run(best, threads) }
+}
+
+/// Finds the largest number of each row as [`argmax`] does, to be compared with those of other columns.
+///
+/// # Safety
+/// As [`rms_norm`], with the shapes of [`Candidates`].
+pub unsafe fn candidates<E: Element>(candidates: &Candidates<E>, threads: u32) {
+    // SAFETY: the caller's promise.
+    unsafe { run(candidates, threads) }
 }
 
 /// Divides rows by their temperatures and makes probabilities of them, in `f32`.

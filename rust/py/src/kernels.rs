@@ -16,7 +16,7 @@ pub(crate) use self::{
     linear::Linear,
     recording::{KernelProgram, begin_recording, end_recording},
     ring::{MessageRingReader, MessageRingWriter},
-    rows::{add, argmax, draw, gate, look_up, rms_norm, rotate, softmax},
+    rows::{add, argmax, candidates, draw, gate, look_up, rms_norm, rotate, softmax},
 };
 use crate::errors::Failure;
 

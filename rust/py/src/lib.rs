@@ -32,8 +32,8 @@ mod _core {
         errors::error_codes,
         kernels::{
             KernelProgram, Linear, MessageRingReader, MessageRingWriter, PagedAttention,
-            SharedGroup, add, argmax, begin_recording, draw, end_recording, gate, look_up,
-            rms_norm, rotate, softmax,
+            SharedGroup, add, argmax, begin_recording, candidates, draw, end_recording, gate,
+            look_up, rms_norm, rotate, softmax,
         },
         kv_pool::KvPool,
         memory::{

@@ -9,6 +9,7 @@ from torch import Tensor
 from orchestra.worker.attention import AttentionBackend
 from orchestra.worker.layers import LoadContext
 from orchestra.worker.loader import Progress
+from orchestra.worker.logits import Logits
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.models.decoder import Decoder, LoadLayer
 from orchestra.worker.models.deepseek import DeepseekLayer
@@ -22,7 +23,7 @@ class Model(Protocol):
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, rows: Tensor | None
-    ) -> Tensor | None:
+    ) -> Logits | None:
         """Runs one step.
 
         Args:
@@ -32,8 +33,12 @@ class Model(Protocol):
             rows: `int64[N]`, the tokens whose logits are wanted; None: all, in order.
 
         Returns:
-            The logits `[N, vocab_size]`; None on other ranks than the last stage's first, and where `N` is 0.
+            The logits of `N` rows; None on the ranks of other stages than the last, and where `N` is 0.
         """
+        ...
+
+    def forget(self) -> None:
+        """Lets go of recorded steps, as must be done when the group of ranks has changed: they hold its sums."""
         ...
 
 

@@ -17,6 +17,7 @@ from orchestra.worker.layers import (
     load_vocab_rows,
 )
 from orchestra.worker.loader import Progress
+from orchestra.worker.logits import Logits
 from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.parallel import Communicator
 from orchestra.worker.rope_config import RopeConfig
@@ -179,13 +180,16 @@ class Decoder:
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, rows: Tensor | None
-    ) -> Tensor | None:
+    ) -> Logits | None:
         """Runs one step; see `models.Model`."""
         return self.run(*self.enter(token_ids, positions), attention, rows)
 
+    def forget(self) -> None:
+        """Does nothing: no step is recorded here."""
+
     def run(
         self, hidden: Tensor, rotations: Rotations, attention: AttentionBackend, rows: Tensor | None
-    ) -> Tensor | None:
+    ) -> Logits | None:
         """The rest of a step behind `enter`."""
         hidden, attended = self.attend(hidden, rotations, attention)
         if rows is not None and self.is_last:
@@ -214,10 +218,10 @@ class Decoder:
         """The rest, for any of the tokens: `[N, H]`, or of the last stage this rank's columns of the logits."""
         return summing.run(self.finishing(hidden, attended), self._communicator)
 
-    def leave(self, finished: Tensor) -> Tensor | None:
-        """Hands that on: to the next stage, or to the rank that draws, where it is the logits."""
+    def leave(self, finished: Tensor) -> Logits | None:
+        """Hands that on: to the next stage, or as logits."""
         if isinstance(self._after, Head):
-            return self._after.join(finished)
+            return self._after.logits(finished)
         self._after.send(finished)
         return None
 
@@ -274,9 +278,9 @@ class Head:
         """Maps `[N, H]` to this rank's columns of the logits."""
         return self._head.project(self._norm(hidden))
 
-    def join(self, part: Tensor) -> Tensor | None:
-        """Maps the ranks' columns to `[N, vocab]` on the stage's first rank, to None elsewhere."""
-        return self._head.join(part)
+    def logits(self, part: Tensor) -> Logits:
+        """The logits that these columns are this rank's part of."""
+        return self._head.logits(part)
 
 
 class FormerStage:

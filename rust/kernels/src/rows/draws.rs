@@ -44,6 +44,17 @@ pub struct Best<E> {
     pub tokens: *mut i64,
 }
 
+/// Rows of some tokens' logits, of which the largest are looked for to be compared with those of other tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Candidates<E> {
+    /// What is compared.
+    pub logits: Logits<E>,
+    /// The token of the first column.
+    pub first: u32,
+    /// `[count]`; see [`candidate`].
+    pub candidates: *mut i64,
+}
+
 /// Rows of logits that become probabilities.
 #[derive(Clone, Copy, Debug)]
 pub struct Softmax<E> {
@@ -72,6 +83,8 @@ pub struct Draw {
 
 // SAFETY: threads read the same rows, and each writes rows that no other has.
 unsafe impl<E: Element> Sync for Best<E> {}
+// SAFETY: as above.
+unsafe impl<E: Element> Sync for Candidates<E> {}
 // SAFETY: as above.
 unsafe impl<E: Element> Sync for Softmax<E> {}
 // SAFETY: as above.
@@ -114,6 +127,47 @@ impl<E: Element> Logits<E> {
         }
         most[0].max(most[1]).max(most[2].max(most[3])).largest()
     }
+
+    /// The largest number of a row and its place, the first of equals; not a number where none is, at place 0.
+    ///
+    /// # Safety
+    /// The row is one of these.
+    #[inline(always)]
+    unsafe fn best<L: Lanes>(&self, row: usize) -> (f32, usize) {
+        let (mut best, mut chosen) = (f32::NEG_INFINITY, 0);
+        for start in (0..self.size).step_by(BLOCK) {
+            let end = self.size.min(start + BLOCK);
+            // SAFETY: the row is one of these.
+            let most = unsafe { self.largest::<L>(row, start..end) };
+            if most > best {
+                (best, chosen) = (most, start);
+            }
+        }
+        let is_best = |at: &usize| {
+            // SAFETY: the row is one of these, and the place is inside it.
+            let number = unsafe { self.numbers.add(row * self.stride + at).read() };
+            number.widen() >= best
+        };
+        match (chosen..self.size).find(is_best) {
+            Some(place) => (best, place),
+            None => (f32::NAN, 0),
+        }
+    }
+}
+
+/// A token and its logit as one number: the largest of several is of the largest logit, and the first of equals.
+///
+/// The high half is the logit's place among all `f32`, below all where it is no number; the low half counts tokens
+/// downwards.
+fn candidate(logit: f32, token: u32) -> i64 {
+    // Zeros are equal, whatever their sign.
+    let bits = (logit + 0.0).to_bits().cast_signed();
+    let order = if logit.is_nan() {
+        i32::MIN
+    } else {
+        bits ^ ((bits >> 31) & i32::MAX)
+    };
+    (i64::from(order) << 32) | i64::from(u32::MAX - token)
 }
 
 impl<E: Element> Work for Best<E> {
@@ -123,25 +177,23 @@ impl<E: Element> Work for Best<E> {
 
     #[inline(always)]
     unsafe fn row<L: Lanes>(&self, row: usize) {
-        let logits = &self.logits;
-        let (mut best, mut chosen) = (f32::NEG_INFINITY, 0);
-        for start in (0..logits.size).step_by(BLOCK) {
-            let end = logits.size.min(start + BLOCK);
-            // SAFETY: the row is one of these.
-            let most = unsafe { logits.largest::<L>(row, start..end) };
-            if most > best {
-                (best, chosen) = (most, start);
-            }
-        }
-        let is_best = |at: &usize| {
-            // SAFETY: the row is one of these, and the place is inside it.
-            let number = unsafe { logits.numbers.add(row * logits.stride + at).read() };
-            number.widen() >= best
-        };
-        // Where none is a number, the first will do.
-        let token = (chosen..logits.size).find(is_best).unwrap_or(0);
+        // SAFETY: the row is one of these, and this thread's alone.
+        unsafe { *self.tokens.add(row) = self.logits.best::<L>(row).1 as i64 };
+    }
+}
+
+impl<E: Element> Work for Candidates<E> {
+    fn shape(&self) -> (usize, usize) {
+        (self.logits.count, self.logits.size)
+    }
+
+    #[inline(always)]
+    unsafe fn row<L: Lanes>(&self, row: usize) {
+        // SAFETY: the row is one of these.
+        let (logit, place) = unsafe { self.logits.best::<L>(row) };
+        let candidate = candidate(logit, self.first + place as u32);
         // SAFETY: as above, and this thread's alone.
-        unsafe { *self.tokens.add(row) = token as i64 };
+        unsafe { *self.candidates.add(row) = candidate };
     }
 }
 

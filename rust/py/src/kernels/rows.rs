@@ -11,7 +11,10 @@
 
 use orchestra_kernels::{
     Element,
-    rows::{self, Activation, Best, Draw, Gate, Logits, LookUp, Norm, Rotation, Softmax, Sum},
+    rows::{
+        self, Activation, Best, Candidates, Draw, Gate, Logits, LookUp, Norm, Rotation, Softmax,
+        Sum,
+    },
 };
 use pyo3::prelude::*;
 
@@ -266,6 +269,40 @@ unsafe fn find_best<E: Element>(
     };
     // SAFETY: the caller's promise.
     unsafe { rows::argmax(&best, threads) }
+}
+
+/// Finds the largest number of each row, and says with it whose it is.
+#[pyfunction]
+pub(crate) fn candidates(
+    py: Python<'_>,
+    dtype: &str,
+    shape: (usize, usize),
+    logits: (usize, usize),
+    first: u32,
+    candidates_ptr: usize,
+    threads: u32,
+) -> PyResult<()> {
+    let dtype = Dtype::read(dtype)?;
+    let target = (first, candidates_ptr);
+    py.detach(|| with_numbers!(dtype, find_candidates(shape, logits, target, threads)));
+    Ok(())
+}
+
+/// # Safety
+/// As `rows::candidates`.
+unsafe fn find_candidates<E: Element>(
+    shape: (usize, usize),
+    logits: (usize, usize),
+    (first, candidates): (u32, usize),
+    threads: u32,
+) {
+    let candidates = Candidates {
+        logits: rows_of::<E>(shape, logits),
+        first,
+        candidates: candidates as *mut i64,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { rows::candidates(&candidates, threads) }
 }
 
 /// Makes probabilities of logits.
