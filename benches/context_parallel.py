@@ -43,7 +43,7 @@ async def ask(system: Orchestra, prompt: list[int]) -> tuple[float, float]:
     """Seconds to the first token, and between the others."""
     line = await system.client.connect()
     moments = await system.client.stream(prompt, OUTPUT_TOKENS, line)
-    line[1].close()
+    line.close()
     return moments[0], (moments[-1] - moments[0]) / (len(moments) - 1)
 
 

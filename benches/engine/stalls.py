@@ -76,14 +76,14 @@ async def _gaps(server: Orchestra, seed: int, *, is_disturbed: bool) -> list[flo
     async def stream() -> list[float]:
         line = await server.client.connect()
         moments = await server.client.stream(prompt(PROMPT), OUTPUT, line)
-        line[1].close()
+        line.close()
         return moments
 
     async def disturb() -> None:
         async def ask() -> None:
             line = await server.client.connect()
             await server.client.stream(prompt(LONG_PROMPT), 1, line)
-            line[1].close()
+            line.close()
 
         asked: list[asyncio.Task[None]] = []
         try:

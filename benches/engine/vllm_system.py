@@ -6,7 +6,6 @@ caching on. `environment` says what the folder has to hold.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import socket
@@ -18,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import uvloop
 
 from benches.serving.client import StreamingClient
 
@@ -44,7 +45,7 @@ class Vllm:
 
     def run(self, cell: Cell, prompts: list[list[int]]) -> Sample:
         """Runs one cell and returns what it took."""
-        return asyncio.run(self.client.closed_loop(cell, prompts))
+        return uvloop.run(self.client.closed_loop(cell, prompts))
 
 
 def environment(home: Path, threads: int) -> dict[str, str]:

@@ -85,7 +85,7 @@ async def shared_prefixes(system: Orchestra, prompts: Prompts) -> Figures:
     async def ask(prefix: list[int]) -> float:
         line = await system.client.connect()
         moments = await system.client.stream(prefix + prompts.tokens(QUESTION), ANSWER, line)
-        line[1].close()
+        line.close()
         return moments[0]
 
     for prefix in families:
@@ -100,7 +100,7 @@ async def long_among_short(system: Orchestra, prompts: Prompts) -> Figures:
     async def decode() -> list[float]:
         line = await system.client.connect()
         moments = await system.client.stream(prompts.tokens(QUESTION), DECODED, line)
-        line[1].close()
+        line.close()
         return [later - earlier for earlier, later in itertools.pairwise(moments)]
 
     async def interfere() -> list[float]:
@@ -109,7 +109,7 @@ async def long_among_short(system: Orchestra, prompts: Prompts) -> Figures:
         for _ in range(LONG_PROMPTS):
             moments = await system.client.stream(prompts.tokens(LONG_PROMPT), 2, line)
             waits.append(moments[0])
-        line[1].close()
+        line.close()
         return waits
 
     *decoded, waits = await asyncio.gather(*(decode() for _ in range(DECODERS)), interfere())
@@ -132,7 +132,7 @@ async def lost_worker(system: Orchestra, prompts: Prompts) -> Figures:
 
     line = await system.client.connect()
     moments = await system.client.stream(prompts.tokens(LONG_PROMPT), LOST_ANSWER, line, kill)
-    line[1].close()
+    line.close()
     eventually(lambda: system.serve.metrics()["orchestra_workers"] == len(workers), 120)
     gaps = [later - earlier for earlier, later in itertools.pairwise(moments)]
     return {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import uvloop
 
 from benches.serving.client import StreamingClient
 from tests.e2e.stack import Serve, start_serve
@@ -30,7 +31,7 @@ class Orchestra:
     def run(self, cell: Cell, prompts: list[list[int]]) -> Sample:
         """Runs one cell and returns what it took."""
         before = self._router_cpu_s()
-        sample = asyncio.run(self.client.closed_loop(cell, prompts))
+        sample = uvloop.run(self.client.closed_loop(cell, prompts))
         self.router_cpu_s += self._router_cpu_s() - before
         self.requests += len(prompts)
         self.elapsed_s += sample.elapsed_s
