@@ -39,6 +39,7 @@ from orchestra.worker.parallel import SingleRank
 from orchestra.worker.plan import SequenceStart, StepPlan
 from orchestra.worker.runner import ModelRunner
 from orchestra.worker.sampler import Sampler
+from orchestra.worker.sampler_slots import SamplerSlots
 
 if TYPE_CHECKING:
     from orchestra.worker.drawn import Drawn
@@ -155,7 +156,7 @@ class Engine:
         largest = max(shape.batches)
         sampler = Sampler(shape.vocab, largest, device)
         sampler.start([greedy(slot) for slot in range(largest)])
-        self.runner = ModelRunner(model, cache, attention, sampler, device)
+        self.runner = ModelRunner(model, cache, attention, SamplerSlots(sampler), device)
         self.graphs: DecodeGraphs | None = None
         if self.attention == "triton":
             inputs = DecodeInputs(largest, -(-longest // BLOCK_SIZE), device)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import pytest
 
 from tests.e2e.stack import start_serve
 
@@ -44,10 +45,11 @@ async def _answers(url: str, model: str) -> list[tuple[str, str, list[float] | N
     ]
 
 
-def test_planning_ahead_changes_no_stream() -> None:
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_planning_ahead_changes_no_stream(ranks: str) -> None:
     answers = []
     for mode in ("off", "on"):
-        with start_serve(DEMO, *FLAGS, "--async-scheduling", mode) as serve:
+        with start_serve(DEMO, *FLAGS, "--tp", ranks, "--async-scheduling", mode) as serve:
             answers.append(asyncio.run(_answers(serve.url, serve.model)))
     assert answers[0] == answers[1]
     assert {reason for _, reason, _ in answers[0]} == {"stop", "length"}

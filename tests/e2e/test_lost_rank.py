@@ -84,6 +84,25 @@ def test_streams_of_an_only_worker_wait_for_a_spare_and_for_a_new_process(checkp
         assert lines(serve, "loaded, attaching to the router") == 1
 
 
+def test_streams_wait_for_a_spare_where_two_steps_are_in_flight(checkpoint: Path) -> None:
+    ahead = ("--async-scheduling", "on", "--kv-transfer", "off")
+    flags = (*FLAGS, *ahead, "--tp", "2", "--spare-ranks", "1", "--rank-hang-timeout-ms", "1000")
+    with start_serve(checkpoint, *flags, environment=PATIENT) as serve:
+        expected = [stream.answer() for stream in start_streams(serve)]
+        before = ranks(serve)
+        (spare,) = spares(serve)
+        streams = start_streams(serve)
+        strike(streams, before[1], signal.SIGKILL)
+        assert [stream.answer() for stream in streams] == expected
+
+        streams = start_streams(serve)
+        strike(streams, spare, signal.SIGSTOP)
+        assert [stream.answer() for stream in streams] == expected
+        assert lines(serve, "hangs: killing it") == 1
+        assert lines(serve, "is whole again after") == 2
+        assert ranks(serve)[0] == before[0]
+
+
 def test_streams_go_on_at_another_worker_at_once(checkpoint: Path) -> None:
     # Nobody waits here for a worker to come back: it would be an error.
     environment = {"ORCHESTRA_REPLAY_WAIT": "0s"}

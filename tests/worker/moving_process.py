@@ -21,12 +21,14 @@ from orchestra.worker.assembly import Rank, assemble
 from orchestra.worker.attention import AttentionBackend, LayerListener
 from orchestra.worker.attention_choice import make_attention
 from orchestra.worker.config import WorkerConfig
+from orchestra.worker.leading import Leading
 from orchestra.worker.metrics import WorkerMetrics
 from orchestra.worker.pipeline import FinishedStep
 from orchestra.worker.plan import StepPlan
 from orchestra.worker.repartition import Repartition, StageWindow
-from orchestra.worker.runtime import StopSignals, follow, lead_stages
+from orchestra.worker.runtime import follow
 from orchestra.worker.sharding import Shard, Stage
+from orchestra.worker.stopping import StopSignals
 from tests.worker.rank_process import ScriptedAgent, empty_stats
 
 
@@ -161,12 +163,12 @@ def bring_up(rank: int, settings: Settings) -> Rank:
 
 def run_leader(rank: Rank, settings: Settings) -> Record:
     """Rank 0's part."""
-    stop = StopSignals()
+    stop = StopSignals(drain_timeout_s=5.0)
     messages = msgpack.unpackb((Path(settings.folder) / "plans").read_bytes())
     agent = TimedAgent(messages, stop)
     metrics = WorkerMetrics(empty_stats, 16)
     moves = RecordedMoves(rank, metrics, settings)
-    lead_stages(agent, rank, stop, metrics, 5.0, moves)
+    Leading(agent, rank, metrics, repartition=moves).run(stop)
     assert rank.group.leader is not None
     assert rank.mover is not None
     rank.group.leader.close()

@@ -13,9 +13,11 @@ import msgpack
 
 from orchestra.worker.assembly import assemble
 from orchestra.worker.config import WorkerConfig
+from orchestra.worker.leading import Leading
 from orchestra.worker.metrics import WorkerMetrics
-from orchestra.worker.runtime import StopSignals, follow, lead, lead_stages
+from orchestra.worker.runtime import follow
 from orchestra.worker.sharding import Shard, Stage
+from orchestra.worker.stopping import StopSignals
 
 
 class ScriptedAgent:
@@ -118,13 +120,10 @@ def main(arguments: list[str]) -> None:
     if ready.group.follower is not None:
         follow(ready, ready.group.follower)
     else:
-        stop = StopSignals()
+        stop = StopSignals(drain_timeout_s=5.0)
         agent = ScriptedAgent(msgpack.unpackb(Path(plans).read_bytes()), stop)
         metrics = WorkerMetrics(empty_stats, 16)
-        if stages == 1:
-            lead(agent, ready, stop, metrics, drain_timeout_s=5.0)
-        else:
-            lead_stages(agent, ready, stop, metrics, drain_timeout_s=5.0)
+        Leading(agent, ready, metrics).run(stop)
         assert agent.is_draining
         Path(answers).write_bytes(msgpack.packb(agent.answers))
         assert ready.group.leader is not None

@@ -1,6 +1,7 @@
 """Steps that are started before the tokens of the one before are on the host."""
 
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,17 @@ from orchestra.worker import sampling
 from orchestra.worker.assembly import Rank
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.drawn import Drawn
+from orchestra.worker.leading import Leading
 from orchestra.worker.metrics import WorkerMetrics
 from orchestra.worker.plan import PENDING_TOKEN, SequenceStart, StepOutput
-from orchestra.worker.runtime import StopSignals, lead_stages
 from orchestra.worker.scheduling_choice import STEPS_AHEAD, plans_ahead
-from orchestra.worker.sharding import Shard
-from tests.worker.conftest import MakeRank
+from orchestra.worker.sharding import Shard, Stage
+from orchestra.worker.stopping import StopSignals
+from tests.worker.conftest import Checkpoints, MakeRank
 from tests.worker.plans import PlanBuilder, encode_plan, sampling_start
 from tests.worker.rank_process import ScriptedAgent, empty_stats
 from tests.worker.test_logits import prompt
+from tests.worker.test_tensor_parallel import thread_ranks
 
 AHEAD: dict[str, Any] = {"async_scheduling": "on", "kv_transfer": "off"}
 LENGTHS = {"a": 40, "b": 3, "c": 17}
@@ -33,13 +36,14 @@ STARTS = [
 NUM_STEPS = 8
 
 
-def run(rank: Rank, ahead: int) -> list[StepOutput]:
+def run(ranks: list[Rank], ahead: int) -> list[StepOutput]:
     """Three sequences, drawn as `STARTS` says, each step started when `ahead` ones are not fetched.
 
     One of them stops for two steps in the middle, so that its next token is known when it goes on.
     """
-    builder, drawn = PlanBuilder(rank.num_blocks, seed=5), deque[tuple[list[str], Drawn]]()
+    builder, drawn = PlanBuilder(ranks[0].num_blocks, seed=5), deque[tuple[list[str], Drawn]]()
     outputs: list[StepOutput] = []
+    pool = ThreadPoolExecutor(len(ranks))
 
     def fetch() -> None:
         names, draws = drawn.popleft()
@@ -57,8 +61,9 @@ def run(rank: Rank, ahead: int) -> list[StepOutput]:
         starts: list[SequenceStart] = [] if step else STARTS
         plan = builder.plan(scheduled, starts, num_top_logprobs=2 if step % 2 else -1)
         names = sorted(scheduled, key=lambda name: scheduled[name] > 1)
-        draws = rank.runner.start(plan)
+        draws, *others = pool.map(lambda rank, plan=plan: rank.runner.start(plan), ranks)
         assert draws is not None
+        assert others == [None] * len(others)
         drawn.append((names, draws))
         for name in names:
             builder.append(name, PENDING_TOKEN)
@@ -66,6 +71,7 @@ def run(rank: Rank, ahead: int) -> list[StepOutput]:
             fetch()
     while drawn:
         fetch()
+    pool.shutdown()
     return outputs
 
 
@@ -77,8 +83,21 @@ def test_steps_ahead_draw_the_same(
     if candidates is not None:
         monkeypatch.setattr(sampling, "CANDIDATES", candidates)
     rank = make_rank(kind, **AHEAD)
-    expected = run(rank, ahead=0)
-    for actual, wanted in zip(run(rank, ahead=1), expected, strict=True):
+    assert_same(run([rank], ahead=1), run([rank], ahead=0))
+
+
+def test_ranks_go_on_with_tokens_that_only_one_of_them_has_drawn(
+    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "CANDIDATES", 2)
+    ranks = thread_ranks(checkpoint("llama"), 2, **AHEAD)
+    assert all(rank.plans_ahead for rank in ranks)
+    assert_same(run(ranks, ahead=1), run(ranks, ahead=0))
+
+
+def assert_same(outputs: list[StepOutput], expected: list[StepOutput]) -> None:
+    """Bit for bit."""
+    for actual, wanted in zip(outputs, expected, strict=True):
         for name, values in vars(wanted).items():
             np.testing.assert_array_equal(getattr(actual, name), values, err_msg=name)
 
@@ -125,13 +144,13 @@ def test_the_next_step_is_started_before_the_last_is_committed(make_rank: MakeRa
     builder = PlanBuilder(256)
     builder.add("a", prompt(30))
     messages = [encode_plan(builder.plan({"a": count})) for count in (10, 10, 10)]
-    stop = StopSignals()
+    stop = StopSignals(drain_timeout_s=5)
     agent = AheadAgent(messages, stop)
     rank = make_rank("llama", **AHEAD)
     assert rank.plans_ahead
     assert rank.steps_in_flight == STEPS_AHEAD
     metrics = WorkerMetrics(empty_stats, block_size=16)
-    lead_stages(agent, rank, stop, metrics, drain_timeout_s=5)
+    Leading(agent, rank, metrics).run(stop)
     expected = ["plan", "plan", "commit 1", "plan", "commit 2", "nothing", "commit 3"]
     assert agent.events[: len(expected)] == expected
     sizes = [len(answer["token_ids"]) for answer in agent.answers]
@@ -151,14 +170,20 @@ def test_a_gpu_of_one_rank_has_its_steps_planned_ahead() -> None:
     assert not choose("cpu")
     assert choose("cpu", async_scheduling="on")
     assert not choose("cuda", async_scheduling="off")
-    assert not choose("cuda", shard=Shard(0, 2))
     assert not choose("cuda", moves_kv=True)
+
+
+def test_several_ranks_have_it_where_they_are_asked_to() -> None:
+    shard = Shard(0, 2)
+    assert not choose("cuda", shard=shard)
+    assert choose("cuda", shard=shard, async_scheduling="on")
 
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        pytest.param({"shard": Shard(0, 2)}, "only one rank knows", id="two ranks"),
+        pytest.param({"stage": Stage(0, 2)}, "ranks of other stages", id="two stages"),
+        pytest.param({"context": Shard(0, 2)}, "ranks of other stages", id="two contexts"),
         pytest.param({"moves_kv": True}, "KV moves to this worker", id="KV moves"),
     ],
 )

@@ -20,6 +20,7 @@ from orchestra.worker.drawn import LatestTokens
 from orchestra.worker.graph_choice import graph_bytes, uses_graphs
 from orchestra.worker.kv_cache import KvCacheSpec
 from orchestra.worker.model_config import ModelConfig
+from orchestra.worker.parallel import SingleRank
 from orchestra.worker.plan import NONE_PENDING, PENDING_TOKEN
 from orchestra.worker.sharding import Shard, Stage
 from orchestra.worker.staging import Staging, StagingRing
@@ -130,7 +131,7 @@ def test_pending_tokens_are_filled_in_where_the_recording_reads(make_rank: MakeR
     for name in "abc":
         builder.add(name, [PENDING_TOKEN] if name == "b" else [7])
     plan = builder.plan(dict.fromkeys("abc", 1))
-    latest = LatestTokens(8, DEVICE)
+    latest = LatestTokens(8, DEVICE, SingleRank())
     latest.note(np.array([2, 1], np.int32), torch.tensor([5, 9], device=DEVICE))
     known = replace(plan, token_ids=np.array([7, 9, 7], np.int32), pending=NONE_PENDING)
     with torch.inference_mode():

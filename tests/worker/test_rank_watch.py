@@ -229,6 +229,25 @@ def test_a_rank_that_gets_on_is_slow_and_does_not_hang(ranks: Ranks) -> None:
         assert ranks.watch._find_hung(0.2) == [], "a rank that owes nothing may stand still"
 
 
+def test_a_step_may_wait_for_the_one_before(ranks: Ranks) -> None:
+    ranks.watch.begin_step(1)
+    ranks.watch.begin_step(1)
+    found = []
+    for _ in range(3):
+        stand_still(ranks)
+        found.append(ranks.watch._find_hung(0.25))
+    # 0.3 s for each of them.
+    assert found == [[], [], [1, 2]]
+    ranks.watch.end_step(1, 0.001)
+    get_on(ranks)
+    for _ in range(3):
+        found.append(ranks.watch._find_hung(0.25))
+        stand_still(ranks)
+    assert found[3:] == [[], [], [1, 2]]
+    ranks.watch.end_step(1, 0.001)
+    assert ranks.watch._find_hung(0.25) == [], "nothing is in flight"
+
+
 def test_a_starved_rank_is_waited_for_but_not_for_ever(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

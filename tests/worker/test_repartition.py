@@ -23,7 +23,7 @@ from orchestra.worker.assembly import Rank
 from orchestra.worker.command_line import parse_arguments
 from orchestra.worker.layer_mover import MoveAnswer, MoveOrder, Phase
 from orchestra.worker.metrics import WorkerMetrics
-from orchestra.worker.pipeline import FinishedStep
+from orchestra.worker.pipeline import FinishedStep, execute
 from orchestra.worker.plan import StepPlan
 from orchestra.worker.repartition import Repartition, StageTimes, StageWindow, obey
 from orchestra.worker.runner import warm_up_plan
@@ -147,6 +147,27 @@ def test_layers_go_past_a_stage(six_layers: Path) -> None:
     moving = thread_ranks(six_layers, 1, 3, (4, 1, 1), repartition="auto", **settings)
     moves = plans_and_moves((1, 1, 4), (2, 3, 1), (1, 4, 1))
     assert_same(run(moving, moves), run(still, plans_and_moves()))
+
+
+def test_sequences_go_on_drawing_as_they_were_asked_to(checkpoint: Checkpoints) -> None:
+    """How a sequence draws is said once, when it starts."""
+
+    def drawn(split: tuple[int, ...] | None) -> list[int]:
+        ranks = thread_ranks(checkpoint("llama"), 1, 2, (2, 1), repartition="auto")
+        builder = PlanBuilder(64)
+        builder.add("a", prompt(20))
+        starts = [sampling_start(0, temperature=1.0, seed=5)]
+        with ThreadPoolExecutor(len(ranks)) as pool:
+            for step in range(8):
+                if step == 3 and split is not None:
+                    for phase in (Phase.LOAD, Phase.EXCHANGE, Phase.SWITCH):
+                        assert order_all(ranks, phase, split) == [""] * len(ranks)
+                plan = builder.plan({"a": 1 if step else 20}, [] if step else starts)
+                reports = list(pool.map(lambda rank, plan=plan: execute(rank, plan), ranks))
+                builder.append("a", int(reports[-1].output.token_ids[0]))
+        return builder.sequences["a"].tokens[20:]
+
+    assert drawn((1, 2)) == drawn(None)
 
 
 def test_what_fails_on_the_way_leaves_everything_as_it_was(

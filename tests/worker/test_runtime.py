@@ -18,8 +18,10 @@ from orchestra import _core
 from orchestra.errors import ConfigError
 from orchestra.worker.__main__ import main
 from orchestra.worker.config import WorkerConfig
+from orchestra.worker.leading import Leading
 from orchestra.worker.metrics import WorkerMetrics
-from orchestra.worker.runtime import StopSignals, agent_config, lead
+from orchestra.worker.runtime import agent_config
+from orchestra.worker.stopping import StopSignals
 from tests.worker.conftest import Checkpoints, MakeRank
 from tests.worker.plans import PlanBuilder, encode_plan, sampling_start
 from tests.worker.rank_process import ScriptedAgent, empty_stats
@@ -39,7 +41,7 @@ def restored_process() -> Iterator[None]:
 
 @pytest.fixture
 def stop() -> StopSignals:
-    return StopSignals()
+    return StopSignals(drain_timeout_s=5)
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def statuses(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-# === lead ===
+# === leading ===
 
 
 def test_plans_are_executed_and_committed(
@@ -70,7 +72,7 @@ def test_plans_are_executed_and_committed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     agent = ScriptedAgent(messages(), stop)
-    lead(agent, make_rank("llama"), stop, metrics, drain_timeout_s=5)
+    Leading(agent, make_rank("llama"), metrics).run(stop)
     assert agent.is_draining
     assert [answer["step_id"] for answer in agent.answers] == [1, 2]
     sizes = [[len(value) for name, value in a.items() if name != "step_id"] for a in agent.answers]
@@ -90,7 +92,7 @@ def test_ready_is_said_when_attached(
 ) -> None:
     agent = ScriptedAgent([], stop)
     agent.is_attached = False
-    lead(agent, make_rank("llama"), stop, metrics, drain_timeout_s=5)
+    Leading(agent, make_rank("llama"), metrics).run(stop)
     assert capsys.readouterr().out == ""
 
 
@@ -114,7 +116,8 @@ def test_draining_has_a_limit(
     make_rank: MakeRank, stop: StopSignals, metrics: WorkerMetrics
 ) -> None:
     agent = EndlessAgent(stop)
-    lead(agent, make_rank("llama"), stop, metrics, drain_timeout_s=0.02)
+    stop.drain_timeout_s = 0.02
+    Leading(agent, make_rank("llama"), metrics).run(stop)
     assert agent.waits > 1
 
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from orchestra.worker import sampling
-from orchestra.worker.likeliest import LikeliestOnly
 from orchestra.worker.logits import SharedLogits, WholeLogits
+from orchestra.worker.sampler_slots import SamplerSlots
 from orchestra.worker.sharding import Shard
 from tests.worker.plans import PlanBuilder, sampling_start
 from tests.worker.test_logits import prompt
@@ -92,23 +92,23 @@ def test_one_number_of_a_row_crosses_over(size: int) -> None:
     ids=str,
 )
 def test_whatever_edits_logits_needs_all_of_them(overrides: dict[str, object]) -> None:
-    likeliest = LikeliestOnly()
+    slots = SamplerSlots()
     builder = PlanBuilder(8)
     for name in "ab":
         builder.add(name, prompt(5))
     plan = builder.plan({"a": 5, "b": 5})
-    likeliest.start([sampling_start(0), sampling_start(1, **overrides)])
-    assert not likeliest.is_all_of(plan)
+    slots.start([sampling_start(0), sampling_start(1, **overrides)])
+    assert not slots.want_likeliest(plan)
     builder.append("a", 1)
-    assert likeliest.is_all_of(builder.plan({"a": 1})), "nothing of the other sequence runs"
+    assert slots.want_likeliest(builder.plan({"a": 1})), "nothing of the other sequence runs"
     # The slot goes to another sequence.
-    likeliest.start([sampling_start(1, top_p=0.5, seed=7)])
-    assert likeliest.is_all_of(plan)
+    slots.start([sampling_start(1, top_p=0.5, seed=7)])
+    assert slots.want_likeliest(plan)
 
 
 def test_log_probabilities_need_all_logits() -> None:
-    likeliest = LikeliestOnly()
+    slots = SamplerSlots()
     builder = PlanBuilder(8)
     builder.add("a", prompt(5))
-    likeliest.start([sampling_start(0)])
-    assert not likeliest.is_all_of(builder.plan({"a": 5}, num_top_logprobs=0))
+    slots.start([sampling_start(0)])
+    assert not slots.want_likeliest(builder.plan({"a": 5}, num_top_logprobs=0))

@@ -14,6 +14,7 @@ from orchestra.worker.attention_choice import make_attention
 from orchestra.worker.attention_layout import workspace_bytes
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.context_runner import ContextAttention, ContextRunner
+from orchestra.worker.drawn import LatestTokens
 from orchestra.worker.graph_choice import attention_name, graph_bytes, make_graphs, uses_graphs
 from orchestra.worker.group import Group, join_ranks
 from orchestra.worker.kv_cache import (
@@ -42,6 +43,7 @@ from orchestra.worker.recorded_decoder import RECORDED_ROWS, recorded
 from orchestra.worker.runner import ModelRunner, warm_up_plan
 from orchestra.worker.runner_choice import ModelShape, load_hf, read_model_config
 from orchestra.worker.sampler import Sampler
+from orchestra.worker.sampler_slots import SamplerSlots
 from orchestra.worker.scheduling_choice import STEPS_AHEAD, plans_ahead
 from orchestra.worker.sharding import Shard, Span, Stage
 from orchestra.worker.stage_cache import StageCache
@@ -174,7 +176,7 @@ def warm_up(runner: ModelRunner, block_size: int, block: int = 0) -> None:
         block_size: tokens of a block.
         block: where the steps leave their KV, for nobody.
     """
-    runner.forget_recordings()
+    runner.forget()
     for num_tokens in (block_size, 1):
         runner.execute(warm_up_plan(num_tokens, block, block_size))
     if runner.graphs is not None:
@@ -217,10 +219,8 @@ def build_rank(
     num_scratch = 0 if memory is None else memory.num_scratch_blocks
     is_ahead = plans_ahead(config, place.device, moves_kv=memory is not None)
     name = attention_name(config, model_config)
-    sampler = None
-    if config.rank == config.sampling_rank:
-        slots = config.max_num_seqs
-        sampler = Sampler(shape.vocab_size, slots, place.device, plans_ahead=is_ahead)
+    # One for all runners: another one comes when layers move, and goes on with the same sequences.
+    slots = _make_slots(config, shape, place, group, is_ahead=is_ahead)
 
     def make_runner(model: Model, cache: PagedCache, layers: Span) -> ModelRunner:
         rules = shape.attention[layers.start : layers.stop]
@@ -237,11 +237,11 @@ def build_rank(
                 halves, min_tokens = (attention, attend()), config.overlap_min_tokens
                 attention = HalvedAttention(halves, group.communicator, min_tokens)
                 usual = OverlappedDecoder(model, usual, attention, group.communicator)
-            return ModelRunner(usual, cache, attention, sampler, place.device, graphs)
+            return ModelRunner(usual, cache, attention, slots, place.device, graphs)
         division = ContextAttention(
             *(attention, cache, group.context, config.context), config.context_min_tokens
         )
-        return ContextRunner(model, cache, division, sampler, place.device)
+        return ContextRunner(model, cache, division, slots, place.device)
 
     mover = None
     if config.repartition == "off":
@@ -266,6 +266,17 @@ def build_rank(
         mover=mover,
         plans_ahead=is_ahead,
     )
+
+
+def _make_slots(
+    config: WorkerConfig, shape: ModelShape, place: Place, group: Group, *, is_ahead: bool
+) -> SamplerSlots:
+    latest = sampler = None
+    if is_ahead:
+        latest = LatestTokens(config.max_num_seqs, place.device, group.communicator)
+    if config.rank == config.sampling_rank:
+        sampler = Sampler(shape.vocab_size, config.max_num_seqs, place.device, latest)
+    return SamplerSlots(sampler, latest)
 
 
 def _make_mover(

@@ -19,7 +19,7 @@ from orchestra.worker.logits import Logits
 from orchestra.worker.models import Model
 from orchestra.worker.plan import StepPlan
 from orchestra.worker.runner import ModelRunner
-from orchestra.worker.sampler import Sampler
+from orchestra.worker.sampler_slots import SamplerSlots
 from orchestra.worker.sharding import Shard
 
 
@@ -122,7 +122,7 @@ class ContextRunner(ModelRunner):
         model: this rank's part.
         cache: this rank's; that of every rank comes to hold all tokens.
         attention: over it.
-        sampler: of the first rank of the last stage; None on the others.
+        slots: what this rank keeps of the sampler slots, and draws with.
         device: where the model computes.
     """
 
@@ -131,10 +131,10 @@ class ContextRunner(ModelRunner):
         model: Model,
         cache: PagedCache,
         attention: ContextAttention,
-        sampler: Sampler | None,
+        slots: SamplerSlots,
         device: torch.device,
     ) -> None:
-        super().__init__(model, cache, attention, sampler, device)
+        super().__init__(model, cache, attention, slots, device)
         self._division = attention
 
     def _compute(self, plan: StepPlan) -> Logits | None:

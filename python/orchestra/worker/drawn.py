@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from orchestra.worker.parallel import Communicator
 from orchestra.worker.plan import Float32Array, Int32Array, PendingTokens, StepOutput
 from orchestra.worker.staging import send
 
@@ -108,13 +109,18 @@ class Drawn:
 class LatestTokens:
     """The token that was last drawn for each sampler slot, where it was drawn: for steps that were planned before it.
 
+    The ranks that share each layer each have one. To what one of them notes, which draws, the others have zeros; so
+    what a step goes on with is the sum of theirs.
+
     Args:
         max_num_seqs: number of slots.
         device: of the logits.
+        communicator: joins those ranks.
     """
 
-    def __init__(self, max_num_seqs: int, device: torch.device) -> None:
+    def __init__(self, max_num_seqs: int, device: torch.device, communicator: Communicator) -> None:
         self._device = device
+        self._communicator = communicator
         self._tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
 
     def note(self, slots: Int32Array, tokens: Tensor) -> None:
@@ -122,10 +128,15 @@ class LatestTokens:
         self._tokens.index_copy_(0, self._index(slots), tokens.int())
 
     def fill(self, token_ids: Tensor, pending: PendingTokens) -> None:
-        """Writes them to a step's token ids (`int[T]`) where these are pending."""
+        """Writes them to a step's token ids (`int[T]`) where these are pending; every rank does, in every step."""
         if len(pending.rows) == 0:
             return
         tokens = self._tokens.index_select(0, self._index(pending.slots))
+        if self._communicator.shard.size > 1:
+            # As numbers that every group can add up, and in which tokens are exact.
+            numbers = tokens.float()
+            self._communicator.all_reduce(numbers)
+            tokens = numbers.int()
         token_ids.index_copy_(0, self._index(pending.rows), tokens.to(token_ids.dtype))
 
     def _index(self, places: Int32Array) -> Tensor:

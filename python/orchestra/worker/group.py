@@ -51,9 +51,23 @@ class Group:
         own = None if self.renewable is None else self.renewable.group
         return isinstance(own, SharedMemoryGroup)
 
+    @property
+    def slowest_round_s(self) -> float:
+        """Longest time between two collectives of the step that ran last, seconds; 0: nobody asks."""
+        return 0.0 if self.renewable is None else self.renewable.slowest_round_s
+
     def step(self) -> AbstractContextManager[None]:
         """Brackets a step, so that others see how far this rank is."""
         return nullcontext() if self.renewable is None else self.renewable.step()
+
+    def check(self) -> None:
+        """Finds out whether steps that were computed can be used.
+
+        Raises:
+            RankLostError: the group was aborted.
+        """
+        if self.renewable is not None:
+            self.renewable.check()
 
     def agree_on_least(self, count: int) -> int:
         """The least of the ranks' numbers."""

@@ -1,4 +1,4 @@
-"""Steps on their way through the stages: rank 0 starts them, and each stage's first rank reports when it is done."""
+"""Steps in flight: rank 0 starts them, and waits for what was drawn, of several stages for the reports of each."""
 
 import time
 from collections import deque
@@ -12,6 +12,7 @@ from orchestra.worker.assembly import Rank
 from orchestra.worker.drawn import NOTHING_DRAWN, Drawn
 from orchestra.worker.plan import StepOutput, StepPlan
 from orchestra.worker.plan_socket import MESSAGE_BYTES_MAX
+from orchestra.worker.recovery import LeaderRecovery
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,25 @@ class StageReport:
 
 def execute(rank: Rank, plan: StepPlan) -> StageReport:
     """Runs a step on this rank, and measures it."""
-    return start(rank, plan).report()
+    return start(rank, plan, time.monotonic()).report()
 
 
-def start(rank: Rank, plan: StepPlan) -> "Started":
-    """Hands a step to this rank's device, and measures how long that takes: on a CPU, as long as the step."""
+def start(rank: Rank, plan: StepPlan, handed_out: float) -> "Started":
+    """Hands a step to this rank's device, and measures how long that takes: on a CPU, as long as the step.
+
+    Args:
+        rank: this one.
+        plan: the step.
+        handed_out: when its plan was, by the monotonic clock.
+    """
     if rank.mover is not None:
         rank.mover.note(plan)
-    waited_s, began = rank.group.link.waited_s, time.monotonic()
-    drawn = rank.runner.start(plan)
-    busy_s = time.monotonic() - began - (rank.group.link.waited_s - waited_s)
-    return Started(plan, drawn, began, max(0.0, busy_s))
+    group = rank.group
+    waited_s, began = group.link.waited_s, time.monotonic()
+    with group.step():
+        drawn = rank.runner.start(plan)
+    busy_s = time.monotonic() - began - (group.link.waited_s - waited_s)
+    return Started(plan, drawn, handed_out, max(0.0, busy_s), group.slowest_round_s)
 
 
 @dataclass(frozen=True)
@@ -87,8 +96,10 @@ class Started:
     drawn: Drawn | None
     """To be waited for; None where this rank draws nothing."""
     began: float
-    """When, by the monotonic clock."""
+    """When its plan was handed out, by the monotonic clock."""
     busy_s: float
+    slowest_round_s: float
+    """Longest time between two of its collectives."""
 
     def report(self) -> StageReport:
         """Waits for what was drawn."""
@@ -103,12 +114,12 @@ class StepsInFlight:
 
     Args:
         rank: this one, rank 0.
-        limit: most steps.
+        recovery: is told of them, to find ranks that hang; None: nobody is.
     """
 
-    def __init__(self, rank: Rank, limit: int) -> None:
+    def __init__(self, rank: Rank, recovery: LeaderRecovery | None = None) -> None:
         self._rank = rank
-        self._limit = limit
+        self._recovery = recovery
         self._steps: deque[Started] = deque()
         self._finished = 0.0
 
@@ -118,13 +129,13 @@ class StepsInFlight:
     @property
     def has_room(self) -> bool:
         """Whether another step may start."""
-        return len(self._steps) < self._limit
+        return len(self._steps) < self._rank.steps_in_flight
 
     @property
     def is_oldest_done(self) -> bool:
         """Whether `finish` would not wait."""
         rank, leader = self._rank, self._rank.group.leader
-        if not self._steps or leader is None:
+        if not self._steps or leader is None or rank.stage.count == 1:
             # A single stage does better to start its next step first.
             return False
         return leader.has_message(rank.sampling_rank)
@@ -136,9 +147,17 @@ class StepsInFlight:
             InternalError: the plan cannot be read.
             RankLostError: a rank is gone.
         """
-        if self._rank.group.leader is not None:
-            self._rank.group.leader.broadcast(message)
-        self._steps.append(start(self._rank, self._rank.reader.read(message)))
+        rank, handed_out = self._rank, time.monotonic()
+        if rank.group.leader is not None:
+            rank.group.leader.broadcast(message)
+        plan = rank.reader.read(message)
+        if self._recovery is not None:
+            self._recovery.watch.begin_step(len(plan.token_ids))
+        self._steps.append(start(rank, plan, handed_out))
+
+    def give_up(self) -> None:
+        """Forgets all of them: a rank was lost."""
+        self._steps.clear()
 
     def finish(self) -> FinishedStep:
         """Waits for the reports of the oldest step.
@@ -149,6 +168,10 @@ class StepsInFlight:
         """
         step = self._steps.popleft()
         reports = [step.report(), *map(self._report_of, self._rank.reporting_ranks)]
+        # A device whose sums were ended while it computed has drawn whatever came.
+        self._rank.group.check()
+        if self._recovery is not None:
+            self._recovery.watch.end_step(len(step.plan.token_ids), step.slowest_round_s)
         for report in reports:
             if report.step_id != step.plan.step_id:
                 message = f"step {report.step_id} was reported, step {step.plan.step_id} is due"

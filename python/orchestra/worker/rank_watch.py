@@ -140,18 +140,19 @@ class LeaderWatch(Watch):
         self._starvations = {rank: Starvation.of(pulse) for rank, pulse in pulses.items()}
         self._is_suspicious = False
         self._num_steps = 0
-        self._patience_s: float | None = None
+        # Of each step that the ranks were sent and rank 0 is not through with; replaced, since two threads look at it.
+        self._in_flight: tuple[float, ...] = ()
         self._has_left = threading.Event()
 
     def begin_step(self, num_tokens: int) -> None:
         """The ranks were sent a step of so many tokens."""
-        self._patience_s = self._patience.of(num_tokens)
+        self._in_flight = (*self._in_flight, self._patience.of(num_tokens))
         self._num_steps += 1
 
-    def end_step(self, num_tokens: int) -> None:
-        """Rank 0 is through with it."""
-        self._patience_s = None
-        self._patience.learn(num_tokens, self._group.slowest_round_s)
+    def end_step(self, num_tokens: int, slowest_round_s: float) -> None:
+        """Rank 0 is through with the oldest of them, in which it needed so many seconds between two signs of life."""
+        self._in_flight = self._in_flight[1:]
+        self._patience.learn(num_tokens, slowest_round_s)
 
     def check(self) -> None:
         """Finds out, without waiting, whether every rank is still there.
@@ -190,9 +191,11 @@ class LeaderWatch(Watch):
     def _find_hung(self, elapsed_s: float) -> list[int]:
         for rank, pulse in self._pulses.items():
             self._listen(rank, pulse, elapsed_s)
-        patience_s = self._patience_s
-        if patience_s is None:
+        in_flight = self._in_flight
+        if not in_flight:
             return []
+        # A step may have to wait for those before it.
+        patience_s = sum(in_flight)
         owing = {r: p for r, p in self._pulses.items() if p.progress.num_steps < self._num_steps}
         still_s = max((pulse.still_s for pulse in owing.values()), default=0.0)
         if still_s <= patience_s / 2:

@@ -122,9 +122,17 @@ class RenewableGroup:
         if self._meter is not None:
             self._meter.begin_step()
         yield
+        self.check()
+        self._num_steps += 1
+
+    def check(self) -> None:
+        """Finds out whether what was computed can be used.
+
+        Raises:
+            RankLostError: the group was aborted.
+        """
         if self._is_aborted:
             raise RankLostError("the group was aborted during the step")
-        self._num_steps += 1
 
     def progress(self) -> Progress:
         """How far this rank is; any thread may ask."""

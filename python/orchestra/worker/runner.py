@@ -8,11 +8,10 @@ from orchestra.worker.attention import AttentionBackend, LayerListener
 from orchestra.worker.decode_graphs import DecodeGraphs
 from orchestra.worker.drawn import NOTHING_DRAWN, Drawn
 from orchestra.worker.kv_cache import PagedCache
-from orchestra.worker.likeliest import LikeliestOnly
 from orchestra.worker.logits import Logits
 from orchestra.worker.models import Model
 from orchestra.worker.plan import NO_COPIES, StepOutput, StepPlan
-from orchestra.worker.sampler import Sampler
+from orchestra.worker.sampler_slots import SamplerSlots
 from orchestra.worker.staging import send
 
 
@@ -23,7 +22,7 @@ class ModelRunner:
         model: this rank's part.
         cache: this rank's.
         attention: over this rank's cache.
-        sampler: of the last stage's first rank; None on the others.
+        slots: what this rank keeps of the sampler slots, and draws with.
         device: where the model computes.
         graphs: decode steps to record and replay; None: every step is computed anew.
     """
@@ -33,7 +32,7 @@ class ModelRunner:
         model: Model,
         cache: PagedCache,
         attention: AttentionBackend,
-        sampler: Sampler | None,
+        slots: SamplerSlots,
         device: torch.device,
         graphs: DecodeGraphs | None = None,
     ) -> None:
@@ -41,17 +40,16 @@ class ModelRunner:
         self._model = model
         self._cache = cache
         self._attention = attention
-        self._sampler = sampler
+        self._slots = slots
         self._device = device
-        self._latest = None if sampler is None else sampler.latest
-        self._likeliest = LikeliestOnly()
 
     def watch(self, listener: LayerListener) -> None:
         """Lets `listener` hear of each layer of the steps that fill blocks for other workers."""
         self._attention.watch(listener)
 
-    def forget_recordings(self) -> None:
-        """Lets go of recorded steps, as must be done when the group of ranks has changed."""
+    def forget(self) -> None:
+        """Lets go of recorded steps and of draws under way, as must be done when the group of ranks has changed."""
+        self._slots.forget()
         if self.graphs is not None:
             self.graphs.forget()
         self._model.forget()
@@ -72,21 +70,11 @@ class ModelRunner:
         Returns:
             The draws, in the order of the plan's samples, to be waited for; None where nothing is drawn.
         """
-        self._likeliest.start(plan.starts)
-        if self._sampler is not None:
-            self._sampler.start(plan.starts)
-        if self._likeliest.is_all_of(plan):
+        self._slots.start(plan.starts)
+        if self._slots.want_likeliest(plan):
             logits = self._compute(plan)
-            tokens = None if logits is None else logits.likeliest()
-            if tokens is None or self._sampler is None:
-                return None
-            return self._sampler.take(tokens, plan.sample_slots)
-        whole = self.forward(plan)
-        if whole is None or self._sampler is None:
-            return None
-        return self._sampler.draw(
-            whole, plan.sample_slots, plan.sample_positions, plan.num_top_logprobs
-        )
+            return self._slots.take(None if logits is None else logits.likeliest(), plan)
+        return self._slots.draw(self.forward(plan), plan)
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Tensor | None:
@@ -101,7 +89,7 @@ class ModelRunner:
     def _compute(self, plan: StepPlan) -> Logits | None:
         self._cache.copy_blocks(plan.swap_out, plan.swap_in)
         if self.graphs is not None and self.graphs.takes(plan):
-            return self.graphs.run(plan, self._latest)
+            return self.graphs.run(plan, self._slots.latest)
         # The tokens to sample from: the last of each sequence that draws.
         rows = plan.query_start[plan.sample_sequences + 1] - 1
         tokens = len(plan.token_ids)
@@ -112,8 +100,8 @@ class ModelRunner:
             send(inputs, self._device),
             [tokens, tokens, len(rows)],
         )
-        if self._latest is not None:
-            self._latest.fill(token_ids, plan.pending)
+        if self._slots.latest is not None:
+            self._slots.latest.fill(token_ids, plan.pending)
         chosen = None if is_all else row_index
         return self._model.forward(token_ids, positions, self._attention, chosen)
 

@@ -34,7 +34,7 @@ class Sampler:
         vocab_size: columns of the logits.
         max_num_seqs: number of slots.
         device: of the logits.
-        plans_ahead: whether steps are planned before the tokens of the one before are known.
+        latest: where what is drawn is noted for steps that are planned before it is known; None: there are none.
     """
 
     def __init__(
@@ -42,11 +42,9 @@ class Sampler:
         vocab_size: int,
         max_num_seqs: int,
         device: torch.device,
-        *,
-        plans_ahead: bool = False,
+        latest: LatestTokens | None = None,
     ) -> None:
-        self.latest = LatestTokens(max_num_seqs, device) if plans_ahead else None
-        """What those steps go on with."""
+        self._latest = latest
         self._unsettled: Drawn | None = None
         self._vocab_size = vocab_size
         self._device = device
@@ -81,6 +79,10 @@ class Sampler:
             if self._has_bias[slot]:
                 ids = start.logit_bias_ids.astype(np.int64)
                 self._bias[slot] = (ids, start.logit_bias_values)
+
+    def forget(self) -> None:
+        """Lets go of a draw that has not been waited for."""
+        self._unsettled = None
 
     def draw(
         self,
@@ -117,7 +119,7 @@ class Sampler:
         return self._unsettled
 
     def take(self, tokens: Tensor, slots: Int32Array) -> Drawn:
-        """Draws what others have found to be the likeliest tokens of `LikeliestOnly` slots.
+        """Draws what others have found to be the likeliest tokens of slots that take no others.
 
         Args:
             tokens: `[N]`, of any integer dtype.
@@ -132,8 +134,8 @@ class Sampler:
         self._note(slots, tokens)
 
     def _note(self, slots: Int32Array, tokens: Tensor) -> None:
-        if self.latest is not None:
-            self.latest.note(slots, tokens)
+        if self._latest is not None:
+            self._latest.note(slots, tokens)
 
     def _draw(self, logits: Tensor, slots: Int32Array, positions: Int32Array) -> _Draws:
         is_greedy = self._temperature[slots] < GREEDY_BELOW

@@ -23,11 +23,14 @@ def plans_ahead(config: WorkerConfig, device: torch.device, *, moves_kv: bool) -
     if config.async_scheduling == "off":
         return False
     reasons = {
-        "only one rank knows what was drawn": config.num_ranks > 1,
+        "ranks of other stages or contexts do not learn what was drawn": (
+            config.num_ranks > config.shard.size
+        ),
         "KV moves to this worker, unless --kv-transfer is off": moves_kv,
     }
     found = [reason for reason, is_so in reasons.items() if is_so]
     if found and config.async_scheduling == "on":
         raise ConfigError(f"--async-scheduling: {found[0]}", key="async_scheduling")
-    # A CPU that plans has no time to compute.
-    return not found and (config.async_scheduling == "on" or device.type == "cuda")
+    # A CPU that plans has no time to compute. Several ranks do it where they are asked to: on GPUs it was never timed.
+    is_worth_it = device.type == "cuda" and config.num_ranks == 1
+    return not found and (config.async_scheduling == "on" or is_worth_it)
