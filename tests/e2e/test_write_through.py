@@ -15,7 +15,9 @@ pytestmark = pytest.mark.timeout(240)
 BLOCK_SIZE = 16
 # Forty whole blocks.
 PROMPT_TOKENS = 640
-MAX_TOKENS = 800
+# With so many layers some seconds, several times what the copies take.
+MAX_TOKENS = 1300
+NUM_LAYERS = 8
 FLAGS = (
     *("--dtype", "float32", "--num-blocks", "512", "--num-host-blocks", "512"),
     *("--replicas", "2", "--write-through"),
@@ -49,7 +51,7 @@ def num_running(serve: Serve, name: str) -> float:
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_streams_go_on_with_kv_that_the_keeper_copied(tmp_path: Path, tp: int) -> None:
-    checkpoint = make_checkpoint("llama", tmp_path / "tiny", seed=7)
+    checkpoint = make_checkpoint("llama", tmp_path / "tiny", seed=7, num_hidden_layers=NUM_LAYERS)
     with start_serve(checkpoint, *FLAGS, "--tp", str(tp), environment=ENVIRONMENT) as serve:
         streams = start_streams(serve)
         num_blocks = len(streams) * PROMPT_TOKENS // BLOCK_SIZE
