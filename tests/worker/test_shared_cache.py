@@ -1,5 +1,6 @@
 """Two ranks whose caches lie in one memory that other workers reach: what rank 0 says of it, and what stays."""
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -7,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from orchestra.worker.assembly import Rank
+from orchestra.worker.overlap import HalvedAttention
+from orchestra.worker.pipeline import execute
 from orchestra.worker.plan import StepPlan
 from orchestra.worker.sharding import Shard
 from tests.worker.conftest import MakeRank
@@ -72,6 +76,37 @@ def test_a_layer_is_announced_when_the_kv_of_both_ranks_is_in_the_pool(
     # The last layer is there when the step is.
     assert announced == [(plan.step_id, 2 * layer - 1) for layer in range(1, num_layers)]
     assert memory[:, :, blocks].any(axis=-1).all()
+
+
+def test_a_step_that_draws_nothing_is_over_when_both_ranks_are(
+    ranks: Ranks, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it is committed other workers may read what it has filled, of both."""
+    first, second = ranks
+    builder = PlanBuilder(first.num_blocks, seed=3)
+    builder.add("a", list(range(20, 120)))
+    plan = builder.plan({"a": 80}, [sampling_start(0)])
+    blocks, memory = builder.sequences["a"].blocks, parts(ranks)
+    is_over = threading.Event()
+    attention = second.runner._attention
+    assert isinstance(attention, HalvedAttention)
+    slow = attention.halves[0]
+    forward = slow.forward
+
+    def wait_in_the_last_layer(layer: int, query: Tensor, key_value: Tensor) -> Tensor:
+        if layer == first.model_config.num_layers - 1:
+            # As long as rank 0 needs to go past it; which it must not.
+            is_over.wait(0.5)
+        return forward(layer, query, key_value)
+
+    monkeypatch.setattr(slow, "forward", wait_in_the_last_layer)
+    others = pool.submit(execute, second, plan)
+    execute(first, plan)
+    is_there = memory[:, :, blocks].any(axis=-1).all()
+    is_over.set()
+    others.result()
+    assert len(plan.sample_slots) == 0
+    assert is_there
 
 
 def test_ranks_that_settle_again_write_to_no_block_that_a_sequence_can_have(

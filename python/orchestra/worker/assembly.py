@@ -108,6 +108,11 @@ class Rank:
         return None if self.kv_memory is None else self.kv_memory.pool
 
     @property
+    def shares_cache(self) -> bool:
+        """Whether other workers reach the caches of several ranks, through rank 0."""
+        return self.kv_memory is not None and self.kv_memory.shard.size > 1
+
+    @property
     def cache_terms(self) -> CacheTerms:
         """What a replacement of another rank has to know of the caches."""
         address = "" if self.kv_pool is None else self.kv_pool.address

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import msgpack
 import numpy as np
+import torch
 
 from orchestra.errors import InternalError
 from orchestra.worker.assembly import Rank
@@ -70,6 +71,10 @@ def start(rank: Rank, plan: StepPlan, handed_out: float) -> "Started":
     waited_s, began = group.link.waited_s, time.monotonic()
     with group.step():
         drawn = rank.runner.start(plan)
+        if rank.shares_cache and len(plan.sample_slots) == 0:
+            # Nobody had to wait for the others' last layer to draw anything; but once a step is committed other workers
+            # may read what every rank has filled, and write where it has read.
+            group.communicator.all_reduce(torch.zeros(1))
     busy_s = time.monotonic() - began - (group.link.waited_s - waited_s)
     return Started(plan, drawn, handed_out, max(0.0, busy_s), group.slowest_round_s)
 
