@@ -1,7 +1,7 @@
 """A small streaming client of an OpenAI server, which measures when tokens come.
 
 It shares the processor with what it measures, so it does little for an event: no streams and no tasks of asyncio, whose
-cost per token was half as much again as that of the router and the worker's agent together.
+cost per token was more than that of the router and the worker's agent together.
 """
 
 from __future__ import annotations
