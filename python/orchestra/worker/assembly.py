@@ -90,8 +90,6 @@ class Rank:
     """The cache's memory, where KV can move to other workers and come from them."""
     block_size: int = 1
     """Tokens per KV block."""
-    warm_up_block: int = 0
-    """Where steps leave their KV that are run for nobody; once KV moves, one that no sequence has."""
 
     stage: Stage = field(default_factory=Stage)
     """Its stage of the pipeline."""
@@ -147,7 +145,13 @@ class Rank:
         num_blocks = self.group.agree_on_least(self.num_blocks)
         if num_blocks != self.num_blocks:
             raise RankLostError(f"a rank has room for {num_blocks} blocks, not {self.num_blocks}")
-        warm_up(self.runner, self.block_size, self.warm_up_block)
+        self.warm_up()
+
+    def warm_up(self) -> None:
+        """Runs a step of each kind for nobody, together with the other ranks."""
+        # Behind the blocks of sequences, where other workers may be reading any of those.
+        block = self.num_blocks if self.shares_cache else 0
+        warm_up(self.runner, self.block_size, block)
 
 
 def assemble(config: WorkerConfig, progress: Progress) -> Rank:
@@ -257,20 +261,19 @@ def build_rank(
         layered = StageCache.allocate(spec, num_blocks, config.num_host_blocks)
         mover = _make_mover(config, (model, layered), make_runner, place, group)
         runner = mover.runner
-    warm_up_block = num_blocks if num_scratch else 0
-    warm_up(runner, config.block_size, warm_up_block)
     plans = PlanReader(config.max_num_seqs, -(-max_model_len // config.block_size))
-    return Rank(
+    rank = Rank(
         *(shape, runner, plans, group, num_blocks, max_model_len),
         step_tokens=config.step_tokens(place.device.type),
         kv_memory=memory,
         stage=config.stage,
         place=config.stage_place,
         block_size=config.block_size,
-        warm_up_block=warm_up_block,
         mover=mover,
         plans_ahead=is_ahead,
     )
+    rank.warm_up()
+    return rank
 
 
 def _make_slots(

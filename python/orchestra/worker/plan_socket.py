@@ -17,10 +17,20 @@ SEND_TIMEOUT_S = 60.0
 UNIX_PATH_BYTES_MAX = 107
 
 _LENGTH = struct.Struct("<I")
+# Process, user and group of the other end, as SO_PEERCRED tells them.
+_CREDENTIALS = struct.Struct("3i")
 
 
 class RankLostError(InternalError):
     """The process at the other end of a plan channel is gone."""
+
+
+def peer_pid(connection: socket.socket) -> int | None:
+    """The process that opened the other end of a Unix socket; of any other socket nothing is known."""
+    if connection.family != socket.AF_UNIX:
+        return None
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(found)[0])
 
 
 def listen(rendezvous_url: str, stack: contextlib.ExitStack) -> socket.socket:

@@ -9,15 +9,11 @@ import os
 import select
 import signal
 import socket
-import struct
 
-from orchestra.worker.plan_socket import RankLostError
+from orchestra.worker.plan_socket import RankLostError, peer_pid
 
 # A process that was killed is gone by then, or stuck in the kernel.
 END_TIMEOUT_S = 10.0
-
-# Process, user and group of the other end, as SO_PEERCRED tells them.
-_CREDENTIALS = struct.Struct("3i")
 
 
 class RankProcesses:
@@ -57,10 +53,9 @@ class RankProcesses:
 
 def _peer(connection: socket.socket) -> tuple[int, int] | None:
     """The process at the other end; None where that cannot be known."""
-    if connection.family != socket.AF_UNIX:
+    number = peer_pid(connection)
+    if number is None:
         return None
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    number = _CREDENTIALS.unpack(credentials)[0]
     try:
         # It lives: it waits for an answer on this connection.
         return number, os.pidfd_open(number)

@@ -1,13 +1,13 @@
 """Whether a process that stands still wants to run and is not let: what the kernel counts tells that from a hang."""
 
 import socket
-import struct
 import time
 from pathlib import Path
 
+from orchestra.worker.plan_socket import peer_pid
+
 # Share of the time that some thread has waited for a core: more is no hang but a machine with too much to do.
 STARVED_SHARE = 0.25
-_CREDENTIALS = struct.Struct("3i")
 
 
 class Starvation:
@@ -26,11 +26,7 @@ class Starvation:
     @classmethod
     def of(cls, connection: socket.socket) -> "Starvation":
         """Of the process that opened the other end of a Unix socket; of any other socket nothing is known."""
-        if connection.family != socket.AF_UNIX:
-            return cls(0)
-        found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        pid, _, _ = _CREDENTIALS.unpack(found)
-        return cls(pid)
+        return cls(peer_pid(connection) or 0)
 
     def begin(self) -> None:
         """Starts to look."""
