@@ -49,15 +49,16 @@ def halve(plan: StepPlan) -> tuple[int, StepPlan, StepPlan] | None:
     """
     starts = plan.query_start
     num_tokens = int(starts[-1])
-    cut = num_tokens // 2
-    sequence = int(np.searchsorted(starts, cut, side="right")) - 1
+    middle = num_tokens // 2
+    sequence = int(np.searchsorted(starts, middle, side="right")) - 1
     start, stop = int(starts[sequence]), int(starts[sequence + 1])
-    if cut - start < PIECE_TOKENS_MIN:
-        cut = start
-    elif stop - cut < PIECE_TOKENS_MIN:
-        cut = stop
-    if min(cut, num_tokens - cut) < ROWS_MIN:
+    cuts = [start, stop]
+    if stop - start >= 2 * PIECE_TOKENS_MIN:
+        cuts.append(min(max(middle, start + PIECE_TOKENS_MIN), stop - PIECE_TOKENS_MIN))
+    possible = [cut for cut in cuts if min(cut, num_tokens - cut) >= ROWS_MIN]
+    if not possible:
         return None
+    cut = min(possible, key=lambda cut: abs(cut - middle))
     first, second = _segments(plan, Span(0, cut)), _segments(plan, Span(cut, num_tokens))
     return cut, part_of(plan, first, is_first=False), part_of(plan, second, is_first=False)
 
