@@ -20,7 +20,7 @@ use parking_lot::RwLock;
 
 pub use self::step::StepArrays;
 use self::{
-    step::{Step, Tile},
+    step::{Cut, Step, Tile},
     tile::Scratch,
 };
 use crate::{
@@ -28,12 +28,15 @@ use crate::{
     error::AttentionError,
     pool::share,
     simd::{Kind, LANES, Portable, Processor},
+    spares::Spares,
 };
 
 /// Cached tokens that a row takes at a time, at multiples of it.
 const CHUNK: usize = 32;
 /// Rows of a tile, where a token has fewer: what is read of the cache is used for so many at once.
 const ROWS: usize = 32;
+/// So many tiles for each thread, before what could be several becomes one: they are not equally long.
+const TILES_PER_THREAD: usize = 4;
 /// Longest head.
 pub const HEAD_DIM_MAX: usize = 1024;
 /// New KV of a step that is written by the caller alone, bytes: waking others costs more.
@@ -155,6 +158,9 @@ pub struct Attention {
     /// Whether bf16 is computed in pairs.
     in_pairs: bool,
     step: RwLock<Step>,
+    scratch: Spares<Scratch>,
+    #[cfg(target_arch = "x86_64")]
+    pair_scratch: Spares<pairs::Scratch>,
 }
 
 impl Attention {
@@ -169,6 +175,9 @@ impl Attention {
             #[cfg(not(target_arch = "x86_64"))]
             in_pairs: false,
             step: RwLock::default(),
+            scratch: Spares::default(),
+            #[cfg(target_arch = "x86_64")]
+            pair_scratch: Spares::default(),
         })
     }
 
@@ -182,18 +191,27 @@ impl Attention {
         }
     }
 
-    /// Rows of a tile, where a token has fewer.
-    const fn rows(&self) -> usize {
+    /// How a step is cut for so many threads.
+    const fn cut(&self, threads: u32) -> Cut {
+        let tiles = threads as usize * TILES_PER_THREAD;
         #[cfg(target_arch = "x86_64")]
         if self.in_pairs {
-            return pairs::ROWS;
+            return Cut {
+                rows: pairs::ROWS,
+                together: pairs::TOGETHER,
+                tiles,
+            };
         }
-        ROWS
+        Cut {
+            rows: ROWS,
+            together: (1, 0),
+            tiles,
+        }
     }
 
-    /// Checks a step's arrays and lays it out; called once, before its first layer.
-    pub fn prepare(&self, arrays: &StepArrays<'_>) -> Result<(), AttentionError> {
-        *self.step.write() = Step::new(arrays, &self.config, self.rows())?;
+    /// Checks a step's arrays and lays it out for up to `threads` threads; called once, before its first layer.
+    pub fn prepare(&self, arrays: &StepArrays<'_>, threads: u32) -> Result<(), AttentionError> {
+        *self.step.write() = Step::new(arrays, &self.config, &self.cut(threads))?;
         Ok(())
     }
 
@@ -220,12 +238,13 @@ impl Attention {
         // SAFETY: the caller's promise; each token has a slot of its own.
         let write = |(): &mut (), token| unsafe { write_token(&layer, token) };
         share(step.num_tokens, writers, || (), write);
-        let rows = self.rows().max(self.config.group());
+        let rows = self.cut(threads).rows.max(self.config.group());
         #[cfg(target_arch = "x86_64")]
         if self.in_pairs
             && let Some(layer) = layer.as_bf16()
         {
-            let begin = || pairs::Scratch::new(rows, self.config.head_dim);
+            let make = || pairs::Scratch::new(rows, self.config.head_dim);
+            let begin = || self.pair_scratch.take(make);
             share(step.tiles.len(), threads, begin, |scratch, index| {
                 let next = step.tiles.get(index + threads as usize);
                 // SAFETY: the processor can; the rest is the caller's promise, and each tile is computed once.
@@ -233,7 +252,8 @@ impl Attention {
             });
             return;
         }
-        let begin = || Scratch::new(rows, self.config.head_dim);
+        let make = || Scratch::new(rows, self.config.head_dim);
+        let begin = || self.scratch.take(make);
         share(step.tiles.len(), threads, begin, |scratch, index| {
             let tile = &step.tiles[index];
             // SAFETY: the processor is of that kind; the rest is the caller's promise, and each tile is computed once.

@@ -3,7 +3,7 @@
 //! Reading order: [`error`] and [`bf16`] are shared words; [`group`] are the collectives of ranks on one machine, and
 //! [`ring`] the messages of one to the others, over shared memory; [`attention`] is paged attention, [`linear`] and
 //! [`pairs`] the layers with weights and [`rows`] what comes between them and after them, over [`simd`] for vectors and
-//! [`pool`] for threads.
+//! [`pool`] for threads and `spares` for what each of them computes in.
 //!
 //! Everything here gives the same bits on every call with the same numbers, whatever else runs: sums have a fixed
 //! order, and no result depends on who came first.
@@ -27,6 +27,7 @@ pub mod pool;
 pub mod ring;
 pub mod rows;
 mod simd;
+mod spares;
 
 pub use attention::{Attention, AttentionConfig, Rule, StepArrays};
 pub use element::Element;

@@ -13,16 +13,21 @@
     reason = "reads a cache that other processes may write, and writes what other threads write beside"
 )]
 
+mod ahead;
 mod few;
 mod layout;
 mod softmax;
 
 use self::{
-    layout::{fetch, load_chunk, load_queries, store_output},
+    ahead::Ahead,
+    layout::{find_keys, load_queries, load_values, store_output},
     softmax::{Bend, FEW_ROWS, Seen},
 };
 use super::{AttentionConfig, Layer, step::Tile};
-use crate::pairs::{Block, DEPTH, HEIGHT, Line, PANEL, PanelSums, tiles};
+use crate::{
+    pairs::{Block, DEPTH, HEIGHT, Line, PANEL, PanelSums, tiles},
+    spares::Spare,
+};
 
 /// Tokens whose keys are a tile.
 const GROUP: usize = HEIGHT / 2;
@@ -33,6 +38,8 @@ const GROUPS: usize = CHUNK / GROUP;
 const LINES: usize = CHUNK / DEPTH;
 /// Rows that one thread computes at a time, where a token has fewer.
 pub(super) const ROWS: usize = 64;
+/// KV heads that one tile may have, and rows for each of them.
+pub(super) const TOGETHER: (usize, usize) = (ROWS / PANEL, PANEL);
 
 /// Whether this processor can, and these shapes fit: a tile takes 32 numbers of a key, and 16 tokens of a block.
 pub(super) fn fits(config: &AttentionConfig) -> bool {
@@ -49,6 +56,7 @@ pub(super) fn fits(config: &AttentionConfig) -> bool {
 }
 
 /// What a thread needs beside the tensors.
+#[derive(Default)]
 pub(super) struct Scratch {
     /// `[panels, head_dim / 2, PANEL, 2]`: the queries; panels come in pairs.
     queries: Vec<Line>,
@@ -57,7 +65,7 @@ pub(super) struct Scratch {
     /// `[rows, CHUNK]`
     weights: Vec<Line>,
     /// `[head_dim / PANEL, CHUNK / 2, PANEL, 2]`: of a chunk. Of each 32 numbers the first panel has those whose place
-    /// in eight is below four.
+    /// in eight is below four. Two of these.
     values: Vec<Line>,
     /// `[rows, head_dim / PANEL]`: sums of values in the order of `values`, not yet divided.
     sums: Vec<PanelSums>,
@@ -78,13 +86,19 @@ impl Scratch {
             queries: vec![line; rows / PANEL * head_dim / 2],
             scores: vec![PanelSums([0.0; PANEL]); rows / PANEL * CHUNK],
             weights: vec![line; rows * LINES],
-            values: vec![line; head_dim * LINES],
+            values: vec![line; 2 * head_dim * LINES],
             sums: vec![PanelSums([0.0; PANEL]); rows * head_dim / PANEL],
             seen: vec![0; rows],
             most: vec![0.0; rows],
             total: vec![0.0; rows],
             tiles: tiles::Tiles::default(),
         }
+    }
+}
+
+impl Spare for Scratch {
+    fn leave_thread(&mut self) {
+        self.tiles = tiles::Tiles::default();
     }
 }
 
@@ -99,59 +113,91 @@ pub(super) unsafe fn attend(
     (tile, next): (&Tile, Option<&Tile>),
     scratch: &mut Scratch,
 ) {
-    let group = layer.config.group();
-    let rows = tile.tokens as usize * group;
-    let panel_pairs = rows.div_ceil(HEIGHT);
-    let first_seen = tile.seen as usize;
-    let last_seen = first_seen + tile.tokens as usize - 1;
-    let lowest = layer.rule.first_seen(first_seen);
+    let is_few = tile.tokens as usize * layer.config.group() <= PANEL;
+    let (begin, lowest) = first_chunk(layer, tile);
+    let last_seen = tile.last_seen();
+    scratch.begin(layer, tile);
     // SAFETY: the caller's promise.
     unsafe { load_queries(layer, tile, &mut scratch.queries) };
-    let panels = layer.config.head_dim / PANEL;
-    scratch.sums[..panel_pairs * HEIGHT * panels].fill(PanelSums([0.0; PANEL]));
-    scratch.most[..panel_pairs * HEIGHT].fill(f32::NEG_INFINITY);
-    scratch.total[..panel_pairs * HEIGHT].fill(0.0);
-    for (row, seen) in scratch.seen[..panel_pairs * HEIGHT].iter_mut().enumerate() {
-        // Rows that are none see what the last one sees.
-        *seen = (first_seen + row.min(rows - 1) / group) as i32;
-    }
-    for start in (lowest / CHUNK * CHUNK..last_seen).step_by(CHUNK) {
+    for start in (begin..last_seen).step_by(CHUNK) {
         let chunk = Chunk {
             start,
             end: last_seen.min(start + CHUNK),
             lowest: lowest.max(start),
         };
-        // SAFETY: the caller's promise; rows come in pairs of panels.
+        let ahead = if chunk.end < last_seen {
+            Some(Ahead::new(tile, start + CHUNK))
+        } else {
+            next.map(|next| Ahead::new(next, first_chunk(layer, next).0))
+        };
+        // SAFETY: the caller's promise.
         unsafe {
-            if chunk.end < last_seen {
-                fetch(layer, tile, start + CHUNK, last_seen);
-            } else if let Some(next) = next {
-                let first = next.seen as usize;
-                let lowest = layer.rule.first_seen(first) / CHUNK * CHUNK;
-                fetch(layer, next, lowest, first + next.tokens as usize - 1);
-            }
-            let keys = load_chunk(layer, tile, &chunk, &mut scratch.values);
-            if rows <= PANEL {
-                few::score(&chunk, keys, (rows, layer.config.head_dim), scratch);
-                weigh(layer, &chunk, (0, rows), scratch);
-                few::add_values((rows, layer.config.head_dim), scratch);
-                continue;
-            }
-            // One after the other, each for all rows: what a tile reads should not just have been written.
-            for pair in 0..panel_pairs {
-                score((layer, &chunk), keys, pair, scratch);
-            }
-            for panel in 0..rows.div_ceil(PANEL) {
-                let count = PANEL.min(rows - panel * PANEL);
-                weigh(layer, &chunk, (panel, count), scratch);
-            }
-            for pair in 0..panel_pairs {
-                add_values(layer, pair, scratch);
+            if is_few {
+                few::take(layer, tile, (&chunk, ahead), scratch);
+            } else {
+                take(layer, tile, (&chunk, ahead), scratch);
             }
         }
     }
     // SAFETY: the caller's promise.
     unsafe { store_output(layer, tile, scratch) };
+}
+
+/// Where the first chunk of a tile begins, and the first token that any row sees.
+fn first_chunk(layer: &Layer<'_, u16>, tile: &Tile) -> (usize, usize) {
+    let lowest = layer.rule.first_seen(tile.seen as usize);
+    (lowest / CHUNK * CHUNK, lowest)
+}
+
+impl Scratch {
+    /// Nothing is seen yet.
+    fn begin(&mut self, layer: &Layer<'_, u16>, tile: &Tile) {
+        let group = layer.config.group();
+        let rows = tile.tokens as usize * group;
+        let all = (tile.kv_heads as usize * rows.next_multiple_of(PANEL)).next_multiple_of(HEIGHT);
+        let panels = layer.config.head_dim / PANEL;
+        self.sums[..all * panels].fill(PanelSums([0.0; PANEL]));
+        self.most[..all].fill(f32::NEG_INFINITY);
+        self.total[..all].fill(0.0);
+        for (row, seen) in self.seen[..all].iter_mut().enumerate() {
+            // Of few rows, each head has a panel. Rows that are none see what the last one sees.
+            let row = if rows <= PANEL { row % PANEL } else { row };
+            *seen = tile.seen as i32 + (row.min(rows - 1) / group) as i32;
+        }
+    }
+}
+
+/// Takes a chunk into the sums of all rows of one KV head.
+///
+/// # Safety
+/// As [`attend`].
+#[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512bf16,avx2,fma")]
+unsafe fn take(
+    layer: &Layer<'_, u16>,
+    tile: &Tile,
+    (chunk, ahead): (&Chunk, Option<Ahead<'_>>),
+    scratch: &mut Scratch,
+) {
+    let rows = tile.tokens as usize * layer.config.group();
+    if let Some(ahead) = ahead {
+        ahead.fetch(layer, 0, 1);
+    }
+    // One after the other, each for all rows: what a tile reads should not just have been written.
+    // SAFETY: the caller's promise; rows come in pairs of panels.
+    unsafe {
+        load_values(layer, (tile, 0), chunk, &mut scratch.values);
+        let keys = find_keys(layer, (tile, 0), chunk);
+        for pair in 0..rows.div_ceil(HEIGHT) {
+            score((layer, chunk), keys, pair, scratch);
+        }
+        for panel in 0..rows.div_ceil(PANEL) {
+            let count = PANEL.min(rows - panel * PANEL);
+            weigh(layer, chunk, (panel, count), scratch);
+        }
+        for pair in 0..rows.div_ceil(HEIGHT) {
+            add_values(layer, pair, scratch);
+        }
+    }
 }
 
 /// Tokens of a sequence that are taken at a time, at most `CHUNK`.

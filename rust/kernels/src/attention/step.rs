@@ -17,11 +17,14 @@ pub struct StepArrays<'a> {
     pub block_tables: &'a [i32],
 }
 
-/// Some tokens of a sequence and the query heads of one KV head: what one thread computes at a time.
+/// Some tokens of a sequence and the query heads of a KV head, or of several: what one thread computes at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Tile {
     pub(super) sequence: u32,
+    /// The first of its KV heads.
     pub(super) kv_head: u32,
+    /// More than one only as [`Cut::together`] says.
+    pub(super) kv_heads: u32,
     /// The first of its tokens, in the step.
     pub(super) first: u32,
     pub(super) tokens: u32,
@@ -30,10 +33,34 @@ pub(super) struct Tile {
 }
 
 impl Tile {
-    /// The token and the query head of one of its rows, of which each token has `group`.
-    pub(super) const fn place(&self, row: usize, group: usize) -> (usize, usize) {
-        let head = self.kv_head as usize * group + row % group;
+    /// The token and the query head of one of its rows, of which each token has `group` for its KV head `part`.
+    pub(super) const fn place(&self, part: usize, row: usize, group: usize) -> (usize, usize) {
+        let head = (self.kv_head as usize + part) * group + row % group;
         (self.first as usize + row / group, head)
+    }
+
+    /// Tokens that the last one sees, itself included.
+    pub(super) const fn last_seen(&self) -> usize {
+        (self.seen + self.tokens - 1) as usize
+    }
+}
+
+/// How a step is cut into tiles.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Cut {
+    /// Rows of a tile, where a token has fewer.
+    pub(super) rows: usize,
+    /// KV heads that one tile may have where a sequence has at most so many rows for each: the second number.
+    pub(super) together: (usize, usize),
+    /// Tiles there should be, before sequences of few rows have several heads in one.
+    pub(super) tiles: usize,
+}
+
+impl Cut {
+    /// KV heads of a tile of few rows: as many as leave enough tiles for all threads.
+    fn heads_together(&self, sequences: usize, config: &AttentionConfig) -> u32 {
+        let spare = sequences * config.num_kv_heads / self.tiles.max(1);
+        self.together.0.min(spare).clamp(1, config.num_kv_heads) as u32
     }
 }
 
@@ -49,12 +76,10 @@ pub(super) struct Step {
 
 impl Step {
     /// Reads the arrays of a step; whatever is wrong with them, nothing has changed.
-    ///
-    /// A tile has `rows` rows, where a token has fewer.
     pub(super) fn new(
         arrays: &StepArrays<'_>,
         config: &AttentionConfig,
-        rows: usize,
+        cut: &Cut,
     ) -> Result<Self, AttentionError> {
         let sequences = arrays.context_lens.len();
         let num_tokens = arrays.slot_mapping.len();
@@ -83,6 +108,7 @@ impl Step {
             table_width: arrays.block_tables.len() / sequences,
             tiles: Vec::new(),
         };
+        let together = cut.heads_together(sequences, config);
         for (sequence, context) in contexts.into_iter().enumerate() {
             let (first, end) = (starts[sequence], starts[sequence + 1]);
             if first > end || end - first > context {
@@ -97,8 +123,16 @@ impl Step {
                     "is shorter than a context",
                 ));
             }
-            let most = (rows / config.group()).max(1) as u32;
-            step.cut(sequence as u32, (first, end), (context, most), config);
+            let most = (cut.rows / config.group()).max(1) as u32;
+            let is_few = (end - first) as usize * config.group() <= cut.together.1;
+            let heads = if is_few { together } else { 1 };
+            step.cut(
+                sequence as u32,
+                (first, end),
+                (context, most),
+                heads,
+                config,
+            );
         }
         Ok(step)
     }
@@ -110,13 +144,16 @@ impl Step {
         sequence: u32,
         (first, end): (u32, u32),
         (context, most): (u32, u32),
+        heads: u32,
         config: &AttentionConfig,
     ) {
-        for kv_head in 0..config.num_kv_heads as u32 {
+        let num_kv_heads = config.num_kv_heads as u32;
+        for kv_head in (0..num_kv_heads).step_by(heads as usize) {
             for start in (first..end).step_by(most as usize) {
                 self.tiles.push(Tile {
                     sequence,
                     kv_head,
+                    kv_heads: heads.min(num_kv_heads - kv_head),
                     first: start,
                     tokens: most.min(end - start),
                     seen: context - (end - start) + 1,

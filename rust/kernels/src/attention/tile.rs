@@ -19,10 +19,13 @@ use super::{CHUNK, Layer, step::Tile};
 use crate::{
     element::Element,
     simd::{Arithmetic, LANES, Lanes, Vector, Wide},
+    spares::Spare,
 };
 
 const GROUPS: usize = CHUNK / LANES;
+
 /// What a thread needs beside the tensors.
+#[derive(Default)]
 pub(super) struct Scratch {
     /// `[rows, head_dim]`
     query: Vec<f32>,
@@ -44,6 +47,8 @@ impl Scratch {
         }
     }
 }
+
+impl Spare for Scratch {}
 
 /// The keys and values of a chunk: where each eight of them begin.
 #[derive(Clone, Copy)]
@@ -69,7 +74,7 @@ pub(super) unsafe fn attend<W: Wide, T: Element>(
     scratch.sums[..rows * size].fill(0.0);
     scratch.softmax[..rows].fill((f32::NEG_INFINITY, 0.0));
     let first_seen = tile.seen as usize;
-    let last_seen = first_seen + tile.tokens as usize - 1;
+    let last_seen = tile.last_seen();
     let begin = layer.rule.first_seen(first_seen) / CHUNK * CHUNK;
     for start in (begin..last_seen).step_by(CHUNK) {
         // SAFETY: the caller's promise.
@@ -117,7 +122,7 @@ pub(super) unsafe fn attend<W: Wide, T: Element>(
 unsafe fn load_queries<L: Lanes, T: Element>(layer: &Layer<'_, T>, tile: &Tile, rows: &mut [f32]) {
     let (group, size) = (layer.config.group(), layer.config.head_dim);
     for (row, target) in rows.chunks_exact_mut(size).enumerate() {
-        let (token, head) = tile.place(row, group);
+        let (token, head) = tile.place(0, row, group);
         for at in (0..size).step_by(LANES) {
             // SAFETY: token and head are the step's and the rank's, so this is inside the queries.
             unsafe {
@@ -370,7 +375,7 @@ unsafe fn store_output<T: Element>(
     let (group, size) = (layer.config.group(), layer.config.head_dim);
     let rows = tile.tokens as usize * group;
     for (row, (sums, (_, weight))) in sums.chunks_exact(size).zip(softmax).take(rows).enumerate() {
-        let (token, head) = tile.place(row, group);
+        let (token, head) = tile.place(0, row, group);
         let scale = 1.0 / weight;
         for (at, sum) in sums.iter().enumerate() {
             let place = (token * layer.config.num_heads + head) * size + at;

@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails where it unwraps")]
 
 mod pairs;
+mod together;
 
 use orchestra_kernels::{
     Attention, AttentionConfig, Processor, Rule, StepArrays, attention::Tensors, bf16,
@@ -29,7 +30,7 @@ const STEP: StepArrays<'static> = StepArrays {
 #[test]
 fn arrays_that_point_outside_are_refused_by_name() {
     let attention = Attention::new(CONFIG).unwrap();
-    let refused = |step: StepArrays<'_>| attention.prepare(&step).unwrap_err().field;
+    let refused = |step: StepArrays<'_>| attention.prepare(&step, 2).unwrap_err().field;
     let bad_slots: [&[i32]; 2] = [&[8, 16, 17, 32], &[8, 16, 17, -1]];
     for slot_mapping in bad_slots {
         assert_eq!(
@@ -78,7 +79,7 @@ fn arrays_that_point_outside_are_refused_by_name() {
         ..STEP
     };
     assert_eq!(refused(crossed), "context_lens");
-    attention.prepare(&STEP).unwrap();
+    attention.prepare(&STEP, 2).unwrap();
 }
 
 #[test]
@@ -128,13 +129,16 @@ fn shapes_that_vectors_do_not_fill_are_refused_by_name() {
 #[test]
 fn a_refused_step_leaves_the_one_before() {
     let attention = Attention::new(CONFIG).unwrap();
-    attention.prepare(&STEP).unwrap();
+    attention.prepare(&STEP, 2).unwrap();
     let slot_mapping = &[99; 4];
     attention
-        .prepare(&StepArrays {
-            slot_mapping,
-            ..STEP
-        })
+        .prepare(
+            &StepArrays {
+                slot_mapping,
+                ..STEP
+            },
+            2,
+        )
         .unwrap_err();
     let query = vec![1.0_f32; 4 * 16];
     let key_value: Vec<f32> = (0..4 * 16).map(|number| number as f32).collect();
@@ -178,7 +182,7 @@ fn attended(processor: Processor, head_dim: usize) -> Vec<f32> {
         context_lens: &[41],
         block_tables: &[5, 0, 3, 2, 4, 1],
     };
-    attention.prepare(&step).unwrap();
+    attention.prepare(&step, 2).unwrap();
     let mut output = vec![f32::NAN; query.len()];
     let tensors = Tensors {
         query: query.as_ptr(),

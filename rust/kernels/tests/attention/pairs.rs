@@ -85,7 +85,7 @@ impl Case {
                 context_lens: &[end as i32],
                 block_tables: &blocks,
             };
-            attention.prepare(&step).unwrap();
+            attention.prepare(&step, 2).unwrap();
             let tensors = Tensors {
                 query: query[first * query_size..].as_ptr(),
                 query_stride: query_size,

@@ -104,7 +104,7 @@ impl PagedAttention {
         Ok(self
             .inner
             .attention
-            .prepare(&arrays)
+            .prepare(&arrays, threads)
             .map_err(Failure::from)?)
     }
 

@@ -1,4 +1,7 @@
-//! The products of one panel of rows, which is what a decode has: tiles as small as its rows.
+//! One panel of rows, which is what a decode has, for each of some KV heads: tiles as small as the rows.
+//!
+//! A block's keys of all heads lie side by side, and so do its values: the longer what is read in order, the faster memory
+//! is. And with the heads one after the other in each part of the work, no tile reads what has just been written.
 
 #![expect(
     unsafe_code,
@@ -7,7 +10,13 @@
 
 use std::arch::asm;
 
-use super::{CHUNK, Chunk, DEPTH, GROUP, GROUPS, PANEL, Scratch};
+use super::{
+    super::{Layer, step::Tile},
+    CHUNK, Chunk, DEPTH, GROUP, GROUPS, LINES, PANEL, Scratch,
+    ahead::Ahead,
+    layout::{find_keys, load_values},
+    weigh,
+};
 use crate::pairs::tiles::Shapes;
 
 /// Bytes from one line of the scratch to the next.
@@ -21,16 +30,64 @@ fn shapes(rows: usize) -> Shapes {
     [narrow, narrow, narrow, whole, low, low, low, low]
 }
 
+/// Takes a chunk into the sums of a panel of rows for each of the tile's KV heads.
+///
+/// # Safety
+/// As [`attend`](super::attend), of a tile with at most a panel of rows for each head.
+#[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512bf16,avx2,fma")]
+pub(super) unsafe fn take(
+    layer: &Layer<'_, u16>,
+    tile: &Tile,
+    (chunk, ahead): (&Chunk, Option<Ahead<'_>>),
+    scratch: &mut Scratch,
+) {
+    let size = layer.config.head_dim;
+    let rows = tile.tokens as usize * layer.config.group();
+    let heads = tile.kv_heads as usize;
+    // A little at a time: a core has few requests to memory under way, and waits to make more.
+    let fetch = |part| {
+        if let Some(ahead) = ahead {
+            ahead.fetch(layer, part, 3 * heads);
+        }
+    };
+    // SAFETY: the caller's promise.
+    unsafe {
+        load_values(layer, (tile, 0), chunk, &mut scratch.values);
+        for head in 0..heads {
+            fetch(head);
+            let keys = find_keys(layer, (tile, head), chunk);
+            score(chunk, keys, (rows, size), head, scratch);
+        }
+        for head in 0..heads {
+            fetch(heads + head);
+            weigh(layer, chunk, (head, rows), scratch);
+        }
+        for head in 0..heads {
+            fetch(2 * heads + head);
+            // Those of the next head are laid out while others are read.
+            let next = head + 1;
+            if next < heads {
+                let values = &mut scratch.values[next % 2 * size * LINES..];
+                load_values(layer, (tile, next), chunk, values);
+            }
+            add_values((rows, size), head, scratch);
+        }
+    }
+}
+
 /// Multiplies a chunk's keys with the queries of up to a panel of rows.
 ///
 /// # Safety
-/// The processor has tiles, `keys` are the chunk's, and the scratch is for heads of this size.
-pub(super) unsafe fn score(
+/// The processor has tiles, `keys` are the chunk's, and the scratch has this panel for heads of this size.
+unsafe fn score(
     chunk: &Chunk,
     keys: [*const u16; GROUPS],
     (rows, size): (usize, usize),
+    panel: usize,
     scratch: &mut Scratch,
 ) {
+    let queries = scratch.queries[panel * size / 2..].as_ptr();
+    let scores = &mut scratch.scores[panel / 2 * 2 * CHUNK + panel % 2..];
     for first in (0..chunk.groups()).step_by(2) {
         // SAFETY: the caller's promise: keys are `size` numbers apart, queries a line for each two of them; a line of scores
         // is of two panels.
@@ -54,12 +111,12 @@ pub(super) unsafe fn score(
                 "tilestored [{scores_low} + {scores_line}], tmm1",
                 keys = inout(reg) keys[first] => _,
                 lower = inout(reg) keys[first + 1] => _,
-                queries = inout(reg) scratch.queries.as_ptr() => _,
+                queries = inout(reg) queries => _,
                 steps = inout(reg) size / DEPTH => _,
                 line = in(reg) LINE_BYTES,
                 stride = in(reg) 2 * size,
-                scores = in(reg) scratch.scores[first * 2 * GROUP..].as_mut_ptr(),
-                scores_low = in(reg) scratch.scores[(first + 1) * 2 * GROUP..].as_mut_ptr(),
+                scores = in(reg) scores[first * 2 * GROUP..].as_mut_ptr(),
+                scores_low = in(reg) scores[(first + 1) * 2 * GROUP..].as_mut_ptr(),
                 scores_line = in(reg) 2 * LINE_BYTES,
                 options(nostack),
             );
@@ -67,11 +124,12 @@ pub(super) unsafe fn score(
     }
 }
 
-/// Adds a chunk's values, times their weights, to the sums of the rows.
+/// Adds a chunk's values, times their weights, to the sums of a panel's rows.
 ///
 /// # Safety
 /// As [`score`].
-pub(super) unsafe fn add_values((rows, size): (usize, usize), scratch: &mut Scratch) {
+unsafe fn add_values((rows, size): (usize, usize), panel: usize, scratch: &mut Scratch) {
+    let values = &scratch.values[panel % 2 * size * LINES..];
     // SAFETY: the caller's promise: a panel of values has a line for every two tokens, and a row has sums of all panels.
     unsafe {
         scratch.tiles.configure(shapes(rows));
@@ -96,11 +154,11 @@ pub(super) unsafe fn add_values((rows, size): (usize, usize), scratch: &mut Scra
             "add {next}, 4096",
             "dec {parts}",
             "jnz 2b",
-            weights = in(reg) scratch.weights.as_ptr(),
+            weights = in(reg) scratch.weights[panel * PANEL * LINES..].as_ptr(),
             weights_line = in(reg) 2 * CHUNK,
-            values = inout(reg) scratch.values.as_ptr() => _,
-            next = inout(reg) scratch.values[CHUNK / 2..].as_ptr() => _,
-            sums = inout(reg) scratch.sums.as_mut_ptr() => _,
+            values = inout(reg) values.as_ptr() => _,
+            next = inout(reg) values[CHUNK / 2..].as_ptr() => _,
+            sums = inout(reg) scratch.sums[panel * size..].as_mut_ptr() => _,
             parts = inout(reg) size / DEPTH => _,
             line = in(reg) LINE_BYTES,
             stride = in(reg) size / PANEL * LINE_BYTES,

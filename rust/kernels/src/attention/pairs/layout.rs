@@ -16,9 +16,8 @@ use std::{
 
 use super::{
     super::{Layer, step::Tile},
-    CHUNK, Chunk, DEPTH, GROUP, GROUPS, HEIGHT, Line, PANEL, Scratch,
+    CHUNK, Chunk, DEPTH, GROUP, GROUPS, LINES, Line, PANEL, Scratch,
 };
-use crate::simd::{Avx512, Vector};
 
 /// Lays out the queries of a tile, two numbers of each side by side; zeros where there is no row.
 ///
@@ -27,12 +26,11 @@ use crate::simd::{Avx512, Vector};
 pub(super) unsafe fn load_queries(layer: &Layer<'_, u16>, tile: &Tile, queries: &mut [Line]) {
     let (group, size) = (layer.config.group(), layer.config.head_dim);
     let rows = tile.tokens as usize * group;
-    let lines = rows.div_ceil(HEIGHT) * 2 * size / 2;
-    queries[..lines].fill(Line([0; DEPTH]));
-    for row in 0..rows {
-        let (token, head) = tile.place(row, group);
-        let lines = &mut queries[row / PANEL * size / 2..];
-        let place = 2 * (row % PANEL);
+    let panels = (tile.kv_heads as usize * rows.div_ceil(PANEL)).next_multiple_of(2);
+    queries[..panels * size / 2].fill(Line([0; DEPTH]));
+    for (place, token, head) in tile.rows(group) {
+        let lines = &mut queries[place / PANEL * size / 2..];
+        let place = 2 * (place % PANEL);
         for (pair, line) in lines[..size / 2].iter_mut().enumerate() {
             // SAFETY: token and head are the step's and the rank's, so this is inside the queries.
             unsafe {
@@ -47,62 +45,83 @@ pub(super) unsafe fn load_queries(layer: &Layer<'_, u16>, tile: &Tile, queries: 
     }
 }
 
-/// Asks for the keys and values of a chunk of a sequence of which `end` tokens are seen: they are on their way while another
-/// chunk is computed.
-pub(super) fn fetch(layer: &Layer<'_, u16>, tile: &Tile, start: usize, end: usize) {
-    let size = layer.config.head_dim;
-    for position in (start..end.min(start + CHUNK)).step_by(GROUP) {
-        for run in layer.runs(tile, position) {
-            for line in 0..GROUP * size / DEPTH {
-                Avx512::prefetch(run.wrapping_add(line * DEPTH));
-            }
-        }
-    }
-}
-
-impl Layer<'_, u16> {
-    /// Where the keys and the values of 16 tokens from `position` on begin.
-    fn runs(&self, tile: &Tile, position: usize) -> [*const u16; 2] {
-        let config = &self.config;
-        let block = self.step.block(tile.sequence, position, config.block_size);
-        [0, 1].map(|kind| {
-            let run = (2 * block + kind) * config.num_kv_heads + tile.kv_head as usize;
-            let place = run * config.block_size + position % config.block_size;
-            // Inside the cache: block ids were checked, and blocks hold multiples of 16 tokens.
-            self.tensors
-                .cache
-                .wrapping_add(place * config.head_dim)
-                .cast_const()
+impl Tile {
+    /// Of each row: its place in the scratch, its token and its query head. Each KV head has whole panels.
+    fn rows(&self, group: usize) -> impl Iterator<Item = (usize, usize, usize)> {
+        let rows = self.tokens as usize * group;
+        (0..self.kv_heads as usize).flat_map(move |part| {
+            (0..rows).map(move |row| {
+                let (token, head) = self.place(part, row, group);
+                (part * PANEL + row, token, head)
+            })
         })
     }
 }
 
-/// Lays out the values of a chunk, two tokens side by side, and says where its keys begin: each 16 of them. Values that no
-/// row sees become zeros, for nothing is known of what lies there.
+/// The halves of a block.
+#[derive(Clone, Copy)]
+pub(super) enum Half {
+    Keys,
+    Values,
+}
+
+impl Layer<'_, u16> {
+    /// Where the keys or the values of 16 tokens from `position` on begin, of one of the tile's KV heads.
+    pub(super) fn run(&self, tile: &Tile, position: usize, half: Half, head: usize) -> *const u16 {
+        let config = &self.config;
+        let block = self.step.block(tile.sequence, position, config.block_size);
+        let run = (2 * block + half as usize) * config.num_kv_heads + tile.kv_head as usize + head;
+        let place = run * config.block_size + position % config.block_size;
+        // Inside the cache: block ids were checked, and blocks hold multiples of 16 tokens.
+        self.tensors
+            .cache
+            .wrapping_add(place * config.head_dim)
+            .cast_const()
+    }
+}
+
+/// Where a chunk's keys begin, each 16 of them.
+pub(super) fn find_keys(
+    layer: &Layer<'_, u16>,
+    (tile, head): (&Tile, usize),
+    chunk: &Chunk,
+) -> [*const u16; GROUPS] {
+    let mut keys = [ptr::null(); GROUPS];
+    for group in 0..GROUPS {
+        let position = chunk.start + group * GROUP;
+        keys[group] = if position < chunk.end {
+            layer.run(tile, position, Half::Keys, head)
+        } else {
+            // Nobody sees what lies there: any keys will do.
+            keys[0]
+        };
+    }
+    keys
+}
+
+/// Lays out the values of a chunk, two tokens side by side. Values that no row sees become zeros, for nothing is known of
+/// what lies there.
 ///
 /// # Safety
 /// As [`attend`](super::attend).
 #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512bf16,avx2,fma")]
-pub(super) unsafe fn load_chunk(
+pub(super) unsafe fn load_values(
     layer: &Layer<'_, u16>,
-    tile: &Tile,
+    (tile, head): (&Tile, usize),
     chunk: &Chunk,
     values: &mut [Line],
-) -> [*const u16; GROUPS] {
+) {
     let size = layer.config.head_dim;
-    let mut keys = [ptr::null(); GROUPS];
+    let values = &mut values[..size * LINES];
     for group in 0..GROUPS {
         let position = chunk.start + group * GROUP;
         if position >= chunk.end {
-            // Nobody sees what lies there: any keys will do.
-            keys[group] = keys[0];
             for panel in values.chunks_exact_mut(CHUNK / 2) {
                 panel[group * GROUP / 2..][..GROUP / 2].fill(Line([0; DEPTH]));
             }
             continue;
         }
-        let from;
-        [keys[group], from] = layer.runs(tile, position);
+        let from = layer.run(tile, position, Half::Values, head);
         for pair in 0..GROUP / 2 {
             let token = 2 * pair;
             let is_seen = |token: usize| (chunk.lowest..chunk.end).contains(&(position + token));
@@ -127,7 +146,6 @@ pub(super) unsafe fn load_chunk(
             }
         }
     }
-    keys
 }
 
 /// Divides the sums and writes them where the heads of each token are side by side.
@@ -148,11 +166,10 @@ pub(super) unsafe fn store_output(layer: &Layer<'_, u16>, tile: &Tile, scratch: 
         places
     };
     let (group, size) = (layer.config.group(), layer.config.head_dim);
-    let rows = tile.tokens as usize * group;
-    let sums = scratch.sums.chunks_exact(size / PANEL);
-    for (row, (sums, total)) in sums.zip(&scratch.total).take(rows).enumerate() {
-        let (token, head) = tile.place(row, group);
-        let scale = _mm512_set1_ps(1.0 / total);
+    let panels = size / PANEL;
+    for (row, token, head) in tile.rows(group) {
+        let sums = &scratch.sums[row * panels..][..panels];
+        let scale = _mm512_set1_ps(1.0 / scratch.total[row]);
         for (part, sums) in sums.chunks_exact(2).enumerate() {
             // SAFETY: token and head are the step's and the rank's, so this is inside the output, and this tile's alone.
             unsafe {
