@@ -1,6 +1,6 @@
 //! The numbers that tensors are made of: computed with as `f32`, whatever they are stored as.
 
-#![expect(unsafe_code, reason = "reads the memory of tensors")]
+#![expect(unsafe_code, reason = "reads and writes the memory of tensors")]
 #![expect(
     clippy::inline_always,
     reason = "becomes part of a kernel for each kind of processor"
@@ -15,6 +15,11 @@ pub trait Element: Copy + Send + Sync + 'static {
     /// # Safety
     /// They are there.
     unsafe fn load<V: Vector>(from: *const Self) -> V;
+    /// Rounds and writes as many as the vector has.
+    ///
+    /// # Safety
+    /// There is room for them.
+    unsafe fn store<V: Vector>(numbers: V, to: *mut Self);
     /// The same address, where these already are `f32`.
     fn as_floats(from: *const Self) -> Option<*const f32>;
     /// Where `count` numbers are as `f32`: here, or in `room`, into which they are copied.
@@ -46,6 +51,12 @@ impl Element for f32 {
     }
 
     #[inline(always)]
+    unsafe fn store<V: Vector>(numbers: V, to: *mut Self) {
+        // SAFETY: the caller's promise.
+        unsafe { numbers.store(to) }
+    }
+
+    #[inline(always)]
     fn as_floats(from: *const Self) -> Option<*const f32> {
         Some(from)
     }
@@ -66,6 +77,12 @@ impl Element for u16 {
     unsafe fn load<V: Vector>(from: *const Self) -> V {
         // SAFETY: the caller's promise.
         unsafe { V::load_bf16(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn store<V: Vector>(numbers: V, to: *mut Self) {
+        // SAFETY: the caller's promise.
+        unsafe { numbers.store_bf16(to) }
     }
 
     #[inline(always)]

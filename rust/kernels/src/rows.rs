@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// Numbers that one thread takes at a time. Fewer in all are left to the caller: waking others costs more.
-const SHARE: usize = 32 << 10;
+const SHARE: usize = 8 << 10;
 
 /// Rows to normalise, in groups: the heads of a token, or one row by itself.
 #[derive(Clone, Copy, Debug)]
@@ -128,7 +128,7 @@ trait Work: Sync {
     /// How many, and numbers of each.
     fn shape(&self) -> (usize, usize);
     /// Computes one, with vectors of this kind.
-    unsafe fn row<L: crate::simd::Lanes>(&self, row: usize);
+    unsafe fn row<V: crate::simd::Arithmetic>(&self, row: usize);
 }
 
 macro_rules! shared_by_threads {
@@ -240,12 +240,25 @@ unsafe fn run<W: Work>(work: &W, threads: u32) {
             unsafe {
                 match processor.kind() {
                     #[cfg(target_arch = "x86_64")]
-                    Kind::Avx512 | Kind::Avx2 => rows_avx2(work, rows),
+                    Kind::Avx512 => rows_avx512(work, rows),
+                    #[cfg(target_arch = "x86_64")]
+                    Kind::Avx2 => rows_avx2(work, rows),
                     Kind::Portable => rows.for_each(|row| work.row::<Portable>(row)),
                 }
             }
         },
     );
+}
+
+/// # Safety
+/// As `Work::row`, on a processor with AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")]
+unsafe fn rows_avx512<W: Work>(work: &W, rows: std::ops::Range<usize>) {
+    for row in rows {
+        // SAFETY: the caller's promise.
+        unsafe { work.row::<crate::simd::Avx512>(row) };
+    }
 }
 
 /// # Safety

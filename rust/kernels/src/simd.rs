@@ -28,6 +28,8 @@ pub(crate) use self::{avx2::Avx2, avx512::Avx512};
 
 /// Numbers in a [`Lanes`].
 pub(crate) const LANES: usize = 8;
+/// Numbers in the longest vector.
+pub(crate) const WIDEST: usize = 16;
 
 /// Some `f32`.
 ///
@@ -52,6 +54,11 @@ pub trait Vector: Copy {
     /// # Safety
     /// They are there.
     unsafe fn load_bf16(from: *const u16) -> Self;
+    /// Writes bf16, rounded as [`narrow`](crate::bf16::narrow) does.
+    ///
+    /// # Safety
+    /// There is room for them.
+    unsafe fn store_bf16(self, to: *mut u16);
     /// Says that what lies at an address is wanted soon. The address may be any.
     fn prefetch<T>(from: *const T);
     /// Products, number by number.
@@ -110,6 +117,30 @@ pub trait Arithmetic: Vector {
         self.zero_below(power.times_exp2(whole), EXP_MIN)
     }
 
+    /// The sum of all: of each eight `((0+1)+(2+3)) + ((4+5)+(6+7))`, and of both eights where there are so many.
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        let mut numbers = [0.0_f32; WIDEST];
+        // SAFETY: the array has room for all.
+        unsafe { self.store(numbers.as_mut_ptr()) };
+        let pair = |at: usize| numbers[at] + numbers[at + 1];
+        let eight = |at: usize| (pair(at) + pair(at + 2)) + (pair(at + 4) + pair(at + 6));
+        if Self::LEN == LANES {
+            eight(0)
+        } else {
+            eight(0) + eight(LANES)
+        }
+    }
+
+    /// The largest of all.
+    #[inline(always)]
+    fn largest(self) -> f32 {
+        let mut numbers = [f32::NEG_INFINITY; WIDEST];
+        // SAFETY: the array has room for all.
+        unsafe { self.store(numbers.as_mut_ptr()) };
+        numbers.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+
     /// `tanh(self)`, within 1e-7.
     #[inline(always)]
     fn tanh(self) -> Self {
@@ -122,25 +153,6 @@ pub trait Arithmetic: Vector {
 pub trait Lanes: Arithmetic {
     /// The sum of each of eight: `((0+1)+(2+3)) + ((4+5)+(6+7))` of each.
     fn sums(all: [Self; LANES]) -> Self;
-
-    /// The sum of all eight, in the order of `sums`.
-    #[inline(always)]
-    fn sum(self) -> f32 {
-        let mut numbers = [0.0_f32; LANES];
-        // SAFETY: the array has room for eight.
-        unsafe { self.store(numbers.as_mut_ptr()) };
-        let pair = |at: usize| numbers[at] + numbers[at + 1];
-        (pair(0) + pair(2)) + (pair(4) + pair(6))
-    }
-
-    /// The largest of all eight.
-    #[inline(always)]
-    fn largest(self) -> f32 {
-        let mut numbers = [0.0_f32; LANES];
-        // SAFETY: the array has room for eight.
-        unsafe { self.store(numbers.as_mut_ptr()) };
-        numbers.into_iter().fold(f32::NEG_INFINITY, f32::max)
-    }
 }
 
 impl<L: Lanes> Vector for [L; 2] {
@@ -170,6 +182,15 @@ impl<L: Lanes> Vector for [L; 2] {
     unsafe fn load_bf16(from: *const u16) -> Self {
         // SAFETY: the caller's promise.
         unsafe { [L::load_bf16(from), L::load_bf16(from.add(LANES))] }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self[0].store_bf16(to);
+            self[1].store_bf16(to.add(LANES));
+        }
     }
 
     #[inline(always)]
@@ -212,19 +233,20 @@ const EXP_MIN: f32 = -87.0;
 mod tests {
     use super::*;
 
-    fn each<L: Lanes>(numbers: [f32; LANES], f: impl Fn(L) -> L) -> [f32; LANES] {
-        let mut results = [0.0; LANES];
-        // SAFETY: both arrays hold eight.
-        unsafe { f(L::load(numbers.as_ptr())).store(results.as_mut_ptr()) };
-        results
+    fn each<V: Vector>(numbers: [f32; LANES], f: impl Fn(V) -> V) -> [f32; LANES] {
+        let (mut given, mut results) = ([0.0; WIDEST], [0.0; WIDEST]);
+        given[..LANES].copy_from_slice(&numbers);
+        // SAFETY: both arrays hold the longest.
+        unsafe { f(V::load(given.as_ptr())).store(results.as_mut_ptr()) };
+        std::array::from_fn(|lane| results[lane])
     }
 
-    fn check_functions<L: Lanes>() {
+    fn check_functions<V: Arithmetic>() {
         for step in 0..20_000 {
             let start = -90.0 + step as f32 * 0.0089;
             let numbers = std::array::from_fn(|lane| start + lane as f32 * 1e-3);
-            let powers = each::<L>(numbers, L::exp);
-            let bent = each::<L>(numbers, L::tanh);
+            let powers = each::<V>(numbers, V::exp);
+            let bent = each::<V>(numbers, V::tanh);
             for lane in 0..LANES {
                 let (x, y) = (numbers[lane], powers[lane]);
                 if x < EXP_MIN {
@@ -249,7 +271,7 @@ mod tests {
             1.0,
             -1.0,
         ];
-        let powers = each::<L>(edges, L::exp);
+        let powers = each::<V>(edges, V::exp);
         assert_eq!(powers[..3], [1.0, 1.0, 0.0]);
         assert!(powers[3] > 1e38);
         assert!(powers[4].is_nan());
@@ -269,7 +291,10 @@ mod tests {
             sums.map(f32::to_bits),
             lanes.map(|lanes| lanes.sum().to_bits())
         );
-        assert_eq!(lanes.map(Lanes::largest), rows.map(|row| row[LANES - 1]));
+        assert_eq!(
+            lanes.map(Arithmetic::largest),
+            rows.map(|row| row[LANES - 1])
+        );
         let halves: [u16; LANES] = std::array::from_fn(|lane| 0x3f80 + lane as u16);
         let mut widened = [0.0; LANES];
         // SAFETY: both arrays hold eight.
@@ -277,10 +302,25 @@ mod tests {
         assert_eq!(widened, halves.map(crate::bf16::widen));
     }
 
+    fn check_rounding<V: Vector>() {
+        // All kinds of bf16, and between each two of them what is nearer to one, to the other, and to neither.
+        for upper in 0..=u16::MAX {
+            let lower = [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff, 0x4000, 0xc000];
+            let number = |at: usize| f32::from_bits(u32::from(upper) << 16 | lower[at % LANES]);
+            let numbers: [f32; WIDEST] = std::array::from_fn(number);
+            let mut rounded = [0; WIDEST];
+            // SAFETY: both arrays hold the longest.
+            unsafe { V::load(numbers.as_ptr()).store_bf16(rounded.as_mut_ptr()) };
+            let expected = numbers.map(crate::bf16::narrow);
+            assert_eq!(rounded[..V::LEN], expected[..V::LEN]);
+        }
+    }
+
     #[test]
     fn the_portable_twin_is_right() {
         check_functions::<Portable>();
         check_sums::<Portable>();
+        check_rounding::<Portable>();
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -289,6 +329,25 @@ mod tests {
         if avx2::is_here() {
             check_functions::<Avx2>();
             check_sums::<Avx2>();
+            check_rounding::<Avx2>();
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn the_avx512_twin_is_right() {
+        if avx512::is_here() {
+            check_functions::<Avx512>();
+            check_rounding::<Avx512>();
+            let numbers: [f32; WIDEST] = std::array::from_fn(|lane| (lane * lane) as f32 / 3.0);
+            let (low, high) = numbers.split_at(LANES);
+            // SAFETY: the processor has it; the array holds sixteen, and its halves eight each.
+            let (all, low, high) = unsafe {
+                let all = Avx512::load(numbers.as_ptr());
+                (all, Avx2::load(low.as_ptr()), Avx2::load(high.as_ptr()))
+            };
+            assert_eq!(all.sum(), low.sum() + high.sum());
+            assert_eq!(all.largest(), numbers[WIDEST - 1]);
         }
     }
 }

@@ -14,7 +14,7 @@ use std::{ops::Range, slice};
 use super::Work;
 use crate::{
     element::Element,
-    simd::{LANES, Lanes},
+    simd::{Arithmetic, Vector, WIDEST},
 };
 
 /// Numbers that are added up or compared together, before the one that is looked for is searched among them.
@@ -91,26 +91,26 @@ unsafe impl<E: Element> Sync for Softmax<E> {}
 unsafe impl Sync for Draw {}
 
 impl<E: Element> Logits<E> {
-    /// Eight numbers of a row; where fewer are left, the others are less than any.
+    /// A vector of numbers of a row; where fewer are left, the others are less than any.
     ///
     /// # Safety
     /// The row is one of these, and at least one is left of it.
     #[inline(always)]
-    unsafe fn eight<L: Lanes>(&self, row: usize, at: usize) -> L {
+    unsafe fn load<V: Vector>(&self, row: usize, at: usize) -> V {
         // SAFETY: the caller's promise.
         let from = unsafe { self.numbers.add(row * self.stride + at) };
         let left = self.size - at;
-        if left >= LANES {
+        if left >= V::LEN {
             // SAFETY: so many are left.
             return unsafe { E::load(from) };
         }
-        let mut numbers = [f32::NEG_INFINITY; LANES];
+        let mut numbers = [f32::NEG_INFINITY; WIDEST];
         for (at, number) in numbers[..left].iter_mut().enumerate() {
             // SAFETY: so many are left.
             *number = unsafe { from.add(at).read() }.widen();
         }
-        // SAFETY: there are eight.
-        unsafe { L::load(numbers.as_ptr()) }
+        // SAFETY: there are as many as in the longest.
+        unsafe { V::load(numbers.as_ptr()) }
     }
 
     /// The largest of some numbers of a row; those that are no numbers do not count.
@@ -118,11 +118,11 @@ impl<E: Element> Logits<E> {
     /// # Safety
     /// The row is one of these, and so is the range.
     #[inline(always)]
-    unsafe fn largest<L: Lanes>(&self, row: usize, range: Range<usize>) -> f32 {
-        let mut most = [L::splat(f32::NEG_INFINITY); CHAINS];
-        for (step, at) in range.step_by(LANES).enumerate() {
+    unsafe fn largest<V: Arithmetic>(&self, row: usize, range: Range<usize>) -> f32 {
+        let mut most = [V::splat(f32::NEG_INFINITY); CHAINS];
+        for (step, at) in range.step_by(V::LEN).enumerate() {
             // SAFETY: the caller's promise.
-            let numbers = unsafe { self.eight::<L>(row, at) };
+            let numbers = unsafe { self.load::<V>(row, at) };
             most[step % CHAINS] = numbers.max(most[step % CHAINS]);
         }
         most[0].max(most[1]).max(most[2].max(most[3])).largest()
@@ -133,12 +133,12 @@ impl<E: Element> Logits<E> {
     /// # Safety
     /// The row is one of these.
     #[inline(always)]
-    unsafe fn best<L: Lanes>(&self, row: usize) -> (f32, usize) {
+    unsafe fn best<V: Arithmetic>(&self, row: usize) -> (f32, usize) {
         let (mut best, mut chosen) = (f32::NEG_INFINITY, 0);
         for start in (0..self.size).step_by(BLOCK) {
             let end = self.size.min(start + BLOCK);
             // SAFETY: the row is one of these.
-            let most = unsafe { self.largest::<L>(row, start..end) };
+            let most = unsafe { self.largest::<V>(row, start..end) };
             if most > best {
                 (best, chosen) = (most, start);
             }
@@ -176,9 +176,9 @@ impl<E: Element> Work for Best<E> {
     }
 
     #[inline(always)]
-    unsafe fn row<L: Lanes>(&self, row: usize) {
+    unsafe fn row<V: Arithmetic>(&self, row: usize) {
         // SAFETY: the row is one of these, and this thread's alone.
-        unsafe { *self.tokens.add(row) = self.logits.best::<L>(row).1 as i64 };
+        unsafe { *self.tokens.add(row) = self.logits.best::<V>(row).1 as i64 };
     }
 }
 
@@ -188,9 +188,9 @@ impl<E: Element> Work for Candidates<E> {
     }
 
     #[inline(always)]
-    unsafe fn row<L: Lanes>(&self, row: usize) {
+    unsafe fn row<V: Arithmetic>(&self, row: usize) {
         // SAFETY: the row is one of these.
-        let (logit, place) = unsafe { self.logits.best::<L>(row) };
+        let (logit, place) = unsafe { self.logits.best::<V>(row) };
         let candidate = candidate(logit, self.first + place as u32);
         // SAFETY: as above, and this thread's alone.
         unsafe { *self.candidates.add(row) = candidate };
@@ -203,28 +203,28 @@ impl<E: Element> Work for Softmax<E> {
     }
 
     #[inline(always)]
-    unsafe fn row<L: Lanes>(&self, row: usize) {
+    unsafe fn row<V: Arithmetic>(&self, row: usize) {
         let size = self.logits.size;
         // SAFETY: the row is one of these, and this thread's alone.
         let (probabilities, temperature, most) = unsafe {
             (
                 slice::from_raw_parts_mut(self.probabilities.add(row * size), size),
                 *self.temperatures.add(row),
-                self.logits.largest::<L>(row, 0..size),
+                self.logits.largest::<V>(row, 0..size),
             )
         };
-        let (lowered, divisor) = (L::splat(-most), L::splat(temperature));
-        let mut sums = [L::splat(0.0); CHAINS];
-        for (step, target) in probabilities.chunks_mut(LANES).enumerate() {
-            // SAFETY: as above; fewer than eight go through room of their own.
+        let (lowered, divisor) = (V::splat(-most), V::splat(temperature));
+        let mut sums = [V::splat(0.0); CHAINS];
+        for (step, target) in probabilities.chunks_mut(V::LEN).enumerate() {
+            // SAFETY: as above; fewer than a vector go through room of their own.
             unsafe {
-                let numbers = self.logits.eight::<L>(row, step * LANES);
+                let numbers = self.logits.load::<V>(row, step * V::LEN);
                 let weights = numbers.add(lowered).div(divisor).exp();
                 sums[step % CHAINS] = sums[step % CHAINS].add(weights);
-                if target.len() == LANES {
+                if target.len() == V::LEN {
                     weights.store(target.as_mut_ptr());
                 } else {
-                    let mut room = [0.0; LANES];
+                    let mut room = [0.0; WIDEST];
                     weights.store(room.as_mut_ptr());
                     target.copy_from_slice(&room[..target.len()]);
                 }
@@ -243,7 +243,7 @@ impl Work for Draw {
     }
 
     #[inline(always)]
-    unsafe fn row<L: Lanes>(&self, row: usize) {
+    unsafe fn row<V: Arithmetic>(&self, row: usize) {
         // SAFETY: the row is one of these.
         let (probabilities, number) = unsafe {
             let row_start = self.probabilities.add(row * self.size);

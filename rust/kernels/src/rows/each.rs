@@ -1,4 +1,4 @@
-//! One row of each kind of work. Numbers go eight at a time; what is left of a row goes through a padded eight, so that
+//! One row of each kind of work. Numbers go a vector at a time; what is left of a row goes through a padded one, so that
 //! every number is computed in the same way.
 
 #![expect(
@@ -13,41 +13,39 @@
 use super::{Activation, Gate, LookUp, Norm, Rotation, Sum, Work};
 use crate::{
     element::Element,
-    simd::{LANES, Lanes},
+    simd::{Arithmetic, Vector, WIDEST},
 };
 
 /// Sums of squares that run side by side, for none to wait for another.
 const CHAINS: usize = 4;
 
-/// Reads up to eight numbers; zeros follow.
+/// Reads up to a vector of numbers; zeros follow.
 #[inline(always)]
-unsafe fn load<L: Lanes, E: Element>(from: *const E, count: usize) -> L {
-    if count >= LANES {
+unsafe fn load<V: Vector, E: Element>(from: *const E, count: usize) -> V {
+    if count >= V::LEN {
         // SAFETY: the caller's promise.
-        return unsafe { E::load::<L>(from) };
+        return unsafe { E::load::<V>(from) };
     }
-    let mut numbers = [0.0_f32; LANES];
+    let mut numbers = [0.0_f32; WIDEST];
     for (at, number) in numbers[..count].iter_mut().enumerate() {
         // SAFETY: the caller's promise.
         *number = unsafe { from.add(at).read() }.widen();
     }
-    // SAFETY: the array has eight.
-    unsafe { L::load(numbers.as_ptr()) }
+    // SAFETY: the array has as many as the longest.
+    unsafe { V::load(numbers.as_ptr()) }
 }
 
-/// Rounds and writes up to eight numbers.
+/// Rounds and writes up to a vector of numbers.
 #[inline(always)]
-unsafe fn store<L: Lanes, E: Element>(value: L, to: *mut E, count: usize) {
-    let mut numbers = [0.0_f32; LANES];
-    // SAFETY: the array has eight.
-    unsafe { value.store(numbers.as_mut_ptr()) };
-    if count >= LANES {
-        for (at, number) in numbers.iter().enumerate() {
-            // SAFETY: the caller's promise.
-            unsafe { to.add(at).write(E::narrow(*number)) };
-        }
+unsafe fn store<V: Vector, E: Element>(value: V, to: *mut E, count: usize) {
+    if count >= V::LEN {
+        // SAFETY: the caller's promise.
+        unsafe { E::store(value, to) };
         return;
     }
+    let mut numbers = [0.0_f32; WIDEST];
+    // SAFETY: as above.
+    unsafe { value.store(numbers.as_mut_ptr()) };
     for (at, number) in numbers[..count].iter().enumerate() {
         // SAFETY: the caller's promise.
         unsafe { to.add(at).write(E::narrow(*number)) };
@@ -60,7 +58,7 @@ impl<E: Element> Work for Norm<E> {
     }
 
     #[inline(always)]
-    unsafe fn row<L: Lanes>(&self, row: usize) {
+    unsafe fn row<V: Arithmetic>(&self, row: usize) {
         let size = self.size;
         let (token, group) = (row / self.groups, row % self.groups);
         // SAFETY: the row is there, in all of them.
@@ -71,16 +69,16 @@ impl<E: Element> Work for Norm<E> {
                 self.weight.add(group * size),
             )
         };
-        let mut sums = [L::splat(0.0); CHAINS];
-        for (step, at) in (0..size).step_by(LANES).enumerate() {
+        let mut sums = [V::splat(0.0); CHAINS];
+        for (step, at) in (0..size).step_by(V::LEN).enumerate() {
             let left = size - at;
             // SAFETY: so many are left of the row.
             unsafe {
-                let mut value = load::<L, E>(input.add(at), left);
+                let mut value = load::<V, E>(input.add(at), left);
                 if let Some(addend) = self.addend {
-                    let sum = value.add(load::<L, E>(addend.add(row * size + at), left));
+                    let sum = value.add(load::<V, E>(addend.add(row * size + at), left));
                     store(sum, input.add(at), left);
-                    value = load::<L, E>(input.add(at), left);
+                    value = load::<V, E>(input.add(at), left);
                 }
                 let sum = &mut sums[step % CHAINS];
                 *sum = value.mul_add(value, *sum);
@@ -88,13 +86,13 @@ impl<E: Element> Work for Norm<E> {
         }
         let [first, second, third, fourth] = sums;
         let squares = first.add(second).add(third.add(fourth)).sum();
-        let scale = L::splat(1.0 / (squares / size as f32 + self.epsilon).sqrt());
-        for at in (0..size).step_by(LANES) {
+        let scale = V::splat(1.0 / (squares / size as f32 + self.epsilon).sqrt());
+        for at in (0..size).step_by(V::LEN) {
             let left = size - at;
             // SAFETY: so many are left of the row, and of its weights.
             unsafe {
-                let value = load::<L, E>(input.add(at), left).mul(scale);
-                let weight = load::<L, f32>(weights.add(at), left);
+                let value = load::<V, E>(input.add(at), left).mul(scale);
+                let weight = load::<V, f32>(weights.add(at), left);
                 store(value.mul(weight), output.add(at), left);
             }
         }
@@ -107,17 +105,17 @@ impl<E: Element> Work for Gate<E> {
     }
 
     #[inline(always)]
-    unsafe fn row<L: Lanes>(&self, row: usize) {
+    unsafe fn row<V: Arithmetic>(&self, row: usize) {
         let size = self.size;
         // SAFETY: the row is there, in both.
         let (input, output) =
             unsafe { (self.input.add(2 * row * size), self.output.add(row * size)) };
-        for at in (0..size).step_by(LANES) {
+        for at in (0..size).step_by(V::LEN) {
             let left = size - at;
             // SAFETY: so many are left of each half and of the output.
             unsafe {
-                let gate = self.activation.bend(load::<L, E>(input.add(at), left));
-                let value = load::<L, E>(input.add(size + at), left);
+                let gate = self.activation.bend(load::<V, E>(input.add(at), left));
+                let value = load::<V, E>(input.add(size + at), left);
                 store(gate.mul(value), output.add(at), left);
             }
         }
@@ -126,15 +124,15 @@ impl<E: Element> Work for Gate<E> {
 
 impl Activation {
     #[inline(always)]
-    fn bend<L: Lanes>(self, x: L) -> L {
-        let one = L::splat(1.0);
+    fn bend<V: Arithmetic>(self, x: V) -> V {
+        let one = V::splat(1.0);
         match self {
-            Self::Silu => x.div(x.mul(L::splat(-1.0)).exp().add(one)),
+            Self::Silu => x.div(x.mul(V::splat(-1.0)).exp().add(one)),
             Self::GeluTanh => {
                 let cube = x.mul(x).mul(x);
-                let inner = cube.mul_add(L::splat(0.044_715), x);
-                let bent = inner.mul(L::splat(0.797_884_6)).tanh();
-                x.mul(L::splat(0.5)).mul(bent.add(one))
+                let inner = cube.mul_add(V::splat(0.044_715), x);
+                let bent = inner.mul(V::splat(0.797_884_6)).tanh();
+                x.mul(V::splat(0.5)).mul(bent.add(one))
             }
         }
     }
@@ -146,14 +144,14 @@ impl<E: Element> Work for Sum<E> {
     }
 
     #[inline(always)]
-    unsafe fn row<L: Lanes>(&self, row: usize) {
-        for at in (0..self.size).step_by(LANES) {
+    unsafe fn row<V: Arithmetic>(&self, row: usize) {
+        for at in (0..self.size).step_by(V::LEN) {
             let left = self.size - at;
             // SAFETY: the row is there, in both, and so many are left of it.
             unsafe {
                 let target = self.target.add(row * self.size + at);
                 let addend = self.addend.add(row * self.size + at);
-                let sum = load::<L, E>(target, left).add(load::<L, E>(addend, left));
+                let sum = load::<V, E>(target, left).add(load::<V, E>(addend, left));
                 store(sum, target, left);
             }
         }
@@ -166,15 +164,15 @@ impl<E: Element> Work for LookUp<E> {
     }
 
     #[inline(always)]
-    unsafe fn row<L: Lanes>(&self, row: usize) {
+    unsafe fn row<V: Arithmetic>(&self, row: usize) {
         let size = self.size;
         // SAFETY: the row is there.
         let (place, output) = unsafe { (*self.places.add(row), self.output.add(row * size)) };
         let place = usize::try_from(place.wrapping_sub(self.first));
         let Some(place) = place.ok().filter(|place| *place < self.height) else {
-            for at in (0..size).step_by(LANES) {
+            for at in (0..size).step_by(V::LEN) {
                 // SAFETY: so many are left of the row.
-                unsafe { store(L::splat(0.0), output.add(at), size - at) };
+                unsafe { store(V::splat(0.0), output.add(at), size - at) };
             }
             return;
         };
@@ -185,11 +183,11 @@ impl<E: Element> Work for LookUp<E> {
             unsafe { from.copy_to_nonoverlapping(output, size) };
             return;
         };
-        for at in (0..size).step_by(LANES) {
+        for at in (0..size).step_by(V::LEN) {
             let left = size - at;
             // SAFETY: so many are left of both rows.
             unsafe {
-                let numbers = load::<L, E>(from.add(at), left).mul(L::splat(scale));
+                let numbers = load::<V, E>(from.add(at), left).mul(V::splat(scale));
                 store(numbers, output.add(at), left);
             }
         }
@@ -202,7 +200,7 @@ impl<E: Element> Work for Rotation<E> {
     }
 
     #[inline(always)]
-    unsafe fn row<L: Lanes>(&self, row: usize) {
+    unsafe fn row<V: Arithmetic>(&self, row: usize) {
         for head in 0..self.num_heads {
             for pair in 0..self.size / 2 {
                 // SAFETY: row, head and pair are there.

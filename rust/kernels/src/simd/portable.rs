@@ -41,6 +41,13 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
+        let bits = self.0.map(crate::bf16::narrow);
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[u16; LANES]>().write_unaligned(bits) }
+    }
+
+    #[inline(always)]
     fn prefetch<T>(_from: *const T) {}
 
     #[inline(always)]
@@ -99,6 +106,6 @@ impl Arithmetic for Portable {
 impl Lanes for Portable {
     #[inline(always)]
     fn sums(all: [Self; LANES]) -> Self {
-        Self(all.map(Lanes::sum))
+        Self(all.map(Arithmetic::sum))
     }
 }
