@@ -77,8 +77,8 @@ pub struct PairLinear {
     inputs: usize,
     /// `[panels, depth / 2, PANEL, 2]`, a multiple of `PANELS` panels; zeros where there is no weight.
     weights: Pages<u16>,
-    /// `[panels * PANEL]`
-    bias: Vec<f32>,
+    /// `[panels * PANEL]`, where there is one.
+    bias: Option<Vec<f32>>,
     unit: Unit,
 }
 
@@ -125,7 +125,8 @@ pub(crate) struct Block {
     pub(crate) panel_stride: usize,
     /// Two, or where rows are few, `PANELS`.
     pub(crate) panels: usize,
-    pub(crate) kind: tiles::Kind,
+    pub(crate) source: tiles::Source,
+    pub(crate) begin: tiles::Begin,
     /// Inputs to multiply, in `DEPTH`s.
     pub(crate) steps: usize,
     /// Of the first row with the first panel, which the products are added to; those with the other panels follow.
@@ -174,18 +175,19 @@ impl PairLinear {
                 }
             }
         }
-        let mut sums = vec![0.0; panels * PANEL];
-        if let Some(bias) = bias {
+        let bias = bias.map(|bias| {
+            let mut sums = vec![0.0; panels * PANEL];
             for (at, sum) in sums[..outputs].iter_mut().enumerate() {
                 // SAFETY: the caller's promise.
                 *sum = bf16::widen(unsafe { bias.add(at).read() });
             }
-        }
+            sums
+        });
         Ok(Self {
             outputs,
             inputs,
             weights,
-            bias: sums,
+            bias,
             unit,
         })
     }
@@ -267,17 +269,21 @@ impl Call<'_> {
             _ => (2, STRETCH),
         };
         let sums = &mut scratch.sums;
-        let bias = self.layer.bias[column * WIDTH..][..WIDTH].as_chunks().0;
-        for sums in sums.chunks_exact_mut(PANELS) {
-            for (sums, bias) in sums.iter_mut().zip(bias) {
-                sums.0 = *bias;
-            }
+        // Which only tiles of two panels can.
+        let begins_with_zeros =
+            self.layer.bias.is_none() && panels == 2 && self.layer.unit.0 == Kind::Tiles;
+        if !begins_with_zeros {
+            let count = HEIGHT.min(self.rows.count - row * HEIGHT);
+            self.begin(column, &mut sums[..count * PANELS]);
         }
         for first in (0..steps).step_by(stretch) {
             let steps = first..steps.min(first + stretch);
             for panel in (0..PANELS).step_by(panels) {
                 let panels = column * PANELS + panel..column * PANELS + panel + panels;
-                let block = self.block(row, panels, steps.clone(), &mut sums[panel..]);
+                let mut block = self.block(row, panels, steps.clone(), &mut sums[panel..]);
+                if begins_with_zeros && first == 0 {
+                    block.begin = tiles::Begin::Zeros;
+                }
                 // SAFETY: the processor has the unit; rows and weights are there.
                 unsafe {
                     match self.layer.unit.0 {
@@ -289,6 +295,20 @@ impl Call<'_> {
         }
         // SAFETY: the processor has the unit; and no other thread computes this block.
         unsafe { self.store(row * HEIGHT, column * WIDTH, sums) };
+    }
+
+    /// What the sums of some rows with a thread's panels begin with.
+    fn begin(&self, column: usize, sums: &mut [PanelSums]) {
+        let Some(bias) = &self.layer.bias else {
+            sums.fill(PanelSums([0.0; PANEL]));
+            return;
+        };
+        let bias = bias[column * WIDTH..][..WIDTH].as_chunks().0;
+        for sums in sums.chunks_exact_mut(PANELS) {
+            for (sums, bias) in sums.iter_mut().zip(bias) {
+                sums.0 = *bias;
+            }
+        }
     }
 
     /// Some inputs of a block of rows, to multiply with some panels.
@@ -314,7 +334,8 @@ impl Call<'_> {
             weights: self.layer.weights.as_ptr().wrapping_add(place),
             panel_stride,
             panels: panels.len(),
-            kind: tiles::Kind::Streamed,
+            source: tiles::Source::Memory,
+            begin: tiles::Begin::Sums,
             steps: steps.len(),
             sums: sums.as_mut_ptr(),
             sums_stride: PANELS,

@@ -81,15 +81,21 @@ fn ask_for_tiles() -> bool {
     }
 }
 
-/// Where a block comes from.
+/// Where a block's weights come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
-    /// Its weights from memory, one behind the other; its sums are those so far.
-    Streamed,
-    /// Its weights from a cache; its sums are those so far.
-    Near,
-    /// Its weights from a cache; it begins with zeros.
-    Fresh,
+pub(crate) enum Source {
+    /// Memory, one behind the other.
+    Memory,
+    /// A cache.
+    Cache,
+}
+
+/// What a block's products are added to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Begin {
+    /// The sums so far.
+    Sums,
+    Zeros,
 }
 
 /// What `ldtilecfg` reads.
@@ -188,6 +194,14 @@ macro_rules! load_sums {
     };
 }
 
+/// No sums so far.
+#[cfg(target_arch = "x86_64")]
+macro_rules! zero_sums {
+    () => {
+        "tilezero tmm0\ntilezero tmm1\ntilezero tmm2\ntilezero tmm3"
+    };
+}
+
 /// Two tiles of rows with two panels of a block: what it begins with, and what each step does besides.
 #[cfg(target_arch = "x86_64")]
 macro_rules! multiply_two {
@@ -239,20 +253,20 @@ unsafe fn multiply_two(block: &Block) {
     // SAFETY: each tile is read where the caller has rows and weights, and read and written where there are sums: two of
     // each row.
     unsafe {
-        match block.kind {
-            Kind::Streamed => {
+        match (block.begin, block.source) {
+            (Begin::Sums, Source::Memory) => {
                 multiply_two!(block, load_sums!(), fetch_ahead!("weights", "second"));
             }
-            Kind::Near => multiply_two!(block, load_sums!()),
-            Kind::Fresh => multiply_two!(
-                block,
-                "tilezero tmm0\ntilezero tmm1\ntilezero tmm2\ntilezero tmm3"
-            ),
+            (Begin::Sums, Source::Cache) => multiply_two!(block, load_sums!()),
+            (Begin::Zeros, Source::Memory) => {
+                multiply_two!(block, zero_sums!(), fetch_ahead!("weights", "second"));
+            }
+            (Begin::Zeros, Source::Cache) => multiply_two!(block, zero_sums!()),
         }
     }
 }
 
-/// One tile of rows with all panels of a thread.
+/// One tile of rows with all panels of a thread, from memory and added to the sums so far, as calls of few rows are.
 ///
 /// # Safety
 /// As [`multiply_two`].
