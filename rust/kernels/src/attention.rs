@@ -14,7 +14,7 @@ mod tile;
 
 #[cfg(target_arch = "x86_64")]
 use std::any::TypeId;
-use std::ptr;
+use std::{marker::PhantomData, ptr};
 
 use parking_lot::RwLock;
 
@@ -151,19 +151,20 @@ impl<E: Element> Layer<'_, E> {
     }
 }
 
-/// Paged attention of one rank: remembers the step between its layers.
-pub struct Attention {
+/// Paged attention of one rank, in one kind of number: remembers the step between its layers.
+pub struct Attention<E> {
     config: AttentionConfig,
     processor: Processor,
-    /// Whether bf16 is computed in pairs.
+    /// Whether it is computed in pairs: bf16 alone.
     in_pairs: bool,
     step: RwLock<Step>,
     scratch: Spares<Scratch>,
     #[cfg(target_arch = "x86_64")]
     pair_scratch: Spares<pairs::Scratch>,
+    numbers: PhantomData<fn(E)>,
 }
 
-impl Attention {
+impl<E: Element> Attention<E> {
     /// For these shapes, on what this processor has.
     pub fn new(config: AttentionConfig) -> Result<Self, AttentionError> {
         config.check()?;
@@ -171,13 +172,14 @@ impl Attention {
             config,
             processor: Processor::here(),
             #[cfg(target_arch = "x86_64")]
-            in_pairs: pairs::fits(&config),
+            in_pairs: TypeId::of::<E>() == TypeId::of::<u16>() && pairs::fits(&config),
             #[cfg(not(target_arch = "x86_64"))]
             in_pairs: false,
             step: RwLock::default(),
             scratch: Spares::default(),
             #[cfg(target_arch = "x86_64")]
             pair_scratch: Spares::default(),
+            numbers: PhantomData,
         })
     }
 
@@ -221,7 +223,7 @@ impl Attention {
     /// The addresses are of tensors of the shapes that [`Tensors`] says, with as many tokens as the prepared step,
     /// aligned for their numbers. Until the call returns nobody writes the queries, the new KV or the step's blocks, and
     /// nobody reads or writes the output. Others may write other blocks of the cache.
-    pub unsafe fn forward<E: Element>(&self, rule: &Rule, tensors: &Tensors<E>, threads: u32) {
+    pub unsafe fn forward(&self, rule: &Rule, tensors: &Tensors<E>, threads: u32) {
         let step = self.step.read();
         let layer = Layer {
             config: self.config,

@@ -29,7 +29,7 @@ const STEP: StepArrays<'static> = StepArrays {
 
 #[test]
 fn arrays_that_point_outside_are_refused_by_name() {
-    let attention = Attention::new(CONFIG).unwrap();
+    let attention = Attention::<f32>::new(CONFIG).unwrap();
     let refused = |step: StepArrays<'_>| attention.prepare(&step, 2).unwrap_err().field;
     let bad_slots: [&[i32]; 2] = [&[8, 16, 17, 32], &[8, 16, 17, -1]];
     for slot_mapping in bad_slots {
@@ -84,7 +84,7 @@ fn arrays_that_point_outside_are_refused_by_name() {
 
 #[test]
 fn shapes_that_vectors_do_not_fill_are_refused_by_name() {
-    let field = |config| match Attention::new(config).map(drop) {
+    let field = |config| match Attention::<f32>::new(config).map(drop) {
         Err(error) => error.field,
         Ok(()) => panic!("accepted"),
     };
@@ -128,7 +128,7 @@ fn shapes_that_vectors_do_not_fill_are_refused_by_name() {
 
 #[test]
 fn a_refused_step_leaves_the_one_before() {
-    let attention = Attention::new(CONFIG).unwrap();
+    let attention = Attention::<f32>::new(CONFIG).unwrap();
     attention.prepare(&STEP, 2).unwrap();
     let slot_mapping = &[99; 4];
     attention

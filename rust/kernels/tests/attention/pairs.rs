@@ -58,7 +58,7 @@ impl Case {
     }
 
     /// Attention over all tokens, the steps ending at `ends`: `[tokens, heads, head_dim]`.
-    fn attend(&self, attention: &Attention, ends: &[usize], seed: u64) -> Vec<u16> {
+    fn attend(&self, attention: &Attention<u16>, ends: &[usize], seed: u64) -> Vec<u16> {
         let config = self.config();
         let query_size = config.num_heads * self.head_dim;
         let key_value_size = 2 * config.num_kv_heads * self.head_dim;

@@ -1,6 +1,8 @@
 //! Several sequences in a step, whose tiles are cut otherwise than one's alone: no bit may change.
 
-use orchestra_kernels::{Attention, AttentionConfig, Rule, StepArrays, attention::Tensors};
+use orchestra_kernels::{
+    Attention, AttentionConfig, Element, Rule, StepArrays, attention::Tensors, bf16,
+};
 use proptest::prelude::*;
 
 /// Tokens of a sequence at the end of the step, and how many of them are new.
@@ -45,6 +47,11 @@ fn cases() -> impl Strategy<Value = Case> {
     })
 }
 
+fn numbers<E: Element>(seed: u64, count: usize) -> Vec<E> {
+    let numbers = super::numbers(seed, count).into_iter();
+    numbers.map(|bits| E::narrow(bf16::widen(bits))).collect()
+}
+
 /// Blocks of the longest.
 fn width(sequences: &[Sequence], block_size: usize) -> usize {
     let blocks = |(context, _): &Sequence| context.div_ceil(block_size);
@@ -53,7 +60,7 @@ fn width(sequences: &[Sequence], block_size: usize) -> usize {
 
 impl Case {
     /// What the new tokens of the `chosen` sequences get in one step.
-    fn attend(&self, chosen: &[usize], seed: u64) -> Vec<u16> {
+    fn attend<E: Element>(&self, chosen: &[usize], seed: u64) -> Vec<E> {
         let config = &self.config;
         let width = width(&self.sequences, config.block_size);
         // Last block first, the sequences' side by side.
@@ -72,8 +79,8 @@ impl Case {
             starts.push(slots.len() as i32);
             tables.extend(blocks.into_iter().map(|block| block as i32));
             let seed = seed ^ (sequence as u64 + 1) << 8;
-            query.extend(super::numbers(seed, new * query_size));
-            key_value.extend(super::numbers(!seed, new * key_value_size));
+            query.extend(numbers::<E>(seed, new * query_size));
+            key_value.extend(numbers::<E>(!seed, new * key_value_size));
         }
         let contexts: Vec<i32> = chosen
             .iter()
@@ -85,11 +92,11 @@ impl Case {
             context_lens: &contexts,
             block_tables: &tables,
         };
-        let attention = Attention::new(*config).unwrap();
+        let attention = Attention::<E>::new(*config).unwrap();
         attention.prepare(&step, 1).unwrap();
         let cache_size = config.num_blocks * config.block_size * key_value_size;
-        let mut cache = super::numbers(seed, cache_size);
-        let mut output = vec![0; slots.len() * query_size];
+        let mut cache = numbers::<E>(seed, cache_size);
+        let mut output = vec![E::narrow(f32::NAN); slots.len() * query_size];
         let tensors = Tensors {
             query: query.as_ptr(),
             query_stride: query_size,
@@ -104,13 +111,23 @@ impl Case {
     }
 }
 
+impl Case {
+    /// Whether each sequence gets in a step of its own what it gets beside all others.
+    fn is_the_same_apart<E: Element>(&self, seed: u64) -> bool {
+        let all: Vec<usize> = (0..self.sequences.len()).collect();
+        let apart = all.iter().flat_map(|&one| self.attend::<E>(&[one], seed));
+        let bits = |number: E| number.widen().to_bits();
+        let together = self.attend::<E>(&all, seed).into_iter();
+        apart.map(bits).eq(together.map(bits))
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
     fn what_else_is_in_the_step_changes_no_bit(case in cases(), seed in any::<u64>()) {
-        let all: Vec<usize> = (0..case.sequences.len()).collect();
-        let apart: Vec<u16> = all.iter().flat_map(|&one| case.attend(&[one], seed)).collect();
-        prop_assert_eq!(case.attend(&all, seed), apart);
+        prop_assert!(case.is_the_same_apart::<u16>(seed));
+        prop_assert!(case.is_the_same_apart::<f32>(seed));
     }
 }

@@ -16,7 +16,7 @@ use orchestra_kernels::{
 };
 use pyo3::prelude::*;
 
-use super::{Dtype, recording::call_or_note_prepared, with_numbers};
+use super::{Dtype, recording::call_or_note_prepared};
 use crate::errors::Failure;
 
 impl From<AttentionError> for Failure {
@@ -34,9 +34,13 @@ pub(crate) struct PagedAttention {
     inner: Arc<Inner>,
 }
 
+enum Numbers {
+    Float32(Attention<f32>),
+    Bfloat16(Attention<u16>),
+}
+
 struct Inner {
-    attention: Attention,
-    dtype: Dtype,
+    attention: Numbers,
     layers: Vec<(usize, Rule)>,
     threads: AtomicU32,
 }
@@ -59,7 +63,10 @@ impl PagedAttention {
             block_size,
             num_blocks,
         };
-        let attention = Attention::new(config).map_err(Failure::from)?;
+        let attention = match Dtype::read(dtype)? {
+            Dtype::Float32 => Numbers::Float32(make(config, portable)?),
+            Dtype::Bfloat16 => Numbers::Bfloat16(make(config, portable)?),
+        };
         let layer = |(cache, window, scale, soft_cap)| {
             let rule = Rule {
                 window,
@@ -69,12 +76,7 @@ impl PagedAttention {
             (cache, rule)
         };
         let inner = Inner {
-            attention: if portable {
-                attention.on(Processor::PORTABLE)
-            } else {
-                attention
-            },
-            dtype: Dtype::read(dtype)?,
+            attention,
             layers: layers.into_iter().map(layer).collect(),
             threads: AtomicU32::new(1),
         };
@@ -101,11 +103,11 @@ impl PagedAttention {
             context_lens,
             block_tables,
         };
-        Ok(self
-            .inner
-            .attention
-            .prepare(&arrays, threads)
-            .map_err(Failure::from)?)
+        let prepared = match &self.inner.attention {
+            Numbers::Float32(attention) => attention.prepare(&arrays, threads),
+            Numbers::Bfloat16(attention) => attention.prepare(&arrays, threads),
+        };
+        Ok(prepared.map_err(Failure::from)?)
     }
 
     /// Writes a layer's new KV to the cache and attends over it.
@@ -139,18 +141,31 @@ impl PagedAttention {
         call_or_note_prepared(py, move || {
             let threads = inner.threads.load(Ordering::Relaxed);
             let (_, rule) = &inner.layers[layer];
-            with_numbers!(
-                inner.dtype,
-                attend(&inner.attention, rule, tensors, threads)
-            );
+            // SAFETY: the caller says that tensors of these shapes lie there, and leaves them alone until the call
+            // returns: the contract of `_core.pyi`.
+            unsafe {
+                match &inner.attention {
+                    Numbers::Float32(attention) => attend(attention, rule, tensors, threads),
+                    Numbers::Bfloat16(attention) => attend(attention, rule, tensors, threads),
+                }
+            }
         })
     }
+}
+
+fn make<E: Element>(config: AttentionConfig, portable: bool) -> PyResult<Attention<E>> {
+    let attention = Attention::new(config).map_err(Failure::from)?;
+    Ok(if portable {
+        attention.on(Processor::PORTABLE)
+    } else {
+        attention
+    })
 }
 
 /// # Safety
 /// As `Attention::forward`.
 unsafe fn attend<E: Element>(
-    attention: &Attention,
+    attention: &Attention<E>,
     rule: &Rule,
     tensors: [usize; 6],
     threads: u32,
