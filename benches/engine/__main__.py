@@ -20,7 +20,7 @@ from typing import Protocol
 
 from benches.engine import limits, shares, stalls, tables, vllm_system
 from benches.engine.limits import Limits, ModelSize
-from benches.engine.quiet import await_quiet
+from benches.engine.quiet import await_quiet, stolen_s
 from benches.machine import commit, processor
 from benches.serving.checkpoint import random_llama
 from benches.serving.orchestra_system import serving
@@ -88,8 +88,11 @@ def take_turns(
             speeds = []
             for name, system in systems.items():
                 others = await_quiet({os.getpid()})
+                began, stolen = time.monotonic(), stolen_s()
                 sample = system.run(cell, prompts)
-                speeds.append(f"{name} {sample.tokens_per_s:.0f} (others {others:.2f})")
+                stolen = (stolen_s() - stolen) / (time.monotonic() - began)
+                beside = f"others {others:.2f}, stolen {stolen:.2f}"
+                speeds.append(f"{name} {sample.tokens_per_s:.0f} ({beside})")
                 if repeat >= 0:
                     samples[cell.name][name].append(sample)
             print(f"  {repeat + 1}/{repeats} {cell.name}: {', '.join(speeds)}", file=sys.stderr)

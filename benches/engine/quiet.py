@@ -28,6 +28,12 @@ def await_quiet(ours: set[int], timeout_s: float = 60.0) -> float:
             return used
 
 
+def stolen_s() -> float:
+    """Seconds, of all cores together, in which somebody wanted to compute and the host did not let this machine; 0 where
+    the system does not count them."""
+    return float(getattr(psutil.cpu_times(), "steal", 0.0))
+
+
 def _others(ours: set[int]) -> float:
     before = _seconds(ours)
     began = time.monotonic()
