@@ -29,8 +29,10 @@ def await_quiet(ours: set[int], timeout_s: float = 60.0) -> float:
 
 
 def stolen_s() -> float:
-    """Seconds, of all cores together, in which somebody wanted to compute and the host did not let this machine; 0 where
-    the system does not count them."""
+    """Seconds of all cores together that the host took away from whoever wanted them.
+
+    0 where the system does not count them.
+    """
     return float(getattr(psutil.cpu_times(), "steal", 0.0))
 
 
