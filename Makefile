@@ -85,7 +85,8 @@ vllm: ## Run the test against a running vLLM: ORCHESTRA_TEST_VLLM="URL EVENTS RE
 # The second line: tests that run everywhere, on a GPU with kernels that are compiled and steps that are recorded.
 gpu: setup ## Run the tests that need an NVIDIA GPU, then measure it (ARGS='--models 1b' …)
 	cargo test --locked -p orchestra-memory --test devices -- --ignored
-	$(PY) -m pytest tests/worker/test_attention_triton.py tests/worker/test_decode_graphs.py
+	$(PY) -m pytest tests/worker/test_attention_triton.py tests/worker/test_row_triton.py tests/worker/test_experts.py \
+	  tests/worker/test_decode_graphs.py
 	$(PY) -m pytest -m gpu
 	$(PY) -m benches.gpu $(ARGS)
 	$(PY) -m benches.collectives --device cuda

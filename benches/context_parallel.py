@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 
 from benches.machine import commit, processor
-from benches.serving.checkpoint import SHAPES, random_llama
+from benches.serving.checkpoint import SHAPES, random_model
 from benches.serving.orchestra_system import Orchestra, serving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +51,7 @@ def main() -> None:
     """Starts the systems, asks them in turns, prints the table."""
     given = parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    checkpoint = random_llama(given.model, given.cache, DEMO)
+    checkpoint = random_model(given.model, given.cache, DEMO)
     flags = ["--dtype", given.dtype, "--device", "cpu", "--num-blocks", "1024"]
     flags += ["--context-min-tokens", str(given.min_tokens)]
     draw = random.Random(0)

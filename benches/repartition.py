@@ -22,7 +22,7 @@ from pathlib import Path
 import msgpack
 
 from benches.machine import commit, processor
-from benches.serving.checkpoint import SHAPES, random_llama
+from benches.serving.checkpoint import SHAPES, random_model
 from tests.worker.moving_process import Record, Settings
 from tests.worker.plans import PlanBuilder, encode_plan, sampling_start
 
@@ -98,7 +98,7 @@ def tokens_per_second(record: Record, batch: int, since: int = 0) -> float:
 def main() -> None:
     """Measures and prints the table."""
     args = parse_args()
-    checkpoint = random_llama(args.model, args.cache, DEMO)
+    checkpoint = random_model(args.model, args.cache, DEMO)
     num_layers = int(SHAPES[args.model]["num_hidden_layers"])
     splits = [[first, num_layers - first] for first in range(1, num_layers)]
     even = [-(-num_layers // STAGES), num_layers // STAGES]

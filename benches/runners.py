@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from benches.machine import processor
-from benches.serving.checkpoint import SHAPES, random_llama
+from benches.serving.checkpoint import SHAPES, random_model
 from orchestra.worker.assembly import Rank, assemble
 from orchestra.worker.config import WorkerConfig
 from tests.worker.plans import PlanBuilder
@@ -76,7 +76,7 @@ def main() -> None:
     """Measures and prints the table."""
     args = parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    checkpoint = random_llama(args.model, args.cache, DEMO)
+    checkpoint = random_model(args.model, args.cache, DEMO)
     ranks = {runner: bring_up(checkpoint, runner, args.dtype) for runner in RUNNERS}
     rows = []
     builder = PlanBuilder(NUM_BLOCKS)

@@ -92,7 +92,7 @@ _LATENT = {
     "num_key_value_heads": 8,
     "head_dim": 10,
     "q_lora_rank": 44,
-    "kv_lora_rank": 36,
+    "kv_lora_rank": 38,
     "qk_rope_head_dim": 10,
     "qk_nope_head_dim": 12,
     "v_head_dim": 14,

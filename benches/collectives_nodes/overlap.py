@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benches.collectives_nodes.network import MissingError, run_ranks, two_nodes
 from benches.machine import commit, processor
-from benches.serving.checkpoint import SHAPES, random_llama
+from benches.serving.checkpoint import SHAPES, random_model
 from orchestra.worker.assembly import Place, build_rank
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.group import Group
@@ -71,7 +71,7 @@ class Silent:
 
 def steps(given: argparse.Namespace, group: NodeGroup) -> tuple[ModelConfig, dict[str, Forward]]:
     """The ways to compute a step."""
-    model_dir = random_llama(given.model, given.cache, DEMO)
+    model_dir = random_model(given.model, given.cache, DEMO)
     model_config = ModelConfig.from_directory(model_dir)
     dtype = getattr(torch, given.dtype)
     place = Place(torch.device("cpu"), dtype, local_size=RANKS)
@@ -168,7 +168,7 @@ def main() -> None:
     if given.rank is not None:
         rank_main(given)
         return
-    random_llama(given.model, given.cache, DEMO)
+    random_model(given.model, given.cache, DEMO)
     print(f"{given.model}, {given.dtype}, a thread for each of {RANKS} ranks; ms, medians of")
     print(f"{given.repeats}; {processor()}, commit {commit()}\n")
     for rate in given.rates:

@@ -22,7 +22,7 @@ from benches.engine import limits, shares, stalls, tables, vllm_system
 from benches.engine.limits import Limits, ModelSize
 from benches.engine.quiet import await_quiet, stolen_s
 from benches.machine import commit, processor
-from benches.serving.checkpoint import random_llama
+from benches.serving.checkpoint import random_model
 from benches.serving.orchestra_system import serving
 from benches.serving.transformers_system import batching
 from benches.serving.workload import Cell, Sample
@@ -101,7 +101,7 @@ def take_turns(
 
 def run_model(name: str, limit: Limits, args: argparse.Namespace) -> dict[str, object]:
     """Measures one checkpoint and prints its tables."""
-    checkpoint = random_llama(name, args.cache, DEMO)
+    checkpoint = random_model(name, args.cache, DEMO)
     every = cells(args.cells)
     flags = ["--dtype", args.dtype, "--max-model-len", "2048", "--max-num-seqs", "64"]
     with contextlib.ExitStack() as stack:
@@ -159,7 +159,7 @@ def main() -> None:
     print(f"{processor()}, commit {commit()}, {args.dtype}: {limit}")
     if args.stalls:
         for name in args.models:
-            checkpoint = random_llama(name, args.cache, DEMO)
+            checkpoint = random_model(name, args.cache, DEMO)
             print(stalls.measure(checkpoint, args.dtype, args.repeats))
         return
     report = {

@@ -50,7 +50,7 @@ class Limits:
             output: tokens that it gets.
         """
         prefill = 2 * model.layer_weights * prompt / self.flop_per_s
-        reading = model.bytes / self.bytes_per_s
+        reading = model.bytes_read(batch) / self.bytes_per_s
         step = max(reading, 2 * model.weights * batch / self.flop_per_s)
         return batch * output / (batch * prefill + output * step)
 
@@ -60,22 +60,42 @@ class ModelSize:
     """What a step computes with."""
 
     layer_weights: int
-    """Of all layers, without embedding and head."""
+    """That a token is multiplied with in all layers, without embedding and head: of experts those that it goes to."""
     weights: int
     """With the head."""
-    bytes: int
-    """Of `weights`."""
+    itemsize: int
+    """Bytes of a weight."""
+    expert_weights: int = 0
+    """Of all experts that a token goes to, in all layers; part of `layer_weights`."""
+    experts: int = 1
+    """Of a layer."""
+    picks: int = 1
+    """Experts of a token."""
+
+    def bytes_read(self, batch: int) -> float:
+        """Of the weights that a decode step needs.
+
+        Each token goes to `picks` of the experts; of random ones it is expected that a share of
+        `1 - (1 - picks / experts) ** batch` is somebody's.
+        """
+        wanted = 1 - (1 - self.picks / self.experts) ** batch
+        of_experts = self.expert_weights * (self.experts / self.picks) * wanted
+        return (self.weights - self.expert_weights + of_experts) * self.itemsize
 
     @classmethod
     def of(cls, checkpoint: Path, dtype: str) -> ModelSize:
-        """Of a Llama's `config.json`."""
+        """Of the `config.json` of a Llama, or of a Qwen 3 MoE."""
         config = json.loads((checkpoint / "config.json").read_text())
         hidden, head = config["hidden_size"], config["head_dim"]
+        layers, experts = config["num_hidden_layers"], config.get("num_local_experts", 1)
+        picks = config.get("num_experts_per_tok", 1)
+        width = config["moe_intermediate_size"] if experts > 1 else config["intermediate_size"]
         heads = 2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"]
-        layer = hidden * head * heads + 3 * hidden * config["intermediate_size"]
-        layers = layer * config["num_hidden_layers"]
-        weights = layers + hidden * config["vocab_size"]
-        return cls(layers, weights, weights * getattr(torch, dtype).itemsize)
+        of_experts = layers * picks * 3 * hidden * width
+        layer_weights = layers * hidden * head * heads + of_experts
+        weights = layer_weights + hidden * config["vocab_size"]
+        itemsize = getattr(torch, dtype).itemsize
+        return cls(layer_weights, weights, itemsize, of_experts, experts, picks)
 
 
 def measure(dtype: str) -> Limits:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benches.machine import commit, processor
-from benches.serving.checkpoint import random_llama
+from benches.serving.checkpoint import random_model
 from benches.serving.orchestra_system import Orchestra, serving
 from tests.e2e.stack import eventually
 
@@ -152,7 +152,7 @@ def compare(
     name: str, flags: dict[str, list[str]], work: Work, args: argparse.Namespace
 ) -> dict[str, list[Figures]]:
     """Runs one workload on each system in turn, after one unmeasured run each; prints its table."""
-    checkpoint = random_llama(args.model, ROOT / "target" / "bench-models", DEMO)
+    checkpoint = random_model(args.model, ROOT / "target" / "bench-models", DEMO)
     vocab_size = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
     samples: dict[str, list[Figures]] = {system: [] for system in flags}
     with contextlib.ExitStack() as stack:

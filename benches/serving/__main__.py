@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benches.machine import commit, processor
-from benches.serving.checkpoint import SHAPES, random_llama
+from benches.serving.checkpoint import SHAPES, random_model
 from benches.serving.orchestra_system import Orchestra, serving
 from benches.serving.transformers_system import Transformers, batching
 from benches.serving.workload import Cell, Sample, default_cells
@@ -101,7 +101,7 @@ def overheads(ours: Orchestra, before: dict[str, float]) -> dict[str, float]:
 
 def run_model(name: str, args: argparse.Namespace) -> dict[str, object]:
     """Measures one checkpoint and prints its table."""
-    checkpoint = DEMO if name == "demo" else random_llama(name, args.cache, DEMO)
+    checkpoint = DEMO if name == "demo" else random_model(name, args.cache, DEMO)
     vocab_size = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
     with contextlib.ExitStack() as stack:
         theirs = stack.enter_context(batching(checkpoint, args.dtype, args.threads))

@@ -9,7 +9,6 @@ from orchestra._core_held import Placement as Placement
 from orchestra._core_held import Reservation as Reservation
 from orchestra._core_held import Ticket as Ticket
 from orchestra._core_kernels import KernelProgram as KernelProgram
-from orchestra._core_kernels import Linear as Linear
 from orchestra._core_kernels import PagedAttention as PagedAttention
 from orchestra._core_kernels import SharedGroup as SharedGroup
 from orchestra._core_kernels import add as add
@@ -23,6 +22,9 @@ from orchestra._core_kernels import look_up as look_up
 from orchestra._core_kernels import rms_norm as rms_norm
 from orchestra._core_kernels import rotate as rotate
 from orchestra._core_kernels import softmax as softmax
+from orchestra._core_layers import ExpertRouter as ExpertRouter
+from orchestra._core_layers import Experts as Experts
+from orchestra._core_layers import Linear as Linear
 from orchestra._core_memory import BlockPool as BlockPool
 from orchestra._core_memory import BlockSet as BlockSet
 from orchestra._core_memory import BlockView as BlockView
@@ -56,6 +58,8 @@ __all__ = [
     "BlockView",
     "BufferManager",
     "Chime",
+    "ExpertRouter",
+    "Experts",
     "Grant",
     "KernelProgram",
     "KvFetch",

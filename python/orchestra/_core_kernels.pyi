@@ -28,8 +28,8 @@ class KernelProgram:
 def begin_recording(rows: int) -> None:
     """From now on this thread notes calls of kernels instead of making them.
 
-    These are `look_up`, `rms_norm`, `gate`, `add`, `rotate`, `Linear.forward`, `PagedAttention.forward` and
-    `SharedGroup.all_reduce`. Each is of `rows` rows (a sum of as many numbers in each), or raises
+    These are `look_up`, `rms_norm`, `gate`, `add`, `rotate`, `SharedGroup.all_reduce`, and `forward` of `Linear`,
+    `ExpertRouter`, `Experts` and `PagedAttention`. Each is of `rows` rows (a sum of as many numbers in each), or raises
     `InvalidRequestError`; attention is of those of the step that is prepared when the call is made.
 
     Raises:
@@ -104,43 +104,6 @@ class PagedAttention:
 
         Raises:
             InvalidRequestError: There is no such layer.
-        """
-
-@final
-class Linear:
-    """`x @ weight.T + bias` on torch's own OpenMP threads where there are some.
-
-    The weights are copied, laid out as the kernel wants them. A row's result depends on that row alone, to the bit.
-
-    Args:
-        shape: Outputs and inputs.
-        dtype: `float32` or `bfloat16`, of the weights and of every tensor; sums are `float32`.
-        weight_ptr: Address of `[outputs, inputs]`, read before this returns.
-        bias_ptr: Address of `[outputs]`.
-        portable: Whether to leave away what only some processors can.
-
-    Raises:
-        InvalidRequestError: A size is out of range; `key` names it.
-        InternalError: There is no memory for the copy.
-    """
-
-    def __new__(
-        cls,
-        shape: tuple[int, int],
-        dtype: str,
-        weight_ptr: int,
-        bias_ptr: int | None = None,
-        *,
-        portable: bool = False,
-    ) -> Linear: ...
-    def forward(self, count: int, input: tuple[int, int], output_ptr: int, threads: int) -> None:
-        """Computes some rows.
-
-        Args:
-            count: How many.
-            input: Address of `[count, inputs]`, and numbers from one row's inputs to the next one's.
-            output_ptr: Where `[count, outputs]` goes.
-            threads: On how many to compute.
         """
 
 @final

@@ -16,9 +16,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from orchestra.worker import attention_triton_kernels as kernels
+from orchestra.worker import experts_triton_kernels as experts
 from orchestra.worker import row_triton_kernels as rows
 from orchestra.worker import symmetric_triton_kernels as symmetric
 from orchestra.worker.attention_triton import Tuning
+from orchestra.worker.experts_triton import Tiles
 from orchestra.worker.kv_cache import KvCacheSpec
 
 NUMBERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -29,10 +31,12 @@ POINTERS = {
     **dict.fromkeys(("x", "y", "addend", "out", "heads"), "numbers"),
     **dict.fromkeys(("sums", "stats", "weight", "rotations"), "fp32"),
     "numbers": "numbers",
-    "bases": "i64",
+    **dict.fromkeys(("bases", "order", "starts", "tile_ends", "chosen"), "i64"),
+    **dict.fromkeys(("rows", "stack"), "numbers"),
+    "weights": "fp32",
 }
 SCALARS = {"scale": "fp32", "soft_cap": "fp32", "epsilon": "fp32", "timeout_ns": "i64"}
-INTEGERS = ("num_splits", "window", "count", "piece", "share")
+INTEGERS = ("num_splits", "window", "count", "piece", "share", "first")
 
 
 def build(
@@ -101,6 +105,14 @@ def main() -> None:
         "add_up": (symmetric.all_reduce, {**ranks, "SIZE": 2, "IS_SHARED": False}, {}),
         "add_up_shares": (symmetric.all_reduce, {**ranks, "SIZE": 8, "IS_SHARED": True}, {}),
     }
+    mixture = {"EXPERTS": 128, "EXPERTS_PADDED": 128, "INPUTS": 2048, "OUTPUTS": 1536}
+    for job, pairs in (("project_few", 8), ("project_many", 16384)):
+        cut = Tiles.of(pairs, 128, dtype)
+        sizes = {"ROWS": cut.rows, "COLUMNS": cut.columns, "DEPTH": cut.depth}
+        constants = {**mixture, **sizes, "DIVISOR": 8, "IS_SCATTERED": False}
+        staged = {"num_warps": 4, "num_stages": cut.num_stages}
+        jobs[job] = (experts.project, {**constants, "IS_INTERPRETED": False}, staged)
+    jobs["mix"] = (experts.mix, {"PICKS": 8, "SIZE": 2048, "BLOCK": 1024}, {})
     numbers = NUMBERS[dtype]
     done = {
         job: build(kernel, capability, numbers, constants, chosen)

@@ -33,8 +33,8 @@ pytestmark = pytest.mark.usefixtures("fast_interpreter")
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 SIZES = [2, 4]
-# A window and caps, and layers without; the plain ones are in the other tests.
-KINDS = ["llama", "gemma2"]
+# A window and caps, layers without, and experts; the plain ones are in the other tests.
+KINDS = ["llama", "gemma2", "qwen3-moe"]
 
 
 class Recorder:
@@ -224,6 +224,8 @@ def test_graphs_are_recorded_where_they_can_be(
         return uses_graphs(config, model_config, spec_of(model_config), device)
 
     assert uses()
+    assert uses("mixtral")
+    assert not uses("deepseek2")
     assert not uses(cuda_graphs="off")
     # Several ranks would record NCCL's collectives: only where that is asked for.
     assert not uses(shard=Shard(0, 2))
@@ -232,7 +234,6 @@ def test_graphs_are_recorded_where_they_can_be(
         "there is no GPU": {"device": torch.device("cpu")},
         "the attention backend is torch": {"attention": "torch"},
         "stages": {"stage": Stage(0, 2)},
-        "experts": {"kind": "mixtral"},
     }
     for reason, settings in reasons.items():
         assert not uses(**settings)  # type: ignore[arg-type]

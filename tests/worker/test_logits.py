@@ -76,6 +76,19 @@ def test_whole_chunked_and_decoded(kind: str, make_rank: MakeRank, reference: Re
     assert run.num_compared == 12
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "deepseek3"])
+def test_torchs_attention_computes_the_same(
+    kind: str, make_rank: MakeRank, reference: Reference
+) -> None:
+    run = Run(make_rank(kind, attention="torch"), kind, reference)
+    run.builder.add("a", prompt(40))
+    run.builder.add("b", prompt(7, seed=1))
+    run.step(a=25, b=7)
+    run.step(b=1, a=15)
+    run.step(a=1, b=1)
+    assert run.num_compared == 5
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_are_the_same(kind: str, make_rank: MakeRank, reference: Reference) -> None:
     rank = make_rank(kind)

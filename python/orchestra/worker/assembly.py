@@ -227,7 +227,7 @@ def build_rank(
     memory = make_kv_memory(config, spec, num_blocks, place.device, group)
     num_scratch = 0 if memory is None else memory.num_scratch_blocks
     is_ahead = plans_ahead(config, place.device, moves_kv=memory is not None)
-    name = attention_name(config, model_config)
+    name = attention_name(config, model_config, place.device)
     # One for all runners: another one comes when layers move, and goes on with the same sequences.
     slots = _make_slots(config, shape, place, group, is_ahead=is_ahead)
 

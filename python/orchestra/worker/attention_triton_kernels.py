@@ -169,7 +169,7 @@ def attend(
                 keys + KV_HEADS * BLOCK_SIZE * HEAD_DIM + offsets, mask=is_number, other=0.0
             )
             scores = tl.zeros([ROWS, KEYS], tl.float32)
-            scores = _multiply(queries, tl.trans(key), scores, IS_INTERPRETED) * scale
+            scores = multiply(queries, tl.trans(key), scores, IS_INTERPRETED) * scale
             if HAS_CAP:
                 scores = _tanh(scores) * soft_cap
             is_seen = key_positions[None, :] <= positions[:, None]
@@ -182,7 +182,7 @@ def attend(
             shrink = tl.exp2(part_best - reference)
             part_weight = tl.fma(part_weight, shrink, tl.sum(weights, 1))
             part_total = part_total * shrink[:, None]
-            part_total = _multiply(weights.to(value.dtype), value, part_total, IS_INTERPRETED)
+            part_total = multiply(weights.to(value.dtype), value, part_total, IS_INTERPRETED)
             part_best = new_best
         if IS_SPLIT:
             cell = (sequence * (KV_HEADS * GROUP) + heads) * num_splits + split
@@ -269,7 +269,7 @@ def _average(total, weight):
 
 
 @triton.jit
-def _multiply(a, b, c, IS_INTERPRETED: tl.constexpr):
+def multiply(a, b, c, IS_INTERPRETED: tl.constexpr):
     """`a @ b + c`, added up in fp32."""
     if IS_INTERPRETED:
         return c + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)

@@ -27,11 +27,14 @@ if TYPE_CHECKING:
 GRAPH_BYTES = 8 << 20
 
 
-def attention_name(config: WorkerConfig, model_config: "ModelConfig | HfConfig") -> str:
-    """Which attention backend a model is to have, as `choose_attention` takes it."""
-    # Latent attention has one KV head of which all query heads are the group: that is a matrix product of torch's.
+def attention_name(
+    config: WorkerConfig, model_config: "ModelConfig | HfConfig", device: torch.device
+) -> str:
+    """Which attention backend a model is to have on a device, as `choose_attention` takes it."""
+    # Latent attention has one KV head of which all query heads are the group. The kernels for GPUs have no room for so
+    # wide a head, and there it is a matrix product of torch's.
     is_latent = isinstance(model_config, ModelConfig) and model_config.latent is not None
-    return "torch" if is_latent else config.attention
+    return "torch" if is_latent and device.type != "cpu" else config.attention
 
 
 def uses_graphs(
@@ -47,15 +50,13 @@ def uses_graphs(
     """
     if config.cuda_graphs == "off":
         return False
-    attention = choose_attention(attention_name(config, model_config), spec, device)
+    attention = choose_attention(attention_name(config, model_config, device), spec, device)
     reasons = {
         "there is no GPU": device.type != "cuda",
         f"the attention backend is {attention}": attention != "triton",
         "the layers are divided among stages": config.stage.count > 1,
         "the tokens of a step are divided among ranks": config.context.size > 1,
         "transformers' modules compute the model": not isinstance(model_config, ModelConfig),
-        "which experts tokens go to decides what runs": isinstance(model_config, ModelConfig)
-        and model_config.experts is not None,
     }
     found = [reason for reason, is_so in reasons.items() if is_so]
     if found and config.cuda_graphs == "on":

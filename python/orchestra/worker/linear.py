@@ -34,20 +34,21 @@ class CpuLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None, *, portable: bool = False) -> None:
         weight = weight.contiguous()
         self._out, self._in = weight.shape
-        self._kernel = _core.Linear(
+        self.kernel = _core.Linear(
             (self._out, self._in),
             KERNEL_DTYPES[weight.dtype],
             weight.data_ptr(),
             None if bias is None else bias.data_ptr(),
             portable=portable,
         )
+        """What computes it."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Maps `[n, in]` to `[n, out]`."""
         if x.stride(1) != 1:
             x = x.contiguous()
         y = x.new_empty(x.shape[0], self._out)
-        self._kernel.forward(
+        self.kernel.forward(
             x.shape[0], (x.data_ptr(), x.stride(0)), y.data_ptr(), torch.get_num_threads()
         )
         return y

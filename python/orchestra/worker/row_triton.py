@@ -16,7 +16,7 @@ _GATE_BLOCK = 1024
 
 def supports(x: Tensor) -> bool:
     """Whether the kernels can compute with such a tensor: fp32, bf16 or fp16, its last dimension without gaps."""
-    is_there = x.device.type != "cuda" or _is_new_enough(x.device)
+    is_there = x.device.type != "cuda" or is_new_enough(x.device)
     return is_there and x.dtype in DTYPES and x.stride(-1) == 1 and x[:1].numel() <= NUMBERS_MAX
 
 
@@ -78,5 +78,6 @@ def rotate(heads: Tensor, rotations: Tensor) -> None:
 
 
 @cache
-def _is_new_enough(device: torch.device) -> bool:
+def is_new_enough(device: torch.device) -> bool:
+    """Whether an NVIDIA GPU has what the kernels are compiled to."""
     return torch.cuda.get_device_capability(device) >= CAPABILITY_MIN

@@ -2,8 +2,8 @@
 //!
 //! Reading order: [`error`] and [`bf16`] are shared words; [`group`] are the collectives of ranks on one machine, and
 //! [`ring`] the messages of one to the others, over shared memory; [`attention`] is paged attention, [`linear`] and
-//! [`pairs`] the layers with weights and [`rows`] what comes between them and after them, over [`simd`] for vectors and
-//! [`pool`] for threads and `spares` for what each of them computes in.
+//! [`pairs`] the layers with weights, [`experts`] mixtures of them and [`rows`] what comes between them and after them, over
+//! [`simd`] for vectors and [`pool`] for threads and `spares` for what each of them computes in.
 //!
 //! Everything here gives the same bits on every call with the same numbers, whatever else runs: sums have a fixed
 //! order, and no result depends on who came first.
@@ -18,6 +18,7 @@ pub mod bf16;
 mod counter;
 mod element;
 pub mod error;
+pub mod experts;
 pub mod group;
 pub mod linear;
 mod memory_file;

@@ -10,14 +10,16 @@
 
 #![expect(unsafe_code, reason = "sees the memory of tensors")]
 
+mod cut;
 mod tile;
 
+pub(crate) use self::cut::Cut;
 use self::tile::Scratch;
 use crate::{
     element::Element,
     error::LinearError,
     pages::Pages,
-    pool::share,
+    pool::share_all,
     simd::{Kind, Portable, Processor},
 };
 
@@ -52,6 +54,21 @@ pub struct Linear<E> {
     /// `[panels * PANEL]`
     bias: Vec<f32>,
     processor: Processor,
+}
+
+/// Linear layers of which several are computed at once, each with rows of its own: threads wait for each other once.
+pub trait Together: Send + Sync {
+    /// What inputs and outputs are.
+    type Number: Element;
+
+    /// Outputs and inputs.
+    fn shape(&self) -> (usize, usize);
+
+    /// Computes some rows by each layer, on up to `threads` threads. A row has the bits that it has in a call of its own.
+    ///
+    /// # Safety
+    /// As [`Linear::forward`], of each of them; no two write the same outputs.
+    unsafe fn forward_together(calls: &[(&Self, Rows<Self::Number>)], threads: u32);
 }
 
 /// What the threads of one call share.
@@ -132,37 +149,14 @@ impl<E: Element> Linear<E> {
         Self { processor, ..self }
     }
 
-    /// Outputs and inputs.
-    pub const fn shape(&self) -> (usize, usize) {
-        (self.outputs, self.inputs)
-    }
-
     /// Computes some rows, on up to `threads` threads.
     ///
     /// # Safety
     /// The addresses are of tensors of the shapes that [`Rows`] says, aligned for their numbers. Until the call returns
     /// nobody writes the inputs, and nobody reads or writes the outputs.
     pub unsafe fn forward(&self, rows: &Rows<E>, threads: u32) {
-        let call = Call {
-            layer: self,
-            rows: *rows,
-        };
-        let (panels, count) = (self.outputs.div_ceil(PANEL), rows.count);
-        // Enough pieces for every thread to have some, few enough that a row's inputs are read for several panels.
-        let pieces = 4 * threads.max(1) as usize;
-        let wide = (panels / pieces).clamp(1, PANELS);
-        let (across, down) = (panels.div_ceil(wide), count.div_ceil(ROWS));
-        // Only where panels are few do several threads share one: its weights come from memory, for each of them.
-        let parts = pieces.div_ceil(across).min(down);
-        share(across * parts, threads, Scratch::new, |scratch, index| {
-            let (panel, part) = (index / parts * wide, index % parts);
-            let panels = (panel, wide.min(panels - panel));
-            for row in down * part / parts..down * (part + 1) / parts {
-                let first = count * row / down;
-                let rows = (first, count * (row + 1) / down - first);
-                self.compute(&call, &Block { rows, panels }, scratch);
-            }
-        });
+        // SAFETY: the caller's promise.
+        unsafe { Self::forward_together(&[(self, *rows)], threads) }
     }
 
     /// Computes one block, which no other thread does.
@@ -177,6 +171,37 @@ impl<E: Element> Linear<E> {
                 Kind::Portable => tile::compute::<[Portable; 2], E>(call, block, scratch),
             }
         }
+    }
+}
+
+impl<E: Element> Together for Linear<E> {
+    type Number = E;
+
+    fn shape(&self) -> (usize, usize) {
+        (self.outputs, self.inputs)
+    }
+
+    unsafe fn forward_together(calls: &[(&Self, Rows<E>)], threads: u32) {
+        let calls: Vec<_> = calls
+            .iter()
+            .map(|(layer, rows)| {
+                let (panels, blocks) = (layer.outputs.div_ceil(PANEL), rows.count.div_ceil(ROWS));
+                let cut = Cut::new(panels, blocks, PANELS, threads);
+                (Call { layer, rows: *rows }, cut)
+            })
+            .collect();
+        let counts = calls.iter().map(|(_, cut)| cut.count());
+        share_all(counts, threads, Scratch::new, |scratch, (at, piece)| {
+            let (call, cut) = &calls[at];
+            let (panels, blocks) = cut.piece(piece);
+            let (count, down) = (call.rows.count, call.rows.count.div_ceil(ROWS));
+            for block in blocks {
+                let first = count * block / down;
+                let rows = (first, count * (block + 1) / down - first);
+                let panels = (panels.start, panels.len());
+                call.layer.compute(call, &Block { rows, panels }, scratch);
+            }
+        });
     }
 }
 

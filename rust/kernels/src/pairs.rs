@@ -16,9 +16,14 @@ pub(crate) mod tiles;
 
 use std::{ops::Range, ptr};
 
-use self::packed::{Packed, Room};
+pub(crate) use self::packed::Lines;
+use self::packed::Packed;
 use crate::{
-    bf16, error::LinearError, linear::Rows, linear::check_shape, pages::Pages, pool::share,
+    bf16,
+    error::LinearError,
+    linear::{Cut, Rows, Together, check_shape},
+    pages::Pages,
+    pool::share_all,
 };
 
 /// Outputs of a panel.
@@ -99,7 +104,7 @@ impl Default for Scratch {
 }
 
 /// `DEPTH` numbers: a cache line, and a tile's row.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 #[repr(align(64))]
 pub(crate) struct Line(pub(crate) [u16; DEPTH]);
 
@@ -138,6 +143,7 @@ pub(crate) struct Block {
 /// What the threads of one call share.
 struct Call<'a> {
     layer: &'a PairLinear,
+    cut: Cut,
     rows: Packed,
     output: *mut u16,
 }
@@ -192,11 +198,6 @@ impl PairLinear {
         })
     }
 
-    /// Outputs and inputs.
-    pub const fn shape(&self) -> (usize, usize) {
-        (self.outputs, self.inputs)
-    }
-
     /// Computes some rows, on up to `threads` threads.
     ///
     /// # Safety
@@ -204,54 +205,59 @@ impl PairLinear {
     /// nobody writes the inputs, and nobody reads or writes the outputs.
     pub unsafe fn forward(&self, rows: &Rows<u16>, threads: u32) {
         let most = packed::rows_at_most(self.inputs);
-        packed::with_room(|room| {
-            for first in (0..rows.count).step_by(most) {
-                // SAFETY: the caller's promise: these are some of its rows.
-                unsafe {
-                    let some = Rows {
-                        input: rows.input.add(first * rows.input_stride),
-                        output: rows.output.add(first * self.outputs),
-                        count: most.min(rows.count - first),
-                        ..*rows
-                    };
-                    self.forward_with(room, &some, threads);
-                }
+        for first in (0..rows.count).step_by(most) {
+            // SAFETY: the caller's promise: these are some of its rows.
+            unsafe {
+                let some = Rows {
+                    input: rows.input.add(first * rows.input_stride),
+                    output: rows.output.add(first * self.outputs),
+                    count: most.min(rows.count - first),
+                    ..*rows
+                };
+                Self::forward_together(&[(self, some)], threads);
             }
-        });
+        }
+    }
+}
+
+impl Together for PairLinear {
+    type Number = u16;
+
+    fn shape(&self) -> (usize, usize) {
+        (self.outputs, self.inputs)
     }
 
-    /// Computes as many rows as there is room for.
-    ///
-    /// # Safety
-    /// As `forward`.
-    unsafe fn forward_with(&self, room: &mut Room, rows: &Rows<u16>, threads: u32) {
-        let call = Call {
-            layer: self,
+    unsafe fn forward_together(calls: &[(&Self, Rows<u16>)], threads: u32) {
+        packed::with_room(|room| {
+            let rows = calls.iter().map(|(layer, rows)| (*rows, layer.inputs));
             // SAFETY: the caller's promise.
-            rows: unsafe { Packed::new(room, rows, self.inputs, threads) },
-            output: rows.output,
-        };
-        let (columns, down) = (self.outputs.div_ceil(WIDTH), rows.count.div_ceil(HEIGHT));
-        let pieces = 4 * threads.max(1) as usize;
-        let wide = (columns / pieces).clamp(1, WIDE);
-        let across = columns.div_ceil(wide);
-        // Only where columns are few do several threads share one: its weights come from memory, for each of them.
-        let parts = pieces.div_ceil(across).min(down);
-        share(
-            across * parts,
-            threads,
-            Scratch::default,
-            |scratch, index| {
-                let (column, part) = (index / parts * wide, index % parts);
-                let columns = column..columns.min(column + wide);
-                for block in down * part / parts..down * (part + 1) / parts {
+            let packed = unsafe { packed::lay_out(room, rows, threads) };
+            let calls: Vec<_> = calls
+                .iter()
+                .zip(packed)
+                .map(|((layer, rows), packed)| Call {
+                    cut: Cut::new(
+                        layer.outputs.div_ceil(WIDTH),
+                        rows.count.div_ceil(HEIGHT),
+                        WIDE,
+                        threads,
+                    ),
+                    layer,
+                    rows: packed,
+                    output: rows.output,
+                })
+                .collect();
+            let counts = calls.iter().map(|call| call.cut.count());
+            share_all(counts, threads, Scratch::default, |scratch, (at, piece)| {
+                let (columns, blocks) = calls[at].cut.piece(piece);
+                for block in blocks {
                     for column in columns.clone() {
                         // SAFETY: the processor has the unit; the caller's promise; and each block is computed once.
-                        unsafe { call.compute(block, column, scratch) }
+                        unsafe { calls[at].compute(block, column, scratch) }
                     }
                 }
-            },
-        );
+            });
+        });
     }
 }
 

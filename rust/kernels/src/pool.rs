@@ -51,6 +51,28 @@ pub(crate) fn share<S>(
     });
 }
 
+/// As [`share`], of several works, of so many pieces each: which work, and which piece of it.
+pub(crate) fn share_all<S>(
+    counts: impl Iterator<Item = usize>,
+    threads: u32,
+    begin: impl Fn() -> S + Sync,
+    each: impl Fn(&mut S, (usize, usize)) + Sync,
+) {
+    let mut total = 0;
+    // The first piece of each.
+    let starts: Vec<usize> = counts
+        .map(|count| {
+            total += count;
+            total - count
+        })
+        .collect();
+    share(total, threads, begin, |state, index| {
+        // Of those that begin where it does the last one: the others have no pieces.
+        let at = starts.partition_point(|start| *start <= index) - 1;
+        each(state, (at, index - starts[at]));
+    });
+}
+
 /// Whether there are threads besides the caller's.
 pub fn has_threads() -> bool {
     entry().is_some()
@@ -78,7 +100,20 @@ fn entry() -> Option<Parallel> {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
+    use parking_lot::Mutex;
+
     use super::*;
+
+    #[test]
+    fn every_piece_of_every_work_is_done_once() {
+        let counts = [0, 3, 0, 0, 2, 1, 0];
+        let done = Mutex::new(Vec::new());
+        let note = |(): &mut (), piece| done.lock().push(piece);
+        share_all(counts.into_iter(), 2, || (), note);
+        let mut done = done.into_inner();
+        done.sort_unstable();
+        assert_eq!(done, [(1, 0), (1, 1), (1, 2), (4, 0), (4, 1), (5, 0)]);
+    }
 
     #[test]
     fn work_is_done_without_a_library_too() {

@@ -120,6 +120,28 @@ pub struct LookUp<E> {
     pub size: usize,
 }
 
+/// Rows to add up, some for each token, each multiplied.
+#[derive(Clone, Copy, Debug)]
+pub struct Mix<E> {
+    /// `[_, size]`, without gaps.
+    pub rows: *const E,
+    /// `[count, picks]`: which rows, or [`NOWHERE`].
+    pub places: *const u32,
+    /// `[count, picks]`: what multiplies each.
+    pub weights: *const f32,
+    /// `[count, size]`, without gaps; other memory.
+    pub output: *mut E,
+    /// Tokens.
+    pub count: usize,
+    /// Rows of a token.
+    pub picks: usize,
+    /// Numbers of a row.
+    pub size: usize,
+}
+
+/// A row that is not there.
+pub const NOWHERE: u32 = u32::MAX;
+
 /// Something done to one row at a time.
 ///
 /// # Safety
@@ -137,7 +159,7 @@ macro_rules! shared_by_threads {
         unsafe impl<E: Element> Sync for $name<E> {}
     )* };
 }
-shared_by_threads!(Norm, Gate, Rotation, Sum, LookUp);
+shared_by_threads!(Norm, Gate, Rotation, Sum, LookUp, Mix);
 
 /// Normalises: `y = x / sqrt(mean(x^2) + epsilon) * weight` (Zhang and Sennrich, 2019), sums and weight in `f32`.
 ///
@@ -183,6 +205,15 @@ pub unsafe fn add<E: Element>(sum: &Sum<E>, threads: u32) {
 pub unsafe fn look_up<E: Element>(look_up: &LookUp<E>, threads: u32) {
     // SAFETY: the caller's promise.
     unsafe { run(look_up, threads) }
+}
+
+/// Adds up each token's rows in their order, multiplied in `f32` and rounded once.
+///
+/// # Safety
+/// As [`rms_norm`], with the shapes of [`Mix`].
+pub unsafe fn mix<E: Element>(mix: &Mix<E>, threads: u32) {
+    // SAFETY: the caller's promise.
+    unsafe { run(mix, threads) }
 }
 
 /// Finds the largest number of each row, the first of equals; one that is NaN only where no other is a number above

@@ -1,6 +1,7 @@
 //! `orchestra-kernels` for `orchestra.worker`: tensors come as the addresses and sizes that torch gives of them.
 
 mod attention;
+mod experts;
 mod group;
 mod linear;
 mod recording;
@@ -12,6 +13,7 @@ use orchestra_kernels::{GroupError, LinearError, RingError};
 
 pub(crate) use self::{
     attention::PagedAttention,
+    experts::{ExpertRouter, Experts},
     group::SharedGroup,
     linear::Linear,
     recording::{KernelProgram, begin_recording, end_recording},

@@ -31,9 +31,9 @@ mod _core {
         agent::Agent,
         errors::error_codes,
         kernels::{
-            KernelProgram, Linear, MessageRingReader, MessageRingWriter, PagedAttention,
-            SharedGroup, add, argmax, begin_recording, candidates, draw, end_recording, gate,
-            look_up, rms_norm, rotate, softmax,
+            ExpertRouter, Experts, KernelProgram, Linear, MessageRingReader, MessageRingWriter,
+            PagedAttention, SharedGroup, add, argmax, begin_recording, candidates, draw,
+            end_recording, gate, look_up, rms_norm, rotate, softmax,
         },
         kv_pool::KvPool,
         memory::{

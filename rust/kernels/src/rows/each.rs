@@ -10,7 +10,7 @@
     reason = "becomes part of a kernel for each kind of processor"
 )]
 
-use super::{Activation, Gate, LookUp, Norm, Rotation, Sum, Work};
+use super::{Activation, Gate, LookUp, Mix, NOWHERE, Norm, Rotation, Sum, Work};
 use crate::{
     element::Element,
     simd::{Arithmetic, Vector, WIDEST},
@@ -190,6 +190,34 @@ impl<E: Element> Work for LookUp<E> {
                 let numbers = load::<V, E>(from.add(at), left).mul(V::splat(scale));
                 store(numbers, output.add(at), left);
             }
+        }
+    }
+}
+
+impl<E: Element> Work for Mix<E> {
+    fn shape(&self) -> (usize, usize) {
+        (self.count, self.size)
+    }
+
+    #[inline(always)]
+    unsafe fn row<V: Arithmetic>(&self, row: usize) {
+        for at in (0..self.size).step_by(V::LEN) {
+            let left = self.size - at;
+            let mut sum = V::splat(0.0);
+            for pick in row * self.picks..(row + 1) * self.picks {
+                // SAFETY: the pick is there, and so is the row where it says, and so many are left of that.
+                unsafe {
+                    let place = *self.places.add(pick);
+                    if place == NOWHERE {
+                        continue;
+                    }
+                    let numbers = self.rows.add(place as usize * self.size + at);
+                    let weight = V::splat(*self.weights.add(pick));
+                    sum = load::<V, E>(numbers, left).mul_add(weight, sum);
+                }
+            }
+            // SAFETY: so many are left of the row.
+            unsafe { store(sum, self.output.add(row * self.size + at), left) };
         }
     }
 }

@@ -3,9 +3,13 @@
 #![expect(unsafe_code, reason = "hands tensors over")]
 #![expect(clippy::unwrap_used, reason = "a test fails where it unwraps")]
 
+mod experts;
 mod pairs;
 
-use orchestra_kernels::{Element, Linear, LinearError, Processor, bf16, linear::Rows};
+use orchestra_kernels::{
+    Element, Linear, LinearError, Processor, bf16,
+    linear::{Rows, Together},
+};
 use proptest::prelude::*;
 
 /// What `rows` of `inputs` numbers give, which may lie `stride` apart.

@@ -1,6 +1,10 @@
 //! The same of layers in pairs, on everything that multiplies pairs here.
 
-use orchestra_kernels::{LinearError, PairLinear, bf16, linear::Rows, pairs::Unit};
+use orchestra_kernels::{
+    LinearError, PairLinear, bf16,
+    linear::{Rows, Together},
+    pairs::Unit,
+};
 use proptest::prelude::*;
 
 /// What `count` rows give, which lie `stride` apart.

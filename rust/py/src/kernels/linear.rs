@@ -16,13 +16,15 @@ use crate::errors::Failure;
 /// A linear layer on the CPU, its weights laid out for the kernel.
 #[pyclass(frozen, module = "orchestra._core")]
 pub(crate) struct Linear {
-    inner: Arc<Inner>,
+    layer: Layer,
 }
 
-enum Inner {
-    Float32(orchestra_kernels::Linear<f32>),
-    Bfloat16(orchestra_kernels::Linear<u16>),
-    Pairs(PairLinear),
+/// What computes it.
+#[derive(Clone)]
+pub(super) enum Layer {
+    Float32(Arc<orchestra_kernels::Linear<f32>>),
+    Bfloat16(Arc<orchestra_kernels::Linear<u16>>),
+    Pairs(Arc<PairLinear>),
 }
 
 #[pymethods]
@@ -38,10 +40,10 @@ impl Linear {
         portable: bool,
     ) -> PyResult<Self> {
         let dtype = Dtype::read(dtype)?;
-        let inner = py.detach(|| match dtype {
+        let layer = py.detach(|| match dtype {
             // SAFETY: the caller says that a weight of this shape lies there, and a bias: the contract of `_core.pyi`.
             Dtype::Float32 => {
-                unsafe { load(shape, (weight_ptr, bias_ptr), portable) }.map(Inner::Float32)
+                unsafe { load(shape, (weight_ptr, bias_ptr), portable) }.map(Layer::Float32)
             }
             // SAFETY: as above.
             Dtype::Bfloat16 => match Unit::here().filter(|_| !portable) {
@@ -49,16 +51,15 @@ impl Linear {
                     let bias = bias_ptr.map(|address| address as *const u16);
                     let made =
                         unsafe { PairLinear::new(unit, shape, weight_ptr as *const u16, bias) };
-                    made.map(Inner::Pairs).map_err(Failure::from)
+                    made.map(|it| Layer::Pairs(Arc::new(it)))
+                        .map_err(Failure::from)
                 }
                 None => {
-                    unsafe { load(shape, (weight_ptr, bias_ptr), portable) }.map(Inner::Bfloat16)
+                    unsafe { load(shape, (weight_ptr, bias_ptr), portable) }.map(Layer::Bfloat16)
                 }
             },
         })?;
-        Ok(Self {
-            inner: Arc::new(inner),
-        })
+        Ok(Self { layer })
     }
 
     /// Computes some rows.
@@ -70,7 +71,7 @@ impl Linear {
         output_ptr: usize,
         threads: u32,
     ) -> PyResult<()> {
-        let layer = Arc::clone(&self.inner);
+        let layer = self.layer.clone();
         call_or_note(py, count, move |count| {
             // SAFETY: the caller says that these are tensors of these rows, in the layer's numbers, and leaves them alone
             // until the call returns: the contract of `_core.pyi`.
@@ -79,7 +80,13 @@ impl Linear {
     }
 }
 
-impl Inner {
+impl Linear {
+    pub(super) const fn layer(&self) -> &Layer {
+        &self.layer
+    }
+}
+
+impl Layer {
     /// # Safety
     /// As `orchestra_kernels::Linear::forward`.
     unsafe fn forward(&self, count: usize, input: (usize, usize), output: usize, threads: u32) {
@@ -100,15 +107,15 @@ unsafe fn load<E: orchestra_kernels::Element>(
     shape: (usize, usize),
     (weight, bias): (usize, Option<usize>),
     is_portable: bool,
-) -> Result<orchestra_kernels::Linear<E>, Failure> {
+) -> Result<Arc<orchestra_kernels::Linear<E>>, Failure> {
     let bias = bias.map(|address| address as *const E);
     // SAFETY: the caller's promise.
     let layer = unsafe { orchestra_kernels::Linear::new(shape, weight as *const E, bias) }?;
-    Ok(if is_portable {
+    Ok(Arc::new(if is_portable {
         layer.on(Processor::PORTABLE)
     } else {
         layer
-    })
+    }))
 }
 
 fn rows<E>(count: usize, (input, input_stride): (usize, usize), output: usize) -> Rows<E> {

@@ -82,14 +82,7 @@ pub(crate) fn gate(
     threads: u32,
 ) -> PyResult<()> {
     let dtype = Dtype::read(dtype)?;
-    let activation = match activation {
-        "silu" => Activation::Silu,
-        "gelu_pytorch_tanh" => Activation::GeluTanh,
-        _ => {
-            let message = format!("activation: {activation} is neither silu nor gelu_pytorch_tanh");
-            return Err(Failure::invalid("activation", message).into());
-        }
-    };
+    let activation = read_activation(activation)?;
     let (count, size) = shape;
     call_or_note(py, count, move |count| {
         let shape = (count, size);
@@ -98,6 +91,18 @@ pub(crate) fn gate(
             bend(shape, activation, input_ptr, output_ptr, threads)
         );
     })
+}
+
+/// From transformers' name.
+pub(super) fn read_activation(name: &str) -> Result<Activation, Failure> {
+    match name {
+        "silu" => Ok(Activation::Silu),
+        "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
+        _ => {
+            let message = format!("activation: {name} is neither silu nor gelu_pytorch_tanh");
+            Err(Failure::invalid("activation", message))
+        }
+    }
 }
 
 /// # Safety
