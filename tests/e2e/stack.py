@@ -97,6 +97,10 @@ def start_serve(
         try:
             assert process.stdout is not None
             yield Serve(process=process, log=log, **_addresses(process.stdout, log))
+        except BaseException:
+            # Beside what failed, which knows only what a client sees.
+            sys.stderr.write(_tail(log))
+            raise
         finally:
             stop(process, log)
             if process.stdout is not None:

@@ -84,8 +84,8 @@ async def _complete(
             "repetition_penalty": 1.0,
         },
     )
-    answer.raise_for_status()
     body: dict[str, Any] = answer.json()
+    assert answer.status_code == 200, f"{answer.status_code}: {body}"
     return body
 
 
