@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from orchestra.worker import rank_watch
+from orchestra.worker import starvation as starvation_module
 from orchestra.worker.rank_watch import FollowerWatch, LeaderWatch, Patience
 from orchestra.worker.renewable_group import Progress, RenewableGroup
 from orchestra.worker.sharding import Shard
-from orchestra.worker.starvation import Starvation
+from orchestra.worker.starvation import Starvation, visit
 
 TIMEOUT_S = 20
 SIZE = 3
@@ -92,6 +93,7 @@ class Ranks:
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     # All ranks are this process, and whether it is starved is the machine's business.
     monkeypatch.setattr(Starvation, "of", lambda _connection: Starvation(0))
+    monkeypatch.setattr(Starvation, "of_this", lambda: Starvation(0))
     made = Ranks(least_s=0.3)
     yield made
     made.close()
@@ -263,6 +265,14 @@ def test_a_starved_rank_is_waited_for_but_not_for_ever(
     assert found[:2] == [1, 2]
 
 
+@pytest.mark.parametrize(("waiting", "found"), [((1, 2), []), ((0, 2), [1])])
+def test_rank_0_is_waited_for_where_it_is_the_one_and_starved(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, waiting: tuple[int, ...], found: list[int]
+) -> None:
+    monkeypatch.setattr(ranks.watch._starvations[0], "is_starved", lambda: True)
+    assert hung(ranks, waiting) == found
+
+
 def test_patience_follows_what_steps_of_a_kind_have_taken() -> None:
     patience = Patience(0.3)
     assert patience.of(1) == rank_watch.PATIENCE_MAX_S
@@ -304,6 +314,65 @@ def test_waiting_for_a_core_is_starvation_and_standing_still_is_none(tmp_path: P
         absent = Starvation(pid, tmp_path)
         absent.begin()
         assert not absent.is_starved()
+
+
+def runs(proc: Path, pid: int, thread: int, name: str, state: str, core: int) -> None:
+    """What the kernel would say of a thread."""
+    task = proc / str(pid) / "task" / str(thread)
+    task.mkdir(parents=True, exist_ok=True)
+    fields = ["0"] * 49
+    fields[0], fields[36] = state, str(core)
+    (task / "stat").write_text(f"{thread} ({name}) {' '.join(fields)}\n")
+
+
+def test_a_core_that_its_host_has_stopped_is_starvation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visited: list[set[int]] = []
+
+    def visit(cores: set[int]) -> None:
+        visited.append(cores)
+        # The one that stands still.
+        if 5 in cores:
+            time.sleep(0.05)
+
+    monkeypatch.setattr(starvation_module, "visit", visit)
+    counted(tmp_path, 7, [0, 0, 0])
+    runs(tmp_path, 7, 0, "python) R 4 (", "S", 3)
+    runs(tmp_path, 7, 1, "omp", "R", 4)
+    runs(tmp_path, 7, 2, "omp", "R", 5)
+    starvation = Starvation(7, tmp_path)
+    starvation.begin()
+    starvation.look()
+    assert visited == [{4, 5}]
+    assert starvation.is_starved()
+    runs(tmp_path, 7, 2, "omp", "R", 4)
+    starvation.begin()
+    for _ in range(10):
+        starvation.look()
+        time.sleep(0.001)
+    assert visited[1:] == [{4}] * 10
+    assert not starvation.is_starved()
+    # Of who is not here nothing is known.
+    for pid in (8, 0):
+        Starvation(pid, tmp_path).look()
+    assert visited[11:] == []
+
+
+def test_a_process_that_computes_is_found_on_its_core_and_a_visit_leaves_no_trace() -> None:
+    ours = os.sched_getaffinity(0)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            core = max(ours)
+            os.sched_setaffinity(process.pid, {core})
+            deadline = time.monotonic() + TIMEOUT_S
+            while Starvation(process.pid)._cores() != {core}:
+                assert time.monotonic() < deadline
+            # One that nobody has is passed over.
+            visit({core, 1 << 14})
+        finally:
+            process.kill()
+    assert os.sched_getaffinity(0) == ours
 
 
 def test_the_kernel_counts_no_wait_of_a_stopped_process() -> None:

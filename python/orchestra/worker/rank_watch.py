@@ -2,7 +2,8 @@
 
 Rank 0 watches the others' pulses: the end of one is a dead process, known at once. A rank that hangs is found by the
 clock: it owes the step, and for longer than such steps take neither enters a collective nor finishes, although it was
-not kept waiting for a core. The others watch rank 0's end, by which they learn of everybody's loss.
+not kept waiting for a core, nor its core by the machine's host. The others watch rank 0's end, by which they learn of
+everybody's loss.
 """
 
 import contextlib
@@ -138,6 +139,7 @@ class LeaderWatch(Watch):
         self._patience = patience
         self._on_hung = on_hung
         self._starvations = {rank: Starvation.of(pulse) for rank, pulse in pulses.items()}
+        self._starvations[0] = Starvation.of_this()
         self._is_suspicious = False
         self._num_steps = 0
         # Of each step that the ranks were sent and rank 0 is not through with; replaced, since two threads look at it.
@@ -200,10 +202,13 @@ class LeaderWatch(Watch):
         still_s = max((pulse.still_s for pulse in owing.values()), default=0.0)
         if still_s <= patience_s / 2:
             self._is_suspicious = False
-        elif not self._is_suspicious:
+            return []
+        if not self._is_suspicious:
             self._is_suspicious = True
             for starvation in self._starvations.values():
                 starvation.begin()
+        for starvation in self._starvations.values():
+            starvation.look()
         return self._blame(owing) if still_s > patience_s else []
 
     def _listen(self, rank: int, pulse: _Pulse, elapsed_s: float) -> None:
@@ -227,12 +232,16 @@ class LeaderWatch(Watch):
     def _blame(self, owing: Mapping[int, _Pulse]) -> list[int]:
         """Of the ranks that owe a step that stands still, those whose fault it is; none where they are starved."""
         stood_s = max(pulse.stood_s for pulse in owing.values())
-        is_starved = any(self._starvations[rank].is_starved() for rank in owing)
+        suspects = self._find_suspects(owing)
+        is_starved = any(self._starvations[rank].is_starved() for rank in {*owing, *suspects})
         if is_starved and stood_s < PATIENCE_MAX_S:
             self._is_suspicious = False
             for pulse in owing.values():
                 pulse.still_s = 0.0
             return []
+        return suspects
+
+    def _find_suspects(self, owing: Mapping[int, _Pulse]) -> list[int]:
         if silent := [rank for rank, pulse in owing.items() if pulse.silent_s > SILENT_S]:
             return silent
         # The others wait for whoever computes.
