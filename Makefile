@@ -18,6 +18,8 @@ RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust proto -type f)
 PROGRAMS := target/release/orchestra-router
 PROTOS := orchestra/v1/types.proto orchestra/v1/inference.proto
 RUST_LINTS := check-fmt check-clippy
+# Clippy compiles what it looks at: tests need not be compiled again. The wrapper and the variable are cargo-clippy's own.
+LINTED := RUSTC_WORKSPACE_WRAPPER=clippy-driver CLIPPY_ARGS=-D__CLIPPY_HACKERY__warnings__CLIPPY_HACKERY__
 PYTHON_LINTS := check-ruff check-mypy check-stubs check-proto check-docs check-tidy
 
 # Coverage counters for libFuzzer. For our target alone, so that build scripts link without it.
@@ -39,7 +41,7 @@ serve: setup ## Serve the demonstration model (MODEL=path for another, ARGS='--t
 
 # Two lanes: what cargo checks and compiles in debug builds fills the time in which the other's processes wait.
 test: $(ETCD) ## Run every gate: lints, Rust tests, Python tests; shows all failures, then a summary
-	@.ci/gates $(RUST_LINTS) check-rust-tests + build $(PYTHON_LINTS) check-tests / check-worker-tests check-python-tests
+	@.ci/gates check-fmt check-rust-build check-rust-tests + build $(PYTHON_LINTS) check-tests / check-worker-tests check-python-tests
 
 lint: ## Run the gates that execute no product code: format, clippy, ruff, mypy, stubs, drift, tidy
 	@.ci/gates $(RUST_LINTS) + setup $(PYTHON_LINTS)
@@ -103,7 +105,7 @@ clean: ## Remove what the other targets made (.venv, target, caches)
 
 # === gates: one each, run by .ci/gates ===
 
-.PHONY: build check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-docs check-tidy check-rust-tests check-worker-tests check-python-tests check-tests
+.PHONY: build check-fmt check-clippy check-ruff check-mypy check-stubs check-proto check-docs check-tidy check-rust-build check-rust-tests check-worker-tests check-python-tests check-tests
 
 # All that tests start. First what does not wait for each other: pip loads and unpacks while cargo compiles.
 build:
@@ -138,9 +140,12 @@ check-tidy:
 	$(PY) -m pytest -q tests/test_tidy.py
 
 # What the other lane runs has deadlines, compilers have none.
+check-rust-build:
+	$(LINTED) nice -n 10 cargo test --workspace --locked --quiet --no-run
+	$(LINTED) nice -n 10 cargo build --workspace --locked --quiet --lib --bins --benches
+
 check-rust-tests:
-	nice -n 10 cargo test --workspace --locked --quiet --no-run
-	cargo test --workspace --locked --quiet --no-fail-fast
+	$(LINTED) cargo test --workspace --locked --quiet --no-fail-fast
 
 # These compute, on one or two threads each; those of check-tests wait for each other's processes, and share nothing well.
 # So the ones run in either lane, whichever is free first, and the others in one of their own.
