@@ -19,6 +19,7 @@ from orchestra._core_kernels import draw as draw
 from orchestra._core_kernels import end_recording as end_recording
 from orchestra._core_kernels import gate as gate
 from orchestra._core_kernels import look_up as look_up
+from orchestra._core_kernels import mix as mix
 from orchestra._core_kernels import rms_norm as rms_norm
 from orchestra._core_kernels import rotate as rotate
 from orchestra._core_kernels import softmax as softmax
@@ -93,6 +94,7 @@ __all__ = [
     "gate",
     "init_logging",
     "look_up",
+    "mix",
     "plan_layer_move",
     "rms_norm",
     "rotate",

@@ -315,6 +315,28 @@ def look_up(
         InvalidRequestError: The dtype is another.
     """
 
+def mix(
+    dtype: str,
+    shape: tuple[int, int, int],
+    rows_ptr: int,
+    weights_ptr: int,
+    output_ptr: int,
+    threads: int,
+) -> None:
+    """Adds up each token's rows in their order, in `float32`, as `Experts` does.
+
+    Args:
+        dtype: `float32` or `bfloat16`.
+        shape: Tokens, rows of each, numbers of a row.
+        rows_ptr: Address of `[tokens, rows, numbers]`, without gaps.
+        weights_ptr: Address of `float32[tokens, rows]`: what multiplies each.
+        output_ptr: Where the sums go, `[tokens, numbers]`, without gaps.
+        threads: On how many to compute.
+
+    Raises:
+        InvalidRequestError: The dtype is another.
+    """
+
 def argmax(
     dtype: str,
     shape: tuple[int, int],

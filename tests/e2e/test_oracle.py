@@ -37,6 +37,8 @@ POOLS["swapped"] = [*POOLS["tight"], "--num-host-blocks", "272"]
 POOLS["shared"] = [*POOLS["swapped"], "--kv-transfer", "shm"]
 # As tight, with chunks that two ranks divide.
 POOLS["divided"] = [*POOLS["tight"][:-1], "64", "--cp", "2", "--context-min-tokens", "32"]
+# As divided, with experts that the two have between them.
+POOLS["exchanged"] = [*POOLS["divided"], "--expert-parallel"]
 # As swapped, each step planned before the tokens of the one before are known.
 POOLS["ahead"] = [*POOLS["swapped"], "--async-scheduling", "on", "--kv-transfer", "off"]
 CASES = [
@@ -45,6 +47,7 @@ CASES = [
     # Two steps in flight.
     ("qwen3", 1, 2, "swapped"),
     ("qwen3", 1, 1, "divided"),
+    ("qwen3-moe", 1, 1, "exchanged"),
     ("llama", 1, 1, "ahead"),
 ]
 

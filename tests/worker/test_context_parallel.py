@@ -8,9 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
-from orchestra.worker.assembly import Rank
+from orchestra.errors import ConfigError
+from orchestra.worker import assembly
+from orchestra.worker import device as devices
+from orchestra.worker.assembly import Place, Rank
+from orchestra.worker.config import WorkerConfig
 from orchestra.worker.context_parallel import (
     ROWS_MIN,
     RUN_TOKENS_PER_RANK_MIN,
@@ -18,7 +23,9 @@ from orchestra.worker.context_parallel import (
     part_of,
     rows_of,
 )
+from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.plan import StepPlan
+from orchestra.worker.sharding import Shard
 from tests.checkpoints import FAMILIES
 from tests.worker.conftest import Checkpoints, MakeRank, Reference
 from tests.worker.plans import PlanBuilder
@@ -52,6 +59,45 @@ def test_any_product(
         *(checkpoint(kind), size, stages), contexts=contexts, context_min_tokens=MIN_TOKENS
     )
     compare(kind, ranks, reference)
+
+
+@pytest.mark.parametrize(("size", "stages"), [(2, 1), (1, 2), (2, 2)])
+def test_experts_are_divided_among_all_ranks_of_a_stage(
+    size: int, stages: int, checkpoint: Checkpoints, reference: Reference
+) -> None:
+    ranks = thread_ranks(
+        *(checkpoint("qwen3-moe"), size, stages),
+        contexts=2,
+        context_min_tokens=MIN_TOKENS,
+        expert_parallel=True,
+    )
+    compare("qwen3-moe", ranks, reference)
+
+
+def test_a_rank_needs_no_memory_for_the_experts_of_others(
+    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_dir = checkpoint("mixtral")
+    model_config = ModelConfig.from_directory(model_dir)
+    place = Place(torch.device("cpu"), torch.float32, local_size=2)
+    weights = load_file(model_dir / "model.safetensors")
+    experts = sum(weight.nbytes for name, weight in weights.items() if ".experts." in name)
+    config = WorkerConfig(model_dir, "", "", "", Shard(), context=Shard(1, 2))
+
+    def needed(config: WorkerConfig) -> float:
+        """Fewest bytes with which the weights are loaded."""
+        few, enough = 0, 1 << 30
+        while enough - few > 1:
+            free = (few + enough) // 2
+            monkeypatch.setattr(devices, "free_bytes", lambda *_, free=free: free)
+            try:
+                assembly._check_weights_fit(config, model_config, place)
+                enough = free
+            except ConfigError:
+                few = free
+        return enough
+
+    assert needed(config) - needed(replace(config, expert_parallel=True)) == experts / 2
 
 
 # === bit for bit ===
@@ -121,6 +167,30 @@ def test_bits_do_not_depend_on_the_division(
         context_min_tokens=MIN_TOKENS,
         num_blocks=256,
         dtype=dtype,
+    )
+    assert torch.equal(logits_of_a_life(Together(divided)), alone)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "contexts"),
+    [
+        ("mixtral", "float32", 2),
+        pytest.param("mixtral", "float32", 8, id="some ranks have none"),
+        ("qwen3-moe", "bfloat16", 3),
+        ("deepseek3", "bfloat16", 2),
+    ],
+)
+def test_bits_do_not_depend_on_where_experts_are(
+    kind: str, dtype: str, contexts: int, checkpoint: Checkpoints, make_rank: MakeRank
+) -> None:
+    alone = logits_of_a_life(Together([make_rank(kind, dtype=dtype)]))
+    divided = thread_ranks(
+        *(checkpoint(kind), 1),
+        contexts=contexts,
+        context_min_tokens=MIN_TOKENS,
+        num_blocks=256,
+        dtype=dtype,
+        expert_parallel=True,
     )
     assert torch.equal(logits_of_a_life(Together(divided)), alone)
 

@@ -125,7 +125,7 @@ def test_kernels_compute_what_torch_does(dtype: torch.dtype, activation: str) ->
 @pytest.mark.parametrize("tokens", [3, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_triton_computes_what_torch_does(dtype: torch.dtype, tokens: int) -> None:
-    from orchestra.worker.experts_triton import TritonExperts
+    from orchestra.worker.experts_triton import TritonExperts, mix
 
     x, weights, chosen = (it.to(DEVICE) for it in step(tokens, 7, 3, dtype))
     chosen = chosen.long()
@@ -135,6 +135,11 @@ def test_triton_computes_what_torch_does(dtype: torch.dtype, tokens: int) -> Non
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     actual, expected = triton(x, weights, chosen), by_torch(x, weights, chosen)
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+    # What each pick makes of its token, added up as a call does.
+    pairs = triton(
+        x.repeat_interleave(3, 0), torch.ones(3 * tokens, 1, device=DEVICE), chosen.view(-1, 1)
+    )
+    assert torch.equal(mix(pairs.view(tokens, 3, -1), weights), actual)
     # One expert for everybody, and one whom nobody wants.
     chosen = chosen.clamp(max=2)
     actual, expected = triton(x, weights, chosen), by_torch(x, weights, chosen)

@@ -23,6 +23,7 @@ from torch import Tensor
 from orchestra.worker import assembly
 from orchestra.worker.assembly import Place, Rank, build_rank
 from orchestra.worker.config import WorkerConfig
+from orchestra.worker.expert_exchange import ExpertGroup
 from orchestra.worker.group import Group
 from orchestra.worker.loader import WeightReader
 from orchestra.worker.model_config import ModelConfig
@@ -196,11 +197,15 @@ def thread_ranks(
         division = ThreadCommunicator(
             Shard(context.rank, contexts), divisions[stage.index][shard.rank]
         )
+        experts = None
+        if contexts > 1 and config.expert_parallel:
+            experts = ExpertGroup(division, context)
         courier = ThreadCourier(stage.index, couriers[number])
         joined = Group(
             communicator,
             link=ThreadLink(before, after),
             context=division if contexts > 1 else None,
+            experts=experts,
             courier=courier,
         )
         return build_rank(config, model_config, place, joined, lambda _done, _total: None)
@@ -355,6 +360,17 @@ def test_every_rank_reads_its_slices_only(
     )
     # Both ranks need every norm and router; each other byte is read once.
     assert sum(read) == whole + shared
+    assert max(read) == min(read)
+
+
+def test_ranks_of_the_same_shard_read_each_expert_once(checkpoint: Checkpoints) -> None:
+    model_dir = checkpoint("mixtral")
+    with bytes_read() as read:
+        thread_ranks(model_dir, 1, contexts=2, expert_parallel=True)
+    weights = load_file(model_dir / "model.safetensors")
+    whole = sum(weight.nbytes for weight in weights.values())
+    experts = sum(weight.nbytes for name, weight in weights.items() if ".experts." in name)
+    assert sum(read) == 2 * (whole - experts) + experts
     assert max(read) == min(read)
 
 

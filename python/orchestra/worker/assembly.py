@@ -248,7 +248,8 @@ def build_rank(
                 usual = OverlappedDecoder(model, usual, attention, group.communicator)
             return ModelRunner(usual, cache, attention, slots, place.device, graphs)
         division = ContextAttention(
-            *(attention, cache, group.context, config.context), config.context_min_tokens
+            *(attention, cache, group.context, config.context, config.context_min_tokens),
+            group.experts,
         )
         return ContextRunner(model, cache, division, slots, place.device)
 
@@ -337,6 +338,7 @@ def _load_context(
         place.dtype,
         place.device,
         config.expert_parallel,
+        group.experts,
         config.stage,
         group.link,
     )
@@ -367,7 +369,9 @@ def _check_weights_fit(
 ) -> None:
     """Compares the weights with the free memory before they are read, which may otherwise end in a kill."""
     size = sum(path.stat().st_size for path in config.model_dir.glob("*.safetensors"))
-    weights = size * place.dtype.itemsize // model_config.dtype.itemsize // config.shard.size
+    weights = size * place.dtype.itemsize // model_config.dtype.itemsize
+    weights -= _num_weights_elsewhere(config, model_config) * place.dtype.itemsize
+    weights //= config.shard.size
     if place.device.type == "cpu":
         # The largest of them, beside its copy as the kernels want it; with tied embeddings both stay.
         head = model_config.vocab_size * model_config.hidden_size
@@ -379,6 +383,19 @@ def _check_weights_fit(
             f"model_dir: to load it takes {needed / GIB:.2f} GiB, but {free / GIB:.2f} GiB are free"
         )
         raise ConfigError(message, key="model_dir")
+
+
+def _num_weights_elsewhere(config: WorkerConfig, model_config: "ModelConfig | HfConfig") -> int:
+    """Of the experts that ranks with the same shard have between them, those that this rank does not have."""
+    if not config.expert_parallel or not isinstance(model_config, ModelConfig):
+        return 0
+    experts = model_config.experts
+    if experts is None:
+        return 0
+    # Their layers may lie on other stages, and are counted all the same.
+    layers = sum(experts.is_in(layer) for layer in range(model_config.num_layers))
+    of_one = 3 * model_config.hidden_size * experts.intermediate_size
+    return layers * (experts.count - len(config.context.span(experts.count))) * of_one
 
 
 def _budget(
@@ -414,6 +431,9 @@ def step_bytes(
     if config.context.size > 1:
         # The keys and values of a layer, this rank's and everyone's.
         heads += 4 * spec.num_kv_heads * spec.head_dim
+        if config.expert_parallel and isinstance(shape, ModelConfig) and shape.experts is not None:
+            # The rows of its picks: sent, everyone's, computed, everyone's again, and in order.
+            heads += (3 + 2 * config.context.size) * shape.experts.per_token * shape.hidden_size
     per_token = 4 * shape.hidden_size + 3 * shape.mlp_width + heads
     per_sample = 16 * shape.vocab_size
     numbers = config.step_tokens(device_type) * per_token + config.max_num_seqs * per_sample

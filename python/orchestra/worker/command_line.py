@@ -254,7 +254,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
         add(
             "--expert-parallel",
             action="store_true",
-            help="keep each expert whole on one rank, instead of a slice of each on every rank",
+            help="keep each expert whole on one rank (with --cp: of all), instead of a slice of each on every rank",
         ),
         add(
             "--kv-transfer",

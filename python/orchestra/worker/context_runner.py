@@ -14,6 +14,7 @@ from orchestra.worker.context_parallel import (
     rows_of,
     without_samples,
 )
+from orchestra.worker.expert_exchange import ExpertGroup
 from orchestra.worker.kv_cache import PagedCache
 from orchestra.worker.logits import Logits
 from orchestra.worker.models import Model
@@ -52,6 +53,7 @@ class ContextAttention:
         group: of the ranks that divide steps.
         shard: this rank's place in it.
         min_tokens: fewest tokens of prompts in a step that are divided.
+        experts: the same ranks, where they have the experts between them.
     """
 
     def __init__(
@@ -61,9 +63,11 @@ class ContextAttention:
         group: ContextGroup,
         shard: Shard,
         min_tokens: int,
+        experts: ExpertGroup | None,
     ) -> None:
         self._inner = inner
         self._group = group
+        self._experts = experts
         self._shard = shard
         self._min_tokens = min_tokens
         self._head_dim = cache.spec.head_dim
@@ -78,6 +82,8 @@ class ContextAttention:
         rank, size = self._shard.rank, self._shard.size
         parts = divide(plan.query_start, size, self._min_tokens)
         self._others = []
+        if self._experts is not None:
+            self._experts.is_divided = parts is not None
         if parts is None:
             # Each rank computes all of it, without a word to the others, and only one draws.
             return plan if rank == 0 else without_samples(plan)

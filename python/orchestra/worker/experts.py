@@ -3,14 +3,15 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from orchestra.worker import row_kernels
+from orchestra.worker import experts_cpu, row_kernels
+from orchestra.worker.expert_exchange import ExchangedExperts, Mix
 from orchestra.worker.expert_router import Router, load_router
-from orchestra.worker.experts_cpu import CpuExperts
 from orchestra.worker.layers import GatedMLP, LoadContext, Op
 from orchestra.worker.linear import CpuLinear, make_linear
 from orchestra.worker.loader import empty_weight
@@ -70,6 +71,12 @@ class SparseMLP:
         own, inside = Span(0, experts.count), shard.span(size)
         if context.expert_parallel:
             own, inside = shard.span(experts.count), Span(0, size)
+        group = context.expert_group
+        # Where the experts of each rank of the group begin, and those of the last one end.
+        bounds = [own.start, own.stop]
+        if group is not None:
+            bounds = [own.start + bound for bound in group.shard.bounds(len(own))]
+            own = Span(bounds[group.shard.rank], bounds[group.shard.rank + 1])
         parts = [
             _Expert(f"{name}.experts.{number}", size, config, names)
             for number in range(experts.count)
@@ -84,7 +91,10 @@ class SparseMLP:
             shared = _mlp(
                 *together.load(context, shard.span(experts.shared_size)), config.activation
             )
-        return cls(router, here, shared)
+        if group is None:
+            return cls(router, here, shared)
+        everyone = ExchangedExperts(here, _make_mix(context), bounds, group, context.device)
+        return cls(router, everyone, shared)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Maps `[T, H]` to this rank's part of `[T, H]`, which is the sum over the ranks."""
@@ -118,23 +128,47 @@ class ExpertsInTurn:
         parts = [expert(run) for expert, run in zip(self._experts, inputs, strict=True) if len(run)]
         if parts:
             outputs.index_copy_(0, order, torch.cat(parts))
-        weighted = outputs.view(tokens, picks, -1) * weights.unsqueeze(-1)
-        return weighted.sum(1).to(x.dtype)
+        return _mix(outputs.view(tokens, picks, -1), weights)
 
 
 def _make_experts(
     context: LoadContext, own: Span, weights: Iterable[tuple[Tensor, Tensor]], activation: str
 ) -> Experts:
     """What computes experts of these weights, which are loaded one after the other."""
-    if len(own) and context.device.type == "cpu" and context.dtype in row_kernels.KERNEL_DTYPES:
+    if len(own) and _are_rusts(context):
         layers = [(CpuLinear(gate_up, None), CpuLinear(down, None)) for gate_up, down in weights]
-        return CpuExperts(own.start, layers, activation)
-    if len(own) and context.device.type == "cuda" and find_spec("triton") is not None:
-        from orchestra.worker import experts_triton
-
-        if experts_triton.supports(context.device, context.dtype):
-            return experts_triton.TritonExperts.stack(own.start, len(own), weights, activation)
+        return experts_cpu.CpuExperts(own.start, layers, activation)
+    if len(own) and (kernels := _triton(context)) is not None:
+        experts: Experts = kernels.TritonExperts.stack(own.start, len(own), weights, activation)
+        return experts
     return ExpertsInTurn(own.start, [_mlp(*pair, activation) for pair in weights])
+
+
+def _make_mix(context: LoadContext) -> Mix:
+    """What adds up as those experts do."""
+    if _are_rusts(context):
+        return experts_cpu.mix
+    kernels = _triton(context)
+    return _mix if kernels is None else kernels.mix
+
+
+def _mix(rows: Tensor, weights: Tensor) -> Tensor:
+    """See `expert_exchange.Mix`."""
+    return (rows * weights.unsqueeze(-1)).sum(1).to(rows.dtype)
+
+
+def _are_rusts(context: LoadContext) -> bool:
+    """Whether the Rust kernels compute experts."""
+    return context.device.type == "cpu" and context.dtype in row_kernels.KERNEL_DTYPES
+
+
+def _triton(context: LoadContext) -> ModuleType | None:
+    """`experts_triton`, where its kernels do."""
+    if context.device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from orchestra.worker import experts_triton
+
+    return experts_triton if experts_triton.supports(context.device, context.dtype) else None
 
 
 def _mlp(gate_up: Tensor, down: Tensor, activation: str) -> GatedMLP:

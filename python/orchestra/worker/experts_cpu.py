@@ -7,6 +7,7 @@ from torch import Tensor
 
 from orchestra import _core
 from orchestra.worker.linear import CpuLinear
+from orchestra.worker.row_kernels import KERNEL_DTYPES
 
 
 class CpuExperts:
@@ -32,3 +33,14 @@ class CpuExperts:
         threads = torch.get_num_threads()
         self._kernel.forward(x.shape[0], x.data_ptr(), picks, y.data_ptr(), threads)
         return y
+
+
+def mix(rows: Tensor, weights: Tensor) -> Tensor:
+    """See `expert_exchange.Mix`; rows and weights lie without gaps."""
+    tokens, picks, hidden = rows.shape
+    y = rows.new_empty(tokens, hidden)
+    _core.mix(
+        *(KERNEL_DTYPES[rows.dtype], (tokens, picks, hidden), rows.data_ptr()),
+        *(weights.data_ptr(), y.data_ptr(), torch.get_num_threads()),
+    )
+    return y

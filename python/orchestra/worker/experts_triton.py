@@ -98,15 +98,7 @@ class TritonExperts:
         rows = self._project(
             row_triton.gate(gates, self._activation), self._down, runs, tiles, picks=0
         )
-        y = torch.empty_like(x)
-        kernels.mix[(len(x), triton.cdiv(hidden, _MIX_BLOCK))](
-            *(y, rows, weights.contiguous(), chosen.contiguous()),
-            *(self._first, len(self._down)),
-            PICKS=picks,
-            SIZE=hidden,
-            BLOCK=_MIX_BLOCK,
-        )
-        return y
+        return _mix(rows.view(len(x), picks, hidden), weights, chosen, self._first, len(self._down))
 
     def _sort(self, chosen: Tensor, tiles: Tiles) -> _Runs:
         numbers, order = chosen.flatten().sort(stable=True)
@@ -147,6 +139,25 @@ class TritonExperts:
             num_stages=tiles.num_stages,
         )
         return y
+
+
+def mix(rows: Tensor, weights: Tensor) -> Tensor:
+    """See `expert_exchange.Mix`."""
+    anyone = torch.zeros_like(weights, dtype=torch.int64)
+    return _mix(rows, weights, anyone, 0, 1)
+
+
+def _mix(rows: Tensor, weights: Tensor, chosen: Tensor, first: int, count: int) -> Tensor:
+    """Adds up those rows of each token whose experts are among `count` from `first` on."""
+    tokens, picks, hidden = rows.shape
+    y = rows.new_empty(tokens, hidden)
+    kernels.mix[(tokens, triton.cdiv(hidden, _MIX_BLOCK))](
+        *(y, rows, weights.contiguous(), chosen.contiguous(), first, count),
+        PICKS=picks,
+        SIZE=hidden,
+        BLOCK=_MIX_BLOCK,
+    )
+    return y
 
 
 def _stack_of(count: int, like: Tensor) -> Tensor:

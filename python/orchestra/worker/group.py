@@ -10,6 +10,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from orchestra.worker.collectives import join_context_group, join_group
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.context_runner import ContextGroup
+from orchestra.worker.expert_exchange import ExpertGroup
 from orchestra.worker.layer_courier import Courier, ProcessCourier
 from orchestra.worker.parallel import Communicator, SingleRank, rendezvous
 from orchestra.worker.plan_channel import NO_TERMS, CacheTerms, Follower, Leader
@@ -37,6 +38,8 @@ class Group:
     """To the stages before and after it."""
     context: ContextGroup | None = None
     """Of the ranks that divide prompts with this one."""
+    experts: ExpertGroup | None = None
+    """The same ranks, where they have the experts between them."""
     courier: Courier | None = None
     """To all other stages, for layers that move; None with a single stage."""
 
@@ -130,7 +133,9 @@ def _join_parts(config: WorkerConfig, device: torch.device, store: Store, group:
         group = replace(group, communicator=join_group(config, shards, device, 0))
     if config.context.size > 1:
         contexts = PrefixStore(f"shard-{config.shard.rank}", own)
-        group = replace(group, context=join_context_group(config, contexts, device))
+        context = join_context_group(config, contexts, device)
+        experts = ExpertGroup(context, config.context) if config.expert_parallel else None
+        group = replace(group, context=context, experts=experts)
     if config.stage.count > 1:
         link = ProcessLink(config.stage, config.stage_place, store, device)
         courier = ProcessCourier(config.stage, config.stage_place, store, device)

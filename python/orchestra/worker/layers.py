@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.parallel import Communicator
 from orchestra.worker.sharding import Span, Stage
 from orchestra.worker.stage_link import SingleStage, StageLink
+
+if TYPE_CHECKING:
+    from orchestra.worker.expert_exchange import ExpertGroup
 
 Op = Callable[[Tensor], Tensor]
 
@@ -43,6 +47,8 @@ class LoadContext:
     device: torch.device
     expert_parallel: bool = False
     """Whether each expert is loaded whole, by one rank."""
+    expert_group: "ExpertGroup | None" = None
+    """The ranks that have this shard's experts between them."""
     stage: Stage = field(default_factory=Stage)
     """Which layers are loaded."""
     link: StageLink = field(default_factory=SingleStage)

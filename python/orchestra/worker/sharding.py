@@ -53,6 +53,10 @@ class Shard:
         """This rank's share of `total` rows; the shares differ by at most one row."""
         return Span(self.rank * total // self.size, (self.rank + 1) * total // self.size)
 
+    def bounds(self, total: int) -> list[int]:
+        """Where the ranks' shares of `total` rows begin, and the last one ends."""
+        return [Shard(rank, self.size).span(total).start for rank in range(self.size)] + [total]
+
     def padded_rows(self, total: int) -> int:
         """Rows of every rank where all must have equally many; the last ranks then hold padding."""
         return -(-total // self.size)

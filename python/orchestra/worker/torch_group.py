@@ -60,6 +60,12 @@ class TorchGroup:
             ).wait()
         return received
 
+    def exchange_rows(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Sends the first `sent[0]` of `rows` to rank 0 and so on; returns `received[0]` from rank 0 and so on."""
+        given = rows.new_empty(sum(received), *rows.shape[1:])
+        self._group.alltoall_base(given, rows.contiguous(), received, sent).wait()
+        return given
+
     def reduce_scatter(self, numbers: Tensor) -> Tensor:
         """This rank's share `[n / size]` of the sum of all ranks' `[n]`, added in the order of the ranks."""
         received = self.exchange(numbers.view(self.shard.size, -1))

@@ -18,7 +18,7 @@ pub(crate) use self::{
     linear::Linear,
     recording::{KernelProgram, begin_recording, end_recording},
     ring::{MessageRingReader, MessageRingWriter},
-    rows::{add, argmax, candidates, draw, gate, look_up, rms_norm, rotate, softmax},
+    rows::{add, argmax, candidates, draw, gate, look_up, mix, rms_norm, rotate, softmax},
 };
 use crate::errors::Failure;
 

@@ -33,7 +33,7 @@ mod _core {
         kernels::{
             ExpertRouter, Experts, KernelProgram, Linear, MessageRingReader, MessageRingWriter,
             PagedAttention, SharedGroup, add, argmax, begin_recording, candidates, draw,
-            end_recording, gate, look_up, rms_norm, rotate, softmax,
+            end_recording, gate, look_up, mix, rms_norm, rotate, softmax,
         },
         kv_pool::KvPool,
         memory::{

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from orchestra.worker import summing
 from orchestra.worker.attention import AttentionBackend
+from orchestra.worker.expert_exchange import ExpertGroup
 from orchestra.worker.layers import (
     LoadContext,
     Op,
@@ -102,6 +103,7 @@ class Decoder:
         rotaries: of all layers.
         after: what follows the layers.
         communicator: joins the ranks of the stage.
+        expert_group: the ranks that have the stage's experts between them; None: this one has what it needs.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Decoder:
         rotaries: RotaryTables,
         after: "Head | StageLink",
         communicator: Communicator,
+        expert_group: ExpertGroup | None,
     ) -> None:
         self.span = span
         self._entry = entry
@@ -120,6 +123,7 @@ class Decoder:
         self._rotaries = rotaries.of(span)
         self._after = after
         self._communicator = communicator
+        self._expert_group = expert_group
 
     @classmethod
     def load(
@@ -155,7 +159,8 @@ class Decoder:
         context.reader.finish(_of_others(config, stage))
         progress(parts, parts)
         rotaries = RotaryTables(config, max_positions, context.device)
-        return cls(entry, span, layers, rotaries, after, context.communicator)
+        ends = (rotaries, after, context.communicator, context.expert_group)
+        return cls(entry, span, layers, *ends)
 
     @property
     def config(self) -> ModelConfig:
@@ -171,7 +176,10 @@ class Decoder:
         """
         own = {self.span.start + place: layer for place, layer in enumerate(self._layers)}
         layers = [further[it] if it in further else own[it] for it in range(span.start, span.stop)]
-        return Decoder(*(self._entry, span, layers, self._tables, self._after), self._communicator)
+        return Decoder(
+            *(self._entry, span, layers, self._tables, self._after),
+            *(self._communicator, self._expert_group),
+        )
 
     def take_places(self) -> None:
         """Lets every layer find its KV in a cache of this decoder's layers."""
@@ -193,10 +201,14 @@ class Decoder:
         """The rest of a step behind `enter`."""
         hidden, attended = self.attend(hidden, rotations, attention)
         if rows is not None and self.is_last:
-            if rows.shape[0] == 0:
+            if rows.shape[0] == 0 and self._expert_group is None:
                 return None
             hidden, attended = hidden.index_select(0, rows), attended.index_select(0, rows)
-        return self.leave(self.finish(hidden, attended))
+        if self.is_last and self._expert_group is not None:
+            # One rank has what is sampled, and the others its experts.
+            self._expert_group.is_divided = True
+        finished = self.finish(hidden, attended)
+        return None if self.is_last and finished.shape[0] == 0 else self.leave(finished)
 
     # The four parts of a step. All but the last may be kernels and sums over the ranks alone.
 

@@ -12,8 +12,8 @@
 use orchestra_kernels::{
     Element,
     rows::{
-        self, Activation, Best, Candidates, Draw, Gate, Logits, LookUp, Norm, Rotation, Softmax,
-        Sum,
+        self, Activation, Best, Candidates, Draw, Gate, Logits, LookUp, Mix, Norm, Rotation,
+        Softmax, Sum,
     },
 };
 use pyo3::prelude::*;
@@ -243,6 +243,45 @@ unsafe fn copy_rows<E: Element>(
     };
     // SAFETY: the caller's promise.
     unsafe { rows::look_up(&look_up, threads) }
+}
+
+/// Adds up each token's rows.
+#[pyfunction]
+pub(crate) fn mix(
+    py: Python<'_>,
+    dtype: &str,
+    shape: (usize, usize, usize),
+    rows_ptr: usize,
+    weights_ptr: usize,
+    output_ptr: usize,
+    threads: u32,
+) -> PyResult<()> {
+    let dtype = Dtype::read(dtype)?;
+    let at = (rows_ptr, weights_ptr, output_ptr);
+    py.detach(|| with_numbers!(dtype, mix_rows(shape, at, threads)));
+    Ok(())
+}
+
+/// # Safety
+/// As `rows::mix`.
+unsafe fn mix_rows<E: Element>(
+    (count, picks, size): (usize, usize, usize),
+    (rows, weights, output): (usize, usize, usize),
+    threads: u32,
+) {
+    // Each token's lie where they are added.
+    let places: Vec<u32> = (0..(count * picks) as u32).collect();
+    let mix = Mix {
+        rows: rows as *const E,
+        places: places.as_ptr(),
+        weights: weights as *const f32,
+        output: output as *mut E,
+        count,
+        picks,
+        size,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { rows::mix(&mix, threads) }
 }
 
 /// Finds the largest number of each row.
