@@ -1,5 +1,6 @@
 """Ranks that divide prompts compute what transformers computes, and to the bit what a single rank does."""
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -150,15 +151,18 @@ def logits_of_a_life(runner: Together) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"),
+    ("kind", "dtype", "contexts", "experts"),
     [
-        *(("llama", "float32"), ("llama", "bfloat16"), ("gemma3", "float32")),
-        *(("qwen3-moe", "bfloat16"), ("deepseek3", "float32")),
+        *itertools.product(["llama", "gemma3", "deepseek3"], ["float32"], [2, 3], ["whole"]),
+        *itertools.product(["llama", "qwen3-moe"], ["bfloat16"], [2, 3], ["whole"]),
+        ("mixtral", "float32", 2, "divided"),
+        pytest.param("mixtral", "float32", 8, "divided", id="some ranks have none"),
+        ("qwen3-moe", "bfloat16", 3, "divided"),
+        ("deepseek3", "bfloat16", 2, "divided"),
     ],
 )
-@pytest.mark.parametrize("contexts", [2, 3])
 def test_bits_do_not_depend_on_the_division(
-    kind: str, dtype: str, contexts: int, checkpoint: Checkpoints, make_rank: MakeRank
+    kind: str, dtype: str, contexts: int, experts: str, checkpoint: Checkpoints, make_rank: MakeRank
 ) -> None:
     alone = logits_of_a_life(Together([make_rank(kind, dtype=dtype)]))
     divided = thread_ranks(
@@ -167,30 +171,7 @@ def test_bits_do_not_depend_on_the_division(
         context_min_tokens=MIN_TOKENS,
         num_blocks=256,
         dtype=dtype,
-    )
-    assert torch.equal(logits_of_a_life(Together(divided)), alone)
-
-
-@pytest.mark.parametrize(
-    ("kind", "dtype", "contexts"),
-    [
-        ("mixtral", "float32", 2),
-        pytest.param("mixtral", "float32", 8, id="some ranks have none"),
-        ("qwen3-moe", "bfloat16", 3),
-        ("deepseek3", "bfloat16", 2),
-    ],
-)
-def test_bits_do_not_depend_on_where_experts_are(
-    kind: str, dtype: str, contexts: int, checkpoint: Checkpoints, make_rank: MakeRank
-) -> None:
-    alone = logits_of_a_life(Together([make_rank(kind, dtype=dtype)]))
-    divided = thread_ranks(
-        *(checkpoint(kind), 1),
-        contexts=contexts,
-        context_min_tokens=MIN_TOKENS,
-        num_blocks=256,
-        dtype=dtype,
-        expert_parallel=True,
+        expert_parallel=experts == "divided",
     )
     assert torch.equal(logits_of_a_life(Together(divided)), alone)
 

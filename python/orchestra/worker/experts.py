@@ -135,7 +135,7 @@ def _make_experts(
     context: LoadContext, own: Span, weights: Iterable[tuple[Tensor, Tensor]], activation: str
 ) -> Experts:
     """What computes experts of these weights, which are loaded one after the other."""
-    if len(own) and _are_rusts(context):
+    if len(own) and _has_rust_kernels(context):
         layers = [(CpuLinear(gate_up, None), CpuLinear(down, None)) for gate_up, down in weights]
         return experts_cpu.CpuExperts(own.start, layers, activation)
     if len(own) and (kernels := _triton(context)) is not None:
@@ -146,7 +146,7 @@ def _make_experts(
 
 def _make_mix(context: LoadContext) -> Mix:
     """What adds up as those experts do."""
-    if _are_rusts(context):
+    if _has_rust_kernels(context):
         return experts_cpu.mix
     kernels = _triton(context)
     return _mix if kernels is None else kernels.mix
@@ -157,7 +157,7 @@ def _mix(rows: Tensor, weights: Tensor) -> Tensor:
     return (rows * weights.unsqueeze(-1)).sum(1).to(rows.dtype)
 
 
-def _are_rusts(context: LoadContext) -> bool:
+def _has_rust_kernels(context: LoadContext) -> bool:
     """Whether the Rust kernels compute experts."""
     return context.device.type == "cpu" and context.dtype in row_kernels.KERNEL_DTYPES
 

@@ -89,8 +89,7 @@ class Starvation:
 def visit(cores: set[int]) -> None:
     """Runs on each of the cores, one after the other."""
     ours = os.sched_getaffinity(0)
-    for core in cores:
-        # Perhaps it is one that this process may not use.
+    for stay in (*({core} for core in cores), ours):
+        # Perhaps it is one that this process may not use, or it may not choose at all.
         with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, {core})
-    os.sched_setaffinity(0, ours)
+            os.sched_setaffinity(0, stay)
