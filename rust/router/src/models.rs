@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// Models without workers that are remembered.
-const MODELS_AWAY_MAX: usize = 16;
+pub(crate) const MODELS_AWAY_MAX: usize = 16;
 
 /// A model that a request could name now.
 #[derive(Clone, Debug, PartialEq, Eq)]

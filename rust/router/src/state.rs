@@ -42,7 +42,7 @@ pub struct CorridorLimits {
     pub hang_timeout: Duration,
     /// How often a request may be continued on another worker.
     pub max_replays: u32,
-    /// How long a request whose worker was lost waits for one to come.
+    /// How long a request whose worker was lost waits for one to come, and from the loss on one that found no other.
     #[serde(with = "humantime_serde")]
     pub replay_wait: Duration,
     /// Refuse a request at once whose first token is predicted to come too late for it.
@@ -122,7 +122,7 @@ impl RouterState {
     ) -> Arc<Self> {
         let clock = Clock::start();
         Arc::new(Self {
-            admission: Admission::new(&metrics),
+            admission: Admission::new(&metrics, limits.max_queued_requests),
             workers: Workers::new(&limits, clock, metrics.kv_moves.clone()),
             settings: Live::new(Settings {
                 limits,

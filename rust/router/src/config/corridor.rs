@@ -30,7 +30,7 @@ pub struct CorridorConfig {
     #[arg(long, value_name = "COUNT", env = "ORCHESTRA_MAX_REPLAYS")]
     #[arg(default_value_t = Self::default().max_replays)]
     pub max_replays: u32,
-    /// How long a request whose worker was lost waits for one to come.
+    /// How long a request whose worker was lost waits for one to come, and from the loss on one that found no other.
     #[arg(long, value_name = "TIME", env = "ORCHESTRA_REPLAY_WAIT")]
     #[arg(default_value_t = Self::default().replay_wait)]
     pub replay_wait: Span,

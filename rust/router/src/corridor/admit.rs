@@ -12,7 +12,10 @@ use orchestra_core::{
 use parking_lot::Mutex;
 use prometheus_client::metrics::gauge::Gauge;
 use rustc_hash::FxHashMap;
-use tokio::time::Instant;
+use tokio::{
+    sync::Semaphore,
+    time::{self, Instant},
+};
 use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
 
 use super::{
@@ -25,7 +28,7 @@ use crate::{
     metrics::{InFlight, Metrics},
     state::RouterState,
     tenants::Tenant,
-    workers::queue::Admitted,
+    workers::queue::{Admitted, Outcome},
 };
 
 /// Whether requests are taken, and which are here.
@@ -36,6 +39,8 @@ pub(crate) struct Admission {
     /// Requests that are here of each tenant with a limit on them; never 0.
     by_tenant: Mutex<FxHashMap<Arc<str>, u32>>,
     pub(super) requests_waiting: Gauge,
+    /// A place for each that may wait for a lost worker to come back.
+    expecting: Semaphore,
 }
 
 /// A request that may start: it has a seat, and room for its first choice.
@@ -73,12 +78,13 @@ impl Drop for Counted {
 }
 
 impl Admission {
-    pub(crate) fn new(metrics: &Metrics) -> Arc<Self> {
+    pub(crate) fn new(metrics: &Metrics, max_queued_requests: usize) -> Arc<Self> {
         Arc::new(Self {
             is_draining: AtomicBool::new(false),
             present: TaskTracker::new(),
             by_tenant: Mutex::default(),
             requests_waiting: metrics.requests_waiting.clone(),
+            expecting: Semaphore::new(max_queued_requests.min(Semaphore::MAX_PERMITS)),
         })
     }
 
@@ -116,18 +122,50 @@ impl Admission {
 
 impl RouterState {
     /// Waits for a seat, and for a worker with room, at most until the instant.
-    pub(super) async fn acquire(
-        &self,
-        route: &RouteRequest<'_>,
-        until: Instant,
-    ) -> Result<Admitted, SchedulerError> {
-        let outcome = self.workers.acquire(route, until).await;
+    pub(super) async fn acquire(&self, route: &RouteRequest<'_>, until: Instant) -> Outcome {
+        let outcome = self.acquire_or_expect(route, until).await;
         match &outcome {
             Ok(_) => self.metrics.admission.admitted(route.class),
             Err(SchedulerError::Displaced { .. }) => self.metrics.admission.displaced(route.class),
             Err(_) => {}
         }
         outcome
+    }
+
+    /// Where the model has no worker, but lost one a moment ago, waits for one to come and asks again. So wait at most as
+    /// many as may wait in the queue, and all for as long as a request that had begun there.
+    async fn acquire_or_expect(&self, route: &RouteRequest<'_>, until: Instant) -> Outcome {
+        // From before the first look: no arrival is missed.
+        let mut arrivals = self.workers.arrivals();
+        let mut place = None;
+        loop {
+            let error = match self.workers.acquire(route, until).await {
+                Err(error @ (SchedulerError::NoWorkers { .. } | SchedulerError::ModelNotFound)) => {
+                    error
+                }
+                outcome => return outcome,
+            };
+            let wait = self.settings().limits.replay_wait;
+            let Some(expected_by) = self.workers.expected_by(route.model, wait) else {
+                return Err(error);
+            };
+            if place.is_none() {
+                place = Some(
+                    self.admission
+                        .expecting
+                        .try_acquire()
+                        .map_err(|_| error.clone())?,
+                );
+            }
+            let shutdown = self.tasks.shutdown_token();
+            tokio::select! {
+                biased;
+                () = arrivals.changed() => {}
+                () = time::sleep_until(until) => return Err(SchedulerError::DeadlineExceeded),
+                () = time::sleep_until(expected_by) => return Err(error),
+                () = shutdown.cancelled() => return Err(error),
+            }
+        }
     }
 
     /// Counts a request of a tenant in, for a model. Refused once a drain has begun, and where the tenant has as many

@@ -8,6 +8,8 @@ mod chaos;
 mod checks;
 #[cfg(test)]
 mod keepers;
+#[cfg(test)]
+mod losses;
 mod membership;
 #[cfg(test)]
 mod moves;
