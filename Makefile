@@ -160,11 +160,13 @@ check-tests:
 
 # === how .venv comes to be ===
 
-# pip installs nothing that is already there, so an edit of pyproject.toml costs seconds.
+# pip installs nothing that is already there, so an edit of pyproject.toml costs seconds. Python compiles what it imports, of
+# thousands of modules; torch's here, so that the first worker need not.
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
 	$(PY) -c "$$PRINT_REQUIREMENTS" > $(VENV)/requirements.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r $(VENV)/requirements.txt
+	$(PY) -c "import torch"
 	$(PY) -c "$$PRINT_TRANSFER" > $(VENV)/transfer.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r $(VENV)/transfer.txt || \
 	  echo "no NIXL to be had here: its tests are skipped"
