@@ -7,7 +7,10 @@ use orchestra_core::ErrorCode;
 use orchestra_proto::v1;
 use orchestra_router::state::CorridorLimits;
 
-use crate::support::{TestRouter, bytes, eventually, hello, limits, text, within};
+use crate::{
+    queue::{end_with, small_worker},
+    support::{TestRouter, bytes, collect, eventually, hello, limits, text, within},
+};
 
 const SHORT: Duration = Duration::from_millis(100);
 
@@ -45,6 +48,36 @@ async fn requests_wait_for_a_lost_worker_and_go_on_in_their_order() {
         assert!(prompted.ends_with(&bytes(prompt)), "{prompted:?}");
     }
     assert_eq!(router.metric("orchestra_requests_waiting"), Some(0));
+}
+
+#[tokio::test]
+async fn who_waited_for_room_waits_for_the_worker_and_then_for_room() {
+    let (router, mut full) = small_worker(1).await;
+    let running = router.generate(text("1")).await.unwrap();
+    full.start().await;
+    let mut queued = router.generate(text("2")).boxed_local();
+    assert!((&mut queued).now_or_never().is_none());
+    drop(full);
+    eventually("the loss", || !router.state.is_ready()).await;
+    assert!((&mut queued).now_or_never().is_none());
+    let back = v1::WorkerHello {
+        max_num_seqs: 1,
+        ..hello("w0")
+    };
+    let (mut back, answer) = tokio::join!(
+        async {
+            let mut back = router.attach_as(back).await;
+            // The other one is not looked at before this has ended.
+            let start = back.start().await;
+            assert!(start.prompt_token_ids.ends_with(&bytes("1")));
+            end_with(&back, &start, "one").await;
+            back
+        },
+        collect(running, 1)
+    );
+    assert_eq!(answer.unwrap()[0].text, "one");
+    let _second = within("room", queued).await.unwrap();
+    assert!(back.start().await.prompt_token_ids.ends_with(&bytes("2")));
 }
 
 #[tokio::test]
