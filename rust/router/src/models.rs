@@ -1,20 +1,23 @@
 //! The models served here: what the router needs to read and write text for each, and what their workers allow.
 //!
 //! An entry lives as long as a worker serves it. The last few that lost their workers are kept: a worker that comes
-//! back need not send its files again, and clients are told that the model is away, not that it does not exist.
+//! back need not send its files again, and clients are told that the model is away, not that it does not exist. Where one was
+//! lost a moment ago it is likely to come back: of several ranks one is replaced in a fraction of a second, and a worker that
+//! crashed is started again by whoever looks after it. One that drained, or that an operator held back, is not expected.
 
 mod foreign;
 
 use std::{
     collections::BTreeMap,
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use orchestra_core::{SamplingParams, TokenId, scheduler::WorkerId};
 use orchestra_proto::v1;
 use parking_lot::RwLock;
 use serde_json::Value as Json;
+use tokio::time::Instant;
 
 use self::foreign::ForeignModels;
 pub(crate) use self::foreign::{ForeignModel, ForeignModelError};
@@ -27,7 +30,7 @@ use crate::{
 };
 
 /// Models without workers that are remembered.
-pub(crate) const MODELS_AWAY_MAX: usize = 16;
+const MODELS_AWAY_MAX: usize = 16;
 
 /// A model that a request could name now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -214,6 +217,8 @@ struct Served {
     entry: Arc<ModelEntry>,
     workers: Vec<(WorkerId, WorkerLimits)>,
     created: SystemTime,
+    /// When a worker was last lost that took requests.
+    lost_at: Option<Instant>,
 }
 
 impl Models {
@@ -287,10 +292,13 @@ impl Models {
             vocab_size,
             text,
         };
+        // Kept: who asks now may have looked for a worker before this one came.
+        let lost_at = all.get(name).and_then(|served| served.lost_at);
         let served = Served {
             entry: Arc::new(entry),
             workers: vec![(worker, limits)],
             created: SystemTime::now(),
+            lost_at,
         };
         all.insert(name.to_owned(), served);
         Ok(())
@@ -308,6 +316,19 @@ impl Models {
         } else {
             served.refresh_limits();
         }
+    }
+
+    /// A worker of the model took requests until now, and is lost.
+    pub(crate) fn note_loss(&self, name: &str) {
+        if let Some(served) = self.served.write().get_mut(name) {
+            served.lost_at = Some(Instant::now());
+        }
+    }
+
+    /// Until when a worker of the model may come back that was lost, where it is waited for so long.
+    pub(crate) fn expected_by(&self, name: &str, wait: Duration) -> Option<Instant> {
+        let by = self.served.read().get(name)?.lost_at? + wait;
+        (by > Instant::now()).then_some(by)
     }
 }
 

@@ -2,9 +2,8 @@
 //!
 //! A worker is its stream: [`gateway`] accepts it and listens, [`session`] is the stream as requests see it,
 //! [`sink`] where its tokens go, [`outbox`] what is on its way to the worker, [`watchdog`] finds workers that went quiet.
-//! [`queue`] is how requests get room on them, [`stopping`] how some give it up again, and [`losses`] whether there may
-//! soon be a worker where there is none. [`moves`] has KV move between workers, [`peers`] their messages about it, and
-//! [`keepers`] says who keeps copies of whose.
+//! [`queue`] is how requests get room on them, [`stopping`] how some give it up again. [`moves`] has KV move between
+//! workers, [`peers`] their messages about it, and [`keepers`] says who keeps copies of whose.
 
 pub(crate) mod arrivals;
 mod explain;
@@ -13,7 +12,6 @@ pub mod gateway;
 mod hello;
 mod keepers;
 mod kv_transfer;
-mod losses;
 mod moves;
 mod operate;
 mod outbox;
@@ -41,14 +39,13 @@ use orchestra_core::{
 };
 use parking_lot::Mutex;
 use rustc_hash::{FxHashMap, FxHashSet};
-use tokio::{sync::oneshot, time::Instant};
+use tokio::sync::oneshot;
 
 pub use self::gateway::gateway_service;
 pub(crate) use self::operate::{OperateError, WorkerView};
 use self::{
     arrivals::{Arrivals, Listener},
     hello::Hello,
-    losses::Losses,
     moves::Giver,
     outbox::Outbox,
     queue::{Outcome, Reserved},
@@ -90,7 +87,6 @@ struct Pool {
     stoppable: FxHashMap<ReservationId, Stoppable>,
     /// Names of workers that an operator gives no work.
     held_back: FxHashSet<String>,
-    losses: Losses,
 }
 
 impl Workers {
@@ -116,7 +112,6 @@ impl Workers {
             waiting: FxHashMap::default(),
             stoppable: FxHashMap::default(),
             held_back: FxHashSet::default(),
-            losses: Losses::default(),
         });
         Arc::new(Self {
             pool,
@@ -152,9 +147,8 @@ impl Workers {
     pub(crate) fn detach(self: &Arc<Self>, models: &Models, session: &Session) {
         self.change(|pool| {
             let took_requests = pool.takes_requests(session);
-            let removed = pool.remove(models, session.worker);
-            if removed.is_some() && took_requests {
-                pool.losses.note(&session.spec.model, Instant::now());
+            if pool.remove(models, session.worker).is_some() && took_requests {
+                models.note_loss(&session.spec.model);
             }
         });
         session.lose_sequences();
@@ -202,12 +196,6 @@ impl Workers {
         pool.sessions
             .values()
             .any(|session| pool.takes_requests(session))
-    }
-
-    /// Until when a worker of the model may come back that was lost, where it is waited for so long.
-    pub(crate) fn expected_by(&self, model: &str, wait: Duration) -> Option<Instant> {
-        let by = self.pool.lock().losses.last_of(model)? + wait;
-        (by > Instant::now()).then_some(by)
     }
 
     /// Hears when there may be a worker where there was none.

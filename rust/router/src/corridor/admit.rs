@@ -19,7 +19,7 @@ use tokio::{
 use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
 
 use super::{
-    place::retry_after_ms,
+    place::{is_away, retry_after_ms},
     tokenise::{CheckedRequest, Tokenised},
 };
 use crate::{
@@ -140,13 +140,11 @@ impl RouterState {
         let mut place = None;
         loop {
             let error = match self.workers.acquire(route, until).await {
-                Err(error @ (SchedulerError::NoWorkers { .. } | SchedulerError::ModelNotFound)) => {
-                    error
-                }
+                Err(error) if is_away(&error) => error,
                 outcome => return outcome,
             };
             let wait = self.settings().limits.replay_wait;
-            let Some(expected_by) = self.workers.expected_by(route.model, wait) else {
+            let Some(expected_by) = self.models.expected_by(route.model, wait) else {
                 return Err(error);
             };
             if place.is_none() {

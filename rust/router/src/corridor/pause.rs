@@ -11,7 +11,9 @@ use std::sync::Arc;
 use orchestra_core::scheduler::{AdmissionClass, SchedulerError};
 use tokio::time::Instant;
 
-use super::{choice::Choice, replay::Wait, stream::Running, tokenise::CheckedRequest};
+use super::{
+    choice::Choice, place::is_away, replay::Wait, stream::Running, tokenise::CheckedRequest,
+};
 use crate::{
     error::ApiError,
     metrics::InFlight,
@@ -85,11 +87,9 @@ impl Running {
                 placement.and_then(|placement| choice.start(&request, &self.events, placement));
             match started {
                 Ok(sequence) => self.held.resume(choice.index, sequence),
-                Err(
-                    error @ (SchedulerError::NoWorkers { .. }
-                    | SchedulerError::ModelNotFound
-                    | SchedulerError::UnknownWorker),
-                ) => choice.wait = Some(Wait::until(until, request.placement_error(&error))),
+                Err(error) if is_away(&error) => {
+                    choice.wait = Some(Wait::until(until, request.placement_error(&error)));
+                }
                 Err(error) => return Err(request.placement_error(&error)),
             }
         }

@@ -126,6 +126,16 @@ pub(super) fn retry_after_ms(predicted: Option<Duration>) -> u64 {
         .as_millis() as u64
 }
 
+/// Whether the model, which is known, has no worker that takes requests now.
+pub(super) const fn is_away(error: &SchedulerError) -> bool {
+    matches!(
+        error,
+        SchedulerError::ModelNotFound
+            | SchedulerError::NoWorkers { .. }
+            | SchedulerError::UnknownWorker
+    )
+}
+
 /// Why there is no worker for a request with its prompt in this field, in the client's words.
 pub(super) fn placement_error(error: &SchedulerError, prompt_field: &str) -> ApiError {
     match error {

@@ -202,13 +202,7 @@ async fn shutting_down_ends_streams_and_sessions() {
 #[tokio::test]
 async fn a_draining_worker_gets_nothing_new() {
     let (router, mut worker) = TestRouter::with_worker(limits()).await;
-    worker
-        .report(v1::LoadReport {
-            is_draining: true,
-            ..v1::LoadReport::default()
-        })
-        .await;
-    eventually("the drain", || !router.state.is_ready()).await;
+    worker.drain(&router).await;
     assert_eq!(
         router.generate(text("x")).await.err().unwrap().code,
         ErrorCode::NoWorkers

@@ -139,13 +139,7 @@ async fn so_many_wait_for_a_lost_worker_as_may_wait_at_all() {
 #[tokio::test]
 async fn nobody_waits_for_a_worker_that_said_goodbye() {
     let (router, mut worker) = TestRouter::with_worker(limits()).await;
-    worker
-        .report(v1::LoadReport {
-            is_draining: true,
-            ..v1::LoadReport::default()
-        })
-        .await;
-    eventually("the drain", || !router.state.is_ready()).await;
+    worker.drain(&router).await;
     drop(worker);
     eventually("the end", || router.state.list_models().is_empty()).await;
     let error = router.generate(text("x")).now_or_never().unwrap().err();

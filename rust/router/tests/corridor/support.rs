@@ -311,6 +311,16 @@ impl Worker {
         self.send(Up::Load(report)).await;
     }
 
+    /// Says that it takes no more requests; returns once its router, which has no other, knows.
+    pub(crate) async fn drain(&mut self, router: &TestRouter) {
+        self.report(v1::LoadReport {
+            is_draining: true,
+            ..v1::LoadReport::default()
+        })
+        .await;
+        eventually("the drain", || !router.state.is_ready()).await;
+    }
+
     pub(crate) async fn kv_stored(&mut self, block_hashes: Vec<u64>) {
         self.kv_sequence += 1;
         let event = v1::kv_event::Event::Stored(v1::KvStored {

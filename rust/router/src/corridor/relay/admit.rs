@@ -133,11 +133,7 @@ impl Admitted {
                 self.first = Some(reserved);
                 Ok(())
             }
-            Err(
-                SchedulerError::NoWorkers { .. }
-                | SchedulerError::ModelNotFound
-                | SchedulerError::UnknownWorker,
-            ) => Ok(()),
+            Err(error) if place::is_away(&error) => Ok(()),
             Err(error) => Err(request.placement_error(&error)),
         }
     }
