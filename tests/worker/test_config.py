@@ -1,5 +1,6 @@
 """The flags of `orchestra worker`, and what the machine decides where they leave it open."""
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -155,17 +156,20 @@ def test_sizes(text: str, size: int) -> None:
 # === the machine ===
 
 
-def test_dtype_is_what_the_device_is_fast_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtype_is_the_checkpoints_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
-    monkeypatch.setattr(devices, "has_native_bf16", lambda: False)
-    assert devices.select_dtype("auto", torch.bfloat16, cpu) == torch.float32
-    assert devices.select_dtype("bfloat16", torch.float32, cpu) == torch.bfloat16
-    assert devices.select_dtype("auto", torch.float16, cuda) == torch.float16
-    monkeypatch.setattr(devices, "has_native_bf16", lambda: True)
-    assert devices.select_dtype("auto", torch.bfloat16, cpu) == torch.bfloat16
-    assert devices.select_dtype("auto", torch.float16, cpu) == torch.bfloat16
-    assert devices.select_dtype("auto", torch.float32, cpu) == torch.float32
-    assert devices.select_dtype("float32", torch.bfloat16, cpu) == torch.float32
+    fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
+    for is_native in (False, True):
+        monkeypatch.setattr(devices, "has_native_bf16", lambda is_native=is_native: is_native)
+        for by_torch in (False, True):
+            select = functools.partial(devices.select_dtype, by_torch=by_torch)
+            half = fp32 if by_torch and not is_native else bf16
+            assert select("auto", bf16, cpu) == half
+            assert select("auto", fp16, cpu) == half
+            assert select("auto", fp32, cpu) == fp32
+            assert select("auto", fp16, cuda) == fp16
+            assert select("bfloat16", fp32, cpu) == bf16
+            assert select("float32", bf16, cpu) == fp32
 
 
 def test_each_rank_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

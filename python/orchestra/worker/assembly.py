@@ -360,7 +360,8 @@ def _choose_place(config: WorkerConfig, model_config: "ModelConfig | HfConfig") 
     local_rank = int(os.environ.get("LOCAL_RANK", config.rank))
     device = devices.select_device(config.device, local_rank)
     devices.set_threads(local_size)
-    dtype = devices.select_dtype(config.dtype, model_config.dtype, device)
+    by_torch = not isinstance(model_config, ModelConfig)
+    dtype = devices.select_dtype(config.dtype, model_config.dtype, device, by_torch=by_torch)
     return Place(device, dtype, local_size)
 
 

@@ -130,7 +130,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
             "--dtype",
             choices=["auto", "float32", "bfloat16"],
             default=default.dtype,
-            help="what weights and KV are computed in; auto: the checkpoint's, where the device has it natively",
+            help="what weights and KV are computed in; auto: the checkpoint's, on CPUs bf16 instead of fp16, and "
+            "fp32 for transformers' modules where the processor has no units for bf16",
         ),
         add(
             "--device",

@@ -35,17 +35,31 @@ def select_device(name: str, local_rank: int) -> torch.device:
     return device
 
 
-def select_dtype(name: str, checkpoint: torch.dtype, device: torch.device) -> torch.dtype:
-    """The numbers to compute in; `auto` takes the checkpoint's where the device is fast in them."""
+def select_dtype(
+    name: str, checkpoint: torch.dtype, device: torch.device, *, by_torch: bool
+) -> torch.dtype:
+    """The numbers to compute in.
+
+    `auto` takes the checkpoint's. The CPU kernels know fp32 and bf16: bf16 takes the place of fp16. It halves what is
+    read, and where the processor has no units for it the kernels compute in fp32 what they have read, in the same time.
+    Torch's own layers do not.
+
+    Args:
+        name: `auto`, `float32` or `bfloat16`.
+        checkpoint: what its weights are stored as.
+        device: where they are computed.
+        by_torch: whether torch's own layers compute them there, not ours.
+    """
     if name != "auto":
         return _DTYPES[name]
     if device.type == "cuda":
         return checkpoint
-    return torch.bfloat16 if checkpoint != torch.float32 and has_native_bf16() else torch.float32
+    is_slow = by_torch and not has_native_bf16()
+    return torch.float32 if checkpoint == torch.float32 or is_slow else torch.bfloat16
 
 
 def has_native_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware; others compute it slower than fp32."""
+    """Whether this CPU multiplies bf16 in hardware; on others torch's layers compute it slower than fp32."""
     try:
         flags = _read_field(Path("/proc/cpuinfo"), "flags").split()
     except (OSError, KeyError):

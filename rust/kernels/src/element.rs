@@ -27,15 +27,50 @@ pub trait Element: Copy + Send + Sync + 'static {
     /// # Safety
     /// They are there, and `room` holds as many.
     #[inline(always)]
-    unsafe fn floats(from: *const Self, count: usize, room: *mut f32) -> *const f32 {
+    unsafe fn floats<V: Vector>(from: *const Self, count: usize, room: *mut f32) -> *const f32 {
         if let Some(here) = Self::as_floats(from) {
             return here;
         }
-        for at in 0..count {
-            // SAFETY: the caller's promise.
-            unsafe { room.add(at).write(from.add(at).read().widen()) };
-        }
+        // SAFETY: the caller's promise.
+        unsafe { Self::copy_floats::<V>(from, count, room) };
         room
+    }
+    /// Copies `count` numbers as `f32`.
+    ///
+    /// # Safety
+    /// They are there, and `to` has room for as many.
+    #[inline(always)]
+    unsafe fn copy_floats<V: Vector>(from: *const Self, count: usize, to: *mut f32) {
+        let whole = count / V::LEN * V::LEN;
+        // Vectors by hand: of the plain loop, over memory that may overlap, the compiler does not always make them.
+        // SAFETY: the caller's promise.
+        unsafe {
+            for at in (0..whole).step_by(V::LEN) {
+                Self::load::<V>(from.add(at)).store(to.add(at));
+            }
+            for at in whole..count {
+                to.add(at).write(from.add(at).read().widen());
+            }
+        }
+    }
+    /// Rounds and writes as many as `numbers` has.
+    ///
+    /// # Safety
+    /// There is room for them.
+    #[inline(always)]
+    unsafe fn copy_rounded<V: Vector>(numbers: &[f32], to: *mut Self) {
+        let vectors = numbers.chunks_exact(V::LEN);
+        let rest = vectors.remainder();
+        let whole = numbers.len() - rest.len();
+        // SAFETY: the caller's promise.
+        unsafe {
+            for (index, vector) in vectors.enumerate() {
+                Self::store(V::load(vector.as_ptr()), to.add(index * V::LEN));
+            }
+            for (at, number) in rest.iter().enumerate() {
+                to.add(whole + at).write(Self::narrow(*number));
+            }
+        }
     }
     /// Its value.
     fn widen(self) -> f32;

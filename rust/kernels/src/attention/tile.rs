@@ -78,7 +78,7 @@ pub(super) unsafe fn attend<W: Wide, T: Element>(
     let begin = layer.rule.first_seen(first_seen) / CHUNK * CHUNK;
     for start in (begin..last_seen).step_by(CHUNK) {
         // SAFETY: the caller's promise.
-        let chunk = unsafe { gather::<T>(layer, tile, (start, last_seen), &mut scratch.room) };
+        let chunk = unsafe { gather::<W, T>(layer, tile, (start, last_seen), &mut scratch.room) };
         // What a row sees of the chunk.
         let range = |row: usize| {
             let seen = first_seen + row / group;
@@ -139,7 +139,7 @@ unsafe fn load_queries<L: Lanes, T: Element>(layer: &Layer<'_, T>, tile: &Tile, 
 /// Finds the keys and values at positions from `start` up to `end`, at most `CHUNK`. A group that is not all below `end`
 /// is still inside its block; one that lies behind it is not looked up.
 #[inline(always)]
-unsafe fn gather<T: Element>(
+unsafe fn gather<W: Wide, T: Element>(
     layer: &Layer<'_, T>,
     tile: &Tile,
     (start, end): (usize, usize),
@@ -168,8 +168,8 @@ unsafe fn gather<T: Element>(
                 layer.tensors.cache.add((run * block_size + place) * size)
             };
             let room = room.as_mut_ptr().add(2 * group * LANES * size);
-            chunk.keys[group] = T::floats(at(0), LANES * size, room);
-            chunk.values[group] = T::floats(at(1), LANES * size, room.add(LANES * size));
+            chunk.keys[group] = T::floats::<W>(at(0), LANES * size, room);
+            chunk.values[group] = T::floats::<W>(at(1), LANES * size, room.add(LANES * size));
         }
     }
     chunk

@@ -12,6 +12,7 @@ use crate::{
     error::LinearError,
     linear::{Linear, Rows, Together},
     pool::share,
+    simd::Portable,
 };
 
 /// Scores that one thread takes at a time. Fewer in all are left to the caller: waking others costs more.
@@ -169,7 +170,7 @@ unsafe fn widened<E: Element>(
     for (row, target) in room.chunks_exact_mut(hidden).enumerate() {
         let from = picks.input.wrapping_add(row * picks.input_stride);
         // SAFETY: the caller's promise, and so many are in a row of the room.
-        unsafe { E::floats(from, hidden, target.as_mut_ptr()) };
+        unsafe { E::floats::<Portable>(from, hidden, target.as_mut_ptr()) };
     }
     (room.as_ptr(), hidden)
 }

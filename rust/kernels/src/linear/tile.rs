@@ -28,6 +28,8 @@ pub(super) struct Scratch {
     sums: Vec<f32>,
     /// `[ROWS, inputs]`, where the tensor has them in other numbers.
     inputs: Vec<f32>,
+    /// Which rows these are: where the tensor has them, how far apart, and how many of which size.
+    held: [usize; 4],
 }
 
 impl Scratch {
@@ -35,6 +37,7 @@ impl Scratch {
         Self {
             sums: vec![0.0; ROWS * PANELS * PANEL],
             inputs: Vec::new(),
+            held: [0; 4],
         }
     }
 }
@@ -65,10 +68,10 @@ pub(super) unsafe fn compute<W: Wide, E: Element>(
     block: &Block,
     scratch: &mut Scratch,
 ) {
-    let Scratch { sums, inputs: room } = scratch;
     let (first, count) = block.rows;
     // SAFETY: the caller's promise: the block's rows are there.
-    let (input, input_stride) = unsafe { inputs(call, first, count, room) };
+    let (input, input_stride) = unsafe { inputs::<W, E>(call, first, count, scratch) };
+    let sums = &mut scratch.sums;
     let width = block.panels.1 * PANEL;
     let bias = &call.layer.bias[block.panels.0 * PANEL..][..width];
     for row in 0..count {
@@ -102,16 +105,16 @@ pub(super) unsafe fn compute<W: Wide, E: Element>(
         panel += together;
     }
     // SAFETY: the caller's promise.
-    unsafe { store(call, block, sums) };
+    unsafe { store::<W, E>(call, block, sums) };
 }
 
 /// Where the block's inputs are as `f32`, and how far apart the rows are.
 #[inline(always)]
-unsafe fn inputs<E: Element>(
+unsafe fn inputs<W: Wide, E: Element>(
     call: &Call<'_, E>,
     first: usize,
     count: usize,
-    room: &mut Vec<f32>,
+    scratch: &mut Scratch,
 ) -> (*const f32, usize) {
     let size = call.layer.inputs;
     // SAFETY: the caller's promise.
@@ -123,12 +126,16 @@ unsafe fn inputs<E: Element>(
         return (here, given);
     }
     let stride = size.next_multiple_of(PAGE) + PAGE / 4;
-    room.resize(ROWS * stride, 0.0);
-    for row in 0..count {
-        for at in 0..size {
-            // SAFETY: the caller's promise.
-            room[row * stride + at] = unsafe { from.add(row * given + at).read() }.widen();
-        }
+    let (rows, room) = ([from.addr(), given, count, size], &mut scratch.inputs);
+    // Nobody writes them during a call, and a thread often has several pieces of the same rows.
+    if scratch.held == rows {
+        return (room.as_ptr(), stride);
+    }
+    scratch.held = rows;
+    room.resize(count * stride, 0.0);
+    for (row, room) in room.chunks_exact_mut(stride).enumerate() {
+        // SAFETY: the caller's promise, and a row of the room holds as many.
+        unsafe { E::copy_floats::<W>(from.add(row * given), size, room.as_mut_ptr()) };
     }
     (room.as_ptr(), stride)
 }
@@ -245,17 +252,15 @@ unsafe fn add_tile<W: Wide, E: Element, const M: usize, const P: usize>(
 
 /// Rounds the sums into the output.
 #[inline(always)]
-unsafe fn store<E: Element>(call: &Call<'_, E>, block: &Block, sums: &[f32]) {
+unsafe fn store<W: Wide, E: Element>(call: &Call<'_, E>, block: &Block, sums: &[f32]) {
     let outputs = call.layer.outputs;
     let start = block.panels.0 * PANEL;
     let width = (block.panels.1 * PANEL).min(outputs - start);
     let (first, count) = block.rows;
     for row in 0..count {
-        let from = &sums[row * PANELS * PANEL..][..width];
-        for (at, sum) in from.iter().enumerate() {
-            let place = (first + row) * outputs + start + at;
-            // SAFETY: inside the output, and this block's alone.
-            unsafe { call.rows.output.add(place).write(E::narrow(*sum)) };
-        }
+        let sums = &sums[row * PANELS * PANEL..][..width];
+        let place = (first + row) * outputs + start;
+        // SAFETY: inside the output, and this block's alone.
+        unsafe { E::copy_rounded::<W>(sums, call.rows.output.add(place)) };
     }
 }
