@@ -22,6 +22,11 @@ const TILE: usize = 6;
 /// Numbers of a page: addresses so far apart share a place in the first cache.
 const PAGE: usize = 1024;
 
+/// Inputs whose weights are asked for before they are needed, where only one tile needs them.
+const AHEAD: usize = 64;
+/// Bytes that memory is read in.
+const LINE: usize = 64;
+
 /// What a thread needs beside the tensors.
 pub(super) struct Scratch {
     /// `[ROWS, PANELS * PANEL]`
@@ -216,14 +221,17 @@ unsafe fn add_tile<W: Wide, E: Element, const M: usize, const P: usize>(
             *part = unsafe { W::load(sums.add(place(row, panel))) };
         }
     }
-    // Each tile asks for its share of the next stretch, so that memory is read while the tiles multiply, and across the
-    // borders of pages, where the processor's own prefetching ends.
-    let (mut wait, every) = tile.turn;
+    // Memory is asked for line by line while the tiles multiply, across the borders of pages, where the processor's own
+    // prefetching ends: a little ahead by a tile that is alone, its share of the next stretch by one of several.
+    let inputs = const { LINE.div_ceil(PANEL * size_of::<E>()) };
+    let (turn, turns) = tile.turn;
+    let (mut wait, every) = (turn * inputs, turns * inputs);
+    let ahead = if turns == 1 { AHEAD } else { STRETCH };
     for at in 0..tile.len {
         if wait == 0 {
             wait = every;
             for panel in 0..P {
-                let next = panel * tile.panel_stride + (at + STRETCH) * PANEL;
+                let next = panel * tile.panel_stride + (at + ahead) * PANEL;
                 W::prefetch(tile.weights.wrapping_add(next));
             }
         }
