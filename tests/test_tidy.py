@@ -171,6 +171,20 @@ def test_every_crate_inherits_the_workspace_lints() -> None:
         assert name in generated or manifest.get("lints") == {"workspace": True}, name
 
 
+@pytest.mark.parametrize("profile", ["release", "dist"])
+@pytest.mark.parametrize("package", ["orchestra-kernels", "orchestra-py"])
+def test_kernels_are_compiled_in_one_unit(profile: str, package: str) -> None:
+    """In several, what the loops of the generic kernels call may lie in another one, and is then not inlined."""
+    profiles = tomllib.loads((ROOT / "Cargo.toml").read_text())["profile"]
+    chosen = dict(profiles["release"])
+    if profile == "dist":
+        assert profiles["dist"]["inherits"] == "release"
+        chosen |= profiles["dist"]
+    packages = profiles["release"].get("package", {}) | profiles[profile].get("package", {})
+    chosen |= packages.get(package, {})
+    assert chosen["codegen-units"] == 1
+
+
 def test_package_outside_the_worker_needs_no_worker_dependency() -> None:
     worker = ROOT / "python/orchestra/worker"
     wrong = [
