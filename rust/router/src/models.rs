@@ -217,6 +217,8 @@ struct Served {
     entry: Arc<ModelEntry>,
     workers: Vec<(WorkerId, WorkerLimits)>,
     created: SystemTime,
+    /// When its last worker left; nothing while it has one.
+    away_since: Option<Instant>,
     /// When a worker was last lost that took requests.
     lost_at: Option<Instant>,
 }
@@ -298,6 +300,7 @@ impl Models {
             entry: Arc::new(entry),
             workers: vec![(worker, limits)],
             created: SystemTime::now(),
+            away_since: None,
             lost_at,
         };
         all.insert(name.to_owned(), served);
@@ -312,7 +315,8 @@ impl Models {
         };
         served.workers.retain(|&(id, _)| id != worker);
         if served.workers.is_empty() {
-            forget_oldest_away(&mut all);
+            served.away_since = Some(Instant::now());
+            forget_longest_away(&mut all);
         } else {
             served.refresh_limits();
         }
@@ -353,15 +357,81 @@ fn epoch_seconds(time: SystemTime) -> u64 {
         .map_or(0, |since| since.as_secs())
 }
 
-fn forget_oldest_away(all: &mut BTreeMap<String, Served>) {
+fn forget_longest_away(all: &mut BTreeMap<String, Served>) {
     let away = || all.iter().filter(|(_, served)| served.workers.is_empty());
     if away().count() <= MODELS_AWAY_MAX {
         return;
     }
-    let oldest = away()
-        .min_by_key(|(_, served)| served.created)
+    let longest = away()
+        .min_by_key(|(_, served)| served.away_since)
         .map(|(name, _)| name.clone());
-    if let Some(name) = oldest {
+    if let Some(name) = longest {
         all.remove(&name);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use orchestra_core::scheduler::{Scheduler, SchedulerConfig, WorkerSpec};
+
+    use super::*;
+
+    const LIMITS: WorkerLimits = WorkerLimits {
+        max_model_len: 64,
+        vocab_size: 256,
+    };
+
+    fn text() -> Arc<ModelText> {
+        let tokenizer = include_bytes!(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../../examples/models/demo/tokenizer.json"
+        ));
+        let files = v1::ModelFiles {
+            tokenizer_json: tokenizer.to_vec(),
+            ..Default::default()
+        };
+        Arc::new(ModelText::from_files(&files, "digest".into()).unwrap())
+    }
+
+    fn some_worker() -> WorkerId {
+        let spec = WorkerSpec {
+            name: "worker".into(),
+            model: "model".into(),
+            block_size: 16,
+            num_blocks: 16,
+            max_num_seqs: 1,
+            max_model_len: 64,
+            ..Default::default()
+        };
+        let mut scheduler = Scheduler::new(SchedulerConfig::default()).unwrap();
+        scheduler.add_worker(spec).unwrap()
+    }
+
+    #[test]
+    fn of_models_without_workers_those_are_remembered_that_had_one_last() {
+        let (models, text, worker) = (Models::default(), text(), some_worker());
+        let attach = |name: &str| {
+            models
+                .attach(name, worker, LIMITS, Arc::clone(&text))
+                .unwrap();
+        };
+        attach("first to come");
+        for number in 1..=MODELS_AWAY_MAX {
+            let name = format!("model {number}");
+            attach(&name);
+            models.detach(&name, worker);
+        }
+        // It came before all of them, and is the last to lose its worker.
+        models.note_loss("first to come");
+        models.detach("first to come", worker);
+        assert!(models.get("first to come").is_some());
+        assert!(
+            models
+                .expected_by("first to come", Duration::from_secs(9))
+                .is_some()
+        );
+        assert!(models.get("model 1").is_none());
+        assert!(models.get("model 2").is_some());
+        assert_eq!(models.list(), []);
     }
 }
