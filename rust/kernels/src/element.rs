@@ -42,7 +42,7 @@ pub trait Element: Copy + Send + Sync + 'static {
     #[inline(always)]
     unsafe fn copy_floats<V: Vector>(from: *const Self, count: usize, to: *mut f32) {
         let whole = count / V::LEN * V::LEN;
-        // Vectors by hand: of the plain loop, over memory that may overlap, the compiler does not always make them.
+        // Vectors by hand, whatever the compiler makes of a plain loop over memory that may overlap.
         // SAFETY: the caller's promise.
         unsafe {
             for at in (0..whole).step_by(V::LEN) {

@@ -375,19 +375,16 @@ mod tests {
     use orchestra_core::scheduler::{Scheduler, SchedulerConfig, WorkerSpec};
 
     use super::*;
+    use crate::text::fixtures::{QWEN_WORDS, VOCAB_SIZE, byte_level};
 
     const LIMITS: WorkerLimits = WorkerLimits {
         max_model_len: 64,
-        vocab_size: 256,
+        vocab_size: VOCAB_SIZE,
     };
 
     fn text() -> Arc<ModelText> {
-        let tokenizer = include_bytes!(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../../examples/models/demo/tokenizer.json"
-        ));
         let files = v1::ModelFiles {
-            tokenizer_json: tokenizer.to_vec(),
+            tokenizer_json: byte_level(QWEN_WORDS),
             ..Default::default()
         };
         Arc::new(ModelText::from_files(&files, "digest".into()).unwrap())
@@ -422,8 +419,8 @@ mod tests {
             models.detach(&name, worker);
         }
         // It came before all of them, and is the last to lose its worker.
-        models.note_loss("first to come");
         models.detach("first to come", worker);
+        models.note_loss("first to come");
         assert!(models.get("first to come").is_some());
         assert!(
             models
