@@ -1,8 +1,8 @@
 """`python -m benches.lost_rank`: from the moment when a rank is killed, or stops, until the others have a new group.
 
-`orchestra serve` runs the demonstration model in several ranks with a spare. While streams decode, a rank other than
-rank 0 gets SIGKILL or SIGSTOP; the worker says on the log how long the survivors needed from when they noticed, and
-this bench adds when it read that line, which is an upper bound of the time since the signal.
+`orchestra serve` runs the demonstration model in several ranks. While streams decode, rank 1 gets SIGKILL or SIGSTOP;
+the worker says on the log how long the survivors needed from when they noticed, and this bench adds when it read that
+line, which is an upper bound of the time since the signal.
 """
 
 from __future__ import annotations
@@ -37,22 +37,13 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def victims(serve: Serve) -> list[psutil.Process]:
-    """The worker's ranks but rank 0."""
-    found = []
+def victim(serve: Serve) -> psutil.Process:
+    """The worker's rank 1, whichever process that is by now."""
     for process in serve.children("worker"):
         command = process.cmdline()
-        is_rank = "--rank" in command and command[command.index("--rank") + 1] != "0"
-        if is_rank or "--spare" in command:
-            found.append(process)
-    return found
-
-
-def busiest(processes: list[psutil.Process]) -> psutil.Process:
-    """Tells a rank that computes, which may have been a spare once, from a spare that waits."""
-    before = {it.pid: it.cpu_times().user for it in processes}
-    time.sleep(0.2)
-    return max(processes, key=lambda it: it.cpu_times().user - before[it.pid])
+        if command[command.index("--rank") + 1] == "1":
+            return process
+    raise RuntimeError("there is no rank 1")
 
 
 def strike(serve: Serve, number: signal.Signals) -> tuple[float, float, float]:
@@ -65,9 +56,9 @@ def strike(serve: Serve, number: signal.Signals) -> tuple[float, float, float]:
     streams = [Stream(serve, f"prompt {at}", MAX_TOKENS) for at in range(STREAMS)]
     wait_for_the_middle(streams)
     known = len(REPLACED.findall(serve.log.read_text()))
-    victim = busiest(victims(serve))
+    struck_rank = victim(serve)
     struck = time.monotonic()
-    victim.send_signal(number)
+    struck_rank.send_signal(number)
     deadline = struck + TIMEOUT_S
     while len(found := REPLACED.findall(serve.log.read_text())) == known:
         if time.monotonic() > deadline:
@@ -89,15 +80,11 @@ def main() -> None:
         "| signal | survivors ready, ms after it | after they noticed | whole again, ms after it |"
     )
     print("|---|---|---|---|")
-    flags = ["--tp", str(args.tp), "--spare-ranks", "1", "--dtype", "float32"]
+    flags = ["--tp", str(args.tp), "--dtype", "float32"]
     environment = {"ORCHESTRA_REPLAY_WAIT": "100s"}
     with start_serve(DEMO, *flags, environment=environment) as serve:
         for number in (signal.SIGKILL, signal.SIGSTOP):
-            taken = []
-            for _ in range(args.repeats):
-                # The next spare starts 5 s after one was taken, and has torch to import.
-                time.sleep(15)
-                taken.append(strike(serve, number))
+            taken = [strike(serve, number) for _ in range(args.repeats)]
             ready, noticed, whole = (
                 statistics.median(column) for column in zip(*taken, strict=True)
             )

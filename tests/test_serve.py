@@ -136,8 +136,6 @@ def test_a_lone_worker_keeps_its_kv_to_itself() -> None:
     ("arguments", "message"),
     [
         (["--prefill", "1"], "--prefill needs --decode"),
-        (["--pp", "2", "--spare-ranks", "1"], "--spare-ranks does not go with --pp"),
-        (["--cp", "2", "--spare-ranks", "1"], "--spare-ranks does not go with --cp"),
         (["--decode", "1"], "--decode needs --prefill"),
         (["--prefill", "1", "--decode", "1", "--replicas", "2"], "--replicas does not go with"),
     ],

@@ -37,6 +37,7 @@ from orchestra._core_memory import RemoteGrant as RemoteGrant
 from orchestra._core_memory import Transfer as Transfer
 from orchestra._core_memory import TransferOptions as TransferOptions
 from orchestra._core_partition import plan_layer_move as plan_layer_move
+from orchestra._core_process import adopt_orphans as adopt_orphans
 from orchestra._core_process import die_with_parent as die_with_parent
 from orchestra._core_process import error_codes as error_codes
 from orchestra._core_process import init_logging as init_logging
@@ -83,6 +84,7 @@ __all__ = [
     "TransferOptions",
     "__version__",
     "add",
+    "adopt_orphans",
     "argmax",
     "begin_recording",
     "candidates",

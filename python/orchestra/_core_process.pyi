@@ -5,6 +5,14 @@ from collections.abc import Sequence
 def error_codes() -> list[tuple[str, str, bool]]:
     """Every error code, with the name of its class and whether a retry may help."""
 
+def adopt_orphans(adopts: bool) -> None:
+    """Makes this process the parent of those whose own parent ends and who descend from it, or leaves them to another.
+
+    Raises:
+        UnsupportedError: The system is not Linux.
+        OSError: It does not know such a thing.
+    """
+
 def die_with_parent(parent_pid: int) -> None:
     """Asks the kernel to end this process, with `SIGKILL`, when the one that started it ends.
 

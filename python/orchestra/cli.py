@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import NoReturn
 
 EXIT_OK = 0
@@ -14,12 +15,18 @@ EXIT_USAGE = 64
 # Set by `orchestra serve`: the process dies with the one that started it.
 PARENT_FLAG = "--parent-pid"
 
+# What the extra `worker` installs, as it is imported.
+WORKER_MODULES = frozenset(
+    ["msgpack", "numpy", "prometheus_client", "safetensors", "setproctitle", "tokenizers", "torch"]
+)
+
 USAGE = """\
 usage: orchestra COMMAND …
 
   serve MODEL_DIR   router and workers on this machine, with nothing else to install
   router            the front alone: OpenAI HTTP and gRPC in, requests placed on workers
   worker MODEL_DIR  one rank of a worker, which attaches to a router
+  fork-server       what `serve` starts ranks with; not for people
   version           print the version
 
 `orchestra COMMAND --help` lists the options of each.
@@ -67,18 +74,27 @@ def _router(arguments: list[str]) -> int:
 
 
 def _worker(arguments: list[str]) -> int:
+    return _run_worker_code("orchestra.worker.__main__", arguments)
+
+
+def _fork_server(arguments: list[str]) -> int:
+    return _run_worker_code("orchestra.worker.fork_server", arguments)
+
+
+def _run_worker_code(module: str, arguments: list[str]) -> int:
+    """Calls `main` of a module that needs what the extra `worker` installs."""
     own = _bind_to_parent(arguments)
     try:
-        from orchestra.worker.__main__ import main as worker_main
+        code: int = import_module(module).main(own)
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("orchestra"):
+        if error.name not in WORKER_MODULES:
             raise
         print(
             f"orchestra worker: {error}; install it with: pip install 'orchestra[worker]'",
             file=sys.stderr,
         )
         return EXIT_USAGE
-    return worker_main(own)
+    return code
 
 
 def _version(_arguments: list[str]) -> int:
@@ -102,5 +118,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": _serve,
     "router": _router,
     "worker": _worker,
+    "fork-server": _fork_server,
     "version": _version,
 }

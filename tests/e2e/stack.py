@@ -58,7 +58,7 @@ class Serve:
         return parse_metrics(self.get("/metrics"))
 
     def children(self, role: str = "") -> list[psutil.Process]:
-        """The processes of a role, `router` or `worker`; without one, all of them."""
+        """The processes of a role, `router`, `fork-server` or `worker`; without one, all of them."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         return [child for child in children if not role or _role(child) == role]
 
@@ -141,9 +141,9 @@ def _tail(log: Path) -> str:
 
 
 def _role(process: psutil.Process) -> str:
-    """The subcommand: `python -m orchestra ROLE …`."""
+    """The subcommand: of `python -m orchestra ROLE …`, or of a forked `orchestra ROLE …`."""
     try:
         command = process.cmdline()
     except psutil.NoSuchProcess:
         return ""
-    return command[3] if len(command) > 3 and command[1:3] == ["-m", "orchestra"] else ""
+    return command[command.index("orchestra") + 1] if "orchestra" in command else ""

@@ -79,7 +79,10 @@ def test_interrupt_stops_everything(checkpoint: Path, scratch: Path) -> None:
         checkpoint, *SMALL, "--tp", "2", environment={"TMPDIR": str(scratch)}
     ) as serve:
         children = serve.children()
-        assert [len(serve.children(role)) for role in ("router", "worker")] == [1, 2]
+        roles = ("router", "fork-server", "worker")
+        assert [len(serve.children(role)) for role in roles] == [1, 1, 2]
+        # A fork takes one thread along: there must be no other.
+        assert serve.children("fork-server")[0].num_threads() == 1
         assert completes(serve)
         serve.process.send_signal(signal.SIGINT)
         assert serve.process.wait(60) == 0
@@ -168,7 +171,7 @@ def test_killed_supervisor_leaves_no_orphans(checkpoint: Path, scratch: Path) ->
     environment = {"TMPDIR": str(scratch)}
     with start_serve(checkpoint, *SMALL, "--tp", "2", environment=environment) as serve:
         children = serve.children()
-        assert len(children) == 3
+        assert len(children) == 4
         serve.process.kill()
         serve.process.wait()
         _, alive = psutil.wait_procs(children, timeout=10)

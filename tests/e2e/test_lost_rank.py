@@ -1,7 +1,6 @@
 """A rank of a worker dies or hangs in the middle of streams: they go on with the tokens they would have had."""
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -38,18 +37,13 @@ def strike(streams: list[Stream], rank: psutil.Process, number: signal.Signals) 
 
 
 def ranks(serve: Serve, worker: int = 0) -> dict[int, psutil.Process]:
-    """The ranks of a worker that were started as such, by their number."""
+    """The ranks of a worker by their number."""
     found = {}
     for process in serve.children("worker"):
         command = process.cmdline()
-        if "--rank" in command and f"worker-{worker}" in command:
+        if f"worker-{worker}" in command:
             found[int(command[command.index("--rank") + 1])] = process
     return found
-
-
-def spares(serve: Serve) -> Iterator[psutil.Process]:
-    """The processes that were started as spares."""
-    return (it for it in serve.children("worker") if "--spare" in it.cmdline())
 
 
 def lines(serve: Serve, words: str) -> int:
@@ -57,49 +51,52 @@ def lines(serve: Serve, words: str) -> int:
     return serve.log.read_text().count(words)
 
 
-def test_streams_of_an_only_worker_wait_for_a_spare_and_for_a_new_process(checkpoint: Path) -> None:
+def test_streams_of_an_only_worker_wait_for_another_rank(checkpoint: Path) -> None:
     # Of four ranks, two are neither the lost one nor the one that notices. How fast a hang is found is not tested here:
     # on a busy machine a second more keeps the other ranks from being taken for hung.
-    flags = (*FLAGS, "--tp", "4", "--spare-ranks", "1", "--rank-hang-timeout-ms", "1000")
+    flags = (*FLAGS, "--tp", "4", "--rank-hang-timeout-ms", "1000")
     with start_serve(checkpoint, *flags, environment=PATIENT) as serve:
         expected = [stream.answer() for stream in start_streams(serve)]
         before = ranks(serve)
-        (spare,) = spares(serve)
+        (fork_server,) = serve.children("fork-server")
 
         streams = start_streams(serve)
-        strike(streams, before.pop(1), signal.SIGKILL)
+        strike(streams, before[1], signal.SIGKILL)
         # One that comes when nobody is there waits too.
         eventually(lambda: lines(serve, "worker detached") == 1)
         late = Stream(serve, "prompt 0", MAX_TOKENS)
         assert [stream.answer() for stream in (*streams, late)] == [*expected, expected[0]]
-        assert lines(serve, "a spare takes its place") == 1
 
-        # The spare is rank 1 now, and hangs; by now there may be another one, or else a new process takes its place.
+        # The next one hangs, and there is nobody to fork: the one after starts as a process of its own.
+        second = ranks(serve)[1]
+        assert second.cmdline()[0] == "orchestra"
+        fork_server.kill()
         streams = start_streams(serve)
-        strike(streams, spare, signal.SIGSTOP)
+        strike(streams, second, signal.SIGSTOP)
         assert [stream.answer() for stream in streams] == expected
-        assert not spare.is_running()
+        assert not second.is_running()
         assert lines(serve, "hangs: killing it") == 1
         assert lines(serve, "is whole again after") == 2
+        after = ranks(serve)
+        assert after[1].cmdline()[1:3] == ["-m", "orchestra"]
 
         # The others are the processes that they were, and rank 0 has the weights that it had.
-        assert {rank: it for rank, it in ranks(serve).items() if rank != 1} == before
+        assert {**after, 1: before[1]} == before
         assert lines(serve, "loaded, attaching to the router") == 1
 
 
-def test_streams_wait_for_a_spare_where_two_steps_are_in_flight(checkpoint: Path) -> None:
+def test_streams_wait_for_a_rank_where_two_steps_are_in_flight(checkpoint: Path) -> None:
     ahead = ("--async-scheduling", "on", "--kv-transfer", "off")
-    flags = (*FLAGS, *ahead, "--tp", "2", "--spare-ranks", "1", "--rank-hang-timeout-ms", "1000")
+    flags = (*FLAGS, *ahead, "--tp", "2", "--rank-hang-timeout-ms", "1000")
     with start_serve(checkpoint, *flags, environment=PATIENT) as serve:
         expected = [stream.answer() for stream in start_streams(serve)]
         before = ranks(serve)
-        (spare,) = spares(serve)
         streams = start_streams(serve)
         strike(streams, before[1], signal.SIGKILL)
         assert [stream.answer() for stream in streams] == expected
 
         streams = start_streams(serve)
-        strike(streams, spare, signal.SIGSTOP)
+        strike(streams, ranks(serve)[1], signal.SIGSTOP)
         assert [stream.answer() for stream in streams] == expected
         assert lines(serve, "hangs: killing it") == 1
         assert lines(serve, "is whole again after") == 2

@@ -1,5 +1,6 @@
 """The loop of rank 0 and its ends: idle, drained, out of time, failed, misconfigured."""
 
+import gc
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import pytest
 
 from orchestra import _core
 from orchestra.errors import ConfigError
+from orchestra.worker import runtime
 from orchestra.worker.__main__ import main
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.leading import Leading
@@ -32,9 +34,11 @@ SMALL = ["--device", "cpu", "--num-blocks", "8", "--dtype", "float32"]
 
 @pytest.fixture(autouse=True)
 def restored_process() -> Iterator[None]:
-    """`run` takes signals and logging over, as it may in a process of its own."""
+    """`main` takes signals, logging and the garbage collector over, as it may in a process of its own."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
+    gc.enable()
+    gc.unfreeze()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -276,6 +280,22 @@ def test_idle_threads_do_not_spin_for_long(
         monkeypatch.setenv(name, value)
     assert main([str(tmp_path), *ROUTER]) == 64
     assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_what_is_imported_is_no_garbage(
+    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def lead(*_: object) -> None:
+        seen.append((gc.isenabled(), gc.get_freeze_count()))
+
+    monkeypatch.setattr(runtime, "_lead_with_agent", lead)
+    assert main([str(checkpoint("llama")), *ROUTER, *SMALL]) == 0
+    ((is_collecting, num_frozen),) = seen
+    # torch alone brings more.
+    assert is_collecting
+    assert num_frozen > 100_000
 
 
 @pytest.mark.timeout(120)

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from orchestra.serve.console import Console
 
@@ -17,6 +17,34 @@ TAIL_LINES = 20
 LAST_OUTPUT_S = 1.0
 
 StatusHandler = Callable[[dict[str, Any]], None]
+
+
+class Process(Protocol):
+    """What is asked of a process: asyncio's own has it, and one that was forked for us."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        ...
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit status, negative for a signal; None while it runs."""
+        ...
+
+    @property
+    def stdout(self) -> asyncio.StreamReader | None:
+        """What it writes to standard output."""
+        ...
+
+    @property
+    def stderr(self) -> asyncio.StreamReader | None:
+        """What it writes to standard error."""
+        ...
+
+    async def wait(self) -> int:
+        """Waits for its end, and returns its exit status."""
+        ...
 
 
 class Child:
@@ -35,7 +63,7 @@ class Child:
     def __init__(
         self,
         name: str,
-        process: asyncio.subprocess.Process,
+        process: Process,
         console: Console,
         on_status: StatusHandler,
     ) -> None:
@@ -58,18 +86,15 @@ class Child:
         on_status: StatusHandler,
         environment: Mapping[str, str] | None = None,
         *,
-        is_spare: bool = False,
+        stdin: int = asyncio.subprocess.DEVNULL,
     ) -> "Child":
-        """Starts `orchestra COMMAND…` with this interpreter; `environment` is added to ours.
-
-        A spare waits until it is assigned.
-        """
+        """Starts `orchestra COMMAND…` with this interpreter; `environment` is added to ours."""
         subcommand, *arguments = command
         parent = ["--parent-pid", str(os.getpid())]
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *["-m", "orchestra", subcommand, *parent, *arguments],
-            stdin=asyncio.subprocess.PIPE if is_spare else asyncio.subprocess.DEVNULL,
+            stdin=stdin,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env={**os.environ, **(environment or {})},
@@ -81,21 +106,6 @@ class Child:
     def pid(self) -> int:
         """The process id."""
         return self._process.pid
-
-    def assign(
-        self,
-        name: str,
-        arguments: Sequence[str],
-        environment: Mapping[str, str],
-        on_status: StatusHandler,
-    ) -> None:
-        """Makes a spare what its arguments say; where it has just ended, `wait` says so."""
-        assert self._process.stdin is not None
-        self.name = name
-        self._on_status = on_status
-        order = {"arguments": list(arguments), "environment": dict(environment)}
-        self._process.stdin.write(json.dumps(order).encode() + b"\n")
-        self._process.stdin.close()
 
     async def wait(self) -> int:
         """Waits for the end of the process and of its output; returns its exit status, negative for a signal."""

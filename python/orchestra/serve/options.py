@@ -27,8 +27,6 @@ class ServeOptions:
     """Stages of each worker's pipeline."""
     contexts: int
     """Times that each stage is there, to divide long prompts."""
-    spare_ranks: int
-    """Processes that wait to take the place of a lost rank."""
     replicas: int
     """Workers, each with the whole model; where there are prefill workers, these and the decode workers."""
     prefill: int
@@ -107,13 +105,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tp", type=_positive, default=1, help="ranks that share each layer (default: 1)"
     )
     add_parallel_arguments(parser)
-    parser.add_argument(
-        "--spare-ranks",
-        type=_not_negative,
-        default=0,
-        metavar="N",
-        help="processes kept ready to take the place of a lost rank, where --tp is more than 1 (default: 0)",
-    )
     parser.add_argument("--replicas", type=_positive, help="workers (default: 1)")
     parser.add_argument(
         "--prefill",
@@ -158,10 +149,6 @@ def from_arguments(arguments: argparse.Namespace) -> ServeOptions:
         UsageError: two options do not go together.
     """
     prefill = _prefill_workers(arguments)
-    if arguments.spare_ranks and arguments.pipeline_parallel > 1:
-        raise UsageError("--spare-ranks does not go with --pp: no rank of a pipeline is replaced")
-    if arguments.spare_ranks and arguments.context_parallel > 1:
-        raise UsageError("--spare-ranks does not go with --cp: no rank is replaced there")
     if arguments.repartition != "off" and arguments.pipeline_parallel == 1:
         raise UsageError("--repartition needs stages to move layers between: --pp of at least 2")
     worker: list[str] = []
@@ -178,7 +165,6 @@ def from_arguments(arguments: argparse.Namespace) -> ServeOptions:
         tp=arguments.tp,
         stages=arguments.pipeline_parallel,
         contexts=arguments.context_parallel,
-        spare_ranks=arguments.spare_ranks if arguments.tp > 1 else 0,
         replicas=prefill + arguments.decode if prefill else arguments.replicas or 1,
         prefill=prefill,
         host=arguments.host,
@@ -314,13 +300,6 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("must be at least 0")
     return value
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestra.serve.console import Console
+from orchestra.serve.fork_server import ForkServer
 from orchestra.serve.options import ServeOptions, group_devices
 from orchestra.serve.restarts import GaveUpError
 from orchestra.serve.router import Addresses, RouterProcess, is_ready
 from orchestra.serve.run_directory import run_directory
-from orchestra.serve.spares import Spares
 from orchestra.serve.worker_group import WorkerGroup, rank_environment
 
 POLL_S = 0.1
@@ -70,23 +70,27 @@ class Supervisor:
 
     async def _run_workers(self, directory: Path) -> None:
         """Runs the workers until cancelled, and tells when they are ready."""
-        self._console.progress("starting the router")
-        addresses = await self._router.addresses()
         environment = rank_environment(self._options, None)
-        spares = Spares(self._options, addresses.workers, environment, self._console)
-        for index, devices in enumerate(group_devices(self._options)):
-            self._groups.append(
-                WorkerGroup(index, self._options, addresses.workers, directory, devices, spares)
-            )
-        tasks = [asyncio.create_task(group.run()) for group in self._groups]
-        if self._options.spare_ranks:
-            tasks.append(asyncio.create_task(spares.run()))
-        announcement = asyncio.create_task(self._announce_ready(addresses))
+        fork_server = ForkServer(self._options.model_dir, environment, self._console)
+        # Imports torch while the router starts.
+        tasks = [asyncio.create_task(fork_server.run())]
         try:
-            # The announcement ends well; a group's task ends only with an error.
-            await asyncio.gather(announcement, *tasks)
+            self._console.progress("starting the router")
+            addresses = await self._router.addresses()
+            for index, devices in enumerate(group_devices(self._options)):
+                self._groups.append(
+                    WorkerGroup(
+                        *(index, self._options, addresses.workers, directory),
+                        cuda_devices=devices,
+                        fork_server=fork_server,
+                    )
+                )
+            tasks += [asyncio.create_task(group.run()) for group in self._groups]
+            tasks.append(asyncio.create_task(self._announce_ready(addresses)))
+            # The announcement ends well, and the fork server may; a group's task ends only with an error.
+            await asyncio.gather(*tasks)
         finally:
-            await _cancel(announcement, *tasks)
+            await _cancel(*tasks)
 
     async def _announce_ready(self, addresses: Addresses) -> None:
         while not (

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestra.serve.child import Child, StatusHandler, describe_exit, stop_all
+from orchestra.serve.fork_server import ForkServer
 from orchestra.serve.options import ServeOptions
 from orchestra.serve.restarts import EXIT_INVALID_CONFIG, GaveUpError, Restarts
-from orchestra.serve.spares import Spares
 
 STOP_GRACE_S = 10.0
 # The others wait so long for a replacement, which comes to them before it loads its weights.
@@ -28,7 +28,7 @@ class WorkerGroup:
         router: where rank 0 attaches, `host:port`.
         run_directory: for the files through which the ranks find each other.
         cuda_devices: `CUDA_VISIBLE_DEVICES` of the ranks; None: left as it is.
-        spares: processes that can take the place of a lost rank at once.
+        fork_server: starts the ranks.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class WorkerGroup:
         router: str,
         run_directory: Path,
         cuda_devices: str | None,
-        spares: Spares,
+        fork_server: ForkServer,
     ) -> None:
         self.name = f"worker {index}"
         self.children: list[Child] = []
@@ -47,8 +47,8 @@ class WorkerGroup:
         self._router = router
         self._run_directory = run_directory
         self._environment = rank_environment(options, cuda_devices)
-        self._spares = spares
-        self._console = spares.console
+        self._fork_server = fork_server
+        self._console = fork_server.console
         self._restarts = Restarts()
         self._attempts = 0
         self._replacements = 0
@@ -128,19 +128,12 @@ class WorkerGroup:
         self._ready_ranks.discard(rank)
         self._loaded.pop(rank, None)
         end = f"{self.children[rank].name} {describe_exit(status)}"
-        spare = self._spares.take()
-        source = "a new process" if spare is None else "a spare"
-        self._console.line(f"{end}; {source} takes its place")
-        if spare is None:
-            self.children[rank] = await self._start(rank)
-            return
-        name, command, on_status = self._role(rank)
-        spare.assign(name, command[1:], self._environment, on_status)
-        self.children[rank] = spare
+        self._console.line(f"{end}; another process takes its place")
+        self.children[rank] = await self._start(rank)
 
     async def _start(self, rank: int) -> Child:
         name, command, on_status = self._role(rank)
-        return await Child.start(name, command, self._console, on_status, self._environment)
+        return await self._fork_server.start(name, command, on_status, self._environment)
 
     def _role(self, rank: int) -> tuple[str, list[str], StatusHandler]:
         """What makes a process one of the ranks: its name, its command, and what hears of its status."""

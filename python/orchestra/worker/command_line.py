@@ -313,7 +313,6 @@ def _add_process(parser: argparse.ArgumentParser) -> None:
         help="of this host, at which workers of other hosts reach its KV; unencrypted (default: none)",
     )
     add("--parent-pid", type=integer(1), help=argparse.SUPPRESS)
-    add("--spare", dest="is_spare", action="store_true", help=argparse.SUPPRESS)
 
 
 def _from_namespace(given: argparse.Namespace) -> WorkerConfig:

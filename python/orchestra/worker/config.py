@@ -102,8 +102,6 @@ class WorkerConfig:
     """Port of the metrics page; None: there is none."""
     parent_pid: int | None = None
     """The process whose end ends this one."""
-    is_spare: bool = False
-    """Whether the process waits for standard input to say which rank it is."""
 
     @property
     def num_ranks(self) -> int:

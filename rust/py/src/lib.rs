@@ -41,7 +41,7 @@ mod _core {
             Registration, RemoteGrant, TransferOptions,
         },
         partition::plan_layer_move,
-        process::{die_with_parent, init_logging},
+        process::{adopt_orphans, die_with_parent, init_logging},
         router::run_router,
         scheduler::{
             KvFetch, KvSplit, PlaceRequest, Placement, Reservation, RouteRequest, Scheduler,

@@ -43,12 +43,24 @@ pub(crate) fn die_with_parent(parent_pid: i32) -> PyResult<()> {
     imp::die_with_parent(parent_pid)
 }
 
+/// Makes this process the parent of those whose own parent ends and who descend from it, or leaves them to another.
+#[pyfunction]
+pub(crate) fn adopt_orphans(adopts: bool) -> PyResult<()> {
+    imp::adopt_orphans(adopts)
+}
+
 #[cfg(target_os = "linux")]
 mod imp {
     use pyo3::prelude::*;
     use rustix::process::{
-        Pid, Signal, getpid, getppid, kill_process, set_parent_process_death_signal,
+        Pid, Signal, getpid, getppid, kill_process, set_child_subreaper,
+        set_parent_process_death_signal,
     };
+
+    pub(super) fn adopt_orphans(adopts: bool) -> PyResult<()> {
+        // What is passed means no process: zero or not is what counts.
+        Ok(set_child_subreaper(adopts.then(getpid)).map_err(std::io::Error::from)?)
+    }
 
     pub(super) fn die_with_parent(parent_pid: i32) -> PyResult<()> {
         set_parent_process_death_signal(Some(Signal::KILL)).map_err(std::io::Error::from)?;
@@ -67,8 +79,15 @@ mod imp {
 
     use crate::errors::Failure;
 
+    pub(super) fn adopt_orphans(_adopts: bool) -> PyResult<()> {
+        unsupported("only Linux gives orphans to a process that asks for them")
+    }
+
     pub(super) fn die_with_parent(_parent_pid: i32) -> PyResult<()> {
-        let message = "only Linux ends a process with the one that started it";
+        unsupported("only Linux ends a process with the one that started it")
+    }
+
+    fn unsupported(message: &str) -> PyResult<()> {
         Err(Failure::new(ErrorCode::Unsupported, message).into())
     }
 }

@@ -1,0 +1,146 @@
+"""A process that has imported what a rank needs, and forks ranks: they begin in milliseconds instead of seconds.
+
+The idea is that of Python's own `multiprocessing.forkserver`, and of Android's zygote. Unlike theirs, what is forked
+belongs to the supervisor as if that had started it: it is its child, which the supervisor waits for, and its end ends
+the rank, while the end of the fork server harms nobody. To get there the fork server forks twice and the process in
+between ends; the kernel then gives the orphan to the supervisor, which has asked for orphans.
+
+Orders come through standard input, a Unix socket of packets. An order brings the descriptors that become the rank's
+standard output and error, and is answered with the rank's process number.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import socket
+from collections.abc import Sequence
+from importlib import import_module
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from setproctitle import setproctitle
+
+from orchestra.worker.__main__ import main as run_rank
+from orchestra.worker.__main__ import prepare_to_import
+
+ORDER_BYTES_MAX = 1 << 16
+# Standard output and error.
+NUM_STREAMS = 2
+GO = b"!"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Forks ranks until the supervisor has no more orders; in each of them, runs it.
+
+    Args:
+        arguments: the checkpoint's directory.
+
+    Returns:
+        The exit code of the process: the fork server's own, or the rank's.
+    """
+    (model_dir,) = arguments
+    _import_all()
+    _read_ahead(Path(model_dir))
+    # Pages whose objects no collection touches stay shared with the ranks.
+    gc.freeze()
+    with socket.socket(fileno=os.dup(0)) as orders:
+        rank_arguments = _obey(orders)
+    return 0 if rank_arguments is None else run_rank(rank_arguments)
+
+
+def _import_all() -> None:
+    prepare_to_import()
+    # numpy's own threads, which nothing here uses, would be missing after a fork.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    import_module("orchestra.worker.runtime")
+
+
+def _read_ahead(model_dir: Path) -> None:
+    """Has the kernel fetch the weights into memory meanwhile; whether they can be read is the ranks' concern."""
+    for path in model_dir.glob("*.safetensors"):
+        with contextlib.suppress(OSError), path.open("rb") as weights:
+            os.posix_fadvise(weights.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+def _obey(orders: socket.socket) -> list[str] | None:
+    """Forks a rank per order; returns in each of them, with its arguments, and here at the end, with None."""
+    while True:
+        packet, streams, _, _ = socket.recv_fds(orders, ORDER_BYTES_MAX, NUM_STREAMS)
+        if not packet:
+            return None
+        try:
+            gate = _fork_rank(orders)
+        except OSError as error:
+            # Too many processes, or too little memory; or the supervisor has just ended, which the next packet tells.
+            gate = None
+            with contextlib.suppress(OSError):
+                orders.send(json.dumps({"error": str(error)}).encode())
+        if gate is not None:
+            order = json.loads(packet)
+            _become(order, streams, gate)
+            return list(order["arguments"])
+        for stream in streams:
+            os.close(stream)
+
+
+def _fork_rank(orders: socket.socket) -> int | None:
+    """Forks a process and answers with its number.
+
+    Returns:
+        In the new process, the pipe through which it is told to go on; in this one None.
+
+    Raises:
+        OSError: there is no process to be had.
+    """
+    with contextlib.ExitStack() as ends:
+
+        def pipe() -> list[FileIO]:
+            return [
+                ends.enter_context(FileIO(end, mode))
+                for end, mode in zip(os.pipe(), "rw", strict=True)
+            ]
+
+        number_out, number_in = pipe()
+        gate_out, gate_in = pipe()
+        between = os.fork()
+        if between == 0:
+            _fork_once_more()
+            # A session of its own: what kills the rank kills what it started.
+            os.setsid()
+            number_in.write(str(os.getpid()).encode())
+            return os.dup(gate_out.fileno())
+        # When this returns it has ended, and the rank, if there is one, is the supervisor's.
+        os.waitpid(between, 0)
+        number_in.close()
+        number = number_out.read(32)
+        if not number:
+            raise OSError("no second process could be forked")
+        orders.send(json.dumps({"pid": int(number)}).encode())
+        gate_in.write(GO)
+    return None
+
+
+def _fork_once_more() -> None:
+    """Returns in a new process, and ends the one that calls it, whatever happens."""
+    try:
+        is_new = os.fork() == 0
+    except OSError:
+        os._exit(1)
+    if not is_new:
+        os._exit(0)
+
+
+def _become(order: dict[str, Any], streams: Sequence[int], gate: int) -> None:
+    """Makes a forked process what an order says, as soon as the supervisor knows of it."""
+    if os.read(gate, 1) != GO:
+        os._exit(1)
+    os.close(gate)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for place, descriptor in enumerate((null, *streams)):
+        os.dup2(descriptor, place)
+        os.close(descriptor)
+    # Before CUDA is asked for anything: it counts its devices once.
+    os.environ.update(order["environment"])
+    setproctitle(" ".join(["orchestra", "worker", *order["arguments"]]))
