@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,6 +19,7 @@ from orchestra.serve.child import Child
 from orchestra.serve.console import Console
 from orchestra.serve.fork_server import ForkServer
 from tests.e2e.stack import eventually
+from tests.test_serve import parse
 
 # What stands in for `python -m orchestra fork-server`: its loop, with a rank that runs its first argument.
 SCRIPT = """
@@ -110,7 +110,7 @@ async def supervised(lines: Console) -> AsyncIterator[tuple[ForkServer, Child]]:
                 stderr=asyncio.subprocess.PIPE,
                 start_new_session=True,
             )
-        server = ForkServer(Path("unread"), {}, lines)
+        server = ForkServer(parse("unread"), {}, lines)
         child = server._child = Child("fork server", process, lines, lambda _: None)
         server._orders = ours
         server._has_tried.set()
@@ -179,3 +179,10 @@ async def test_an_order_that_is_given_up_leaves_nobody_behind(console: Console) 
         with pytest.raises(asyncio.CancelledError):
             await order
         assert await child.wait() == -signal.SIGKILL
+
+
+async def test_where_none_is_wanted_none_is_started(console: Console) -> None:
+    server = ForkServer(parse("unread", "--no-fork-server"), {}, console)
+    await server.run()
+    rank = await run(server, "sys.exit(5)", [])
+    assert await rank.wait() == 64

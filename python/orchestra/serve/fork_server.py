@@ -7,7 +7,6 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from io import FileIO
-from pathlib import Path
 from typing import Any
 
 from orchestra import _core
@@ -15,6 +14,7 @@ from orchestra.errors import UnsupportedError
 from orchestra.serve.child import Child, StatusHandler, describe_exit
 from orchestra.serve.console import Console
 from orchestra.serve.forked_process import ForkedProcess
+from orchestra.serve.options import ServeOptions
 from orchestra.serve.restarts import EXIT_INVALID_CONFIG
 
 STOP_GRACE_S = 5.0
@@ -28,14 +28,16 @@ class ForkServer:
     """The fork server of one `orchestra serve`.
 
     Args:
-        model_dir: the checkpoint, which it has the kernel read meanwhile.
+        options: what was asked for.
         environment: added to ours; the ranks have it too.
         console: for lines.
     """
 
-    def __init__(self, model_dir: Path, environment: Mapping[str, str], console: Console) -> None:
+    def __init__(
+        self, options: ServeOptions, environment: Mapping[str, str], console: Console
+    ) -> None:
         self.console = console
-        self._model_dir = model_dir
+        self._options = options
         self._environment = environment
         self._child: Child | None = None
         self._orders: socket.socket | None = None
@@ -43,11 +45,8 @@ class ForkServer:
         self._turn = asyncio.Lock()
 
     async def run(self) -> None:
-        """Keeps it running until cancelled; returns where there can be none."""
-        try:
-            _core.adopt_orphans(False)
-        except (OSError, UnsupportedError) as error:
-            self.console.line(f"no fork server, each rank imports torch by itself: {error}")
+        """Keeps it running until cancelled; returns where there can be none, or is to be none."""
+        if not self._options.has_fork_server or not self._is_possible():
             self._has_tried.set()
             return
         while True:
@@ -74,13 +73,21 @@ class ForkServer:
             return await Child.start(name, command, self.console, on_status, environment)
         return Child(name, forked, self.console, on_status)
 
+    def _is_possible(self) -> bool:
+        try:
+            _core.adopt_orphans(False)
+        except (OSError, UnsupportedError) as error:
+            self.console.line(f"no fork server, each rank imports torch by itself: {error}")
+            return False
+        return True
+
     async def _run_once(self) -> int:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         with ours:
             with theirs:
                 self._child = await Child.start(
-                    *("fork server", ["fork-server", str(self._model_dir)], self.console),
+                    *("fork server", ["fork-server", str(self._options.model_dir)], self.console),
                     on_status=_ignore,
                     environment=self._environment,
                     stdin=theirs.fileno(),

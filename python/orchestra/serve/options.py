@@ -39,6 +39,8 @@ class ServeOptions:
     """`orchestra.v1` over gRPC; 0: any free port."""
     drain_timeout_s: float
     """How long running requests may go on after a signal to stop."""
+    has_fork_server: bool
+    """Whether ranks are forked from a process that has imported torch."""
     print_addresses: bool
     """When ready, write one JSON line with the addresses instead of lines for a person."""
     worker_arguments: tuple[str, ...]
@@ -135,6 +137,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how long running requests may go on after Ctrl-C (default: 30)",
     )
     parser.add_argument(
+        "--no-fork-server",
+        action="store_true",
+        help="start each rank as a process that imports torch itself, instead of forking it from one that has",
+    )
+    parser.add_argument(
         "--print-addresses",
         action="store_true",
         help="when ready, write one JSON line instead of lines for a person",
@@ -171,6 +178,7 @@ def from_arguments(arguments: argparse.Namespace) -> ServeOptions:
         port=arguments.port,
         grpc_port=_grpc_port(arguments.port, arguments.grpc_port),
         drain_timeout_s=arguments.drain_timeout,
+        has_fork_server=not arguments.no_fork_server,
         print_addresses=arguments.print_addresses,
         worker_arguments=tuple(worker),
     )

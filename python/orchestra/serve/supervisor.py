@@ -71,7 +71,7 @@ class Supervisor:
     async def _run_workers(self, directory: Path) -> None:
         """Runs the workers until cancelled, and tells when they are ready."""
         environment = rank_environment(self._options, None)
-        fork_server = ForkServer(self._options.model_dir, environment, self._console)
+        fork_server = ForkServer(self._options, environment, self._console)
         # Imports torch while the router starts.
         tasks = [asyncio.create_task(fork_server.run())]
         try:

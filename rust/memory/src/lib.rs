@@ -26,6 +26,7 @@ pub mod lease;
 pub mod manager;
 mod memlock;
 pub mod pool;
+pub mod random;
 pub mod registrations;
 pub mod runs;
 pub mod slab;

@@ -10,7 +10,6 @@
 use std::{
     collections::HashMap,
     fmt, fs,
-    hash::{BuildHasher as _, Hasher as _, RandomState},
     net::SocketAddr,
     os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
     process,
@@ -22,6 +21,7 @@ use orchestra_core::{BlockId, Time, config::ConfigIssue};
 use orchestra_memory::{
     BlockHandle, BlockSet, BufferManager, ManagerConfig, MemoryError, PeerId, Pool, PoolConfig,
     Slab, Transport,
+    random::random_bytes,
     slab::{SLAB_ALIGN, SLAB_BYTES_UNREGISTERED_MAX},
     transport::{
         shm::ShmTransport,
@@ -260,7 +260,7 @@ fn announce(config: &KvPoolConfig, manager: &BufferManager) -> Result<v1::KvTran
         metadata.insert(name.to_owned(), manager.local_metadata(name)?);
     }
     Ok(v1::KvTransfer {
-        epoch: RandomState::new().build_hasher().finish(),
+        epoch: u64::from_le_bytes(random_bytes()?),
         metadata,
         bytes_per_block: u64::from(config.num_layers) * config.layer_block_bytes,
         layout: config.layout.clone(),

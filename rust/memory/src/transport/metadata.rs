@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use crate::{error::MemoryError, tier::Tier, transport::SlabId};
+use crate::{error::MemoryError, random::random_bytes, tier::Tier, transport::SlabId};
 
 /// The most that [`Metadata::encode`] makes and [`Metadata::decode`] reads.
 pub(super) const METADATA_BYTES_MAX: usize = 64 << 10;
@@ -46,13 +46,7 @@ impl fmt::Debug for AccessKey {
 
 /// Draws who this transport is and what its peers must know.
 pub(super) fn draw_identity() -> Result<(Identity, AccessKey), MemoryError> {
-    let mut bytes = [0; 24];
-    let mut filled = 0;
-    while filled < bytes.len() {
-        filled +=
-            rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())
-                .map_err(|errno| MemoryError::os("draw an identity", errno))?;
-    }
+    let bytes = random_bytes::<24>()?;
     let mut fields = Fields(&bytes);
     let drawn = fields.u64().zip(fields.array().map(AccessKey));
     drawn
