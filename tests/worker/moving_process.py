@@ -1,10 +1,6 @@
-"""One rank of a pipeline whose layers move, as a process of its own, its agent played by a script.
-
-`python -m tests.worker.moving_process RANK SETTINGS`, the latter a file of JSON: `Settings`. Rank 0 leaves a `Record`.
-"""
+"""One rank of a pipeline whose layers move, as a process of its own, its agent played by a script."""
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -180,10 +176,8 @@ def run_leader(rank: Rank, settings: Settings) -> Record:
     )
 
 
-def main(arguments: list[str]) -> None:
-    """Runs the rank."""
-    index, path = int(arguments[0]), Path(arguments[1])
-    settings = Settings(**json.loads(path.read_text()))
+def run(index: int, settings: Settings) -> None:
+    """Runs the rank; rank 0 leaves a `Record`."""
     rank = bring_up(index, settings)
     if rank.group.follower is not None:
         follow(rank, rank.group.follower)
@@ -191,7 +185,3 @@ def main(arguments: list[str]) -> None:
         record = run_leader(rank, settings)
         (Path(settings.folder) / "record").write_text(json.dumps(asdict(record)))
     rank.group.close()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

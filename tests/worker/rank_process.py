@@ -1,11 +1,6 @@
-"""One rank of a worker as a process of its own, its agent played by a script.
+"""One rank of a worker as a process of its own, its agent played by a script."""
 
-`python -m tests.worker.rank_process MODEL_DIR RANK SHARDS CONTEXTS STAGES RENDEZVOUS PLANS ANSWERS COLLECTIVES`:
-executes the messages in PLANS (a msgpack list) and, on rank 0, writes what it would commit to ANSWERS. COLLECTIVES are
-those of the worker's flag; `nccl` and `nvlink` mean GPUs.
-"""
-
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +13,21 @@ from orchestra.worker.metrics import WorkerMetrics
 from orchestra.worker.runtime import follow
 from orchestra.worker.sharding import Shard, Stage
 from orchestra.worker.stopping import StopSignals
+
+
+@dataclass(frozen=True)
+class RankOrder:
+    """What the process of a rank is told."""
+
+    model_dir: Path
+    rank: int
+    sizes: tuple[int, int, int]
+    """Shards, contexts, stages."""
+    folder: Path
+    """Where the ranks meet and `plans` lies, a msgpack list of messages to execute; rank 0 leaves there, as `answers`,
+    what it would commit."""
+    collectives: str
+    """Those of the worker's flag; `nccl` and `nvlink` mean GPUs."""
 
 
 class ScriptedAgent:
@@ -93,23 +103,22 @@ def empty_stats() -> dict[str, int]:
     return dict.fromkeys(names, 0)
 
 
-def main(arguments: list[str]) -> None:
+def run(order: RankOrder) -> None:
     """Runs the rank."""
-    model_dir, *numbers, rendezvous, plans, answers, collectives = arguments
-    rank, size, contexts, stages = map(int, numbers)
+    size, contexts, stages = order.sizes
     in_stage = contexts * size
-    is_cuda = collectives in ("nccl", "nvlink")
+    is_cuda = order.collectives in ("nccl", "nvlink")
     config = WorkerConfig(
-        model_dir=Path(model_dir),
+        model_dir=order.model_dir,
         router="",
         worker_id="",
         model_name="",
-        shard=Shard(rank % size, size),
-        stage=Stage(rank // in_stage, stages),
-        context=Shard(rank % in_stage // size, contexts),
+        shard=Shard(order.rank % size, size),
+        stage=Stage(order.rank // in_stage, stages),
+        context=Shard(order.rank % in_stage // size, contexts),
         context_min_tokens=16,
-        rendezvous=rendezvous,
-        collectives=collectives,
+        rendezvous=(order.folder / "rendezvous").as_uri(),
+        collectives=order.collectives,
         device="cuda" if is_cuda else "cpu",
         cuda_graphs="on" if is_cuda else "off",
         dtype="float32",
@@ -121,15 +130,11 @@ def main(arguments: list[str]) -> None:
         follow(ready, ready.group.follower)
     else:
         stop = StopSignals(drain_timeout_s=5.0)
-        agent = ScriptedAgent(msgpack.unpackb(Path(plans).read_bytes()), stop)
+        agent = ScriptedAgent(msgpack.unpackb((order.folder / "plans").read_bytes()), stop)
         metrics = WorkerMetrics(empty_stats, 16)
         Leading(agent, ready, metrics).run(stop)
         assert agent.is_draining
-        Path(answers).write_bytes(msgpack.packb(agent.answers))
+        (order.folder / "answers").write_bytes(msgpack.packb(agent.answers))
         assert ready.group.leader is not None
         ready.group.leader.close()
     ready.group.close()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

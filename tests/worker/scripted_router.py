@@ -1,5 +1,6 @@
 """A router that a test plays: real workers dial it, and it hands on what they say to each other."""
 
+import contextlib
 import importlib.util
 import queue
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+
+from orchestra.worker.__main__ import main as run_worker
+from tests.worker.forked import forked
 
 PROTO = Path(__file__).resolve().parents[2] / "proto"
 PATIENCE_S = 60
@@ -88,7 +92,7 @@ class ScriptedRouter:
         self._pb = pb
         self._attached: dict[str, Attached] = {}
         self._news = threading.Condition()
-        self._workers: list[subprocess.Popen[bytes]] = []
+        self._workers = contextlib.ExitStack()
         self._server = grpc.server(ThreadPoolExecutor(8))
         attach = grpc.stream_stream_rpc_method_handler(
             self._attach,
@@ -104,20 +108,20 @@ class ScriptedRouter:
 
     def start_worker(self, name: str, model_dir: Path, *flags: str, ranks: int = 1) -> Attached:
         """Runs a worker, each rank a process, and waits until it has attached."""
-        command = [sys.executable, "-m", "orchestra.worker", str(model_dir), "--worker-id", name]
-        command += ["--router", f"http://127.0.0.1:{self._port}", "--device", "cpu", *flags]
-        for rank in range(ranks):
-            of_rank = [*command, "--rank", str(rank)] if ranks > 1 else command
-            self._workers.append(subprocess.Popen(of_rank, stdout=subprocess.DEVNULL))
+        command = [str(model_dir), "--worker-id", name, "--device", "cpu", *flags]
+        command += ["--router", f"http://127.0.0.1:{self._port}"]
+
+        def arguments(rank: int) -> tuple[list[str]]:
+            return ([*command, "--rank", str(rank)] if ranks > 1 else command,)
+
+        self._workers.enter_context(forked(ranks, run_worker, arguments))
         with self._news:
             assert self._news.wait_for(lambda: name in self._attached, PATIENCE_S)
             return self._attached[name]
 
     def close(self) -> None:
         """Ends the workers and the server."""
-        for worker in self._workers:
-            worker.kill()
-            worker.wait()
+        self._workers.close()
         for attached in self._attached.values():
             attached.down.put(None)
         self._server.stop(grace=None).wait()

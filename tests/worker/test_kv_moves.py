@@ -31,11 +31,9 @@ def workers(
     request: pytest.FixtureRequest,
     messages: Any,
     checkpoint: Checkpoints,
-    monkeypatch_session: pytest.MonkeyPatch,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[Attached, Attached]]:
     """One that computes prompts and one that goes on with them, each of one rank or of several."""
-    monkeypatch_session.setenv("OMP_NUM_THREADS", "1")
     transport, num_ranks = request.param
     router = ScriptedRouter(messages)
     flags = [*FLAGS, "--max-num-seqs", "4", "--kv-transfer", transport]

@@ -1,6 +1,5 @@
 """Sums over several nodes between real processes: the same bits by every algorithm, for every size, on every rank."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,11 @@ from orchestra.worker.collectives import join_group
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.sharding import Shard
 from orchestra.worker.topology import Topology, own_node
+from tests.worker.forked import RANKS
 from tests.worker.node_process import COUNTS, DTYPES, Results, add_up, lose_a_rank, numbers
 
 CPU = torch.device("cpu")
 FLAT = [Algorithm.GATHER, Algorithm.EXCHANGE]
-# One process loads torch; the ranks are forked from it.
-RANKS = multiprocessing.get_context("forkserver")
-RANKS.set_forkserver_preload(["tests.worker.node_process"])
 
 
 def by_definition(names: list[str], count: int, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,5 @@
 """Steps whose sums are overlapped: the bits of the same steps computed whole, and two halves that really take turns."""
 
-import multiprocessing
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from orchestra.worker.renewable_group import RenewableGroup
 from orchestra.worker.sharding import Shard
 from orchestra.worker.summing import Summing
 from tests.worker.conftest import Checkpoints, MakeRank
+from tests.worker.forked import RANKS
 from tests.worker.overlap_process import (
     MIN_TOKENS,
     NUM_BLOCKS,
@@ -37,10 +37,6 @@ from tests.worker.overlap_process import (
 from tests.worker.plans import PlanBuilder
 from tests.worker.test_logits import prompt
 from tests.worker.test_tensor_parallel import ThreadCommunicator, thread_ranks
-
-# One process loads torch; the ranks are forked from it.
-RANKS = multiprocessing.get_context("forkserver")
-RANKS.set_forkserver_preload(["tests.worker.overlap_process"])
 
 
 def forward_together(ranks: list[Rank]) -> Callable[[StepPlan], Tensor | None]:

@@ -1,7 +1,6 @@
 """Plans through shared memory between real processes, which are killed and stopped in the middle."""
 
 import logging
-import multiprocessing
 import os
 import signal
 import socket
@@ -23,9 +22,8 @@ from orchestra.worker.plan_channel import Follower, Leader
 from orchestra.worker.plan_ring import RingReceiver, RingSender
 from orchestra.worker.plan_socket import MESSAGE_BYTES_MAX, RankLostError
 from tests.worker import plan_process
+from tests.worker.forked import RANKS
 
-RANKS = multiprocessing.get_context("forkserver")
-RANKS.set_forkserver_preload(["tests.worker.plan_process"])
 TIMEOUT_S = 60
 pytestmark = pytest.mark.timeout(120)
 

@@ -1,6 +1,5 @@
 """Who had the place of a rank has ended when another process takes it: real processes, killed and stopped."""
 
-import multiprocessing
 import os
 import select
 import signal
@@ -14,8 +13,7 @@ import pytest
 from orchestra.worker import rank_processes
 from orchestra.worker.plan_socket import RankLostError
 from orchestra.worker.rank_processes import RankProcesses
-
-PROCESSES = multiprocessing.get_context("forkserver")
+from tests.worker.forked import RANKS
 
 
 def connect(path: str) -> None:
@@ -39,7 +37,7 @@ class Door:
 
     def arrive(self) -> BaseProcess:
         """A new process connects."""
-        process = PROCESSES.Process(target=connect, args=(self._path,), daemon=True)
+        process = RANKS.Process(target=connect, args=(self._path,), daemon=True)
         process.start()
         self._started.append(process)
         self._connections.append(self._listener.accept()[0])

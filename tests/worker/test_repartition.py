@@ -1,12 +1,8 @@
 """Layers that move between the stages of a pipeline change no token, and move where the solver says that it pays."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +24,14 @@ from orchestra.worker.plan import StepPlan
 from orchestra.worker.repartition import Repartition, StageTimes, StageWindow, obey
 from orchestra.worker.runner import warm_up_plan
 from tests.checkpoints import make_checkpoint
+from tests.worker import moving_process
 from tests.worker.conftest import Checkpoints
+from tests.worker.forked import exit_codes, forked
 from tests.worker.moving_process import Record, Settings
 from tests.worker.plans import PlanBuilder, encode_plan, sampling_start
 from tests.worker.rank_process import empty_stats
 from tests.worker.test_logits import prompt
-from tests.worker.test_tensor_parallel import ROOT, ThreadCourier, thread_ranks
+from tests.worker.test_tensor_parallel import ThreadCourier, thread_ranks
 
 HOST_BLOCKS = 8
 Event = StepPlan | tuple[int, ...]
@@ -359,22 +357,9 @@ def test_the_solver_names_what_is_wrong() -> None:
 def run_processes(settings: Settings, plans: list[StepPlan]) -> Record:
     folder = Path(settings.folder)
     (folder / "plans").write_bytes(msgpack.packb([encode_plan(plan) for plan in plans]))
-    (folder / "settings").write_text(json.dumps(asdict(settings)))
-    command = [sys.executable, "-m", "tests.worker.moving_process"]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder / "settings")],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(settings.size * len(settings.split))
-    ]
-    try:
-        assert [process.wait(timeout=100) for process in processes] == [0] * len(processes)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    num = settings.size * len(settings.split)
+    with forked(num, moving_process.run, lambda rank: (rank, settings)) as processes:
+        assert exit_codes(processes) == [0] * num
     return Record(**json.loads((folder / "record").read_text()))
 
 

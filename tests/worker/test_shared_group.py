@@ -1,6 +1,5 @@
 """Collectives over shared memory between real processes, which are killed and stopped in the middle."""
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -19,12 +18,10 @@ from orchestra.worker.parallel import Communicator, ProcessGroup
 from orchestra.worker.plan_socket import RankLostError
 from orchestra.worker.sharding import Shard
 from orchestra.worker.shared_group import SharedMemoryGroup
+from tests.worker.forked import RANKS
 from tests.worker.group_process import COLUMNS, SIZES, add_up, lose_a_rank, numbers
 
 CPU = torch.device("cpu")
-# One process loads torch; the ranks are forked from it.
-RANKS = multiprocessing.get_context("forkserver")
-RANKS.set_forkserver_preload(["tests.worker.group_process"])
 
 
 @pytest.mark.timeout(120)

@@ -1,6 +1,5 @@
 """Sums over memory that GPUs share: which bits, in which pieces, and when it is chosen."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -19,10 +18,9 @@ from orchestra.worker.sharding import Shard
 from orchestra.worker.symmetric_group import Cut
 from orchestra.worker.topology import add_up
 from tests.worker import symmetric_process
+from tests.worker.forked import RANKS
 from tests.worker.symmetric_process import COUNTS, DTYPES, FIRST_EPOCH, numbers
 
-RANKS = multiprocessing.get_context("forkserver")
-RANKS.set_forkserver_preload(["tests.worker.symmetric_process"])
 CUDA = torch.device("cuda", 0)
 
 

@@ -2,13 +2,11 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -30,40 +28,26 @@ from orchestra.worker.model_config import ModelConfig
 from orchestra.worker.nvlink import obstacle
 from orchestra.worker.sharding import Shard, Stage
 from tests.checkpoints import FAMILIES
+from tests.worker import rank_process
 from tests.worker.conftest import Checkpoints, Reference
+from tests.worker.forked import exit_codes, forked
 from tests.worker.plans import PlanBuilder, encode_plan, sampling_start
+from tests.worker.rank_process import RankOrder
 from tests.worker.test_logits import assert_close, prompt
 
-ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
 ALTERNATIVES = 5
 
 
-@contextmanager
 def rank_processes(
     model_dir: Path, sizes: tuple[int, int, int], folder: Path, collectives: str = "auto"
-) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Starts the ranks of a worker of so many shards, contexts and stages; kills those that are left at the end."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    files = [(folder / name) for name in ("plans", "answers")]
-    processes = []
-    try:
-        for rank in range(math.prod(sizes)):
-            rendezvous = (folder / "rendezvous").as_uri()
-            numbers = map(str, (rank, *sizes))
-            command = [str(model_dir), *numbers, rendezvous, *map(str, files), collectives]
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.worker.rank_process", *command],
-                    cwd=ROOT,
-                    env=environment,
-                )
-            )
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+) -> AbstractContextManager[list[BaseProcess]]:
+    """The ranks of a worker of so many shards, contexts and stages."""
+
+    def arguments(rank: int) -> tuple[RankOrder]:
+        return (RankOrder(model_dir, rank, sizes, folder, collectives),)
+
+    return forked(math.prod(sizes), rank_process.run, arguments)
 
 
 class ThreadGroup:
@@ -410,7 +394,7 @@ def test_processes(
     messages, sampled = script(kind, reference)
     (tmp_path / "plans").write_bytes(msgpack.packb(messages))
     with rank_processes(checkpoint(kind), sizes, tmp_path, collectives) as processes:
-        assert [process.wait(timeout=100) for process in processes] == [0] * math.prod(sizes)
+        assert exit_codes(processes) == [0] * math.prod(sizes)
 
     answers = msgpack.unpackb((tmp_path / "answers").read_bytes())
     assert [answer["step_id"] for answer in answers] == list(range(1, len(messages) + 1))
@@ -434,4 +418,4 @@ def test_lost_rank_ends_the_group(
     # A plan that no rank can read: rank 0 fails on it, and must take the other rank with it.
     (tmp_path / "plans").write_bytes(msgpack.packb([messages[0], b"\xc1"]))
     with rank_processes(checkpoint("llama"), (2, 1, 1), tmp_path) as processes:
-        assert all(process.wait(timeout=100) != 0 for process in processes)
+        assert exit_codes(processes) == [1, 1]
