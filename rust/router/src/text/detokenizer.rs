@@ -136,6 +136,8 @@ fn read_window(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::LazyLock;
+
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -159,9 +161,13 @@ mod tests {
         all
     }
 
+    /// Read once: it takes a property a hundred times as long as what it looks at.
     fn byte_level() -> Arc<ModelTokenizer> {
-        let file = fixtures::byte_level(fixtures::QWEN_WORDS);
-        Arc::new(ModelTokenizer::from_json(&file).unwrap())
+        static READ: LazyLock<Arc<ModelTokenizer>> = LazyLock::new(|| {
+            let file = fixtures::byte_level(fixtures::QWEN_WORDS);
+            Arc::new(ModelTokenizer::from_json(&file).unwrap())
+        });
+        Arc::clone(&READ)
     }
 
     /// Ids: `<s>` 1, bytes from 3, then the pieces.
