@@ -138,8 +138,9 @@ async def test_a_forked_process_is_the_supervisors_child(console: Console) -> No
         assert await rank.wait() == 5
         assert statuses == [{"parent": os.getpid()}]
         assert list(rank.tail) == ["last words"]
-        # The fork server's end is not the rank's.
-        waiting = await run(server, "signal.pause()", statuses)
+        # The fork server's end is not that of a rank that runs.
+        waiting = await run(server, "print('{}', flush=True); signal.pause()", statuses)
+        await asyncio.to_thread(eventually, lambda: statuses[1:] == [{}])
         child.kill()
         assert await child.wait() == -signal.SIGKILL
         assert psutil.pid_exists(waiting.pid)

@@ -1,6 +1,7 @@
 """The parts of `orchestra serve` and of the command line that need no process."""
 
 import argparse
+import asyncio
 import fcntl
 import io
 import json
@@ -10,11 +11,13 @@ import pytest
 
 from orchestra import cli
 from orchestra.serve import options as serve_options
+from orchestra.serve import supervisor
 from orchestra.serve.console import Console
 from orchestra.serve.options import ServeOptions, UsageError
 from orchestra.serve.restarts import BACKOFF_MAX_S, Restarts
+from orchestra.serve.router import Addresses
 from orchestra.serve.run_directory import PREFIX, run_directory
-from orchestra.serve.supervisor import has_chat_template
+from orchestra.serve.supervisor import Supervisor, has_chat_template
 
 
 def parse(*arguments: str) -> ServeOptions:
@@ -143,6 +146,50 @@ def test_a_lone_worker_keeps_its_kv_to_itself() -> None:
 def test_options_that_do_not_go_together_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse("m", *arguments)
+
+
+# === stopping ===
+
+
+async def test_each_worker_stops_in_order_though_others_are_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stopped = []
+    all_run = asyncio.Event()
+
+    class Part:
+        """What the supervisor runs: takes some turns of the loop to stop, each group more than the one before."""
+
+        child = None
+        children = ()
+        is_ready = False
+        loaded = 0.0
+
+        def __init__(self, *given: object, **_: object) -> None:
+            self._turns = 10 * given[0] if isinstance(given[0], int) else 0
+
+        async def addresses(self) -> Addresses:
+            return Addresses("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3")
+
+        async def run(self) -> None:
+            if self._turns == 20:
+                all_run.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                for _ in range(self._turns):
+                    await asyncio.sleep(0)
+                stopped.append(self._turns)
+
+    for name in ("RouterProcess", "ForkServer", "WorkerGroup"):
+        monkeypatch.setattr(supervisor, name, Part)
+    running = Supervisor(parse("m", "--replicas", "3"), Console(Terminal()), Console(Terminal()))
+    exit_code = asyncio.create_task(running.run())
+    await all_run.wait()
+    running._stop.set()
+    assert await exit_code == 0
+    # The router, then the fork server and the first group, then the slower ones.
+    assert stopped == [0, 0, 0, 10, 20]
 
 
 # === run directory ===

@@ -87,8 +87,11 @@ class Supervisor:
                 )
             tasks += [asyncio.create_task(group.run()) for group in self._groups]
             tasks.append(asyncio.create_task(self._announce_ready(addresses)))
-            # The announcement ends well, and the fork server may; a group's task ends only with an error.
-            await asyncio.gather(*tasks)
+            # The announcement ends well, and the fork server may; a group's task ends only with an error. Not `gather`:
+            # it would cancel them itself, and `_cancel` once more those that still stop what they have started.
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in ended:
+                task.result()
         finally:
             await _cancel(*tasks)
 
