@@ -9,7 +9,10 @@ mod foreign;
 
 use std::{
     collections::BTreeMap,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -211,6 +214,8 @@ pub struct Models {
     served: RwLock<BTreeMap<String, Served>>,
     /// Locked after `served`, where both are.
     foreign: RwLock<ForeignModels>,
+    /// Whether there has been one.
+    has_had_any: AtomicBool,
 }
 
 struct Served {
@@ -230,6 +235,11 @@ impl Models {
             .read()
             .get(name)
             .map(|served| Arc::clone(&served.entry))
+    }
+
+    /// Whether there has been any model since the start: before, nobody can say that one does not exist.
+    pub(crate) fn has_had_any(&self) -> bool {
+        self.has_had_any.load(Relaxed)
     }
 
     /// The models that have workers, by name.
@@ -304,6 +314,7 @@ impl Models {
             lost_at,
         };
         all.insert(name.to_owned(), served);
+        self.has_had_any.store(true, Relaxed);
         Ok(())
     }
 

@@ -10,7 +10,10 @@ use orchestra_core::{ErrorCode, SamplingParams, TokenId};
 use serde_json::Value as Json;
 use tokio::time::Instant;
 
-use super::{admit::Presence, place::placement_error};
+use super::{
+    admit::Presence,
+    place::{placement_error, retry_after_ms},
+};
 use crate::{
     caller::Caller,
     error::ApiError,
@@ -64,7 +67,8 @@ pub(super) async fn tokenise(
 ) -> Result<Tokenised, ApiError> {
     let arrived = Instant::now();
     check_limits(&input)?;
-    let model = state.models.get(&input.model).ok_or_else(model_not_found)?;
+    let model = state.models.get(&input.model);
+    let model = model.ok_or_else(|| unknown_model(state))?;
     input.record.model(&model.name);
     let caller = &input.caller;
     input.record.caller(&caller.tenant.name, caller.class());
@@ -131,7 +135,12 @@ fn check_limits(input: &GenerateInput) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn model_not_found() -> ApiError {
+/// A router that has just started knows no model until the first worker has come.
+fn unknown_model(state: &RouterState) -> ApiError {
+    if !state.models.has_had_any() {
+        let message = "no worker has come since this router started";
+        return ApiError::new(ErrorCode::NoWorkers, message).retry_after_ms(retry_after_ms(None));
+    }
     let message = "no such model is served here; the list of models names those that are";
     ApiError {
         param: Some("model".to_owned()),

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, OnceLock},
+    sync::{Arc, OnceLock, atomic::Ordering::Relaxed},
     time::SystemTime,
 };
 
@@ -84,6 +84,7 @@ impl Models {
         if let Some(text) = text {
             entry.model.text.get_or_init(|| Arc::clone(text));
         }
+        self.has_had_any.store(true, Relaxed);
         Ok(())
     }
 

@@ -187,7 +187,7 @@ async fn an_operator_changes_what_is_logged() {
     let config = file("log.toml", "log = 'error'\n");
     let router = Binary::start("log", &config, &[]);
     let refused = post("/v1/completions", r#"{"model": "a", "prompt": "x"}"#);
-    assert_eq!(ask(router.at.http, &refused).await.status, 404);
+    assert_eq!(ask(router.at.http, &refused).await.status, 503);
     assert_eq!(router.logged(), "");
     let wish = post("/admin/log", r#"{"filter": "debug"}"#).replacen("POST", "PUT", 1);
     let answer = ask(router.at.admin, wish).await;
@@ -195,7 +195,7 @@ async fn an_operator_changes_what_is_logged() {
         (answer.status, answer.body.as_str()),
         (200, r#"{"filter":"debug"}"#)
     );
-    assert_eq!(ask(router.at.http, &refused).await.status, 404);
+    assert_eq!(ask(router.at.http, &refused).await.status, 503);
     let log = router.logged();
     assert!(log.contains("request refused"), "{log}");
 }

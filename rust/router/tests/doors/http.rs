@@ -2,7 +2,9 @@
 
 use serde_json::json;
 
-use crate::support::{Client, MODEL, ask, config, get, head, post, start, start_with_worker};
+use crate::support::{
+    Client, MODEL, Worker, ask, config, eventually, get, head, post, start, start_with_worker,
+};
 
 fn chat(fields: &str) -> String {
     let messages = r#""messages": [{"role": "user", "content": "hello"}]"#;
@@ -244,6 +246,24 @@ async fn without_a_worker_the_router_lives_and_is_not_ready() {
             .body
             .contains("orchestra_http_responses_total{route=\"/ready\",status=\"503\"} 1")
     );
+}
+
+#[tokio::test]
+async fn until_a_first_worker_has_come_no_model_is_said_not_to_exist() {
+    let (_router, at) = start(&config());
+    let request = post("/v1/completions", r#"{"model": "secret", "prompt": "x"}"#);
+    let early = ask(at.http, &request).await;
+    assert_eq!(
+        (early.status, early.error().0.as_str()),
+        (503, "no_workers")
+    );
+    assert!(early.header("retry-after-ms").is_some(), "{early:?}");
+    let worker = Worker::attach(at).await;
+    assert_eq!(ask(at.http, &request).await.status, 404);
+    // Nor afterwards, when none is there any more.
+    drop(worker);
+    eventually(at.http, "/ready", 503).await;
+    assert_eq!(ask(at.http, &request).await.status, 404);
 }
 
 #[tokio::test]
