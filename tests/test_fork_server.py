@@ -64,26 +64,52 @@ def test_a_forked_process_has_what_the_order_says() -> None:
         assert server.wait(30) == 0
 
 
-@pytest.mark.parametrize("which", [1, 2])
-def test_what_cannot_be_forked_is_said(which: int) -> None:
-    # The first fork is in the server, the second in the process between.
-    failing = f"""
-forks = iter([os.fork] * {which - 1} + [lambda: os.open("/missing", 0)] * 9)
-os.fork = lambda: next(forks)()
+FAIL = """
+def fail():
+    raise OSError("none to be had")
 """
-    orders, server = start(failing)
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        "os.fork = fail",
+        "forks = iter([os.fork, fail]); os.fork = lambda: next(forks)()",
+        "os.setsid = fail",
+    ],
+    ids=["first", "second", "session"],
+)
+def test_what_cannot_be_forked_is_said(failing: str) -> None:
+    orders, server = start(FAIL + failing)
     with orders, server:
         output = order(orders, "print('ran')")
         assert "error" in json.loads(orders.recv(4096))
+        # Nobody else listens for orders.
+        orders.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            orders.recv(4096)
+        assert psutil.Process(server.pid).children() == []
         orders.close()
         assert server.wait(30) == 0
         with os.fdopen(output) as lines:
             assert lines.read() == ""
 
 
+def test_an_order_that_is_too_long_is_refused() -> None:
+    orders, server = start()
+    with orders, server:
+        os.close(order(orders, "#" * 70_000))
+        assert "error" in json.loads(orders.recv(4096))
+        with os.fdopen(order(orders, "print('ran')")) as lines:
+            assert lines.read() == "ran\n"
+        # Its answer was not read.
+        orders.close()
+        assert server.wait(30) == 0
+
+
 def test_nobody_runs_whom_the_supervisor_does_not_know() -> None:
     # The server ends between the fork and its answer, as when somebody kills it.
-    orders, server = start("fork_server.json = type('', (), {'dumps': lambda _: os._exit(3)})")
+    orders, server = start("fork_server.json.dumps = lambda _: os._exit(3)")
     with orders, server:
         output = order(orders, "print('ran')")
         assert orders.recv(4096) == b""

@@ -97,8 +97,10 @@ class ForkServer:
             try:
                 return await self._child.wait()
             finally:
-                self._orders = None
                 await self._child.stop(STOP_GRACE_S)
+                # Whoever waits for an answer reads first what there is.
+                async with self._turn:
+                    self._orders = None
 
     async def _fork(
         self, arguments: Sequence[str], environment: Mapping[str, str]

@@ -67,18 +67,22 @@ def _read_ahead(model_dir: Path) -> None:
 def _obey(orders: socket.socket) -> list[str] | None:
     """Forks a rank per order; returns in each of them, with its arguments, and here at the end, with None."""
     while True:
-        packet, streams, _, _ = socket.recv_fds(orders, ORDER_BYTES_MAX, NUM_STREAMS)
+        try:
+            packet, streams, _, _ = socket.recv_fds(orders, ORDER_BYTES_MAX, NUM_STREAMS)
+        except ConnectionResetError:  # the supervisor has ended without reading the last answer
+            return None
         if not packet:
             return None
+        gate = None
         try:
+            order = json.loads(packet)
             gate = _fork_rank(orders)
-        except OSError as error:
-            # Too many processes, or too little memory; or the supervisor has just ended, which the next packet tells.
-            gate = None
+        except (OSError, ValueError) as error:
+            # Too many processes, too little memory, an order that is cut off because it is too long; or the supervisor
+            # has just ended, which the next packet tells.
             with contextlib.suppress(OSError):
                 orders.send(json.dumps({"error": str(error)}).encode())
         if gate is not None:
-            order = json.loads(packet)
             _become(order, streams, gate)
             return list(order["arguments"])
         for stream in streams:
@@ -106,11 +110,7 @@ def _fork_rank(orders: socket.socket) -> int | None:
         gate_out, gate_in = pipe()
         between = os.fork()
         if between == 0:
-            _fork_once_more()
-            # A session of its own: what kills the rank kills what it started.
-            os.setsid()
-            number_in.write(str(os.getpid()).encode())
-            return os.dup(gate_out.fileno())
+            return _fork_once_more(number_in, gate_out)
         # When this returns it has ended, and the rank, if there is one, is the supervisor's.
         os.waitpid(between, 0)
         number_in.close()
@@ -122,14 +122,17 @@ def _fork_rank(orders: socket.socket) -> int | None:
     return None
 
 
-def _fork_once_more() -> None:
-    """Returns in a new process, and ends the one that calls it, whatever happens."""
+def _fork_once_more(number: FileIO, gate: FileIO) -> int:
+    """Ends the process between, and returns in the rank. Whatever goes wrong, neither becomes a second fork server."""
     try:
-        is_new = os.fork() == 0
+        if os.fork() != 0:
+            os._exit(0)
+        # A session of its own: what kills the rank kills what it started.
+        os.setsid()
+        number.write(str(os.getpid()).encode())
+        return os.dup(gate.fileno())
     except OSError:
         os._exit(1)
-    if not is_new:
-        os._exit(0)
 
 
 def _become(order: dict[str, Any], streams: Sequence[int], gate: int) -> None:
