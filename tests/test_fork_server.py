@@ -1,6 +1,7 @@
 """The fork server and its supervisor, without torch: whom it forks, whose they are, and that nobody runs unknown."""
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -9,15 +10,20 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
 from orchestra.serve import fork_server as supervisor_side
+from orchestra.serve import restarts
 from orchestra.serve.child import Child
 from orchestra.serve.console import Console
 from orchestra.serve.fork_server import ForkServer
+from orchestra.serve.restarts import GaveUpError
+from orchestra.serve.router import RouterProcess
+from orchestra.serve.worker_group import WorkerGroup
 from tests.e2e.stack import eventually
 from tests.test_serve import parse
 
@@ -213,3 +219,25 @@ async def test_where_none_is_wanted_none_is_started(console: Console) -> None:
     await server.run()
     rank = await run(server, "sys.exit(5)", [])
     assert await rank.wait() == 64
+
+
+async def test_what_cannot_be_started_is_tried_again_and_given_up_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def start(*_: object, **__: object) -> Child:
+        raise BlockingIOError("no process to be had")
+
+    lines = io.StringIO()
+    server = ForkServer(parse("unread"), {}, Console(lines))
+    monkeypatch.setattr(Child, "start", start)
+    running = asyncio.create_task(server.run())
+    # Nobody waits for it; what cannot do without a process says so.
+    group = WorkerGroup(0, parse("unread"), "", tmp_path, cuda_devices=None, fork_server=server)
+    monkeypatch.setattr(restarts, "BACKOFF_FIRST_S", 0.0)
+    with pytest.raises(GaveUpError, match=r"worker 0 could not be started: .*no process to be had"):
+        await group.run()
+    with pytest.raises(GaveUpError, match=r"router could not be started: no process to be had"):
+        await RouterProcess(parse("unread"), Console(lines)).run()
+    assert not running.done()
+    assert lines.getvalue().startswith("fork server could not be started: no process to be had")
+    running.cancel()

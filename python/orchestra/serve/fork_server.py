@@ -15,7 +15,7 @@ from orchestra.serve.child import Child, StatusHandler, describe_exit
 from orchestra.serve.console import Console
 from orchestra.serve.forked_process import ForkedProcess
 from orchestra.serve.options import ServeOptions
-from orchestra.serve.restarts import EXIT_INVALID_CONFIG
+from orchestra.serve.restarts import EXIT_FAILED, EXIT_INVALID_CONFIG
 
 STOP_GRACE_S = 5.0
 PAUSE_S = 5.0
@@ -50,11 +50,15 @@ class ForkServer:
             self._has_tried.set()
             return
         while True:
-            status = await self._run_once()
+            try:
+                status = await self._run_once()
+                end = describe_exit(status)
+            except OSError as error:
+                status, end = EXIT_FAILED, f"could not be started: {error}"
+            # The ranks need not wait for another one; what is wrong with the configuration they will say, too.
+            self._has_tried.set()
             if status == EXIT_INVALID_CONFIG:
-                # The ranks will say why, too.
                 return
-            end = describe_exit(status)
             self.console.line(f"fork server {end}; starting another in {PAUSE_S:g} s")
             await asyncio.sleep(PAUSE_S)
 

@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from orchestra.serve.child import Child, describe_exit
 from orchestra.serve.console import Console
 from orchestra.serve.options import ServeOptions
-from orchestra.serve.restarts import GaveUpError, Restarts
+from orchestra.serve.restarts import EXIT_FAILED, GaveUpError, Restarts
 
 # The router ends by itself when its drain time is over; it gets this much more before it is killed.
 STOP_MARGIN_S = 5.0
@@ -47,19 +48,26 @@ class RouterProcess:
         """
         while True:
             started = time.monotonic()
-            self.child = await Child.start(
-                "router", self._command(), self._console, self._on_status
-            )
+            last_words: Iterable[str] = ()
             try:
-                status = await self.child.wait()
+                child = await self._start()
+                status = await child.wait()
+                end, last_words = f"router {describe_exit(status)}", child.tail
+            except OSError as error:
+                status, end = EXIT_FAILED, f"router could not be started: {error}"
             finally:
-                await self.child.stop(self._options.drain_timeout_s + STOP_MARGIN_S)
-            end = f"router {describe_exit(status)}"
+                if self.child is not None:
+                    await self.child.stop(self._options.drain_timeout_s + STOP_MARGIN_S)
             delay_s = self._restarts.failed(status, time.monotonic() - started)
             if delay_s is None:
-                raise GaveUpError(end, self.child.tail, status)
+                raise GaveUpError(end, last_words, status)
             self._console.line(f"{end}; starting it again in {delay_s:g} s")
             await asyncio.sleep(delay_s)
+
+    async def _start(self) -> Child:
+        command = self._command()
+        self.child = await Child.start("router", command, self._console, self._on_status)
+        return self.child
 
     def _command(self) -> list[str]:
         options = self._options

@@ -4,13 +4,14 @@ import asyncio
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from orchestra.serve.child import Child, StatusHandler, describe_exit, stop_all
 from orchestra.serve.fork_server import ForkServer
 from orchestra.serve.options import ServeOptions
-from orchestra.serve.restarts import EXIT_INVALID_CONFIG, GaveUpError, Restarts
+from orchestra.serve.restarts import EXIT_FAILED, EXIT_INVALID_CONFIG, GaveUpError, Restarts
 
 STOP_GRACE_S = 10.0
 # The others wait so long for a replacement, which comes to them before it loads its weights.
@@ -76,12 +77,17 @@ class WorkerGroup:
         """
         while True:
             started = time.monotonic()
-            rank, status = await self._run_once()
-            failed = self.children[rank]
+            last_words: Iterable[str] = ()
+            try:
+                rank, status = await self._run_once()
+                end = f"{self.children[rank].name} {describe_exit(status)}"
+                last_words = self.children[rank].tail
+            except OSError as error:
+                # There is no process to be had, or no place for its files; for now.
+                status, end = EXIT_FAILED, f"{self.name} could not be started: {error}"
             delay_s = self._restarts.failed(status, time.monotonic() - started)
-            end = f"{failed.name} {describe_exit(status)}"
             if delay_s is None:
-                raise GaveUpError(end, failed.tail, status)
+                raise GaveUpError(end, last_words, status)
             self._console.line(f"{end}; starting {self.name} again in {delay_s:g} s")
             await asyncio.sleep(delay_s)
 
