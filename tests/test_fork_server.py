@@ -125,6 +125,31 @@ def test_nobody_runs_whom_the_supervisor_does_not_know() -> None:
             assert lines.read() == ""
 
 
+def test_one_that_is_killed_at_the_gate_has_one_answer() -> None:
+    kill_first = """
+import select
+dumps = fork_server.json.dumps
+def dumps_and_kills(answer):
+    fork_server.json.dumps = dumps
+    ended = os.pidfd_open(answer["pid"])
+    os.kill(answer["pid"], signal.SIGKILL)
+    select.select([ended], [], [])
+    return dumps(answer)
+fork_server.json.dumps = dumps_and_kills
+"""
+    orders, server = start(kill_first)
+    with orders, server:
+        os.close(order(orders, "print('ran')"))
+        killed = json.loads(orders.recv(4096))["pid"]
+        output = order(orders, "print(os.getpid())")
+        pid = json.loads(orders.recv(4096))["pid"]
+        assert pid != killed
+        with os.fdopen(output) as lines:
+            assert lines.read() == f"{pid}\n"
+        orders.close()
+        assert server.wait(30) == 0
+
+
 # === the supervisor's side ===
 
 

@@ -16,7 +16,6 @@ import os
 import socket
 from collections.abc import Sequence
 from importlib import import_module
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -89,57 +88,51 @@ def _obey(orders: socket.socket) -> list[str] | None:
             os.close(stream)
 
 
-def _fork_rank(orders: socket.socket) -> int | None:
+def _fork_rank(orders: socket.socket) -> socket.socket | None:
     """Forks a process and answers with its number.
 
     Returns:
-        In the new process, the pipe through which it is told to go on; in this one None.
+        In the new process, the gate through which it is told to go on; in this one None.
 
     Raises:
         OSError: there is no process to be had.
     """
-    with contextlib.ExitStack() as ends:
-
-        def pipe() -> list[FileIO]:
-            return [
-                ends.enter_context(FileIO(end, mode))
-                for end, mode in zip(os.pipe(), "rw", strict=True)
-            ]
-
-        number_out, number_in = pipe()
-        gate_out, gate_in = pipe()
+    ours, gate = socket.socketpair()
+    with ours, gate:
         between = os.fork()
         if between == 0:
-            return _fork_once_more(number_in, gate_out)
+            return _fork_once_more(gate)
         # When this returns it has ended, and the rank, if there is one, is the supervisor's.
         os.waitpid(between, 0)
-        number_in.close()
-        number = number_out.read(32)
+        gate.close()
+        number = ours.recv(32)
         if not number:
             raise OSError("no second process could be forked")
         orders.send(json.dumps({"pid": int(number)}).encode())
-        gate_in.write(GO)
+        # The supervisor may have killed it since; there must be no second answer.
+        with contextlib.suppress(OSError):
+            ours.send(GO)
     return None
 
 
-def _fork_once_more(number: FileIO, gate: FileIO) -> int:
+def _fork_once_more(gate: socket.socket) -> socket.socket:
     """Ends the process between, and returns in the rank. Whatever goes wrong, neither becomes a second fork server."""
     try:
         if os.fork() != 0:
             os._exit(0)
         # A session of its own: what kills the rank kills what it started.
         os.setsid()
-        number.write(str(os.getpid()).encode())
-        return os.dup(gate.fileno())
+        gate.send(str(os.getpid()).encode())
+        return gate.dup()
     except OSError:
         os._exit(1)
 
 
-def _become(order: dict[str, Any], streams: Sequence[int], gate: int) -> None:
+def _become(order: dict[str, Any], streams: Sequence[int], gate: socket.socket) -> None:
     """Makes a forked process what an order says, as soon as the supervisor knows of it."""
-    if os.read(gate, 1) != GO:
-        os._exit(1)
-    os.close(gate)
+    with gate:
+        if gate.recv(1) != GO:
+            os._exit(1)
     null = os.open(os.devnull, os.O_RDONLY)
     for place, descriptor in enumerate((null, *streams)):
         os.dup2(descriptor, place)
