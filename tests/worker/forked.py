@@ -30,17 +30,19 @@ def forked(
         run: what each calls; its exit status is what that returns.
         of_rank: with which arguments.
     """
-    processes: list[BaseProcess] = [
-        RANKS.Process(target=_run_on_one_thread, args=(run, *of_rank(rank))) for rank in range(num)
-    ]
+    processes: list[BaseProcess] = []
     try:
-        for process in processes:
+        for rank in range(num):
+            process: BaseProcess = RANKS.Process(
+                target=_run_on_one_thread, args=(run, *of_rank(rank))
+            )
             process.start()
+            processes.append(process)
         yield processes
     finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        for started in processes:
+            started.kill()
+            started.join()
 
 
 def exit_codes(processes: list[BaseProcess], timeout_s: float = 100.0) -> list[int | None]:
