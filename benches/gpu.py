@@ -175,7 +175,7 @@ class Engine:
 
     def step_seconds(self, plan: StepPlan, *, with_graphs: bool, is_ahead: bool = False) -> float:
         """The median time of a step, until its tokens are on the host; or those of the one before, with `is_ahead`."""
-        self.runner.graphs = self.graphs if with_graphs else None
+        self.runner.recorded = self.graphs if with_graphs else None
         in_flight: deque[Drawn | None] = deque([None] if is_ahead else [])
 
         def step() -> None:

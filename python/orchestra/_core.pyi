@@ -12,12 +12,13 @@ from orchestra._core_kernels import KernelProgram as KernelProgram
 from orchestra._core_kernels import PagedAttention as PagedAttention
 from orchestra._core_kernels import SharedGroup as SharedGroup
 from orchestra._core_kernels import add as add
-from orchestra._core_kernels import argmax as argmax
 from orchestra._core_kernels import begin_recording as begin_recording
+from orchestra._core_kernels import bind_threads as bind_threads
 from orchestra._core_kernels import candidates as candidates
 from orchestra._core_kernels import draw as draw
 from orchestra._core_kernels import end_recording as end_recording
 from orchestra._core_kernels import gate as gate
+from orchestra._core_kernels import likeliest_of as likeliest_of
 from orchestra._core_kernels import look_up as look_up
 from orchestra._core_kernels import mix as mix
 from orchestra._core_kernels import rms_norm as rms_norm
@@ -85,8 +86,8 @@ __all__ = [
     "__version__",
     "add",
     "adopt_orphans",
-    "argmax",
     "begin_recording",
+    "bind_threads",
     "candidates",
     "default_scheduler_config",
     "die_with_parent",
@@ -95,6 +96,7 @@ __all__ = [
     "error_codes",
     "gate",
     "init_logging",
+    "likeliest_of",
     "look_up",
     "mix",
     "plan_layer_move",

@@ -337,24 +337,15 @@ def mix(
         InvalidRequestError: The dtype is another.
     """
 
-def argmax(
-    dtype: str,
-    shape: tuple[int, int],
-    logits: tuple[int, int],
-    tokens_ptr: int,
-    threads: int,
-) -> None:
-    """Finds the largest number of each row, the first of equals. What is no number does not count.
+def bind_threads(cores: list[int], threads: int) -> None:
+    """Keeps the threads that compute on some cores: this one, and those of torch's that kernels are given.
 
     Args:
-        dtype: `float32` or `bfloat16`.
-        shape: Rows, numbers of a row.
-        logits: Address of the first row, and numbers from one row to the next one.
-        tokens_ptr: Where `int64[rows]` goes.
-        threads: On how many to compute.
+        cores: By their numbers.
+        threads: How many compute.
 
     Raises:
-        InvalidRequestError: The dtype is another.
+        InternalError: The system does not let them.
     """
 
 def candidates(
@@ -365,7 +356,7 @@ def candidates(
     candidates_ptr: int,
     threads: int,
 ) -> None:
-    """Finds the largest number of each row as `argmax` does, to be compared with those of other columns.
+    """Finds the largest number of each row, the first of equals, for `likeliest_of`. What is no number does not count.
 
     Args:
         dtype: `float32` or `bfloat16`.
@@ -378,6 +369,15 @@ def candidates(
 
     Raises:
         InvalidRequestError: The dtype is another.
+    """
+
+def likeliest_of(shape: tuple[int, int], candidates_ptr: int, tokens_ptr: int) -> None:
+    """Finds the tokens of the best of some `candidates`.
+
+    Args:
+        shape: Rows, candidates of a row: at least one.
+        candidates_ptr: `int64[rows, each]`
+        tokens_ptr: Where `int64[rows]` goes.
     """
 
 def softmax(

@@ -1,5 +1,6 @@
 """A rank of a worker dies or hangs in the middle of streams: they go on with the tokens they would have had."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -85,6 +86,19 @@ def test_streams_of_an_only_worker_wait_for_another_rank(checkpoint: Path) -> No
         assert lines(serve, "loaded, attaching to the router") == 1
 
 
+def assert_own_cores(ranks: dict[int, psutil.Process]) -> None:
+    """Of two ranks, also of one that replaced another; what else rank 0 does may be done on any core."""
+    anywhere = os.sched_getaffinity(0)
+    computing = [os.sched_getaffinity(rank.pid) for rank in ranks.values()]
+    if len(anywhere) < len(ranks):
+        assert computing == [anywhere] * len(ranks)
+        return
+    assert sum(map(len, computing)) == len(set.union(*computing)) == len(anywhere)
+    tasks = Path(f"/proc/{ranks[0].pid}/task").iterdir()
+    (agent,) = (int(it.name) for it in tasks if (it / "comm").read_text() == "orchestra-agent\n")
+    assert os.sched_getaffinity(agent) == anywhere
+
+
 def test_streams_wait_for_a_rank_where_two_steps_are_in_flight(checkpoint: Path) -> None:
     ahead = ("--async-scheduling", "on", "--kv-transfer", "off")
     flags = (*FLAGS, *ahead, "--tp", "2", "--rank-hang-timeout-ms", "1000")
@@ -100,7 +114,9 @@ def test_streams_wait_for_a_rank_where_two_steps_are_in_flight(checkpoint: Path)
         assert [stream.answer() for stream in streams] == expected
         assert lines(serve, "hangs: killing it") == 1
         assert lines(serve, "is whole again after") == 2
-        assert ranks(serve)[0] == before[0]
+        after = ranks(serve)
+        assert after[0] == before[0]
+        assert_own_cores(after)
 
 
 def test_streams_go_on_at_another_worker_at_once(checkpoint: Path) -> None:

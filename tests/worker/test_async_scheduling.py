@@ -12,7 +12,7 @@ from orchestra.errors import ConfigError
 from orchestra.worker import sampling
 from orchestra.worker.assembly import Rank
 from orchestra.worker.config import WorkerConfig
-from orchestra.worker.drawn import Drawn
+from orchestra.worker.drawn import Drawn, Packed
 from orchestra.worker.leading import Leading
 from orchestra.worker.metrics import WorkerMetrics
 from orchestra.worker.plan import PENDING_TOKEN, SequenceStart, StepOutput
@@ -112,10 +112,10 @@ def test_what_may_be_undecided_is_settled_before_the_next_step(
     start = sampling_start(0, temperature=2.0, top_p=0.99, seed=3)
     first = rank.runner.start(builder.plan({"a": 5}, [start]))
     assert first is not None
-    assert first._output is None
+    assert isinstance(first._drawn, Packed)
     builder.append("a", PENDING_TOKEN)
     rank.runner.start(builder.plan({"a": 1}))
-    assert first._output is not None
+    assert isinstance(first._drawn, StepOutput)
 
 
 # === the loop ===

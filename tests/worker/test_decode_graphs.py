@@ -60,7 +60,7 @@ def with_graphs(rank: Rank, recorder: Recorder, sizes: Sequence[int] = SIZES) ->
     inputs = DecodeInputs(sizes[-1], -(-rank.max_model_len // 16), DEVICE)
     attention = runner._attention
     graphs = DecodeGraphs(runner._model, attention, inputs, sizes, rank.max_model_len, recorder)  # type: ignore[arg-type]
-    runner.graphs = graphs
+    runner.recorded = graphs
     graphs.record()
     recorder.num_replays = 0
     return graphs

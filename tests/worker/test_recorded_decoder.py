@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from orchestra import _core
 from orchestra.errors import InvalidRequestError
@@ -17,7 +21,7 @@ from orchestra.worker.recorded_decoder import RECORDED_ROWS, RecordedDecoder
 from orchestra.worker.recording import Buffers, NotRecordableError, Recorder
 from orchestra.worker.sharding import Shard
 from tests.worker.conftest import MakeRank
-from tests.worker.plans import PlanBuilder
+from tests.worker.plans import PlanBuilder, sampling_start
 from tests.worker.test_logits import prompt
 
 # Plain, with head norms, joined projections, windows, norms on both sides and caps, two rotations, experts.
@@ -79,6 +83,37 @@ def test_what_torch_computes_is_not_recorded(
     assert model.obstacle is not None
     assert "torch computes" in model.obstacle
     assert_equal(logits_of_many_steps(tried), logits_of_many_steps(usual))
+
+
+class NoTorch(TorchFunctionMode):
+    """Refuses whatever torch is asked for."""
+
+    def __torch_function__(self, function: Any, *_: Any) -> Any:
+        raise AssertionError(function)
+
+
+def drawn_tokens(rank: Rank, mode: Callable[[], AbstractContextManager[object]]) -> list[list[int]]:
+    """Greedy tokens of some decode steps of one to three sequences, computed in a mode."""
+    builder = PlanBuilder(rank.num_blocks, seed=3)
+    names = "abc"
+    for index, name in enumerate(names):
+        builder.add(name, prompt(5 + index, seed=index))
+    starts = [sampling_start(slot) for slot in range(len(names))]
+    output = rank.runner.execute(builder.plan({"a": 5, "b": 6, "c": 7}, starts))
+    results = []
+    for count in (3, 2, 1, 3):
+        results.append(output.token_ids.tolist())
+        for name, token in zip(names, results[-1], strict=False):
+            builder.append(name, token)
+        plan = builder.plan(dict.fromkeys(names[:count], 1))
+        with torch.inference_mode(), mode():
+            output = rank.runner.execute(plan)
+    return [*results, output.token_ids.tolist()]
+
+
+def test_greedy_decode_steps_do_without_torch(make_rank: MakeRank) -> None:
+    recorded, usual = (make_rank("llama", record_steps=on) for on in ("auto", "off"))
+    assert drawn_tokens(recorded, NoTorch) == drawn_tokens(usual, nullcontext)
 
 
 def test_a_step_that_is_watched_is_computed_layer_by_layer(make_rank: MakeRank) -> None:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from orchestra.errors import ConfigError
+from orchestra.worker import cores
 from orchestra.worker import device as devices
 from orchestra.worker.attention import AttentionBackend
 from orchestra.worker.attention_choice import make_attention
 from orchestra.worker.attention_layout import workspace_bytes
 from orchestra.worker.config import WorkerConfig
 from orchestra.worker.context_runner import ContextAttention, ContextRunner
+from orchestra.worker.decode_graphs import DecodeGraphs
 from orchestra.worker.drawn import LatestTokens
 from orchestra.worker.graph_choice import attention_name, graph_bytes, make_graphs, uses_graphs
 from orchestra.worker.group import Group, join_ranks
@@ -39,8 +41,8 @@ from orchestra.worker.overlap import HalvedAttention, OverlappedDecoder, may_ove
 from orchestra.worker.plan import PlanReader
 from orchestra.worker.plan_channel import CacheTerms
 from orchestra.worker.plan_socket import RankLostError
-from orchestra.worker.recorded_decoder import RECORDED_ROWS, recorded
-from orchestra.worker.runner import ModelRunner, warm_up_plan
+from orchestra.worker.recorded_decoder import RECORDED_ROWS, RecordedDecoder, recorded
+from orchestra.worker.runner import ModelRunner, RecordedSteps, warm_up_plan
 from orchestra.worker.runner_choice import ModelShape, load_hf, read_model_config
 from orchestra.worker.sampler import Sampler
 from orchestra.worker.sampler_slots import SamplerSlots
@@ -68,6 +70,8 @@ class Place:
     dtype: torch.dtype
     local_size: int
     """Ranks on this machine, which share its cores and its memory."""
+    cores: tuple[int, ...] = ()
+    """Where it computes; none: anywhere."""
 
 
 @dataclass
@@ -99,6 +103,8 @@ class Rank:
     """Where layers can move between stages."""
     plans_ahead: bool = False
     """Whether its steps are planned before the tokens of the one before are known."""
+    cores: tuple[int, ...] = ()
+    """Of this machine, where it computes; none: anywhere."""
 
     @property
     def kv_pool(self) -> "KvPool | None":
@@ -188,8 +194,8 @@ def warm_up(runner: ModelRunner, block_size: int, block: int = 0) -> None:
     runner.forget()
     for num_tokens in (block_size, 1):
         runner.execute(warm_up_plan(num_tokens, block, block_size))
-    if runner.graphs is not None:
-        runner.graphs.record()
+    if isinstance(runner.recorded, DecodeGraphs):
+        runner.recorded.record()
 
 
 def build_rank(
@@ -237,16 +243,18 @@ def build_rank(
         def attend() -> AttentionBackend:
             return make_attention(name, cache, len(heads.heads), place.device, rules)
 
-        attention, graphs = attend(), None
+        attention = attend()
+        steps: RecordedSteps | None = None
         if is_recorded:
-            graphs = make_graphs(config, model, attention, max_model_len, place.device)
+            steps = make_graphs(config, model, attention, max_model_len, place.device)
         if group.context is None:
             usual = recorded(model, attention) if config.record_steps == "auto" else model
+            steps = usual if isinstance(usual, RecordedDecoder) else steps
             if isinstance(model, Decoder) and may_overlap(config):
                 halves, min_tokens = (attention, attend()), config.overlap_min_tokens
                 attention = HalvedAttention(halves, group.communicator, min_tokens)
                 usual = OverlappedDecoder(model, usual, attention, group.communicator)
-            return ModelRunner(usual, cache, attention, slots, place.device, graphs)
+            return ModelRunner(usual, cache, attention, slots, place.device, steps)
         division = ContextAttention(
             *(attention, cache, group.context, config.context, config.context_min_tokens),
             group.experts,
@@ -272,6 +280,7 @@ def build_rank(
         block_size=config.block_size,
         mover=mover,
         plans_ahead=is_ahead,
+        cores=place.cores,
     )
     rank.warm_up()
     return rank
@@ -362,7 +371,9 @@ def _choose_place(config: WorkerConfig, model_config: "ModelConfig | HfConfig") 
     devices.set_threads(local_size)
     by_torch = not isinstance(model_config, ModelConfig)
     dtype = devices.select_dtype(config.dtype, model_config.dtype, device, by_torch=by_torch)
-    return Place(device, dtype, local_size)
+    is_bound = config.bind_cores == "auto" and device.type == "cpu"
+    own = cores.share_of(local_rank, local_size) if is_bound else ()
+    return Place(device, dtype, local_size, own)
 
 
 def _check_weights_fit(

@@ -158,6 +158,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
             help="run steps of few tokens from a recording of their kernels, on a CPU, where the model can be recorded",
         ),
         add(
+            "--bind-cores",
+            choices=["auto", "off"],
+            default=default.bind_cores,
+            help="keep each of several ranks on cores of its own, on a CPU; auto: where there is one for each",
+        ),
+        add(
             "--async-scheduling",
             choices=["auto", "on", "off"],
             default=default.async_scheduling,

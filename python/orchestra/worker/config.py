@@ -40,6 +40,8 @@ class WorkerConfig:
     """Whether decode steps are recorded and replayed: `on`, `off`, or `auto`: on a GPU, where one rank computes."""
     record_steps: str = "auto"
     """Whether a CPU runs steps of few tokens from a recording of their kernels: `off`, or `auto`: where it can."""
+    bind_cores: str = "auto"
+    """Whether ranks of one machine compute on cores of their own: `off`, or `auto`: on CPUs, where they are enough."""
     async_scheduling: str = "auto"
     """Whether the next step is planned while one runs: `on`, `off`, or `auto`: on a GPU, where one rank computes."""
     overlap_min_tokens: int = 1024

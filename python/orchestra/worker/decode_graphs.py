@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,7 +82,7 @@ class DecodeGraphs:
         self._kept: list[Callable[[], None]] = []
 
     def forget(self) -> None:
-        """Lets go of all recordings, as must be done when the group of ranks has changed: they hold its collectives."""
+        """See `RecordedSteps`."""
         self._replays.clear()
         self._kept.clear()
 
@@ -103,26 +102,12 @@ class DecodeGraphs:
                 shared = self._replays[size]()
 
     def takes(self, plan: StepPlan) -> bool:
-        """Whether a step can be replayed: each of its sequences has one token, and draws one."""
-        count = len(plan.context_lens)
-        return (
-            bool(self._replays)
-            and not plan.fills_blocks
-            and 0 < count <= self._sizes[-1]
-            and len(plan.token_ids) == count
-            and np.array_equal(plan.sample_sequences, np.arange(count))
-        )
+        """See `RecordedSteps`."""
+        is_recorded = bool(self._replays) and 0 < len(plan.token_ids) <= self._sizes[-1]
+        return is_recorded and plan.draws_from_all and not plan.fills_blocks
 
     def run(self, plan: StepPlan, latest: LatestTokens | None = None) -> WholeLogits | None:
-        """Computes a step that `takes` has said yes to; the logits are valid until the next one.
-
-        Args:
-            plan: the step.
-            latest: has its pending tokens, where there may be some.
-
-        Returns:
-            What is drawn by; None on ranks that draw nothing.
-        """
+        """See `RecordedSteps`."""
         count = len(plan.context_lens)
         size = self._sizes[bisect_left(self._sizes, count)]
         self._inputs.fill(plan)

@@ -14,9 +14,7 @@ from orchestra.worker.staging import send
 # Stands for the token of a row whose likeliest candidates do not reach its top-p.
 UNDECIDED = -1
 
-_NO_INTS = np.empty(0, np.int32)
-_NO_FLOATS = np.empty(0, np.float32)
-NOTHING_DRAWN = StepOutput(_NO_INTS, _NO_FLOATS, _NO_INTS, _NO_FLOATS)
+NOTHING_DRAWN = StepOutput.of_tokens(np.empty(0, np.int32))
 
 
 class Packed(NamedTuple):
@@ -55,7 +53,7 @@ class Packed(NamedTuple):
         columns = self.numbers.numpy()
         token_ids = np.ascontiguousarray(columns[:, 0])
         if self.num_alternatives < 0:
-            return StepOutput(token_ids, _NO_FLOATS, _NO_INTS, _NO_FLOATS)
+            return StepOutput.of_tokens(token_ids)
         end = 2 + self.num_alternatives
         floats: Float32Array = np.ascontiguousarray(columns[:, 1:end]).view(np.float32)
         return StepOutput(
@@ -74,36 +72,35 @@ class Drawn:
     """The draws of one step on their way to the host.
 
     Args:
-        packed: what was drawn. On a GPU its copy to the host starts here, behind what the device does already, so that
-            waiting for it is not waiting for the step behind.
+        drawn: what was drawn. On a GPU its copy to the host starts here, behind what the device does already, so that
+            waiting for it is not waiting for the step behind. A `StepOutput` is on the host, and final.
         settle: to be called before the tokens are used, as rows may be `UNDECIDED`; None: none can be.
     """
 
-    def __init__(self, packed: Packed, settle: Settle | None = None) -> None:
-        self._packed = packed
+    def __init__(self, drawn: Packed | StepOutput, settle: Settle | None = None) -> None:
+        self._drawn = drawn
         self._settle = settle
-        self._output: StepOutput | None = None
         self._copied: torch.cuda.Event | None = None
-        if packed.numbers.is_cuda:
-            numbers = torch.empty_like(packed.numbers, device="cpu", pin_memory=True)
-            numbers.copy_(packed.numbers, non_blocking=True)
-            self._packed = packed._replace(numbers=numbers)
+        if isinstance(drawn, Packed) and drawn.numbers.is_cuda:
+            numbers = torch.empty_like(drawn.numbers, device="cpu", pin_memory=True)
+            numbers.copy_(drawn.numbers, non_blocking=True)
+            self._drawn = drawn._replace(numbers=numbers)
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
 
     def fetch(self) -> StepOutput:
         """Waits for the draws, and for those alone; again gives the same."""
-        if self._output is None:
+        if isinstance(self._drawn, Packed):
             if self._copied is not None:
                 self._copied.synchronize()
-            output = self._packed.read()
+            output = self._drawn.read()
             if self._settle is not None:
                 undecided = np.flatnonzero(output.token_ids == UNDECIDED)
                 packed = self._settle(undecided.astype(np.int32))
                 if packed is not None:
                     output = packed._replace(numbers=packed.numbers.cpu()).read()
-            self._output, self._settle = output, None
-        return self._output
+            self._drawn, self._settle = output, None
+        return self._drawn
 
 
 class LatestTokens:

@@ -4,8 +4,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from orchestra.worker import sampling
+from orchestra.worker import recording, sampling
 from orchestra.worker.parallel import Communicator
+from orchestra.worker.plan import Int32Array
 
 
 class Logits(Protocol):
@@ -15,8 +16,8 @@ class Logits(Protocol):
         """`[N, vocab_size]` on the stage's first rank; None on the others."""
         ...
 
-    def likeliest(self) -> Tensor | None:
-        """The likeliest token of each row, the first of equals: `int64[N]` on the stage's first rank, else None."""
+    def likeliest(self) -> Tensor | Int32Array | None:
+        """The likeliest token of each row, the first of equals: `[N]` on the stage's first rank, else None."""
         ...
 
 
@@ -65,5 +66,5 @@ class SharedLogits:
         """See `Logits`."""
         span = self._communicator.shard.padded_span(self._vocab)
         own = sampling.candidates(self._part[:, : len(span)], span.start)
-        everyone = self._communicator.gather_columns(own)
+        everyone = recording.gather_columns(self._communicator, own)
         return None if everyone is None else sampling.likeliest_of(everyone)

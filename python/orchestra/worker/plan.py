@@ -76,7 +76,9 @@ class BlockCopies:
     """`[C]`"""
 
 
-NO_COPIES = BlockCopies(np.empty(0, np.int32), np.empty(0, np.int32))
+_NO_INTS = np.empty(0, np.int32)
+_NO_FLOATS = np.empty(0, np.float32)
+NO_COPIES = BlockCopies(_NO_INTS, _NO_INTS)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class PendingTokens:
     """`[P]` the sampler slot that draws each."""
 
 
-NONE_PENDING = PendingTokens(np.empty(0, np.int32), np.empty(0, np.int32))
+NONE_PENDING = PendingTokens(_NO_INTS, _NO_INTS)
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,14 @@ class StepPlan:
     pending: PendingTokens = NONE_PENDING
     """Tokens that are not in the plan."""
 
+    @property
+    def draws_from_all(self) -> bool:
+        """Whether a token is drawn from each of the step's, in their order: every sequence has one."""
+        count = len(self.token_ids)
+        is_each = len(self.sample_sequences) == count
+        # As lists, which for few numbers take less than numpy's first look at them.
+        return is_each and self.sample_sequences.tolist() == list(range(count))
+
 
 @dataclass(frozen=True)
 class StepOutput:
@@ -140,6 +150,11 @@ class StepOutput:
     """`[N, K]`, most likely first."""
     top_logprobs: Float32Array
     """`[N, K]`"""
+
+    @classmethod
+    def of_tokens(cls, token_ids: Int32Array) -> "StepOutput":
+        """Tokens of which nobody wants the log-probabilities."""
+        return cls(token_ids, _NO_FLOATS, _NO_INTS, _NO_FLOATS)
 
 
 class PlanReader:

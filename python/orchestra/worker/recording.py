@@ -173,7 +173,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _is_kernel(communicator: Communicator) -> bool:
-    """Whether its sums are calls that are noted."""
+    """Whether its collectives are calls that are noted."""
     if isinstance(communicator, RenewableGroup):
         communicator = communicator.group
     return isinstance(communicator, SharedMemoryGroup)
@@ -185,6 +185,17 @@ def _run(program: _core.KernelProgram, rows: int) -> None:
     except InternalError as error:
         # What ends a sum is that a rank is lost, or was given up for lost; no other kernel fails.
         raise RankLostError(str(error)) from error
+
+
+def gather_columns(communicator: Communicator, tensor: Tensor) -> Tensor | None:
+    """Joins the ranks' columns (see `Communicator`); where a step is recorded, when that is repeated.
+
+    Raises:
+        NotRecordableError: a step is recorded, and the ranks do not do so by a kernel.
+    """
+    if _here.recorder is not None and not _is_kernel(communicator):
+        raise NotRecordableError("the ranks gather by other means than a kernel")
+    return communicator.gather_columns(tensor)
 
 
 def all_reduce(communicator: Communicator, tensor: Tensor) -> None:

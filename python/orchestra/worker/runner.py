@@ -1,18 +1,64 @@
 """Executes one plan: the forward pass of this rank's shard and, at its end, the draw."""
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, Protocol, TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from orchestra.worker.attention import AttentionBackend, LayerListener
-from orchestra.worker.decode_graphs import DecodeGraphs
-from orchestra.worker.drawn import NOTHING_DRAWN, Drawn
+from orchestra.worker.drawn import NOTHING_DRAWN, Drawn, LatestTokens
 from orchestra.worker.kv_cache import PagedCache
 from orchestra.worker.logits import Logits
 from orchestra.worker.models import Model
 from orchestra.worker.plan import NO_COPIES, StepOutput, StepPlan
 from orchestra.worker.sampler_slots import SamplerSlots
 from orchestra.worker.staging import send
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def in_inference_mode(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Lets a function run in torch's inference mode.
+
+    A thread that is in it already, as the loops of a worker are, does not enter again: of a small step that took 1 %.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        if torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode():
+            return function(*args, **kwargs)
+
+    return run
+
+
+class RecordedSteps(Protocol):
+    """Decode steps that are recorded once and then repeated, without what Python does between the kernels."""
+
+    def takes(self, plan: StepPlan) -> bool:
+        """Whether a step can be run from a recording: a token is drawn from each of its tokens."""
+        ...
+
+    def run(self, plan: StepPlan, latest: LatestTokens | None = None) -> Logits | None:
+        """Computes a step that `takes` has said yes to, attention and all; the logits are valid until the next one.
+
+        Args:
+            plan: the step.
+            latest: has its pending tokens, where there may be some.
+
+        Returns:
+            What is drawn by; None on ranks that draw nothing.
+        """
+        ...
+
+    def forget(self) -> None:
+        """Lets go of all recordings, as must be done when the group of ranks has changed: they hold its collectives."""
+        ...
 
 
 class ModelRunner:
@@ -24,7 +70,7 @@ class ModelRunner:
         attention: over this rank's cache.
         slots: what this rank keeps of the sampler slots, and draws with.
         device: where the model computes.
-        graphs: decode steps to record and replay; None: every step is computed anew.
+        recorded: runs the steps that it takes; None: every step is computed anew.
     """
 
     def __init__(
@@ -34,9 +80,9 @@ class ModelRunner:
         attention: AttentionBackend,
         slots: SamplerSlots,
         device: torch.device,
-        graphs: DecodeGraphs | None = None,
+        recorded: RecordedSteps | None = None,
     ) -> None:
-        self.graphs = graphs
+        self.recorded = recorded
         self._model = model
         self._cache = cache
         self._attention = attention
@@ -50,8 +96,8 @@ class ModelRunner:
     def forget(self) -> None:
         """Lets go of recorded steps and of draws under way, as must be done when the group of ranks has changed."""
         self._slots.forget()
-        if self.graphs is not None:
-            self.graphs.forget()
+        if self.recorded is not None:
+            self.recorded.forget()
         self._model.forget()
 
     def execute(self, plan: StepPlan) -> StepOutput:
@@ -63,7 +109,7 @@ class ModelRunner:
         drawn = self.start(plan)
         return NOTHING_DRAWN if drawn is None else drawn.fetch()
 
-    @torch.inference_mode()
+    @in_inference_mode
     def start(self, plan: StepPlan) -> Drawn | None:
         """Hands a step to the device, which runs it behind the one before. On a CPU it has run when this returns.
 
@@ -76,7 +122,7 @@ class ModelRunner:
             return self._slots.take(None if logits is None else logits.likeliest(), plan)
         return self._slots.draw(self.forward(plan), plan)
 
-    @torch.inference_mode()
+    @in_inference_mode
     def forward(self, plan: StepPlan) -> Tensor | None:
         """Computes a step's KV and logits.
 
@@ -87,13 +133,13 @@ class ModelRunner:
         return None if logits is None else logits.whole()
 
     def _compute(self, plan: StepPlan) -> Logits | None:
-        self._cache.copy_blocks(plan.swap_out, plan.swap_in)
-        if self.graphs is not None and self.graphs.takes(plan):
-            return self.graphs.run(plan, self._slots.latest)
+        if plan.swap_out is not NO_COPIES or plan.swap_in is not NO_COPIES:
+            self._cache.copy_blocks(plan.swap_out, plan.swap_in)
+        if self.recorded is not None and self.recorded.takes(plan):
+            return self.recorded.run(plan, self._slots.latest)
         # The tokens to sample from: the last of each sequence that draws.
         rows = plan.query_start[plan.sample_sequences + 1] - 1
         tokens = len(plan.token_ids)
-        is_all = len(rows) == tokens and np.array_equal(rows, np.arange(tokens))
         self._attention.prepare(plan)
         inputs = np.concatenate([plan.token_ids, plan.positions, rows], dtype=np.int64)
         token_ids, positions, row_index = torch.split(
@@ -102,7 +148,7 @@ class ModelRunner:
         )
         if self._slots.latest is not None:
             self._slots.latest.fill(token_ids, plan.pending)
-        chosen = None if is_all else row_index
+        chosen = None if plan.draws_from_all else row_index
         return self._model.forward(token_ids, positions, self._attention, chosen)
 
 

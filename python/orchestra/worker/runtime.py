@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from orchestra.errors import ConfigError, UnsupportedError
+from orchestra.worker import cores
 from orchestra.worker.assembly import Rank, assemble
 from orchestra.worker.command_line import EXIT_INVALID_CONFIG
 from orchestra.worker.config import WorkerConfig
@@ -46,10 +49,11 @@ def run(config: WorkerConfig) -> int:
         rank = assemble(config, _report_loading)
         _keep_what_is_there()
         stop.is_serving = True
-        if rank.group.follower is not None:
-            _follow_and_recover(rank, rank.group.follower)
-        else:
-            _lead_with_agent(config, rank, stop)
+        with torch.inference_mode():
+            if rank.group.follower is not None:
+                _follow_and_recover(rank, rank.group.follower)
+            else:
+                _lead_with_agent(config, rank, stop)
     except (ConfigError, UnsupportedError) as error:
         logger.error("%s", error)  # noqa: TRY400 (the message says it all; nobody wants a traceback of a typo)
         return EXIT_INVALID_CONFIG
@@ -86,6 +90,7 @@ def follow(rank: Rank, channel: Follower, recovery: FollowerRecovery | None = No
         channel: where the plans come from.
         recovery: what to do when a rank is lost; None: end.
     """
+    cores.bind(rank.cores)
     write_status("ready")
     while True:
         try:
@@ -159,7 +164,10 @@ def _lead_with_agent(config: WorkerConfig, rank: Rank, stop: StopSignals) -> Non
             stop_metrics = metrics.serve(config.metrics_host, config.metrics_port)
         recovery = _leader_recovery(config, rank)
         repartition = None if rank.mover is None else Repartition(rank, metrics)
-        Leading(agent, rank, metrics, recovery, repartition).run(stop)
+        leading = Leading(agent, rank, metrics, recovery, repartition)
+        # Last: threads that were made from now on would stay on these cores too.
+        cores.bind(rank.cores)
+        leading.run(stop)
     finally:
         agent.close()
         if stop_metrics is not None:

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from orchestra.worker import sampling
 from orchestra.worker.drawn import UNDECIDED, Drawn, LatestTokens, Packed
-from orchestra.worker.plan import GREEDY_BELOW, Float32Array, Int32Array, SequenceStart
+from orchestra.worker.plan import (
+    GREEDY_BELOW,
+    Float32Array,
+    Int32Array,
+    SequenceStart,
+    StepOutput,
+)
 from orchestra.worker.staging import send
 from orchestra.worker.token_history import TokenHistory
 
@@ -118,15 +124,19 @@ class Sampler:
         self._unsettled = Drawn(packed, settle)
         return self._unsettled
 
-    def take(self, tokens: Tensor, slots: Int32Array) -> Drawn:
+    def take(self, tokens: Tensor | Int32Array, slots: Int32Array) -> Drawn:
         """Draws what others have found to be the likeliest tokens of slots that take no others.
 
         Args:
-            tokens: `[N]`, of any integer dtype.
+            tokens: `[N]`, of any integer dtype where they are a tensor.
             slots: `[N]`, all different.
         """
-        self._note(slots, tokens)
-        return Drawn(Packed.of_tokens(tokens))
+        if isinstance(tokens, Tensor):
+            self._note(slots, tokens)
+            return Drawn(Packed.of_tokens(tokens))
+        if self._latest is not None:
+            self._latest.note(slots, torch.from_numpy(tokens))
+        return Drawn(StepOutput.of_tokens(tokens))
 
     def _keep(self, slots: Int32Array, tokens: Tensor) -> None:
         """What later steps need to know of the draws."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from orchestra.worker.drawn import Drawn, LatestTokens
-from orchestra.worker.plan import SequenceStart, StepPlan
+from orchestra.worker.plan import Int32Array, SequenceStart, StepPlan
 from orchestra.worker.sampler import Sampler
 
 
@@ -42,8 +42,8 @@ class SamplerSlots:
         """Whether all of a step's samples take their likeliest tokens, and nobody asks for log-probabilities."""
         return plan.num_top_logprobs < 0 and self._others.isdisjoint(plan.sample_slots.tolist())
 
-    def take(self, tokens: Tensor | None, plan: StepPlan) -> Drawn | None:
-        """Takes the likeliest tokens (`int64[N]`) of a step; None where this rank has none, or draws nothing."""
+    def take(self, tokens: Tensor | Int32Array | None, plan: StepPlan) -> Drawn | None:
+        """Takes the likeliest tokens (`[N]`) of a step; None where this rank has none, or draws nothing."""
         if tokens is None or self._sampler is None:
             return None
         return self._sampler.take(tokens, plan.sample_slots)

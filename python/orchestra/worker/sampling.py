@@ -54,15 +54,7 @@ def apply_penalties(logits: Tensor, prompt: Tensor, counts: Tensor, penalties: T
 
 def argmax(logits: Tensor) -> Tensor:
     """The most likely token of each row (`[N, V]`, of any float dtype), the first of equals; `int64[N]`."""
-    if not _suits_kernels(logits):
-        return logits.argmax(1)
-    tokens = torch.empty(len(logits), dtype=torch.int64)
-    _core.argmax(
-        *(KERNEL_DTYPES[logits.dtype], (logits.shape[0], logits.shape[1])),
-        (logits.data_ptr(), logits.stride(0)),
-        *(tokens.data_ptr(), torch.get_num_threads()),
-    )
-    return tokens
+    return likeliest_of(candidates(logits, 0)) if _suits_kernels(logits) else logits.argmax(1)
 
 
 def candidates(logits: Tensor, first: int) -> Tensor:
@@ -85,7 +77,7 @@ def candidates(logits: Tensor, first: int) -> Tensor:
         bits = logits.gather(1, tokens).float().add_(0.0).view(torch.int32)
         order = bits ^ (bits >> 31).bitwise_and_(0x7FFFFFFF)
         return (order.long() << 32) + (_TOKEN_MASK - first - tokens)
-    found = torch.empty(rows, 1, dtype=torch.int64)
+    found = logits.new_empty(rows, 1, dtype=torch.int64)
     _core.candidates(
         *(KERNEL_DTYPES[logits.dtype], (rows, columns)),
         *((logits.data_ptr(), logits.stride(0)), first),
@@ -96,7 +88,13 @@ def candidates(logits: Tensor, first: int) -> Tensor:
 
 def likeliest_of(candidates: Tensor) -> Tensor:
     """The tokens (`int64[N]`) of the best of some `candidates` (`int64[N, any]`)."""
-    return _TOKEN_MASK - (candidates.amax(1) & _TOKEN_MASK)
+    if candidates.device.type != "cpu":
+        return _TOKEN_MASK - (candidates.amax(1) & _TOKEN_MASK)
+    candidates = candidates.contiguous()
+    rows, each = candidates.shape
+    tokens = candidates.new_empty(rows)
+    _core.likeliest_of((rows, each), candidates.data_ptr(), tokens.data_ptr())
+    return tokens
 
 
 def rank_threshold(probabilities: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

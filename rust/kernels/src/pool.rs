@@ -8,11 +8,14 @@
 
 use std::{
     ffi::{c_uint, c_void},
+    io,
     sync::{
         OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
 };
+
+use rustix::thread::{CpuSet, sched_setaffinity};
 
 /// `GOMP_parallel` of libgomp, which compilers call for `#pragma omp parallel`: runs the function with the data on so
 /// many threads, and returns when all have returned.
@@ -73,6 +76,30 @@ pub(crate) fn share_all<S>(
     });
 }
 
+/// Keeps the threads that compute, the caller's and those beside it, on some cores.
+///
+/// # Errors
+/// [`io::Error`] where the system does not let them; those that it did stay there.
+pub fn bind(threads: u32, cores: &[usize]) -> io::Result<()> {
+    let mut set = CpuSet::new();
+    for core in cores {
+        if *core >= CpuSet::MAX_CPU {
+            let message = format!("core {core} of at most {}", CpuSet::MAX_CPU);
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        set.set(*core);
+    }
+    let failed = OnceLock::new();
+    run(threads, &|| {
+        if let Err(error) = sched_setaffinity(None, &set) {
+            failed.get_or_init(|| error);
+        }
+    });
+    failed
+        .into_inner()
+        .map_or(Ok(()), |error| Err(error.into()))
+}
+
 /// Whether there are threads besides the caller's.
 pub fn has_threads() -> bool {
     entry().is_some()
@@ -101,8 +128,32 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use parking_lot::Mutex;
+    use rustix::thread::sched_getaffinity;
 
     use super::*;
+
+    #[test]
+    fn threads_stay_on_their_cores() {
+        let anywhere = sched_getaffinity(None).unwrap();
+        let core = (0..CpuSet::MAX_CPU).find(|core| anywhere.is_set(*core));
+        let bound = std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                bind(1, &[core.unwrap()]).unwrap();
+                sched_getaffinity(None).unwrap()
+            });
+            thread.join().unwrap()
+        });
+        assert_eq!(bound.count(), 1);
+        assert!(bound.is_set(core.unwrap()));
+        // Others are where they were.
+        assert_eq!(sched_getaffinity(None).unwrap(), anywhere);
+    }
+
+    #[test]
+    fn cores_that_are_not_there_are_refused() {
+        assert!(bind(1, &[CpuSet::MAX_CPU]).is_err());
+        assert!(bind(1, &[CpuSet::MAX_CPU - 1]).is_err());
+    }
 
     #[test]
     fn every_piece_of_every_work_is_done_once() {

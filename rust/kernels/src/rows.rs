@@ -9,7 +9,7 @@
 mod draws;
 mod each;
 
-pub use self::draws::{Best, Candidates, Draw, Logits, Softmax};
+pub use self::draws::{Candidates, Draw, Logits, Softmax, likeliest_of};
 
 use crate::{
     element::Element,
@@ -216,17 +216,8 @@ pub unsafe fn mix<E: Element>(mix: &Mix<E>, threads: u32) {
     unsafe { run(mix, threads) }
 }
 
-/// Finds the largest number of each row, the first of equals; one that is NaN only where no other is a number above
-/// negative infinity.
-///
-/// # Safety
-/// As [`rms_norm`], with the shapes of [`Best`].
-pub unsafe fn argmax<E: Element>(best: &Best<E>, threads: u32) {
-    // SAFETY: the caller's promise.
-    unsafe { run(best, threads) }
-}
-
-/// Finds the largest number of each row as [`argmax`] does, to be compared with those of other columns.
+/// Finds the largest number of each row, the first of equals, for [`likeliest_of`]; one that is NaN only where no other is
+/// a number above negative infinity.
 ///
 /// # Safety
 /// As [`rms_norm`], with the shapes of [`Candidates`].

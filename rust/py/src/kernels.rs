@@ -1,5 +1,10 @@
 //! `orchestra-kernels` for `orchestra.worker`: tensors come as the addresses and sizes that torch gives of them.
 
+#![expect(
+    unsafe_code,
+    reason = "sees the memory of tensors, whose addresses Python gives"
+)]
+
 mod attention;
 mod experts;
 mod group;
@@ -8,8 +13,11 @@ mod recording;
 mod ring;
 mod rows;
 
+use std::{ptr::NonNull, slice};
+
 use orchestra_core::{ErrorCode, config::ConfigIssue};
 use orchestra_kernels::{GroupError, LinearError, RingError};
+use pyo3::prelude::*;
 
 pub(crate) use self::{
     attention::PagedAttention,
@@ -18,9 +26,17 @@ pub(crate) use self::{
     linear::Linear,
     recording::{KernelProgram, begin_recording, end_recording},
     ring::{MessageRingReader, MessageRingWriter},
-    rows::{add, argmax, candidates, draw, gate, look_up, mix, rms_norm, rotate, softmax},
+    rows::{add, candidates, draw, gate, likeliest_of, look_up, mix, rms_norm, rotate, softmax},
 };
 use crate::errors::Failure;
+
+/// Keeps the threads that compute on some cores.
+#[pyfunction]
+#[expect(clippy::needless_pass_by_value, reason = "what a list becomes")]
+pub(crate) fn bind_threads(cores: Vec<usize>, threads: u32) -> PyResult<()> {
+    let bound = orchestra_kernels::pool::bind(threads, &cores);
+    Ok(bound.map_err(|error| Failure::new(ErrorCode::Internal, error.to_string()))?)
+}
 
 impl From<GroupError> for Failure {
     fn from(error: GroupError) -> Self {
@@ -85,3 +101,15 @@ macro_rules! with_numbers {
     };
 }
 pub(crate) use with_numbers;
+
+/// The numbers of a tensor; none where there are none, whatever its address is.
+///
+/// # Safety
+/// There are so many at the address, aligned, which nobody else reads or writes while the slice lives.
+pub(crate) unsafe fn view<'a, T>(address: usize, count: usize) -> &'a mut [T] {
+    let Some(start) = NonNull::new(address as *mut T).filter(|_| count > 0) else {
+        return &mut [];
+    };
+    // SAFETY: the caller's promise.
+    unsafe { slice::from_raw_parts_mut(start.as_ptr(), count) }
+}

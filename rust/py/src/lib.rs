@@ -32,8 +32,8 @@ mod _core {
         errors::error_codes,
         kernels::{
             ExpertRouter, Experts, KernelProgram, Linear, MessageRingReader, MessageRingWriter,
-            PagedAttention, SharedGroup, add, argmax, begin_recording, candidates, draw,
-            end_recording, gate, look_up, mix, rms_norm, rotate, softmax,
+            PagedAttention, SharedGroup, add, begin_recording, bind_threads, candidates, draw,
+            end_recording, gate, likeliest_of, look_up, mix, rms_norm, rotate, softmax,
         },
         kv_pool::KvPool,
         memory::{

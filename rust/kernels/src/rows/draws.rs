@@ -35,23 +35,14 @@ pub struct Logits<E> {
     pub size: usize,
 }
 
-/// Rows of logits of which the largest are looked for.
-#[derive(Clone, Copy, Debug)]
-pub struct Best<E> {
-    /// What is compared.
-    pub logits: Logits<E>,
-    /// `[count]`
-    pub tokens: *mut i64,
-}
-
-/// Rows of some tokens' logits, of which the largest are looked for to be compared with those of other tokens.
+/// Rows of logits, of which the largest are looked for: of all tokens, or to be compared with those of other tokens.
 #[derive(Clone, Copy, Debug)]
 pub struct Candidates<E> {
     /// What is compared.
     pub logits: Logits<E>,
     /// The token of the first column.
     pub first: u32,
-    /// `[count]`; see [`candidate`].
+    /// `[count]`, for [`likeliest_of`].
     pub candidates: *mut i64,
 }
 
@@ -82,8 +73,6 @@ pub struct Draw {
 }
 
 // SAFETY: threads read the same rows, and each writes rows that no other has.
-unsafe impl<E: Element> Sync for Best<E> {}
-// SAFETY: as above.
 unsafe impl<E: Element> Sync for Candidates<E> {}
 // SAFETY: as above.
 unsafe impl<E: Element> Sync for Softmax<E> {}
@@ -170,15 +159,16 @@ fn candidate(logit: f32, token: u32) -> i64 {
     (i64::from(order) << 32) | i64::from(u32::MAX - token)
 }
 
-impl<E: Element> Work for Best<E> {
-    fn shape(&self) -> (usize, usize) {
-        (self.logits.count, self.logits.size)
-    }
-
-    #[inline(always)]
-    unsafe fn row<V: Arithmetic>(&self, row: usize) {
-        // SAFETY: the row is one of these, and this thread's alone.
-        unsafe { *self.tokens.add(row) = self.logits.best::<V>(row).1 as i64 };
+/// The tokens of some candidates: of each row's best.
+///
+/// # Panics
+/// If there are not as many candidates, at least one, for each token.
+pub fn likeliest_of(candidates: &[i64], tokens: &mut [i64]) {
+    let each = candidates.len().checked_div(tokens.len()).unwrap_or(1);
+    assert_eq!(candidates.len(), each * tokens.len(), "rows of candidates");
+    for (token, row) in tokens.iter_mut().zip(candidates.chunks_exact(each)) {
+        let best = row.iter().copied().fold(i64::MIN, i64::max);
+        *token = i64::from(u32::MAX - best as u32);
     }
 }
 

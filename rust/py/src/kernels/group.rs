@@ -5,12 +5,16 @@
     reason = "sees the memory of tensors, whose addresses Python gives"
 )]
 
-use std::{ptr::NonNull, slice, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use orchestra_kernels::GroupConfig;
 use pyo3::prelude::*;
 
-use super::{Dtype, recording::call_or_note_shares};
+use super::{
+    Dtype,
+    recording::{try_call_or_note, try_call_or_note_shares},
+    view,
+};
 use crate::errors::Failure;
 
 /// One rank's end of a group that speaks over shared memory.
@@ -67,7 +71,7 @@ impl SharedGroup {
     ) -> PyResult<()> {
         let dtype = Dtype::read(dtype)?;
         let group = Arc::clone(&self.inner);
-        call_or_note_shares(py, numel, move |numel| {
+        try_call_or_note_shares(py, numel, move |numel| {
             let ended = match dtype {
                 // SAFETY: the caller says that there are `numel` numbers of this kind at `data_ptr`, and leaves them
                 // alone until the call returns: the contract of `_core.pyi`.
@@ -89,17 +93,19 @@ impl SharedGroup {
         rows: usize,
         joined_ptr: Option<usize>,
     ) -> PyResult<()> {
-        let joined_bytes = num_bytes * self.inner.size();
-        let ended = py.detach(|| {
+        let each = num_bytes.checked_div(rows).unwrap_or(0);
+        let group = Arc::clone(&self.inner);
+        try_call_or_note(py, rows, move |rows| {
+            let num_bytes = rows * each;
             // SAFETY: the caller says that there are `num_bytes` bytes at `data_ptr`, and as many for each rank at
             // `joined_ptr`, other memory; and leaves both alone until the call returns: the contract of `_core.pyi`.
             let (part, joined) = unsafe {
-                let joined = joined_ptr.map(|address| view::<u8>(address, joined_bytes));
+                let joined = joined_ptr.map(|at| view::<u8>(at, num_bytes * group.size()));
                 (&*view::<u8>(data_ptr, num_bytes), joined)
             };
-            self.inner.gather_columns(part, rows, joined)
-        });
-        Ok(ended.map_err(Failure::from)?)
+            let ended = group.gather_columns(part, rows, joined);
+            ended.map_err(Failure::from)
+        })
     }
 
     /// Adds up the numbers of a tensor over all ranks, each of which takes its share of the sums.
@@ -168,16 +174,4 @@ impl SharedGroup {
     fn abort(&self) {
         self.inner.abort();
     }
-}
-
-/// The numbers of a tensor; none where there are none, whatever its address is.
-///
-/// # Safety
-/// There are so many at the address, aligned, which nobody else reads or writes while the slice lives.
-unsafe fn view<'a, T>(address: usize, count: usize) -> &'a mut [T] {
-    let Some(start) = NonNull::new(address as *mut T).filter(|_| count > 0) else {
-        return &mut [];
-    };
-    // SAFETY: the caller's promise.
-    unsafe { slice::from_raw_parts_mut(start.as_ptr(), count) }
 }

@@ -22,24 +22,30 @@ struct Recording {
 }
 
 /// Makes a call for so many rows, without Python's lock; or, while this thread records, notes it.
+pub(super) fn try_call_or_note(
+    py: Python<'_>,
+    rows: usize,
+    call: impl Fn(usize) -> Result<(), Failure> + Send + Sync + 'static,
+) -> PyResult<()> {
+    RECORDING.with_borrow_mut(|recording| match recording {
+        None => Ok(py.detach(|| call(rows))?),
+        Some(recording) if recording.rows == rows => {
+            recording.calls.push(Box::new(call));
+            Ok(())
+        }
+        Some(recording) => Err(recording.refusal(rows).into()),
+    })
+}
+
+/// As `try_call_or_note`, of a kernel that cannot fail.
 pub(super) fn call_or_note(
     py: Python<'_>,
     rows: usize,
     call: impl Fn(usize) + Send + Sync + 'static,
 ) -> PyResult<()> {
-    RECORDING.with_borrow_mut(|recording| match recording {
-        None => {
-            py.detach(|| call(rows));
-            Ok(())
-        }
-        Some(recording) if recording.rows == rows => {
-            recording.note(move |rows| {
-                call(rows);
-                Ok(())
-            });
-            Ok(())
-        }
-        Some(recording) => Err(recording.refusal(rows).into()),
+    try_call_or_note(py, rows, move |rows| {
+        call(rows);
+        Ok(())
     })
 }
 
@@ -48,32 +54,27 @@ pub(super) fn call_or_note_prepared(
     py: Python<'_>,
     call: impl Fn() + Send + Sync + 'static,
 ) -> PyResult<()> {
-    let rows = RECORDING.with_borrow(|recording| recording.as_ref().map_or(0, |it| it.rows));
-    call_or_note(py, rows, move |_| call())
+    call_or_note(py, noted_rows().unwrap_or(0), move |_| call())
 }
 
-/// As `call_or_note`, of one that takes all numbers of the rows, and may fail.
-pub(super) fn call_or_note_shares(
+/// As `try_call_or_note`, of one that takes all numbers of the rows.
+pub(super) fn try_call_or_note_shares(
     py: Python<'_>,
     numbers: usize,
     call: impl Fn(usize) -> Result<(), Failure> + Send + Sync + 'static,
 ) -> PyResult<()> {
-    RECORDING.with_borrow_mut(|recording| match recording {
-        None => Ok(py.detach(|| call(numbers))?),
-        Some(recording) if recording.rows > 0 && numbers.is_multiple_of(recording.rows) => {
-            let each = numbers / recording.rows;
-            recording.note(move |rows| call(rows * each));
-            Ok(())
-        }
-        Some(recording) => Err(recording.refusal(numbers).into()),
-    })
+    // Numbers that are not of so many rows are refused as rows.
+    let rows = noted_rows().filter(|rows| *rows > 0 && numbers.is_multiple_of(*rows));
+    let each = rows.map_or(1, |rows| numbers / rows);
+    try_call_or_note(py, numbers / each.max(1), move |rows| call(rows * each))
+}
+
+/// Of which calls are noted, while this thread records.
+fn noted_rows() -> Option<usize> {
+    RECORDING.with_borrow(|recording| recording.as_ref().map(|it| it.rows))
 }
 
 impl Recording {
-    fn note(&mut self, call: impl Fn(usize) -> Result<(), Failure> + Send + Sync + 'static) {
-        self.calls.push(Box::new(call));
-    }
-
     fn refusal(&self, rows: usize) -> Failure {
         let message = format!("rows: {rows}, while calls of {} are noted", self.rows);
         Failure::invalid("rows", message)

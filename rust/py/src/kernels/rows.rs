@@ -12,13 +12,12 @@
 use orchestra_kernels::{
     Element,
     rows::{
-        self, Activation, Best, Candidates, Draw, Gate, Logits, LookUp, Mix, Norm, Rotation,
-        Softmax, Sum,
+        self, Activation, Candidates, Draw, Gate, Logits, LookUp, Mix, Norm, Rotation, Softmax, Sum,
     },
 };
 use pyo3::prelude::*;
 
-use super::{Dtype, recording::call_or_note, with_numbers};
+use super::{Dtype, recording::call_or_note, view, with_numbers};
 use crate::errors::Failure;
 
 /// Normalises rows by the root of their mean square.
@@ -284,37 +283,6 @@ unsafe fn mix_rows<E: Element>(
     unsafe { rows::mix(&mix, threads) }
 }
 
-/// Finds the largest number of each row.
-#[pyfunction]
-pub(crate) fn argmax(
-    py: Python<'_>,
-    dtype: &str,
-    shape: (usize, usize),
-    logits: (usize, usize),
-    tokens_ptr: usize,
-    threads: u32,
-) -> PyResult<()> {
-    let dtype = Dtype::read(dtype)?;
-    py.detach(|| with_numbers!(dtype, find_best(shape, logits, tokens_ptr, threads)));
-    Ok(())
-}
-
-/// # Safety
-/// As `rows::argmax`.
-unsafe fn find_best<E: Element>(
-    shape: (usize, usize),
-    logits: (usize, usize),
-    tokens: usize,
-    threads: u32,
-) {
-    let best = Best {
-        logits: rows_of::<E>(shape, logits),
-        tokens: tokens as *mut i64,
-    };
-    // SAFETY: the caller's promise.
-    unsafe { rows::argmax(&best, threads) }
-}
-
 /// Finds the largest number of each row, and says with it whose it is.
 #[pyfunction]
 pub(crate) fn candidates(
@@ -327,9 +295,12 @@ pub(crate) fn candidates(
     threads: u32,
 ) -> PyResult<()> {
     let dtype = Dtype::read(dtype)?;
+    let (count, size) = shape;
     let target = (first, candidates_ptr);
-    py.detach(|| with_numbers!(dtype, find_candidates(shape, logits, target, threads)));
-    Ok(())
+    call_or_note(py, count, move |count| {
+        let shape = (count, size);
+        with_numbers!(dtype, find_candidates(shape, logits, target, threads));
+    })
 }
 
 /// # Safety
@@ -347,6 +318,26 @@ unsafe fn find_candidates<E: Element>(
     };
     // SAFETY: the caller's promise.
     unsafe { rows::candidates(&candidates, threads) }
+}
+
+/// Finds the tokens of each row's best candidate.
+#[pyfunction]
+pub(crate) fn likeliest_of(
+    py: Python<'_>,
+    shape: (usize, usize),
+    candidates_ptr: usize,
+    tokens_ptr: usize,
+) -> PyResult<()> {
+    let (count, each) = shape;
+    call_or_note(py, count, move |count| {
+        // SAFETY: the caller says that there are so many of both, other memory, and leaves them alone until the call
+        // returns: the contract of `_core.pyi`.
+        let (candidates, tokens) = unsafe {
+            let candidates = view::<i64>(candidates_ptr, count * each);
+            (&*candidates, view::<i64>(tokens_ptr, count))
+        };
+        rows::likeliest_of(candidates, tokens);
+    })
 }
 
 /// Makes probabilities of logits.
