@@ -32,9 +32,7 @@ use crate::{
 };
 
 /// Cached tokens that a row takes at a time, at multiples of it.
-const CHUNK: usize = 32;
-/// Rows of a tile, where a token has fewer: what is read of the cache is used for so many at once.
-const ROWS: usize = 32;
+const CHUNK: usize = 64;
 /// So many tiles for each thread, before what could be several becomes one: they are not equally long.
 const TILES_PER_THREAD: usize = 4;
 /// Longest head.
@@ -199,14 +197,14 @@ impl<E: Element> Attention<E> {
         #[cfg(target_arch = "x86_64")]
         if self.in_pairs {
             return Cut {
-                rows: pairs::ROWS,
+                rows: (pairs::ROWS, pairs::ROWS),
                 together: pairs::TOGETHER,
                 tiles,
             };
         }
         Cut {
-            rows: ROWS,
-            together: (1, 0),
+            rows: tile::ROWS,
+            together: tile::TOGETHER,
             tiles,
         }
     }
@@ -240,7 +238,7 @@ impl<E: Element> Attention<E> {
         // SAFETY: the caller's promise; each token has a slot of its own.
         let write = |(): &mut (), token| unsafe { write_token(&layer, token) };
         share(step.num_tokens, writers, || (), write);
-        let rows = self.cut(threads).rows.max(self.config.group());
+        let rows = self.cut(threads).rows.1.max(self.config.group());
         #[cfg(target_arch = "x86_64")]
         if self.in_pairs
             && let Some(layer) = layer.as_bf16()

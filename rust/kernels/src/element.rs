@@ -20,6 +20,16 @@ pub trait Element: Copy + Send + Sync + 'static {
     /// # Safety
     /// There is room for them.
     unsafe fn store<V: Vector>(numbers: V, to: *mut Self);
+    /// Reads as many as the vector has, in the order that is the least work for it.
+    ///
+    /// # Safety
+    /// They are there.
+    unsafe fn load_unzipped<V: Vector>(from: *const Self) -> V;
+    /// Rounds and writes numbers in that order.
+    ///
+    /// # Safety
+    /// There is room for them.
+    unsafe fn store_zipped<V: Vector>(numbers: V, to: *mut Self);
     /// The same address, where these already are `f32`.
     fn as_floats(from: *const Self) -> Option<*const f32>;
     /// Where `count` numbers are as `f32`: here, or in `room`, into which they are copied.
@@ -92,6 +102,18 @@ impl Element for f32 {
     }
 
     #[inline(always)]
+    unsafe fn load_unzipped<V: Vector>(from: *const Self) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::load(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_zipped<V: Vector>(numbers: V, to: *mut Self) {
+        // SAFETY: the caller's promise.
+        unsafe { numbers.store(to) }
+    }
+
+    #[inline(always)]
     fn as_floats(from: *const Self) -> Option<*const f32> {
         Some(from)
     }
@@ -118,6 +140,18 @@ impl Element for u16 {
     unsafe fn store<V: Vector>(numbers: V, to: *mut Self) {
         // SAFETY: the caller's promise.
         unsafe { numbers.store_bf16(to) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_unzipped<V: Vector>(from: *const Self) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::load_bf16_unzipped(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_zipped<V: Vector>(numbers: V, to: *mut Self) {
+        // SAFETY: the caller's promise.
+        unsafe { numbers.store_bf16_zipped(to) }
     }
 
     #[inline(always)]

@@ -59,8 +59,28 @@ pub trait Vector: Copy {
     /// # Safety
     /// There is room for them.
     unsafe fn store_bf16(self, to: *mut u16);
+    /// Reads bf16 in an order of the vector's own, which is less work: for sums that do not ask for another.
+    ///
+    /// # Safety
+    /// They are there.
+    #[inline(always)]
+    unsafe fn load_bf16_unzipped(from: *const u16) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { Self::load_bf16(from) }
+    }
+    /// Writes bf16 that are in that order, as `store_bf16` does those in order.
+    ///
+    /// # Safety
+    /// There is room for them.
+    #[inline(always)]
+    unsafe fn store_bf16_zipped(self, to: *mut u16) {
+        // SAFETY: the caller's promise.
+        unsafe { self.store_bf16(to) }
+    }
     /// Says that what lies at an address is wanted soon. The address may be any.
     fn prefetch<T>(from: *const T);
+    /// Sums, number by number.
+    fn add(self, other: Self) -> Self;
     /// Products, number by number.
     fn mul(self, other: Self) -> Self;
     /// `self * factor + term`.
@@ -79,8 +99,6 @@ pub(crate) trait Wide: Vector {
 
 /// What goes from number to number.
 pub trait Arithmetic: Vector {
-    /// Sums, number by number.
-    fn add(self, other: Self) -> Self;
     /// Quotients, number by number.
     fn div(self, other: Self) -> Self;
     /// The larger of each two; `other`'s where one is NaN.
@@ -153,6 +171,18 @@ pub trait Arithmetic: Vector {
 pub trait Lanes: Arithmetic {
     /// The sum of each of eight: `((0+1)+(2+3)) + ((4+5)+(6+7))` of each.
     fn sums(all: [Self; LANES]) -> Self;
+    /// Columns of eight rows.
+    fn columns(rows: [Self; LANES]) -> [Self; LANES];
+    /// Reads sixteen bf16: those in even places, and those in odd ones.
+    ///
+    /// # Safety
+    /// They are there.
+    unsafe fn load_bf16_pairs(from: *const u16) -> [Self; 2];
+    /// Writes what `load_bf16_pairs` reads, rounded.
+    ///
+    /// # Safety
+    /// There is room for sixteen.
+    unsafe fn store_bf16_pairs(pairs: [Self; 2], to: *mut u16);
 }
 
 impl<L: Lanes> Vector for [L; 2] {
@@ -194,8 +224,25 @@ impl<L: Lanes> Vector for [L; 2] {
     }
 
     #[inline(always)]
+    unsafe fn load_bf16_unzipped(from: *const u16) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { L::load_bf16_pairs(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16_zipped(self, to: *mut u16) {
+        // SAFETY: the caller's promise.
+        unsafe { L::store_bf16_pairs(self, to) }
+    }
+
+    #[inline(always)]
     fn prefetch<T>(from: *const T) {
         L::prefetch(from);
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        [self[0].add(other[0]), self[1].add(other[1])]
     }
 
     #[inline(always)]
@@ -300,6 +347,32 @@ mod tests {
         // SAFETY: both arrays hold eight.
         unsafe { L::load_bf16(halves.as_ptr()).store(widened.as_mut_ptr()) };
         assert_eq!(widened, halves.map(crate::bf16::widen));
+        for (at, column) in L::columns(lanes).into_iter().enumerate() {
+            let mut numbers = [0.0; LANES];
+            // SAFETY: the array has room for eight.
+            unsafe { column.store(numbers.as_mut_ptr()) };
+            assert_eq!(numbers, rows.map(|row| row[at]));
+        }
+    }
+
+    fn check_pairs<L: Lanes>() {
+        // All kinds of bf16, a NaN too, each in an even place and in an odd one.
+        for bits in 0..=u16::MAX {
+            let given: [u16; WIDEST] = std::array::from_fn(|at| bits ^ (at as u16) << 4);
+            let (mut numbers, mut written) = ([0.0; WIDEST], [0; WIDEST]);
+            // SAFETY: all arrays hold sixteen.
+            unsafe {
+                let unzipped = <[L; 2]>::load_bf16_unzipped(given.as_ptr());
+                unzipped.store(numbers.as_mut_ptr());
+                unzipped.store_bf16_zipped(written.as_mut_ptr());
+            }
+            for (at, bits) in given.into_iter().enumerate() {
+                let number = crate::bf16::widen(bits);
+                let place = at % 2 * LANES + at / 2;
+                assert_eq!(numbers[place].to_bits(), number.to_bits());
+                assert_eq!(written[at], crate::bf16::narrow(number));
+            }
+        }
     }
 
     fn check_rounding<V: Vector>() {
@@ -320,6 +393,7 @@ mod tests {
     fn the_portable_twin_is_right() {
         check_functions::<Portable>();
         check_sums::<Portable>();
+        check_pairs::<Portable>();
         check_rounding::<Portable>();
     }
 
@@ -329,6 +403,7 @@ mod tests {
         if avx2::is_here() {
             check_functions::<Avx2>();
             check_sums::<Avx2>();
+            check_pairs::<Avx2>();
             check_rounding::<Avx2>();
         }
     }

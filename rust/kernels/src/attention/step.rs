@@ -48,8 +48,8 @@ impl Tile {
 /// How a step is cut into tiles.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Cut {
-    /// Rows of a tile, where a token has fewer.
-    pub(super) rows: usize,
+    /// Rows of a tile, where a token has fewer: at least so many, and at most, if that leaves enough tiles.
+    pub(super) rows: (usize, usize),
     /// KV heads that one tile may have where a sequence has at most so many rows for each: the second number.
     pub(super) together: (usize, usize),
     /// Tiles there should be, before sequences of few rows have several heads in one.
@@ -61,6 +61,13 @@ impl Cut {
     fn heads_together(&self, sequences: usize, config: &AttentionConfig) -> u32 {
         let spare = sequences * config.num_kv_heads / self.tiles.max(1);
         self.together.0.min(spare).clamp(1, config.num_kv_heads) as u32
+    }
+
+    /// Tokens of a tile, at most, where the step has so many.
+    fn tokens(&self, num_tokens: usize, config: &AttentionConfig) -> u32 {
+        let (least, most) = self.rows;
+        let share = num_tokens * config.num_heads / self.tiles.max(1);
+        (share.clamp(least, most) / config.group()).max(1) as u32
     }
 }
 
@@ -109,6 +116,7 @@ impl Step {
             tiles: Vec::new(),
         };
         let together = cut.heads_together(sequences, config);
+        let most = cut.tokens(num_tokens, config);
         for (sequence, context) in contexts.into_iter().enumerate() {
             let (first, end) = (starts[sequence], starts[sequence + 1]);
             if first > end || end - first > context {
@@ -123,7 +131,6 @@ impl Step {
                     "is shorter than a context",
                 ));
             }
-            let most = (cut.rows / config.group()).max(1) as u32;
             let is_few = (end - first) as usize * config.group() <= cut.together.1;
             let heads = if is_few { together } else { 1 };
             step.cut(

@@ -17,14 +17,16 @@
 )]
 
 use std::arch::x86_64::{
-    __m128i, __m256, _CMP_LT_OQ, _CMP_UNORD_Q, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT,
-    _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm_storeu_si128, _mm256_add_epi32, _mm256_add_ps,
-    _mm256_and_si256, _mm256_andnot_ps, _mm256_blendv_epi8, _mm256_castps_si256,
-    _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cvtepu16_epi32,
-    _mm256_cvtps_epi32, _mm256_div_ps, _mm256_fmadd_ps, _mm256_hadd_ps, _mm256_loadu_ps,
-    _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_packus_epi32, _mm256_permute2f128_ps,
-    _mm256_permute4x64_epi64, _mm256_round_ps, _mm256_set1_epi32, _mm256_set1_ps,
-    _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_ps,
+    __m128i, __m256, __m256i, _CMP_LT_OQ, _CMP_UNORD_Q, _MM_FROUND_NO_EXC,
+    _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm_storeu_si128,
+    _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_andnot_ps, _mm256_blend_epi16,
+    _mm256_blendv_epi8, _mm256_castps_si256, _mm256_castsi256_ps, _mm256_castsi256_si128,
+    _mm256_cmp_ps, _mm256_cvtepu16_epi32, _mm256_cvtps_epi32, _mm256_div_ps, _mm256_fmadd_ps,
+    _mm256_hadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_max_ps, _mm256_min_ps,
+    _mm256_mul_ps, _mm256_packus_epi32, _mm256_permute2f128_ps, _mm256_permute4x64_epi64,
+    _mm256_round_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_shuffle_ps,
+    _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_ps, _mm256_storeu_si256,
+    _mm256_unpackhi_ps, _mm256_unpacklo_ps,
 };
 
 use super::{Arithmetic, LANES, Lanes, Vector};
@@ -42,6 +44,19 @@ impl Avx2 {
     #[inline(always)]
     pub(super) const fn of(numbers: __m256) -> Self {
         Self(numbers)
+    }
+
+    /// Their bits, those of the nearest bf16 in the upper halves and anything in the lower ones.
+    #[inline(always)]
+    fn rounded(self) -> __m256i {
+        unsafe {
+            let bits = _mm256_castps_si256(self.0);
+            let is_odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let carry = _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff));
+            let is_none = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
+            let none = _mm256_set1_epi32(0x7fc0 << 16);
+            _mm256_blendv_epi8(_mm256_add_epi32(bits, carry), none, is_none)
+        }
     }
 }
 
@@ -74,12 +89,7 @@ impl Vector for Avx2 {
     #[inline(always)]
     unsafe fn store_bf16(self, to: *mut u16) {
         unsafe {
-            let bits = _mm256_castps_si256(self.0);
-            let is_odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-            let carry = _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff));
-            let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, carry));
-            let is_none = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
-            let rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_none);
+            let rounded = _mm256_srli_epi32::<16>(self.rounded());
             // Two quarters of a register become one of them and the other.
             let halves = _mm256_packus_epi32(rounded, rounded);
             let low = _mm256_castsi256_si128(_mm256_permute4x64_epi64::<0b1000>(halves));
@@ -94,6 +104,11 @@ impl Vector for Avx2 {
     }
 
     #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Self(unsafe { _mm256_add_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
     fn mul(self, other: Self) -> Self {
         Self(unsafe { _mm256_mul_ps(self.0, other.0) })
     }
@@ -105,11 +120,6 @@ impl Vector for Avx2 {
 }
 
 impl Arithmetic for Avx2 {
-    #[inline(always)]
-    fn add(self, other: Self) -> Self {
-        Self(unsafe { _mm256_add_ps(self.0, other.0) })
-    }
-
     #[inline(always)]
     fn div(self, other: Self) -> Self {
         Self(unsafe { _mm256_div_ps(self.0, other.0) })
@@ -167,5 +177,60 @@ impl Lanes for Avx2 {
             let high = _mm256_permute2f128_ps::<0x31>(four, last);
             _mm256_add_ps(low, high)
         })
+    }
+    #[inline(always)]
+    fn columns(rows: [Self; LANES]) -> [Self; LANES] {
+        unsafe {
+            // Of two rows each: their numbers by turns, in each quarter of the columns.
+            let mut twos = [_mm256_setzero_ps(); LANES];
+            for pair in 0..4 {
+                let (upper, lower) = (rows[2 * pair].0, rows[2 * pair + 1].0);
+                twos[2 * pair] = _mm256_unpacklo_ps(upper, lower);
+                twos[2 * pair + 1] = _mm256_unpackhi_ps(upper, lower);
+            }
+            // Four rows of a column and of the fourth one after it; then all eight.
+            let mut columns = [Self(_mm256_setzero_ps()); LANES];
+            for column in 0..4 {
+                let at = column / 2;
+                let (first, second) = (twos[at], twos[at + 2]);
+                let (third, fourth) = (twos[at + 4], twos[at + 6]);
+                let (upper, lower) = if column % 2 == 0 {
+                    (
+                        _mm256_shuffle_ps::<0b0100_0100>(first, second),
+                        _mm256_shuffle_ps::<0b0100_0100>(third, fourth),
+                    )
+                } else {
+                    (
+                        _mm256_shuffle_ps::<0b1110_1110>(first, second),
+                        _mm256_shuffle_ps::<0b1110_1110>(third, fourth),
+                    )
+                };
+                columns[column] = Self(_mm256_permute2f128_ps::<0x20>(upper, lower));
+                columns[column + 4] = Self(_mm256_permute2f128_ps::<0x31>(upper, lower));
+            }
+            columns
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_pairs(from: *const u16) -> [Self; 2] {
+        unsafe {
+            let pairs = _mm256_loadu_si256(from.cast::<__m256i>());
+            let odd = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32 as i32));
+            let even = _mm256_slli_epi32::<16>(pairs);
+            [
+                Self(_mm256_castsi256_ps(even)),
+                Self(_mm256_castsi256_ps(odd)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16_pairs(pairs: [Self; 2], to: *mut u16) {
+        unsafe {
+            let even = _mm256_srli_epi32::<16>(pairs[0].rounded());
+            let both = _mm256_blend_epi16::<0b1010_1010>(even, pairs[1].rounded());
+            _mm256_storeu_si256(to.cast::<__m256i>(), both);
+        }
     }
 }

@@ -88,6 +88,11 @@ impl Vector for Avx512 {
     }
 
     #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Self(unsafe { _mm512_add_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
     fn mul(self, other: Self) -> Self {
         Self(unsafe { _mm512_mul_ps(self.0, other.0) })
     }
@@ -99,11 +104,6 @@ impl Vector for Avx512 {
 }
 
 impl Arithmetic for Avx512 {
-    #[inline(always)]
-    fn add(self, other: Self) -> Self {
-        Self(unsafe { _mm512_add_ps(self.0, other.0) })
-    }
-
     #[inline(always)]
     fn div(self, other: Self) -> Self {
         Self(unsafe { _mm512_div_ps(self.0, other.0) })

@@ -51,6 +51,11 @@ impl Vector for Portable {
     fn prefetch<T>(_from: *const T) {}
 
     #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        self.zip(other, |a, b| a + b)
+    }
+
+    #[inline(always)]
     fn mul(self, other: Self) -> Self {
         self.zip(other, |a, b| a * b)
     }
@@ -63,11 +68,6 @@ impl Vector for Portable {
 }
 
 impl Arithmetic for Portable {
-    #[inline(always)]
-    fn add(self, other: Self) -> Self {
-        self.zip(other, |a, b| a + b)
-    }
-
     #[inline(always)]
     fn div(self, other: Self) -> Self {
         self.zip(other, |a, b| a / b)
@@ -107,5 +107,25 @@ impl Lanes for Portable {
     #[inline(always)]
     fn sums(all: [Self; LANES]) -> Self {
         Self(all.map(Arithmetic::sum))
+    }
+
+    #[inline(always)]
+    fn columns(rows: [Self; LANES]) -> [Self; LANES] {
+        std::array::from_fn(|column| Self(rows.map(|row| row.0[column])))
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_pairs(from: *const u16) -> [Self; 2] {
+        // SAFETY: the caller's promise.
+        let bits = unsafe { from.cast::<[[u16; 2]; LANES]>().read_unaligned() };
+        [0, 1].map(|place: usize| Self(bits.map(|pair| crate::bf16::widen(pair[place]))))
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16_pairs(pairs: [Self; 2], to: *mut u16) {
+        let bits = pairs.map(|numbers| numbers.0.map(crate::bf16::narrow));
+        let zipped: [[u16; 2]; LANES] = std::array::from_fn(|at| [bits[0][at], bits[1][at]]);
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[[u16; 2]; LANES]>().write_unaligned(zipped) }
     }
 }

@@ -28,7 +28,7 @@ pub(super) unsafe fn load_queries(layer: &Layer<'_, u16>, tile: &Tile, queries: 
     let rows = tile.tokens as usize * group;
     let panels = (tile.kv_heads as usize * rows.div_ceil(PANEL)).next_multiple_of(2);
     queries[..panels * size / 2].fill(Line([0; DEPTH]));
-    for (place, token, head) in tile.rows(group) {
+    for (place, token, head) in tile.panel_rows(group) {
         let lines = &mut queries[place / PANEL * size / 2..];
         let place = 2 * (place % PANEL);
         for (pair, line) in lines[..size / 2].iter_mut().enumerate() {
@@ -47,7 +47,7 @@ pub(super) unsafe fn load_queries(layer: &Layer<'_, u16>, tile: &Tile, queries: 
 
 impl Tile {
     /// Of each row: its place in the scratch, its token and its query head. Each KV head has whole panels.
-    fn rows(&self, group: usize) -> impl Iterator<Item = (usize, usize, usize)> {
+    fn panel_rows(&self, group: usize) -> impl Iterator<Item = (usize, usize, usize)> {
         let rows = self.tokens as usize * group;
         (0..self.kv_heads as usize).flat_map(move |part| {
             (0..rows).map(move |row| {
@@ -167,7 +167,7 @@ pub(super) unsafe fn store_output(layer: &Layer<'_, u16>, tile: &Tile, scratch: 
     };
     let (group, size) = (layer.config.group(), layer.config.head_dim);
     let panels = size / PANEL;
-    for (row, token, head) in tile.rows(group) {
+    for (row, token, head) in tile.panel_rows(group) {
         let sums = &scratch.sums[row * panels..][..panels];
         let scale = _mm512_set1_ps(1.0 / scratch.total[row]);
         for (part, sums) in sums.chunks_exact(2).enumerate() {
