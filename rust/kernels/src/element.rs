@@ -32,19 +32,6 @@ pub trait Element: Copy + Send + Sync + 'static {
     unsafe fn store_zipped<V: Vector>(numbers: V, to: *mut Self);
     /// The same address, where these already are `f32`.
     fn as_floats(from: *const Self) -> Option<*const f32>;
-    /// Where `count` numbers are as `f32`: here, or in `room`, into which they are copied.
-    ///
-    /// # Safety
-    /// They are there, and `room` holds as many.
-    #[inline(always)]
-    unsafe fn floats<V: Vector>(from: *const Self, count: usize, room: *mut f32) -> *const f32 {
-        if let Some(here) = Self::as_floats(from) {
-            return here;
-        }
-        // SAFETY: the caller's promise.
-        unsafe { Self::copy_floats::<V>(from, count, room) };
-        room
-    }
     /// Copies `count` numbers as `f32`.
     ///
     /// # Safety

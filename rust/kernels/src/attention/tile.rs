@@ -25,11 +25,11 @@ mod values;
 
 use std::{ops::Range, ptr};
 
-use self::softmax::{BEGIN, Softmax};
+use self::softmax::{BEGIN, Softmax, weigh};
 use super::{CHUNK, Layer, step::Tile};
 use crate::{
     element::Element,
-    simd::{Arithmetic, LANES, Vector, WIDEST, Wide},
+    simd::{Arithmetic, LANES, Lanes, Vector, WIDEST, Wide},
     spares::Spare,
 };
 
@@ -60,14 +60,22 @@ pub(super) struct Scratch {
 
 impl Scratch {
     pub(super) fn new(rows: usize, head_dim: usize) -> Self {
-        let whole = rows.next_multiple_of(LANES);
         Self {
             query: vec![0.0; rows * head_dim],
             sums: vec![0.0; rows * head_dim],
-            weights: vec![[0.0; CHUNK]; whole],
-            softmax: vec![BEGIN; whole / LANES],
+            weights: vec![[0.0; CHUNK]; rows],
+            softmax: vec![BEGIN; rows.div_ceil(LANES)],
             keys: vec![0.0; CHUNK * head_dim],
             values: vec![0.0; CHUNK * head_dim],
+        }
+    }
+
+    /// Makes weights of the first rows' scores.
+    #[inline(always)]
+    fn weigh<L: Lanes>(&mut self, rows: usize) {
+        let eights = self.weights[..rows].chunks_mut(LANES);
+        for (rows, softmax) in eights.zip(&mut self.softmax) {
+            weigh::<L>(rows, softmax);
         }
     }
 }

@@ -170,7 +170,7 @@ unsafe fn widened<E: Element>(
     for (row, target) in room.chunks_exact_mut(hidden).enumerate() {
         let from = picks.input.wrapping_add(row * picks.input_stride);
         // SAFETY: the caller's promise, and so many are in a row of the room.
-        unsafe { E::floats::<Portable>(from, hidden, target.as_mut_ptr()) };
+        unsafe { E::copy_floats::<Portable>(from, hidden, target.as_mut_ptr()) };
     }
     (room.as_ptr(), hidden)
 }

@@ -11,7 +11,7 @@ use std::ops::Range;
 use super::{
     super::{Layer, step::Tile},
     Chunk, Scratch, parts,
-    softmax::{hide, weigh},
+    softmax::hide,
     values::add_rows,
 };
 use crate::{
@@ -22,7 +22,7 @@ use crate::{
 /// Rows of a KV head, at most: more would read the same keys too often.
 pub(super) const ROWS: usize = 8;
 /// Rows that are computed together, at most: their sums are in registers.
-const TOGETHER: usize = 4;
+const TILE: usize = 4;
 
 /// Takes a chunk into the sums of a tile's rows.
 ///
@@ -46,11 +46,7 @@ pub(super) unsafe fn take<W: Wide, T: Element>(
                 _ => score::<W, T, 4>(layer, &at, chunk, scratch),
             }
         }
-        let rows = tile.rows(layer.config.group());
-        let eights = scratch.weights[..rows].chunks_mut(LANES);
-        for (rows, softmax) in eights.zip(&mut scratch.softmax) {
-            weigh::<W::Half>(rows, softmax);
-        }
+        scratch.weigh::<W::Half>(tile.rows(layer.config.group()));
         for at in places(layer, tile, chunk) {
             let values = chunk.values.map(|values| values.wrapping_add(at.head));
             let (row, values) = (at.rows.start, (&values[..], &at.seen));
@@ -78,7 +74,7 @@ fn places<T>(layer: &Layer<'_, T>, tile: &Tile, chunk: &Chunk<T>) -> impl Iterat
     let config = &layer.config;
     let (group, each) = (config.group(), tile.tokens as usize * config.group());
     (0..tile.rows(group)).step_by(group).flat_map(move |first| {
-        parts(group, TOGETHER).map(move |part| At {
+        parts(group, TILE).map(move |part| At {
             rows: first + part.start..first + part.end,
             head: first / each * config.block_size * config.head_dim,
             seen: layer.range(tile, chunk.start, first % each),

@@ -11,7 +11,7 @@ use std::ops::Range;
 use super::{
     super::{CHUNK, Layer, step::Tile},
     Chunk, PANEL, Scratch, copy_unzipped, parts,
-    softmax::{hide, weigh},
+    softmax::hide,
     values::add_rows,
 };
 use crate::{
@@ -51,14 +51,10 @@ pub(super) unsafe fn take<W: Wide, T: Element>(
                 }
             }
         }
-        let whole = rows.next_multiple_of(LANES);
         for (row, scores) in scratch.weights[..rows].iter_mut().enumerate() {
             hide(scores, &seen(row));
         }
-        let eights = scratch.weights[..whole].chunks_exact_mut(LANES);
-        for (rows, softmax) in eights.zip(&mut scratch.softmax) {
-            weigh::<W::Half>(rows, softmax);
-        }
+        scratch.weigh::<W::Half>(rows);
         for part in parts(rows, TILE) {
             // What any of them sees.
             let range = seen(part.start).start..seen(part.end - 1).end;
